@@ -1,0 +1,139 @@
+"""The few types that cross floors. Data only: no behaviour beyond checking itself.
+
+Shapes: ``T`` tokens of a step over all its sequences, ``B`` sequences, ``R`` wanted
+logit rows, ``H`` query heads, ``K`` key/value heads, ``D`` head dim, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from tiny_llm.errors import RequestError
+
+if TYPE_CHECKING:  # the scheduler's side of the house reads this file without mlx
+    import mlx.core as mx
+
+FinishReason = Literal["stop", "length"]
+
+
+def _require(ok: bool, name: str, given: object, expected: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} is {given!r}, but must be {expected}.")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
+    ``logprobs`` n reports the chosen token's log-probability and the n likeliest.
+
+    Raises RequestError for a value out of range, NaN and infinity included.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_params(self)
+
+
+def _check_params(p: SamplingParams) -> None:
+    def whole(value: object, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def between(value: float, low: float, high: float) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+
+    _require(whole(p.max_tokens, 1), "max_tokens", p.max_tokens, "a whole number of at least 1")
+    _require(between(p.temperature, 0, 100), "temperature", p.temperature, "a number from 0 (greedy) to 100")
+    _require(whole(p.top_k, 0), "top_k", p.top_k, "a whole number, 0 meaning off")
+    _require(between(p.top_p, 0, 1) and p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
+    _require(between(p.min_p, 0, 1), "min_p", p.min_p, "from 0 to 1")
+    _require(p.seed is None or (whole(p.seed, 0) and p.seed < 2**64), "seed", p.seed, "from 0 to 2**64 - 1")
+    _require(p.logprobs is None or whole(p.logprobs, 0), "logprobs", p.logprobs, "a whole number, or None")
+    _require(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "strings that are not empty")
+    _require(all(whole(i, 0) for i in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "token ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One request's figures; times in seconds, rates in tokens a second."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. ``logprobs`` has, for each token, {token id: log-probability} or is None."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer; the last one carries the whole in ``completion``."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A matrix [out, in] in MLX's affine format: ``w = scale * q + bias`` a group.
+
+    ``packed`` uint32 [out, in * bits / 32]; ``scales`` and ``biases`` [out, in / group_size].
+    """
+
+    packed: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input: flat and ragged, never padded.
+
+    ``tokens`` and ``positions`` int32 [T]; sequence ``b`` owns rows
+    ``starts[b]:starts[b + 1]`` (B + 1 offsets); ``logit_rows`` int32 [R].
+    """
+
+    tokens: mx.array
+    positions: mx.array
+    starts: tuple[int, ...]
+    logit_rows: mx.array
+
+
+class KVCache(Protocol):
+    """What attention needs of a cache: keep this step's K and V, attend over all so far."""
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+        """Return attention's output [T, H, D] for q [T, H, D] and new k, v [T, K, D]."""
+        ...

@@ -1,0 +1,34 @@
+"""Typed errors, raised at the borders: config, weights, request, capacity.
+
+A message says what was given, what was expected and what to do. Whoever catches
+one prints its text as it is; a traceback adds nothing for the user.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TinyLLMError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(TinyLLMError):
+    """A model, a model's configuration, or an option cannot be used as given."""
+
+
+class WeightError(TinyLLMError):
+    """A checkpoint is missing, incomplete, corrupt, or does not fit its config."""
+
+
+class RequestError(TinyLLMError):
+    """One request is invalid; the engine and every other request go on."""
+
+
+class CapacityError(TinyLLMError):
+    """A request can never fit: it needs more memory or context than there is."""
+
+
+def did_you_mean(given: str, options: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the options nearest to ``given``, or ""."""
+    near = get_close_matches(given.lower(), list(options), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
