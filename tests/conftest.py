@@ -1,0 +1,75 @@
+"""What every test folder shares: where test data lies, and choosing a chapter's tests.
+
+A chapter's tests are ordinary tests with ``@pytest.mark.chapter("1.3")``. Choose them by
+``pytest --chapter 1.3`` (may be repeated) or ``pytest -m 'chapter("1.3")'``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--chapter ID``."""
+    parser.addoption("--chapter", action="append", default=[], metavar="ID", help="only this chapter's tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark, and turn each ``--chapter`` into a part of pytest's own ``-m``."""
+    config.addinivalue_line("markers", "chapter(id): the chapter of the course that this test checks")
+    asked = config.getoption("chapter")
+    for chapter in asked:
+        if not re.fullmatch(r"\d+\.\d+", chapter):
+            raise pytest.UsageError(f"--chapter is {chapter!r}, but must be like 1.3.")
+    # pytest's -m matches a mark by keyword only, so chapter("1.3") is given its keyword.
+    given = re.sub(r"""\bchapter\((?=["'])""", "chapter(id=", config.option.markexpr)
+    either = " or ".join(f'chapter(id="{chapter}")' for chapter in asked)
+    config.option.markexpr = f"({given}) and ({either})" if given and either else given or either
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    """Repeat each mark with its id by keyword, for ``-m``; refuse a chapter that no test has."""
+    known: set[str] = set()
+    for item in items:
+        for chapter in {mark.args[0] for mark in item.iter_markers("chapter") if mark.args}:
+            item.add_marker(pytest.mark.chapter(id=chapter))
+            known.add(chapter)
+    missing = sorted(set(config.getoption("chapter")) - known)
+    if missing:
+        there = ", ".join(sorted(known)) or "none"
+        raise pytest.UsageError(f"No test of chapter {', '.join(missing)} here; there are: {there}.")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The small checkpoints and activations written by tools/make_golden.py."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real models and tokenizers, in the folder $TINY_LLM_DATA or ../shared/data; skips without."""
+    folder = Path(os.environ.get("TINY_LLM_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set TINY_LLM_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared_data: Path) -> Path:
+    """The folder of the real 260K-parameter LLaMA, with the answers published for it."""
+    return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def qwen2_tokenizer_folder(shared_data: Path) -> Path:
+    """The folder of Qwen2's published tokenizer.json and tokenizer_config.json."""
+    return shared_data / "tokenizers" / "qwen2"
