@@ -1,0 +1,171 @@
+"""Sampling: the drawn tokens follow the distribution that the parameters describe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.sampling.sampler import filter_logits, gumbel_noise, sample
+
+pytestmark = pytest.mark.chapter("1.7")
+
+
+def kept(logits: list[float], **options: float) -> list[int]:
+    params = SamplingParams(temperature=options.pop("temperature", 1.0), **options)  # type: ignore[arg-type]
+    scores = filter_logits(mx.array([logits]), [params])[0]
+    return [i for i, score in enumerate(scores.tolist()) if score > -math.inf]
+
+
+def logits_of(*shares: float) -> list[float]:
+    return [math.log(share) if share else -math.inf for share in shares]
+
+
+def exact_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
+    """The definition, in plain Python: temperature, top-k, top-p, min-p."""
+    top = max(logits)
+    weights = [math.exp((x - top) / params.temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[: params.top_k or None]
+    total, mass, chosen = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        if mass < params.top_p * total and weights[i] >= params.min_p:
+            chosen.append(i)
+        mass += weights[i]
+    total = sum(weights[i] for i in chosen)
+    return [weights[i] / total if i in chosen else 0.0 for i in range(len(logits))]
+
+
+def test_greedy_takes_the_largest_and_the_lowest_id_among_equals() -> None:
+    logits = mx.array([[0.0, 3.0, 3.0, -1.0], [-5.0, -5.0, -5.0, -5.0], [-math.inf, -2.0, -math.inf, -2.0]])
+    tokens = sample(logits, [SamplingParams()] * 3, [0, 1, 2])
+    assert tokens.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.1},
+    ],
+)
+def test_frequencies_follow_the_exact_probabilities(options: dict[str, float]) -> None:
+    """Pearson's chi-square over 4,000 draws, one row each; the bound is 5 sigma above its mean."""
+    logits = [1.0, -0.5, 2.0, 0.3, -2.0, 0.9, 1.9, -math.inf, -1.0]
+    draws = 4000
+    params = SamplingParams(**({"temperature": 1.0, "seed": 11} | options))  # type: ignore[arg-type]
+    tokens = sample(mx.array([logits] * draws), [params] * draws, range(draws)).tolist()
+    expected = exact_probabilities(logits, params)
+    impossible = [t for t in tokens if expected[t] == 0]
+    assert not impossible, f"drew tokens of probability zero: {sorted(set(impossible))}"
+    counts = [tokens.count(i) for i in range(len(logits))]
+    chi2 = sum((n - draws * p) ** 2 / (draws * p) for n, p in zip(counts, expected, strict=True) if p)
+    freedom = sum(p > 0 for p in expected) - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom), (
+        f"chi2 {chi2:.1f}: counts {counts}, expected {[round(draws * p) for p in expected]}"
+    )
+
+
+def test_top_k_keeps_k_even_among_equals() -> None:
+    assert kept([1.0, 2.0, 2.0, 2.0, 0.0], top_k=2) == [1, 2], "lower ids first among equal logits"
+    assert kept([1.0, 2.0], top_k=50) == [0, 1], "a k larger than the vocabulary keeps all"
+
+
+def test_top_p_keeps_the_smallest_set_and_the_token_that_crosses() -> None:
+    shares = logits_of(0.1, 0.4, 0.2, 0.3)
+    assert kept(shares, top_p=0.39) == [1]
+    assert kept(shares, top_p=0.41) == [1, 3], "the token that crosses p stays"
+    assert kept(shares, top_p=0.71) == [1, 2, 3]
+    assert kept(shares, top_p=1.0) == [0, 1, 2, 3]
+    assert kept(shares, top_p=1e-9) == [1], "at least one token stays"
+    assert kept([0.0] * 4, top_p=0.5) == [0, 1], "equal logits are not kept beyond what p needs"
+
+
+def test_top_p_shares_are_of_what_top_k_left() -> None:
+    shares = logits_of(0.4, 0.3, 0.2, 0.1)
+    # Among the two best, 0.4 is a share of 4/7 = 0.571.
+    assert kept(shares, top_k=2, top_p=0.57) == [0]
+    assert kept(shares, top_k=2, top_p=0.58) == [0, 1]
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    shares = logits_of(0.5, 0.26, 0.24)
+    assert kept(shares, min_p=0.5) == [0, 1]
+    assert kept(shares, min_p=1.0) == [0]
+    assert kept([2.0, 2.0, 1.0], min_p=1.0) == [0, 1], "equals of the likeliest stay"
+
+
+def test_temperature_acts_before_the_filters() -> None:
+    shares = logits_of(0.5, 0.3, 0.2)
+    assert kept(shares, top_p=0.6) == [0, 1]
+    assert kept(shares, top_p=0.6, temperature=0.25) == [0], "cold: the first alone now holds 0.87"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-38, 5e-324])
+def test_tiny_temperature_is_greedy_without_overflow(temperature: float) -> None:
+    logits = mx.array([[1.0, 90.0, 89.0, -90.0]] * 8)
+    params = SamplingParams(temperature=temperature, seed=1)
+    scores = filter_logits(logits, [params] * 8)
+    assert not mx.any(mx.isnan(scores)).item()
+    assert sample(logits, [params] * 8, range(8)).tolist() == [1] * 8
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    logits = mx.array([[-math.inf, 0.0, -math.inf, -3.0, -math.inf]] * 300)
+    hot = SamplingParams(temperature=50, seed=2)
+    for params in (hot, replace(hot, top_k=4, top_p=0.999)):
+        drawn = set(sample(logits, [params] * 300, range(300)).tolist())
+        assert drawn == {1, 3}
+
+
+def mixed_params(rows: int) -> list[SamplingParams]:
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(temperature=1.3, top_p=0.8),
+        SamplingParams(temperature=0.9, min_p=0.05),
+        SamplingParams(temperature=1.1, top_k=40, top_p=0.95, min_p=0.01),
+    ]
+    return [replace(kinds[r % len(kinds)], seed=r // 2) for r in range(rows)]
+
+
+@pytest.mark.parametrize("vocab", [2, 257, 1001])
+def test_a_row_does_not_depend_on_its_batch(vocab: int) -> None:
+    """33 rows at once, each alone, and in reverse order: the same tokens."""
+    logits = mx.random.normal((33, vocab), key=mx.random.key(5)) * 2
+    params, positions = mixed_params(33), [7 * r % 13 for r in range(33)]
+    together = sample(logits, params, positions).tolist()
+    alone = [sample(logits[r : r + 1], [params[r]], [positions[r]]).item() for r in range(33)]
+    assert together == alone
+    assert sample(logits[::-1], params[::-1], positions[::-1]).tolist() == together[::-1]
+    assert sample(logits, params, positions).tolist() == together, "a second call draws the same"
+
+
+def test_noise_differs_by_seed_and_by_position() -> None:
+    pairs = [(seed, position) for seed in (0, 1, 2, 2**32, 2**64 - 1) for position in (0, 1, 2, 1_000_000)]
+    noise = gumbel_noise([s for s, _ in pairs], [p for _, p in pairs], 3).tolist()
+    assert len({tuple(row) for row in noise}) == len(pairs)
+
+
+def test_noise_has_the_gumbel_mean_and_variance() -> None:
+    noise = gumbel_noise([0] * 40, range(40), 1000)
+    assert mx.mean(noise).item() == pytest.approx(0.5772, abs=5 * 1.2825 / 200)
+    assert mx.var(noise).item() == pytest.approx(math.pi**2 / 6, rel=0.05)
+    across = gumbel_noise(list(range(2000)), [9] * 2000, 1)
+    assert mx.mean(across).item() == pytest.approx(0.5772, abs=5 * 1.2825 / math.sqrt(2000))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_logits_are_filtered_in_float32(dtype: mx.Dtype) -> None:
+    logits = mx.random.normal((6, 101), key=mx.random.key(1)).astype(dtype)
+    params = mixed_params(6)
+    exact = sample(logits.astype(mx.float32), params, range(6))
+    assert sample(logits, params, range(6)).tolist() == exact.tolist()

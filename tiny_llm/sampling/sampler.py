@@ -1,0 +1,100 @@
+"""Owns the choice of the next token from a row of logits.
+
+Many rows are drawn in one call, each with its own parameters, and a row's token
+depends on that row alone: its logits, its parameters, its seed and its position.
+Knows nothing of sequences, text, or when to stop.
+
+The filters act in the order of transformers: temperature, top-k, top-p, min-p.
+(vLLM tests min-p before top-p; the two differ only when both are on.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from tiny_llm.data import SamplingParams
+
+_COLDEST = 1e-30  # still a normal float32, and already as good as greedy
+
+
+def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
+    """Choose one token a row: logits [R, V] -> token ids uint32 [R].
+
+    ``params`` has R entries and ``positions`` the place each new token will take in
+    its sequence. Temperature 0 takes the largest logit, the lowest id among equals.
+    Otherwise the draw is ``argmax(filtered / temperature + gumbel noise)``, which is
+    a draw from the softmax (Maddison et al. 2014, "A* Sampling", section 2), with
+    noise that follows from (seed, position) alone. Each sampled row needs its seed.
+    """
+    assert logits.ndim == 2 and logits.shape[0] == len(params) == len(positions)
+    tokens = mx.argmax(logits, axis=-1)
+    rows = [r for r, p in enumerate(params) if p.temperature > 0]
+    if not rows:
+        return tokens
+    drawn = [params[r] for r in rows]
+    scores = filter_logits(logits[mx.array(rows)], drawn)
+    noise = gumbel_noise([p.seed for p in drawn], [positions[r] for r in rows], logits.shape[1])
+    tokens[mx.array(rows)] = mx.argmax(scores + noise, axis=-1)
+    return tokens
+
+
+def filter_logits(logits: mx.array, params: Sequence[SamplingParams]) -> mx.array:
+    """Scale by temperature and put -inf where a token may not be drawn: [R, V] -> float32 [R, V].
+
+    The largest score of each row is 0 in the result, so ``exp`` of it gives the
+    probabilities up to one factor. No row may have temperature 0.
+    """
+    scores = logits.astype(mx.float32)
+    # The maximum goes first, so that a tiny temperature cannot overflow.
+    scores = scores - mx.max(scores, axis=-1, keepdims=True)
+    scores = scores / _column([max(p.temperature, _COLDEST) for p in params])
+    ranked = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if ranked:  # ranking is the dear part, so only rows that ask for it pay
+        at = mx.array(ranked)
+        allowed = top_k_top_p_mask(scores[at], [params[r] for r in ranked])
+        scores[at] = mx.where(allowed, scores[at], -mx.inf)
+    floor = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
+    return mx.where(scores >= floor, scores, -mx.inf)
+
+
+def top_k_top_p_mask(scores: mx.array, params: Sequence[SamplingParams]) -> mx.array:
+    """Which tokens top-k, then top-p (nucleus) sampling keep: scores [R, V] -> bool [R, V].
+
+    Top-k keeps the k best; among equals the lower id goes first. Top-p then keeps the
+    fewest of them, best first, whose share of their sum reaches p: the token that
+    crosses p stays (Holtzman et al. 2019, section 3.1). ``scores`` have maximum 0.
+    """
+    vocab = scores.shape[1]
+    order = mx.argsort(-scores, axis=-1)
+    weights = mx.exp(mx.take_along_axis(scores, order, axis=-1))
+    among_k = mx.arange(vocab) < _column([p.top_k or vocab for p in params])
+    weights = mx.where(among_k, weights, 0)
+    before = mx.cumsum(weights, axis=-1, inclusive=False)
+    # p = 1 keeps all; rounding in the sum must not cut the tail.
+    share = _column([p.top_p if p.top_p < 1 else math.inf for p in params])
+    keep = among_k & (before < share * mx.sum(weights, axis=-1, keepdims=True))
+    return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, keep, axis=-1)
+
+
+def gumbel_noise(seeds: Sequence[int | None], positions: Sequence[int], vocab: int) -> mx.array:
+    """Standard Gumbel noise [R, V], row r from (seeds[r], positions[r]) and nothing else.
+
+    The row's key is a hash of the seed, exclusive-or the position: two rows share a
+    key only if both agree. (Without the hash, seed 1 at 0 would repeat seed 0 at 1.)
+    """
+    assert None not in seeds, "whoever adds a request gives it a seed"
+
+    def row(seed_key: mx.array, position_key: mx.array) -> mx.array:
+        key = mx.random.split(seed_key)[0] ^ position_key
+        return mx.random.gumbel((vocab,), key=key)
+
+    seed_keys = mx.stack([mx.random.key(seed) for seed in seeds if seed is not None])
+    position_keys = mx.stack([mx.random.key(position) for position in positions])
+    return mx.vmap(row)(seed_keys, position_keys)
+
+
+def _column(values: list[float] | list[int]) -> mx.array:
+    return mx.array(values)[:, None]
