@@ -43,7 +43,10 @@ def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     [
         ([], ["test_one", "test_three[1]", "test_three[2]", "test_both", "test_none"]),
         (["--chapter", "1.3"], ["test_three[1]", "test_three[2]", "test_both"]),
-        (["--chapter", "1.1", "--chapter", "1.3"], ["test_one", "test_three[1]", "test_three[2]", "test_both"]),
+        (
+            ["--chapter", "1.1", "--chapter", "1.3"],
+            ["test_one", "test_three[1]", "test_three[2]", "test_both"],
+        ),
         (["-m", 'chapter("1.1")'], ["test_one", "test_both"]),
         (["-m", 'chapter(id="1.1")'], ["test_one", "test_both"]),
         (["-m", "not chapter"], ["test_none"]),
@@ -59,7 +62,10 @@ def test_selection(suite: pytest.Pytester, args: list[str], names: list[str]) ->
 
 @pytest.mark.parametrize(
     ("chapter", "complaint"),
-    [("9.9", "*No test of chapter 9.9 here; there are: 1.1, 1.3.*"), ("one", "*--chapter is 'one', but*like 1.3.*")],
+    [
+        ("9.9", "*No test of chapter 9.9 here; there are: 1.1, 1.3.*"),
+        ("one", "*--chapter is 'one', but*like 1.3.*"),
+    ],
 )
 def test_unknown_chapter_is_an_error(suite: pytest.Pytester, chapter: str, complaint: str) -> None:
     result = suite.runpytest("--chapter", chapter)

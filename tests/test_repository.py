@@ -1,0 +1,116 @@
+"""What git tracks: text that is at home on any machine, and a README that lists every file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Written with [] so that this file does not trip over itself.
+FORBIDDEN_TEXT: Mapping[str, str] = {
+    r"(?<![\w.])/(?:wor[k]|far[m]|roo[t])/": "a path of one developer's machine",
+    r"(?<![\w.])/(?:hom[e]|User[s])/[a-z]\w*": "a path of one developer's machine",
+    r"/tm[p]/(?:[a-z]?en[v]|brie[f])/": "a path of one developer's machine",
+    r"pyp[i]\.org|pythonhoste[d]\.org|npmj[s]\.(?:org|com)": "a package registry's host",
+}
+LOCK_FILES = re.compile(r"(\.lock|package-lock\.json|npm-shrinkwrap\.json|pnpm-lock\.yaml)$")
+
+
+def tracked(root: Path) -> list[str]:
+    """What git keeps, as paths from ``root``; skips the test where there is no git checkout."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout, so what is tracked is unknown")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=True, text=True)
+    return [name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
+
+
+def texts(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """The text of each file that is text."""
+    found = {name: (root / name).read_bytes() for name in names}
+    return {name: data.decode("utf-8", "replace") for name, data in found.items() if b"\0" not in data[:4096]}
+
+
+def clean_text(files: Mapping[str, str]) -> Iterator[str]:
+    """No tracked file names one machine's paths or a package registry; none is a lock file."""
+    for path, text in files.items():
+        if LOCK_FILES.search(path):
+            yield f"{path}:1: a lock file; versions are said in pyproject.toml"
+        for pattern, what in FORBIDDEN_TEXT.items():
+            for found in re.finditer(pattern, text):
+                yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}: {found.group()!r} is {what}"
+
+
+def tree_in_readme(readme: str) -> dict[str, str]:
+    """The README's file tree: path -> its words. Two spaces of indent a level, folders end in /."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.S | re.M)
+    block = next((block for block in blocks if "\ntiny_llm/" in block), "")
+    entries: dict[str, str] = {}
+    folders: list[str] = []
+    for line in filter(str.strip, block.splitlines()):
+        indent, name, words = re.fullmatch(r"((?:  )*)(\S+)\s*(.*)", line).groups()  # type: ignore[union-attr]
+        folders[len(indent) // 2 :] = [name]
+        entries["".join(folders)] = words
+    return entries
+
+
+def readme_tree_is_right(readme: str, names: Sequence[str]) -> Iterator[str]:
+    """Each tracked entry at the top and each module of the package has its line; no line is stale."""
+    entries = tree_in_readme(readme)
+    folders = {f"{parent}/" for name in names for parent in map(str, Path(name).parents) if parent != "."}
+    top = {name.split("/")[0] + ("/" if "/" in name else "") for name in names}
+    modules = {n for n in names if n.startswith("tiny_llm/") and n.endswith(".py") and "/__init__" not in n}
+    for missing in sorted((top | modules) - set(entries)):
+        yield f"README.md:1: the file tree has no line for {missing}"
+    for path, words in entries.items():
+        if path not in folders and path not in names:
+            yield f"README.md:1: the file tree lists {path}, which is not there"
+        elif not words:
+            yield f"README.md:1: the file tree does not say what {path} is"
+
+
+def test_tracked_text_is_clean() -> None:
+    problems = list(clean_text(texts(ROOT, tracked(ROOT))))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_readme_has_a_line_for_every_file() -> None:
+    problems = list(readme_tree_is_right((ROOT / "README.md").read_text(encoding="utf-8"), tracked(ROOT)))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("a.md", "see\n/wor" + "k/main", "a.md:2: '/wor" + "k/' is a path"),
+        ("a.py", "x = '/hom" + "e/ann/x'", "a.py:1: '/hom" + "e/ann' is a path"),
+        ("a.sh", "curl https://pyp" + "i.org/simple", "a.sh:1: 'pyp" + "i.org' is a package registry"),
+        ("uv.lock", "", "uv.lock:1: a lock file"),
+    ],
+)
+def test_clean_text_sees_what_is_planted(path: str, text: str, complaint: str) -> None:
+    assert list(clean_text({"fine.md": "https://example.org/work/, /tmp/x, ~/work, block.locked"})) == []
+    problems = list(clean_text({path: text}))
+    assert len(problems) == 1 and problems[0].startswith(complaint), problems
+
+
+def test_readme_tree_is_read_both_ways() -> None:
+    names = ["README.md", "tiny_llm/__init__.py", "tiny_llm/data.py", "tiny_llm/ops/rope.py"]
+    tree = ("README.md  this", "tiny_llm/  all", "  data.py  data", "  ops/  sums", "    rope.py  rope")
+    good = "\n".join(["# Title", "```text", *tree, "```", ""])
+    assert list(readme_tree_is_right(good, names)) == []
+    assert [*readme_tree_is_right(good, [*names, "LICENSE", "tiny_llm/kv/dense.py"])] == [
+        "README.md:1: the file tree has no line for LICENSE",
+        "README.md:1: the file tree has no line for tiny_llm/kv/dense.py",
+    ]
+    gone = [name for name in names if name != "tiny_llm/data.py"]
+    assert [*readme_tree_is_right(good, gone)] == [
+        "README.md:1: the file tree lists tiny_llm/data.py, which is not there"
+    ]
+    assert [*readme_tree_is_right(good.replace("this", ""), names)] == [
+        "README.md:1: the file tree does not say what README.md is"
+    ]
