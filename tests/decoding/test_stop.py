@@ -1,0 +1,121 @@
+"""An answer ends where it must, and never shows a character of what ended it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.decoding.stop import Answer, find_stop, open_length
+
+pytestmark = pytest.mark.chapter("1.6")
+
+EOS = 99
+
+
+class Pieces:
+    """A detokenizer whose token i is the i-th piece; like a real one it may hold a piece back."""
+
+    def __init__(self, pieces: list[str], hold: bool = False) -> None:
+        self._pieces, self._held, self._hold = pieces, "", hold
+
+    def push(self, token_id: int) -> str:
+        text = self._held + self._pieces[token_id]
+        self._held = text[-1:] if self._hold else ""
+        return text[: len(text) - len(self._held)]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def run(answer: Answer, tokens: list[int]) -> list[str]:
+    shown = []
+    for token in tokens:
+        shown.append(answer.push(token))
+        if answer.finish_reason:
+            break
+    return shown
+
+
+def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The definition, a character at a time: (text before the first complete stop, was there one)."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    pieces=st.lists(st.text(alphabet="ab\nü", max_size=4), min_size=1, max_size=12),
+    stops=st.lists(st.text(alphabet="ab\nü", min_size=1, max_size=5), max_size=3),
+    hold=st.booleans(),
+)
+def test_streaming_equals_cutting_the_whole_text(pieces: list[str], stops: list[str], hold: bool) -> None:
+    answer = Answer(Pieces(pieces, hold), SamplingParams(stop=tuple(stops)), {EOS}, limit=len(pieces))
+    shown = run(answer, list(range(len(pieces))))
+    expected, stopped = cut_at_first_stop("".join(pieces), stops)
+    assert "".join(shown) == answer.text == expected
+    assert answer.finish_reason == ("stop" if stopped else "length")
+    assert answer.token_ids == list(range(len(shown)))
+    if stopped and not hold:
+        used = len(shown)
+        assert cut_at_first_stop("".join(pieces[:used]), stops)[1]
+        assert not cut_at_first_stop("".join(pieces[: used - 1]), stops)[1], "went on past the stop string"
+
+
+def test_stop_string_across_token_borders_is_never_shown() -> None:
+    pieces = ["Hello\n", "US", "ER", ": more"]
+    answer = Answer(Pieces(pieces), SamplingParams(stop=("\nUSER:",)), {EOS}, limit=10)
+    assert run(answer, [0, 1, 2, 3]) == ["Hello", "", "", ""]
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("Hello", "stop", [0, 1, 2, 3])
+
+
+def test_held_text_is_shown_once_it_cannot_be_a_stop_string() -> None:
+    answer = Answer(Pieces(["a<", "/", "b>", "c"]), SamplingParams(stop=("</a>",)), {EOS}, limit=10)
+    assert run(answer, [0, 1, 2, 3]) == ["a", "", "</b>", "c"]
+
+
+def test_held_text_is_shown_when_the_answer_ends_otherwise() -> None:
+    by_length = Answer(Pieces(["one ST"]), SamplingParams(stop=("STOP",)), {EOS}, limit=1)
+    assert run(by_length, [0]) == ["one ST"] and by_length.finish_reason == "length"
+    by_eos = Answer(Pieces(["one ST"]), SamplingParams(stop=("STOP",)), {EOS}, limit=9)
+    assert run(by_eos, [0, EOS]) == ["one ", "ST"] and by_eos.finish_reason == "stop"
+
+
+def test_first_complete_stop_string_counts_and_the_longest_of_those() -> None:
+    assert find_stop("xabcdef", ["abcdef", "cd"]) == 3, "cd is complete before abcdef"
+    assert find_stop("xabcd", ["cd", "abcd"]) == 1, "both end together: the longest"
+    assert find_stop("xyz", ["a"]) is None and find_stop("xyz", []) is None
+
+
+def test_open_length_is_the_longest_beginning_at_the_end() -> None:
+    assert open_length("aab", ["abc"]) == 2
+    assert open_length("xaa", ["aaab", "ab"]) == 2
+    assert open_length("abc", ["abc"]) == 0, "a complete one is not open"
+    assert open_length("", ["abc"]) == open_length("abc", []) == 0
+
+
+def test_end_token_is_counted_but_not_shown() -> None:
+    answer = Answer(Pieces(["a", "b"]), SamplingParams(), {EOS}, limit=10)
+    assert run(answer, [0, 1, EOS]) == ["a", "b", ""]
+    assert (answer.token_ids, answer.finish_reason) == ([0, 1, EOS], "stop")
+
+
+def test_ignore_eos_goes_on_but_a_stop_token_id_still_ends() -> None:
+    pieces = ["a", "b", "c"]
+    answer = Answer(Pieces(pieces), SamplingParams(ignore_eos=True, stop_token_ids=(2,)), {1}, limit=10)
+    assert run(answer, [0, 1, 2]) == ["a", "b", ""]
+    assert answer.finish_reason == "stop"
+
+
+def test_limit_counts_tokens() -> None:
+    answer = Answer(Pieces(["a", "", "b"]), SamplingParams(), {EOS}, limit=2)
+    assert run(answer, [0, 1, 2]) == ["a", ""]
+    assert answer.finish_reason == "length"
+    last = Answer(Pieces(["a"]), SamplingParams(), {EOS}, limit=2)
+    run(last, [0, EOS])
+    assert last.finish_reason == "stop", "an end token at the limit is a stop"

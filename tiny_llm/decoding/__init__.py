@@ -1,0 +1,1 @@
+"""From a model to an answer: ``generate`` makes tokens, ``stop`` makes text of them and ends it."""

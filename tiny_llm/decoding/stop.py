@@ -1,0 +1,99 @@
+"""Owns when an answer ends and which of its text may be shown; it knows no model.
+
+Text is made as tokens arrive because a stop string, which may begin in one token and
+end in another, ends the answer. Text that could still turn out to be the beginning of
+a stop string is held back, so no part of one is ever shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from tiny_llm.data import FinishReason, SamplingParams
+
+
+class Detokenizer(Protocol):
+    """Tokens in, text out, no half characters."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is now certain, perhaps ""."""
+        ...
+
+    def finish(self) -> str:
+        """No more tokens: return the text that was not certain yet."""
+        ...
+
+
+class Answer:
+    """The answer to one request as it grows: tokens in, printable text out, why it ended.
+
+    It ends with "stop" at a token of ``end_ids`` (unless ``params.ignore_eos``), at one of
+    ``params.stop_token_ids``, and where a stop string is complete; with "length" at
+    ``limit`` tokens. Of several stop strings the one that is complete first counts; of
+    those complete at the same character, the longest. ``token_ids`` has every token made,
+    the ending one included; ``text`` has neither the ending token's nor the stop string's.
+    """
+
+    def __init__(
+        self, detokenizer: Detokenizer, params: SamplingParams, end_ids: Collection[int], limit: int
+    ) -> None:
+        assert limit >= 1
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._detokenizer = detokenizer
+        self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else end_ids)}
+        self._stops = params.stop
+        self._limit = limit
+        self._pieces: list[str] = []
+        self._held = ""
+
+    @property
+    def text(self) -> str:
+        """What has been shown so far: all pieces that ``push`` returned, joined."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> str:
+        """Add the next token; return the text that may now be shown, perhaps ""."""
+        assert self.finish_reason is None, "the answer has ended"
+        self.token_ids.append(token_id)
+        if token_id in self._stop_ids:
+            piece = self._end("stop")
+        else:
+            piece = self._release(self._detokenizer.push(token_id))
+            if self.finish_reason is None and len(self.token_ids) == self._limit:
+                piece += self._end("length")
+        self._pieces.append(piece)
+        return piece
+
+    def _end(self, reason: FinishReason) -> str:
+        piece = self._release(self._detokenizer.finish())
+        if self.finish_reason is None:  # else the last characters completed a stop string
+            self.finish_reason = reason
+            piece += self._held
+        return piece
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        shown = find_stop(text, self._stops)
+        if shown is not None:
+            self.finish_reason = "stop"
+        else:
+            shown = len(text) - open_length(text, self._stops)
+        self._held = text[shown:]
+        return text[:shown]
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop string begins that is complete first in ``text``, or None."""
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+
+def open_length(text: str, stops: Sequence[str]) -> int:
+    """How many last characters of ``text`` may be the beginning of a stop string."""
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    for length in range(longest, 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
