@@ -1,0 +1,9 @@
+"""From a model's name to its folder, and from the folder to exactly the named arrays it must hold.
+
+Owns names, downloads, file formats and checks. Refuses to know how a model computes.
+"""
+
+from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.hub import resolve
+
+__all__ = ["load_weights", "resolve"]

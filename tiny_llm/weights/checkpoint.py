@@ -1,0 +1,202 @@
+"""From a checkpoint folder to exactly the named arrays that a model expects.
+
+Owns the strict comparison of what is stored with what is wanted, and the loading, a tensor at
+a time so that the source of one is gone before the next is read. Refuses to know models: the
+caller says which names and shapes it wants. Never unpickles, never runs a checkpoint's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from tiny_llm.config import Quantization
+from tiny_llm.data import QuantizedTensor
+from tiny_llm.errors import WeightError, did_you_mean
+from tiny_llm.weights.quantize import (
+    fit_group,
+    format_of,
+    is_explicit,
+    part_names,
+    part_shapes,
+    quantize_matrix,
+)
+from tiny_llm.weights.shards import StoredTensor, stored_tensors
+
+FLOATS = ("F32", "BF16", "F16")
+PACKED = ("U32",)
+SHOWN_PROBLEMS = 8
+
+Progress = Callable[[int, int], None]
+Weight = mx.array | QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """A tensor that must be on disk."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One entry of the result: the tensors that it is made of, and how."""
+
+    name: str
+    parts: dict[str, _Want]
+    stored_as: Quantization | None
+    quantize: Quantization | None
+
+
+def load_weights(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: mx.Dtype | None,
+    quantization: Quantization | None,
+    quantize: Quantization | None,
+    quantizable: Collection[str],
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Return the tensors named in ``expected`` (name -> unquantized shape), in its order.
+
+    ``dtype``: what floats become (None: as stored). ``quantization``: how the checkpoint is
+    quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
+    the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
+    ``progress`` is called with (bytes read, bytes to read) after each tensor.
+
+    Peak memory is the result plus one source tensor; the largest are read first.
+    Raises WeightError that lists every tensor missing, left over, of wrong shape or dtype.
+    """
+    stored = stored_tensors(folder)
+    jobs = [
+        _job(name, shape, stored, quantization, quantize, quantizable) for name, shape in expected.items()
+    ]
+    problems = list(_problems(jobs, stored, expected))
+    if problems:
+        raise WeightError(_report(folder, problems))
+    weights = dict(_load(jobs, stored, dtype, progress))
+    return {name: weights[name] for name in expected}
+
+
+def _job(
+    name: str,
+    shape: tuple[int, ...],
+    stored: Mapping[str, StoredTensor],
+    quantization: Quantization | None,
+    quantize: Quantization | None,
+    quantizable: Collection[str],
+) -> _Job:
+    """A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it."""
+    names = part_names(name)
+    stored_as = format_of(name, quantization) if name in quantizable else None
+    is_packed = name in stored and stored[name].info.dtype in PACKED
+    if stored_as is not None and (is_packed or names[1] in stored or is_explicit(name, quantization)):
+        shapes = part_shapes(shape, stored_as)
+        wants = [_Want(shapes[0], PACKED), _Want(shapes[1], FLOATS), _Want(shapes[2], FLOATS)]
+        return _Job(name, dict(zip(names, wants, strict=True)), stored_as, None)
+    target = format_of(name, quantize) if name in quantizable else None
+    return _Job(name, {name: _Want(shape, FLOATS)}, None, target and fit_group(shape[-1], target))
+
+
+def _problems(
+    jobs: list[_Job], stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    wanted = {name: want for job in jobs for name, want in job.parts.items()}
+    extra = [name for name in stored if name not in wanted and not _harmless(name, stored, expected)]
+    for name, want in wanted.items():
+        if name not in stored:
+            yield f"missing: {name} {list(want.shape)}.{did_you_mean(name, extra)}"
+        else:
+            yield from _misfit(name, want, stored[name])
+    for name in extra:
+        info = stored[name].info
+        yield f"not expected: {name} {info.dtype} {list(info.shape)} in {stored[name].path.name}"
+
+
+def _misfit(name: str, want: _Want, found: StoredTensor) -> Iterator[str]:
+    info = found.info
+    if info.dtype not in want.dtypes:
+        packed = info.dtype in PACKED
+        hint = " (packed integers, but its config says nothing of a quantization)" if packed else ""
+        yield f"wrong dtype: {name} is {info.dtype}{hint}, expected {' or '.join(want.dtypes)}"
+    elif info.shape != want.shape:
+        hint = " (it fits if transposed)" if info.shape == want.shape[::-1] else ""
+        yield f"wrong shape: {name} is {list(info.shape)}, expected {list(want.shape)}{hint}"
+
+
+def _harmless(name: str, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> bool:
+    """Two left-overs that old exporters write and that change nothing.
+
+    The inverse frequencies of RoPE, which follow from the config, and a copy of the embedding
+    saved as the head of a model whose config ties them.
+    """
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    embedding = expected.get("model.embed_tokens.weight")
+    return name == "lm_head.weight" and name not in expected and stored[name].info.shape == embedding
+
+
+def _report(folder: Path, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"The weights in {folder} do not fit its config.json: {problems[0]}"
+    shown = problems[:SHOWN_PROBLEMS]
+    more = len(problems) - len(shown)
+    lines = [f"The weights in {folder} do not fit its config.json, {len(problems)} problems:", *shown]
+    return "\n  ".join(lines + ([f"and {more} more"] if more else []))
+
+
+def _load(
+    jobs: list[_Job], stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None, progress: Progress | None
+) -> Iterator[tuple[str, Weight]]:
+    """Largest first: its source is then in memory while little else is."""
+
+    def size(job: _Job) -> int:
+        return sum(stored[name].info.nbytes for name in job.parts)
+
+    sources = _open({stored[name].path for job in jobs for name in job.parts})
+    done, total = 0, sum(map(size, jobs))
+    for job in sorted(jobs, key=size, reverse=True):
+        parts = [_cast(sources[stored[name].path].pop(name), dtype) for name in job.parts]
+        yield job.name, _finish(job, parts)
+        done += size(job)
+        if progress is not None:
+            progress(done, total)
+
+
+def _open(paths: Collection[Path]) -> dict[Path, dict[str, mx.array]]:
+    """Return each file's arrays; nothing is read but the header until an array is evaluated."""
+    sources = {}
+    for path in paths:
+        try:
+            arrays = mx.load(str(path), format="safetensors")
+        except RuntimeError as error:
+            raise WeightError(f"{path} cannot be read: {error}") from error
+        assert isinstance(arrays, dict)
+        sources[path] = arrays
+    return sources
+
+
+def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    is_float = mx.issubdtype(array.dtype, mx.floating)
+    return array.astype(dtype) if dtype is not None and is_float else array
+
+
+def _finish(job: _Job, parts: list[mx.array]) -> Weight:
+    """Read, cast and quantize one entry now, so that its source can go."""
+    if job.stored_as is not None:
+        packed, scales, biases = parts
+        weight: Weight = QuantizedTensor(packed, scales, biases, job.stored_as.group_size, job.stored_as.bits)
+    elif job.quantize is not None:
+        weight = quantize_matrix(parts[0], job.quantize)
+    else:
+        weight = parts[0]
+    if isinstance(weight, QuantizedTensor):
+        mx.eval(weight.packed, weight.scales, weight.biases)
+    else:
+        mx.eval(weight)
+    return weight

@@ -1,0 +1,158 @@
+"""From a model's name to a local folder with its files.
+
+Owns where models come from: the bundled ones, a folder, the Hugging Face cache, the hub. Refuses
+to know what is in the files. A model that is complete on disk needs no network, not even to ask
+for a newer one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# A lazy package: 8 ms here, and 0.2 s at the first use of one of its names.
+import huggingface_hub
+
+from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
+from tiny_llm.weights.names import SHORT_NAMES, short_names
+from tiny_llm.weights.shards import shard_names
+
+if TYPE_CHECKING:  # importing it takes 0.1 s; it is there once a download was tried
+    import huggingface_hub.errors
+
+BUNDLED = {"demo": "demo", "demo-draft": "demo/draft"}
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+NEEDED_FILES = ("config.json", "tokenizer.json")
+ALLOWED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
+
+
+def resolve(name: str, *, offline: bool = False) -> Path:
+    """Return the local folder of a model, downloading it if that is needed and allowed.
+
+    ``name``: ``demo`` or ``demo-draft`` (bundled), a folder that holds config.json, a short name
+    such as ``qwen2-1.5b``, or a hub id ``organization/name``. ``offline``, or HF_HUB_OFFLINE=1
+    in the environment, forbids the network. An interrupted download goes on where it stopped.
+
+    Raises ConfigError for a name that means nothing, WeightError if the files cannot be had.
+    """
+    if name in BUNDLED:
+        return Path(str(importlib.resources.files("tiny_llm").joinpath(BUNDLED[name])))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked_folder(folder)
+    repo_id = _repo_id(name)
+    cached = cached_folder(repo_id)
+    if cached is not None:
+        return cached
+    if offline or huggingface_hub.is_offline_mode():
+        raise WeightError(f"{repo_id} is not on disk, and the network is off. {_what_is_here()}")
+    return _download(repo_id)
+
+
+def cached_folder(repo_id: str) -> Path | None:
+    """Return the model's folder in the Hugging Face cache, or None unless every file needed is there."""
+    config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return folder if not _missing_files(folder) else None
+
+
+def is_on_disk(repo_id: str) -> bool:
+    """Return whether a hub model can be used without a network."""
+    return cached_folder(repo_id) is not None
+
+
+def models_on_disk() -> list[str]:
+    """Return the ids of the complete models in the Hugging Face cache, sorted."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    found = [path.name.removeprefix("models--").replace("--", "/", 1) for path in cache.glob("models--*--*")]
+    return sorted(repo_id for repo_id in found if REPO_ID.fullmatch(repo_id) and is_on_disk(repo_id))
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The folder {folder} has no config.json, so it is not a model's folder.")
+    return folder
+
+
+def _repo_id(name: str) -> str:
+    if name.lower() in SHORT_NAMES:
+        return SHORT_NAMES[name.lower()].repo_id
+    if Path(name).expanduser().exists():
+        raise ConfigError(f"{name} is a file, but a model is a folder. Give the folder that holds it.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ConfigError(f"There is no folder {name}.")
+    if not REPO_ID.fullmatch(name):
+        hint = did_you_mean(name, [*BUNDLED, *short_names()])
+        raise ConfigError(
+            f"There is no model {name!r}: expected a folder, a hub id (organization/name) or a short name "
+            f"(`main.py models` lists them).{hint}"
+        )
+    return name
+
+
+def _missing_files(folder: Path) -> list[str]:
+    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+    try:
+        return missing + [name for name in shard_names(folder) if not (folder / name).is_file()]
+    except WeightError:  # no weights, or a broken index: to be downloaded
+        return [*missing, "model.safetensors"]
+
+
+def _download(repo_id: str) -> Path:
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            repo_id, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
+        )
+    except Exception as error:  # the client's network errors share no public base; all end the download
+        raise _explain(repo_id, error) from error
+    folder = Path(snapshot)
+    missing = _missing_files(folder)
+    if missing:
+        raise WeightError(
+            f"{repo_id} has no {' or '.join(missing)} on the hub, so it cannot be used. "
+            "Look for a repository of the same model with safetensors and tokenizer.json."
+        )
+    return folder
+
+
+def _explain(repo_id: str, error: Exception) -> TinyLLMError:
+    """Say what stopped a download, and what to do about it."""
+    errors = huggingface_hub.errors
+    endpoint, cache = huggingface_hub.constants.ENDPOINT, huggingface_hub.constants.HF_HUB_CACHE
+    page = f"{endpoint}/{repo_id}"
+    if isinstance(error, errors.GatedRepoError):
+        return WeightError(
+            f"{repo_id} is gated. Accept its terms at {page}, create a token there, and set HF_TOKEN to it."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        known = [row.repo_id for row in SHORT_NAMES.values()] + models_on_disk()
+        hint = did_you_mean(repo_id, known)
+        return ConfigError(f"The hub has no model {repo_id}, or it is private: then set HF_TOKEN.{hint}")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return WeightError(f"The hub refuses {repo_id} to you. See {page} and set HF_TOKEN.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return WeightError(f"{repo_id} cannot be written to {cache}: {error}.")
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return WeightError(
+        f"{repo_id} could not be downloaded from {endpoint}: {reason[0]} "
+        f"Check the network and run the same command again: it goes on where it stopped. {_what_is_here()}"
+    )
+
+
+def _what_is_here() -> str:
+    return f"On disk: {', '.join(['demo (bundled)', *models_on_disk()])}."

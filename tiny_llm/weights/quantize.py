@@ -1,0 +1,59 @@
+"""How a matrix in MLX's affine format lies on disk, and how a float one becomes one.
+
+Owns the shapes and names of the three arrays (``x.weight``, ``x.scales``, ``x.biases``) and the
+choice of format for a matrix. Refuses to know files.
+Format: ``w[i, j] = scales[i, j // group] * q[i, j] + biases[i, j // group]``, with q packed
+from the low bits up in uint32 words (mlx.core.quantize).
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from tiny_llm.config import QUANTIZED_GROUPS, Quantization
+from tiny_llm.data import QuantizedTensor
+
+Shape = tuple[int, ...]
+
+
+def part_names(name: str) -> tuple[str, str, str]:
+    """Return the names of packed values, scales and biases for ``x.weight``."""
+    module = name.removesuffix(".weight")
+    return name, f"{module}.scales", f"{module}.biases"
+
+
+def part_shapes(shape: Shape, quantization: Quantization) -> tuple[Shape, Shape, Shape]:
+    """Return the shapes of packed values [out, in * bits / 32], scales and biases [out, in / group]."""
+    *rows, columns = shape
+    groups = (*rows, columns // quantization.group_size)
+    return (*rows, columns * quantization.bits // 32), groups, groups
+
+
+def is_explicit(name: str, quantization: Quantization | None) -> bool:
+    """Return whether ``quantization`` speaks of this matrix in particular."""
+    return quantization is not None and name.removesuffix(".weight") in quantization.overrides
+
+
+def format_of(name: str, quantization: Quantization | None) -> Quantization | None:
+    """Return what ``quantization`` says of one matrix: its module's override, or the default."""
+    if quantization is None:
+        return None
+    return quantization.overrides.get(name.removesuffix(".weight"), quantization)
+
+
+def fit_group(columns: int, quantization: Quantization) -> Quantization | None:
+    """Return ``quantization`` with the largest group that divides ``columns``, at most the one wanted.
+
+    None if none does: such a matrix stays as it is.
+    """
+    for group_size in sorted(QUANTIZED_GROUPS, reverse=True):
+        if group_size <= quantization.group_size and columns % group_size == 0:
+            return Quantization(quantization.bits, group_size)
+    return None
+
+
+def quantize_matrix(matrix: mx.array, quantization: Quantization) -> QuantizedTensor:
+    """Quantize [out, in] by groups along ``in``, which they must divide. Lazy."""
+    group_size, bits = quantization.group_size, quantization.bits
+    packed, scales, biases = mx.quantize(matrix, group_size=group_size, bits=bits)
+    return QuantizedTensor(packed, scales, biases, group_size, bits)
