@@ -1,0 +1,9 @@
+"""Text to token ids and back: the tokenizer file, chat templates, streaming text.
+
+Knows files, strings and integers. Refuses to know models, arrays and requests.
+"""
+
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["StreamDetokenizer", "Tokenizer"]

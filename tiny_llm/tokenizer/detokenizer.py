@@ -1,0 +1,245 @@
+"""Ids to text, one at a time: pieces that join to exactly what decoding all ids at once gives.
+
+A ``tokenizer.json`` names its decoder as a chain of small steps. Each step here does
+the same work on a stream, and lets go of text only when no later token can change it.
+Owns that chain. Refuses to know sampling, stop strings and chat.
+
+Cost is linear in the number of tokens: nothing is decoded twice.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import Regex, decoders
+
+from tiny_llm.errors import RequestError
+
+# Rust parses the two digits with from_str_radix, which takes a plus sign.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
+
+
+class _Step(Protocol):
+    """One decoder of the chain, fed token by token."""
+
+    def push(self, token: str) -> Iterable[str]: ...
+
+    def finish(self) -> Iterable[str]: ...
+
+
+class _Each:
+    """A step that treats every token alone (Replace, and Strip before Fuse)."""
+
+    def __init__(self, decode: Callable[[list[str]], str]) -> None:
+        self._decode = decode
+
+    def push(self, token: str) -> Iterable[str]:
+        return (self._decode([token]),)
+
+    def finish(self) -> Iterable[str]:
+        return ()
+
+
+class _ByteLevel:
+    """GPT-2's bytes written as letters: join the bytes, read them as UTF-8.
+
+    Python's incremental decoder holds an unfinished character back and replaces
+    invalid bytes by the same rule as Rust (Unicode 15, 3.9, "maximal subparts").
+    """
+
+    def __init__(self) -> None:
+        self._byte_of = _byte_alphabet()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: str) -> Iterable[str]:
+        try:
+            data = bytes([self._byte_of[char] for char in token])
+        except KeyError:  # an added token is written as itself
+            data = token.encode()
+        return (self._utf8.decode(data),)
+
+    def finish(self) -> Iterable[str]:
+        return (self._utf8.decode(b"", final=True),)
+
+
+class _ByteFallback:
+    """Sentencepiece's ``<0xE4>`` tokens: a run of them is text only as a whole.
+
+    One wrong byte turns every byte of its run into U+FFFD, so a run stays here
+    until another token ends it.
+    """
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def push(self, token: str) -> Iterable[str]:
+        if match := _BYTE_TOKEN.fullmatch(token):
+            self._run.append(int(match[1], 16))
+            return ()
+        return (*self.finish(), token)
+
+    def finish(self) -> Iterable[str]:
+        run, self._run = bytes(self._run), bytearray()
+        if not run:
+            return ()
+        try:
+            return (run.decode(),)
+        except UnicodeDecodeError:
+            return ("\ufffd",) * len(run)
+
+
+class _Metaspace:
+    """Sentencepiece's mark for a space; the first token loses it if the encoder put it there."""
+
+    def __init__(self, mark: str, drop_first: bool) -> None:
+        self._mark, self._replacement = mark, "" if drop_first else " "
+
+    def push(self, token: str) -> Iterable[str]:
+        replacement, self._replacement = self._replacement, " "
+        return (token.replace(self._mark, replacement),)
+
+    def finish(self) -> Iterable[str]:
+        return ()
+
+
+class _StripStart:
+    """Strip after Fuse: up to ``count`` leading characters of the whole text."""
+
+    def __init__(self, char: str, count: int) -> None:
+        self._char, self._count = char, count
+
+    def push(self, token: str) -> Iterable[str]:
+        while token and self._count:
+            if token[0] != self._char:
+                self._count = 0
+                break
+            token, self._count = token[1:], self._count - 1
+        return (token,)
+
+    def finish(self) -> Iterable[str]:
+        return ()
+
+
+class _SpaceJoin:
+    """No decoder at all: tokens with a space between."""
+
+    def __init__(self) -> None:
+        self._gap = ""
+
+    def push(self, token: str) -> Iterable[str]:
+        gap, self._gap = self._gap, " "
+        return (gap + token,)
+
+    def finish(self) -> Iterable[str]:
+        return ()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the rest from U+0100 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _token_step(spec: Mapping[str, Any]) -> _Step | None:
+    """The step for a decoder that still sees tokens, or None where there is no streaming one."""
+    match spec["type"]:
+        case "ByteLevel":
+            return _ByteLevel()
+        case "ByteFallback":
+            return _ByteFallback()
+        case "Metaspace":
+            return _Metaspace(spec["replacement"], spec["prepend_scheme"] != "never")
+        case "Replace":
+            pattern = spec["pattern"]
+            regex = Regex(pattern["Regex"]) if "Regex" in pattern else pattern["String"]
+            return _Each(decoders.Replace(regex, spec["content"]).decode)
+        case "Strip":
+            return _Each(decoders.Strip(spec["content"], spec["start"], spec["stop"]).decode)
+        case _:
+            return None
+
+
+def _steps(backend: tokenizers.Tokenizer) -> list[_Step] | None:
+    """The tokenizer's decoder as streaming steps; None when it must see all tokens at once."""
+    if backend.decoder is None:
+        return [_SpaceJoin()]
+    spec = json.loads(backend.decoder.__getstate__())
+    steps: list[_Step] = []
+    fused = False
+    for part in spec["decoders"] if spec["type"] == "Sequence" else [spec]:
+        step: _Step | None
+        if part["type"] == "Fuse":
+            fused = True
+            continue
+        if not fused:
+            step = _token_step(part)
+        elif part["type"] == "Strip" and part["stop"] == 0:
+            step = _StripStart(part["content"], part["start"])
+        else:
+            step = None
+        if step is None:
+            return None
+        steps.append(step)
+        fused = fused or part["type"] == "ByteLevel"
+    return steps
+
+
+class StreamDetokenizer:
+    """One answer's text as its tokens come.
+
+    ``"".join(push(i) for i in ids) + finish() == Tokenizer.decode(ids)``, for any ids.
+    No piece ends inside a character. A decoder of a kind that cannot be cut (CTC,
+    WordPiece ...) gives its text at ``finish``: late, but exact.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[str] = frozenset()) -> None:
+        """Stream ``backend``'s decoder; tokens whose text is in ``skipped`` give nothing."""
+        self._backend = backend
+        self._skipped = skipped
+        self._steps = _steps(backend)
+        self._held: list[str] = []
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is certain now and was not before; often "".
+
+        An id that the vocabulary lacks gives nothing, as in decode. Raises
+        RequestError for what cannot be an id.
+        """
+        token = token_text(self._backend, token_id)
+        if token is None or token in self._skipped:
+            return ""
+        if self._steps is None:
+            self._held.append(token)
+            return ""
+        return "".join(_run(self._steps, [token]))
+
+    def finish(self) -> str:
+        """End the stream and return what was still held back."""
+        if self._steps is None:
+            assert self._backend.decoder is not None, "a missing decoder streams"
+            whole: str = self._backend.decoder.decode(self._held)
+            return whole
+        text = ""
+        for at, step in enumerate(self._steps):
+            text += "".join(_run(self._steps[at + 1 :], step.finish()))
+        return text
+
+
+def _run(steps: Sequence[_Step], tokens: Iterable[str]) -> Iterable[str]:
+    for step in steps:
+        tokens = [out for token in tokens for out in step.push(token)]
+    return tokens
+
+
+def token_text(backend: tokenizers.Tokenizer, token_id: int) -> str | None:
+    """The vocabulary's entry for an id, None when it has none. Raises RequestError for a non-id."""
+    try:
+        return backend.id_to_token(token_id)
+    except (OverflowError, TypeError) as error:
+        raise RequestError(f"Token id {token_id!r} is not a whole number from 0 to 2**32 - 1.") from error

@@ -1,0 +1,115 @@
+"""What a model's folder says about its text: tokenizer.json and the small files beside it.
+
+Owns the file names and their spellings over the years. Refuses to know what the
+settings are for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tiny_llm.errors import ConfigError
+
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """A folder's tokenizer. ``special_tokens``: "eos_token" -> its text. ``templates``: name -> jinja.
+
+    ``add_bos`` None: the folder leaves it to tokenizer.json's post-processor.
+    """
+
+    backend: tokenizers.Tokenizer
+    special_tokens: Mapping[str, str]
+    templates: Mapping[str, str]
+    add_bos: bool | None
+
+
+def read_folder(folder: Path) -> TokenizerFiles:
+    """Read tokenizer.json, and what there is of the files beside it. Raises ConfigError."""
+    config = _read_json(folder / "tokenizer_config.json")
+    special = _read_json(folder / "special_tokens_map.json")
+    add_bos = config.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise ConfigError(f"{folder}/tokenizer_config.json: add_bos_token is {add_bos!r}, not true or false.")
+    return TokenizerFiles(
+        backend=_read_tokenizer(folder),
+        special_tokens=_special_tokens(special) | _special_tokens(config),
+        templates=_templates(folder, config),
+        add_bos=add_bos,
+    )
+
+
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no tokenizer.json. A model's folder needs it; with only a sentencepiece "
+            f"tokenizer.model, convert it first (transformers' save_pretrained writes tokenizer.json)."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"{path} is not a tokenizer that can be read ({error}). Fetch it again.") from error
+    backend.no_truncation()  # left over from training in some published files: it would cut prompts
+    backend.no_padding()
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}). Fetch it again, or mend it.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}, but must hold a JSON object.")
+    return value
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Every "..._token" that is set; written as a string, or as {"content": string, ...}."""
+    found = {}
+    for name, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. Files beside the config win over it, as in transformers."""
+    found = _named(config.get("chat_template"), folder / "tokenizer_config.json")
+    beside = folder / "chat_template.json"
+    found |= _named(_read_json(beside).get("chat_template"), beside)
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    for name, path in (files | {_DEFAULT: folder / "chat_template.jinja"}).items():
+        if path.is_file():
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+    return found
+
+
+def _named(value: object, path: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {_DEFAULT: value}
+    try:
+        pairs = {entry["name"]: entry["template"] for entry in value}  # type: ignore[attr-defined]
+    except (TypeError, KeyError):
+        pairs = {None: None}
+    if not all(isinstance(part, str) for pair in pairs.items() for part in pair):
+        raise ConfigError(f"{path}: chat_template must be a string or a list of name-template objects.")
+    return pairs

@@ -1,0 +1,143 @@
+"""The tokenizer that the rest of the house sees: encode, decode, stream, render a chat.
+
+Owns the choice of special tokens around a text. Refuses to know models: which ids
+end an answer is the engine's to complete from the model's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.tokenizer.chat_template import ChatTemplate
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
+from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
+
+
+class Tokenizer:
+    """Text <-> ids by a folder's tokenizer.json, and its chat template."""
+
+    def __init__(self, files: TokenizerFiles, *, template_time_limit_s: float = 2.0) -> None:
+        """Use what was read from a folder; ``from_folder`` reads and does this."""
+        self._backend = files.backend
+        self._add_bos = files.add_bos
+        self._templates = {
+            name: ChatTemplate(source, files.special_tokens, time_limit_s=template_time_limit_s)
+            for name, source in files.templates.items()
+        }
+        added = self._backend.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._bos_id = self._id_of(files.special_tokens.get("bos_token"))
+        eos_id = self._id_of(files.special_tokens.get("eos_token"))
+        self._eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, template_time_limit_s: float = 2.0) -> Tokenizer:
+        """Read tokenizer.json (needed) and the config and template files beside it (where present).
+
+        Raises ConfigError for a file that is missing or cannot be understood.
+        """
+        return cls(read_folder(Path(folder)), template_time_limit_s=template_time_limit_s)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The id of tokenizer_config's eos_token; empty when it names none."""
+        return self._eos_ids
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of tokenizer_config's bos_token, None when it names none."""
+        return self._bos_id
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, added ones included (a model may have more rows)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder brought a chat template."""
+        return bool(self._templates)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of ``text``. Special tokens written in it become their ids.
+
+        ``add_special_tokens``: put what the model expects around a plain text (BOS).
+        A rendered chat has them already: pass False. Raises RequestError for a
+        string that is not valid Unicode.
+        """
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Return ``encode`` of every text; the library spreads them over the cores."""
+        for text in texts:
+            _require_unicode(text)
+        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
+        wanted = add_special_tokens and self._add_bos is not False
+        batch = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=wanted)]
+        if wanted and self._add_bos and self._bos_id is not None:
+            batch = [ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids] for ids in batch]
+        return batch
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD, unknown ids nothing.
+
+        Raises RequestError for what cannot be an id.
+        """
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError) as error:
+            raise RequestError(f"Token ids must be whole numbers from 0 to 2**32 - 1 ({error}).") from error
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDetokenizer:
+        """Return a fresh detokenizer for one answer; its pieces join to ``decode``."""
+        return StreamDetokenizer(self._backend, self._special if skip_special_tokens else frozenset())
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: object,
+    ) -> str:
+        """Return the conversation as the model's template writes it; encode it without special tokens.
+
+        ``tools`` are JSON schemas of functions. Other keywords (``enable_thinking`` ...)
+        are the template's own variables. Raises ConfigError when there is no usable
+        template and RequestError for messages that the template refuses, or that make it
+        run or grow without end.
+        """
+        text = self._template(tools).render(
+            {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **kwargs}
+        )
+        _require_unicode(text)
+        return text
+
+    def _template(self, tools: Sequence[Mapping[str, object]] | None) -> ChatTemplate:
+        """The default template; the one called "tool_use", where there is one, when tools are given."""
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name in self._templates:
+            return self._templates[name]
+        if self._templates:
+            raise ConfigError(f"The model's chat templates are {sorted(self._templates)}: no 'default'.")
+        raise ConfigError(
+            "This model has no chat template, so it cannot chat. Continue a plain text with "
+            "`generate --raw`, or put a chat_template.jinja into its folder."
+        )
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+
+def _require_unicode(text: str) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"A text is a {type(text).__name__}, but must be a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"A text has {text[error.start]!r} at position {error.start}: half of a surrogate pair is "
+            f"no character. Read the input as UTF-8."
+        ) from error
