@@ -1,0 +1,55 @@
+"""Causal attention for one sequence, with grouped queries. Chapters 1.1 and 1.3.
+
+Letters: ``T`` new tokens, ``S`` tokens in all, ``H`` query heads, ``K`` key/value
+heads, ``G = H / K`` query heads that share one key/value head, ``D`` head dim.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from tiny_llm.ops.softmax import softmax
+
+
+def causal_mask(T: int, S: int, *, offset: int) -> mx.array:
+    """Return [T, S] to add to scores: 0 where query t may see key s, -inf where s lies in its future.
+
+    Query t stands at position ``offset + t``, key s at position s.
+    """
+    query_positions = mx.arange(offset, offset + T)[:, None]
+    key_positions = mx.arange(S)[None, :]
+    return mx.where(key_positions <= query_positions, 0.0, -mx.inf)
+
+
+def attention_ref(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+    """Return ``softmax(q k^T * scale + mask) v`` [T, H, D] ("Attention Is All You Need", section 3.2.1).
+
+    q [T, H, D]; k, v [S, K, D]. Query head h reads key/value head ``h // G`` (grouped
+    queries: Ainslie et al. 2023): q is seen as [K, G, T, D] and meets k [K, 1, D, S], so
+    that no key or value is copied. Scores are float32; the result has q's dtype.
+    """
+    T, H, D = q.shape
+    S, K, _ = k.shape
+    grouped_q = q.reshape(T, K, H // K, D).transpose(1, 2, 0, 3).astype(mx.float32)
+    keys = k.transpose(1, 2, 0)[:, None].astype(mx.float32)
+    values = v.transpose(1, 0, 2)[:, None].astype(mx.float32)
+
+    scores = mx.matmul(grouped_q, keys) * scale + causal_mask(T, S, offset=offset)
+    out = mx.matmul(softmax(scores), values)  # [K, G, T, D]
+    return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+    """Attention of q [T, H, D], at positions from ``offset``, over k, v [S, K, D]; see ``attention_ref``."""
+    _check(q, k, v, offset)
+    return attention_ref(q, k, v, scale=scale, offset=offset)
+
+
+def _check(q: mx.array, k: mx.array, v: mx.array, offset: int) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        shapes = f"{q.shape}, {k.shape}, {v.shape}"
+        raise ValueError(f"[attention] expected q [T, H, D] and k, v [S, K, D], got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"[attention] expected KV heads that divide {q.shape[1]}, got {k.shape[1]}")
+    if offset < 0 or offset + q.shape[0] > k.shape[0]:
+        raise ValueError(f"[attention] expected at least {offset + q.shape[0]} keys, got {k.shape[0]}")

@@ -1,0 +1,27 @@
+"""Token ids to vectors. Chapter 1.5."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from tiny_llm.data import QuantizedTensor
+
+
+def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
+    """Return [T, E]: row ``tokens[t]`` of weight [V, E] for each t. A quantized table unpacks only these."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight[tokens]
+    return mx.dequantize(
+        weight.packed[tokens],
+        weight.scales[tokens],
+        weight.biases[tokens],
+        group_size=weight.group_size,
+        bits=weight.bits,
+    )
+
+
+def embedding(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
+    """Look tokens [T] up in weight [V, E]; see ``embedding_ref``. Ids must be below V, unchecked here."""
+    if tokens.ndim != 1 or not mx.issubdtype(tokens.dtype, mx.integer):
+        raise ValueError(f"[embedding] expected integer tokens [T], got {tokens.dtype} {tokens.shape}")
+    return embedding_ref(tokens, weight)

@@ -1,0 +1,53 @@
+"""Rotary position embedding (Su et al. 2021), half-split as Hugging Face checkpoints have it. Chapter 1.2."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from tiny_llm.config import RopeScaling
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> mx.array:
+    """Return float32 [D/2], the radians by which each pair turns a position: ``theta ** (-2i / D)``, scaled.
+
+    Computed in Python's float64, since an error here grows with the position.
+    """
+    frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if scaling is not None:
+        frequencies = [_scaled(frequency, scaling) for frequency in frequencies]
+    return mx.array(frequencies, dtype=mx.float32)
+
+
+def _scaled(frequency: float, scaling: RopeScaling) -> float:
+    """Divide by ``factor``; "llama3" (Llama 3.1) spares pairs that turn often in the trained context."""
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = min(max(kept, 0.0), 1.0)  # 1: a fast pair, left alone; 0: a slow one, divided
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
+def rope_ref(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
+    """Turn each pair (x[i], x[i + D/2]) of x [T, H, D] by ``positions[t] * inv_freq[i]`` radians.
+
+    positions [T], inv_freq [D/2]. The dot product of two turned vectors then depends on
+    the distance of their positions alone. Angles are float32; the result has x's dtype.
+    """
+    angles = positions.astype(mx.float32)[:, None, None] * inv_freq  # [T, 1, D/2]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return mx.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
+    """Rotate x [T, H, D] by positions [T]; see ``rope_ref``."""
+    if x.ndim != 3 or positions.shape != x.shape[:1] or 2 * inv_freq.size != x.shape[2]:
+        raise ValueError(
+            "[rope] expected x [T, H, D] with even D, positions [T] and inv_freq [D/2], "
+            f"got {x.shape}, {positions.shape}, {inv_freq.shape}"
+        )
+    return rope_ref(x, positions, inv_freq)

@@ -1,0 +1,23 @@
+"""Softmax over the last axis. Chapter 1.1 stands on it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def softmax_ref(x: mx.array) -> mx.array:
+    """Return ``exp(x) / sum(exp(x))`` over the last axis, in x's shape and dtype.
+
+    The row's largest value is subtracted first: the quotient stays the same and no
+    exponential overflows. -inf becomes 0. Sums are made in float32.
+    """
+    shifted = (x - mx.max(x, axis=-1, keepdims=True)).astype(mx.float32)
+    exponentials = mx.exp(shifted)
+    return (exponentials / mx.sum(exponentials, axis=-1, keepdims=True)).astype(x.dtype)
+
+
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis of x [..., N]; see ``softmax_ref``."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"[softmax] expected at least one value a row, got shape {x.shape}")
+    return softmax_ref(x)
