@@ -1,0 +1,1 @@
+"""Modules that take named arrays, strictly, and compose ops. No cache, no checkpoint format."""

@@ -1,0 +1,73 @@
+"""Attention's maps around the cache: project, normalise, rotate, attend, project back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.data import Batch, KVCache
+from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.named import Shapes, Weights, under
+from tiny_llm.layers.norm import RMSNorm
+from tiny_llm.ops.rope import rope
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """x [T, E] to [T, E]. ``inv_freq`` [D/2]; ``q_norm`` and ``k_norm`` (Qwen3) normalise each head."""
+
+    layer: int
+    head_dim: int
+    inv_freq: mx.array
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """The tensors that ``take`` reads, without their prefix."""
+        E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        wide, narrow = config.num_heads * D, config.num_kv_heads * D
+        norms: Shapes = {"q_norm.weight": (D,), "k_norm.weight": (D,)} if config.qk_norm else {}
+        return {
+            **under("q_proj", Linear.shapes(E, wide, bias=bias)),
+            **under("k_proj", Linear.shapes(E, narrow, bias=bias)),
+            **under("v_proj", Linear.shapes(E, narrow, bias=bias)),
+            **under("o_proj", Linear.shapes(wide, E, bias=config.output_bias)),
+            **norms,
+        }
+
+    @classmethod
+    def take(
+        cls, weights: Weights, prefix: str, config: ModelConfig, layer: int, inv_freq: mx.array
+    ) -> Attention:
+        """Pick the maps and norms below ``prefix``. Raises WeightError for a tensor that is missing."""
+        q, k, v = (
+            Linear.take(weights, f"{prefix}.{name}", bias=config.attention_bias)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        o = Linear.take(weights, f"{prefix}.o_proj", bias=config.output_bias)
+        q_norm, k_norm = (
+            RMSNorm.take(weights, f"{prefix}.{name}", config.rms_norm_eps) if config.qk_norm else None
+            for name in ("q_norm", "k_norm")
+        )
+        return cls(layer, config.head_dim, inv_freq, q, k, v, o, q_norm, k_norm)
+
+    def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
+        q = self._rotated(self.q_proj(x), self.q_norm, batch.positions)
+        k = self._rotated(self.k_proj(x), self.k_norm, batch.positions)
+        v = self._heads(self.v_proj(x))
+        out = kv.attend(self.layer, q, k, v, batch)
+        return self.o_proj(out.reshape(x.shape[0], -1))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(x.shape[0], -1, self.head_dim)
+
+    def _rotated(self, x: mx.array, norm: RMSNorm | None, positions: mx.array) -> mx.array:
+        heads = self._heads(x)
+        return rope(heads if norm is None else norm(heads), positions, self.inv_freq)

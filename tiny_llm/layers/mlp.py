@@ -1,0 +1,40 @@
+"""The gated MLP of a decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.named import Shapes, Weights, under
+from tiny_llm.ops.swiglu import swiglu
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """``down(silu(gate(x)) * up(x))``: x [T, E] to [T, E] through F = intermediate_size."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """The tensors that ``take`` reads, without their prefix."""
+        E, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        return {
+            **under("gate_proj", Linear.shapes(E, F, bias=bias)),
+            **under("up_proj", Linear.shapes(E, F, bias=bias)),
+            **under("down_proj", Linear.shapes(F, E, bias=bias)),
+        }
+
+    @classmethod
+    def take(cls, weights: Weights, prefix: str, config: ModelConfig) -> MLP:
+        """Pick the three maps below ``prefix``. Raises WeightError for a tensor that is missing."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        return cls(*(Linear.take(weights, f"{prefix}.{name}", bias=config.mlp_bias) for name in names))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
