@@ -1,0 +1,1 @@
+"""Caches of keys and values, all behind ``data.KVCache``."""
