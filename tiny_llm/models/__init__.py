@@ -1,0 +1,1 @@
+"""Whole models, and the registry that builds one from a folder."""

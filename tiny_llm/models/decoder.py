@@ -1,0 +1,97 @@
+"""The decoder of LLaMA, Mistral, Qwen2 and Qwen3: one class, shaped by its config's facts.
+
+Owns the wiring and the Hugging Face tensor names. Knows no cache, no checkpoint
+file and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.data import Batch, KVCache
+from tiny_llm.layers.attention import Attention
+from tiny_llm.layers.embedding import Embedding
+from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.mlp import MLP
+from tiny_llm.layers.named import Shapes, Weights, under
+from tiny_llm.layers.norm import RMSNorm
+from tiny_llm.ops.rope import rope_frequencies
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention, then MLP, each of them on the normed input and added to it (pre-norm residual)."""
+
+    input_layernorm: RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: RMSNorm
+    mlp: MLP
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """The tensors that ``take`` reads, without their prefix."""
+        return {
+            "input_layernorm.weight": (config.hidden_size,),
+            **under("self_attn", Attention.shapes(config)),
+            "post_attention_layernorm.weight": (config.hidden_size,),
+            **under("mlp", MLP.shapes(config)),
+        }
+
+    @classmethod
+    def take(cls, weights: Weights, config: ModelConfig, layer: int, inv_freq: mx.array) -> DecoderLayer:
+        """Pick layer ``layer``'s tensors. Raises WeightError for one that is missing."""
+        prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
+        return cls(
+            RMSNorm.take(weights, f"{prefix}.input_layernorm", eps),
+            Attention.take(weights, f"{prefix}.self_attn", config, layer, inv_freq),
+            RMSNorm.take(weights, f"{prefix}.post_attention_layernorm", eps),
+            MLP.take(weights, f"{prefix}.mlp", config),
+        )
+
+    def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), batch, kv)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A pure function of a batch and a cache: tokens [T] to logits [R, V] in the weights' dtype."""
+
+    config: ModelConfig
+    embed_tokens: Embedding
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    lm_head: Linear
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """Every tensor of a checkpoint by its Hugging Face name, in its unquantized shape."""
+        V, E = config.vocab_size, config.hidden_size
+        shapes: Shapes = {"model.embed_tokens.weight": (V, E)}
+        for layer in range(config.num_layers):
+            shapes |= under(f"model.layers.{layer}", DecoderLayer.shapes(config))
+        shapes["model.norm.weight"] = (E,)
+        return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, E)}
+
+    @classmethod
+    def take(cls, config: ModelConfig, weights: Weights) -> Decoder:
+        """Pick the tensors that ``shapes`` names. Raises WeightError for one that is missing."""
+        inv_freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        embed = Embedding.take(weights, "model.embed_tokens")
+        tied = config.tie_word_embeddings
+        return cls(
+            config,
+            embed,
+            tuple(DecoderLayer.take(weights, config, i, inv_freq) for i in range(config.num_layers)),
+            RMSNorm.take(weights, "model.norm", config.rms_norm_eps),
+            embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False),
+        )
+
+    def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
+        x = self.embed_tokens(batch.tokens)
+        for layer in self.layers:
+            x = layer(x, batch, kv)
+        return self.lm_head(self.norm(x[batch.logit_rows]))

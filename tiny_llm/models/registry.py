@@ -1,0 +1,115 @@
+"""model_type -> model. The built-in kinds share the decoder; installed plug-ins add others.
+
+A plug-in is a Python distribution whose entry point in the group ``tiny_llm.models``
+has a model_type as its name and an ``Architecture`` as its value. Nothing is ever
+imported from a model's own folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from tiny_llm.config import (
+    DTYPES,
+    FAMILIES,
+    Family,
+    ModelConfig,
+    Quantization,
+    built_in_family,
+    load_config,
+)
+from tiny_llm.data import Batch, KVCache
+from tiny_llm.errors import ConfigError
+from tiny_llm.layers.named import Shapes, Weights
+from tiny_llm.models.decoder import Decoder
+from tiny_llm.weights.checkpoint import load_weights
+
+PLUGIN_GROUP = "tiny_llm.models"
+QUANTIZE_BITS = (4, 8)
+QUANTIZE_GROUP = 64
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The facts that it was built from."""
+        ...
+
+    def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
+        """Return logits [R, V] for the batch's ``logit_rows``, and let ``kv`` keep its keys and values."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A kind of model: how its config reads, which tensors it has, and how it is built of them."""
+
+    family: Family
+    shapes: Callable[[ModelConfig], Shapes] = Decoder.shapes
+    build: Callable[[ModelConfig, Weights], Model] = Decoder.take
+
+
+def find(model_type: str) -> Architecture:
+    """Return the built-in or installed architecture. Raises ConfigError, with near names, without one."""
+    if model_type not in FAMILIES:
+        for plugin in entry_points(group=PLUGIN_GROUP, name=model_type):
+            architecture = plugin.load()
+            if not isinstance(architecture, Architecture):
+                raise ConfigError(f"plug-in {plugin.value} is {architecture!r}, expected an Architecture.")
+            return architecture
+    return Architecture(built_in_family(model_type))
+
+
+def expected_tensors(config: ModelConfig) -> Shapes:
+    """Every tensor that a checkpoint of this config holds: Hugging Face name to unquantized shape."""
+    return find(config.model_type).shapes(config)
+
+
+def quantizable_tensors(config: ModelConfig) -> frozenset[str]:
+    """Names of the matrices, which may be quantized: linear maps and the embedding."""
+    return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) == 2)
+
+
+def build(config: ModelConfig, weights: Weights) -> Model:
+    """Build the model of ``config`` from its named tensors. Raises WeightError for one that is missing."""
+    return find(config.model_type).build(config, weights)
+
+
+def load_model(folder: Path, *, dtype: str | None = None, quantize: int | None = None) -> Model:
+    """Load the model in ``folder`` (config.json and safetensors files).
+
+    ``dtype`` "float32", "bfloat16" or "float16"; None is float32 on a CPU, where MLX's 16-bit products are
+    slow and coarse, and what the checkpoint stores on a GPU. ``quantize`` 4 or 8 bits
+    packs what is float on disk, in groups of 64, or of 32 where 64 does not divide.
+
+    Raises ConfigError for a config or an option that cannot be used, WeightError for
+    tensors that do not fit the config.
+    """
+    config = load_config(folder, lambda model_type: find(model_type).family)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if quantize is not None and quantize not in QUANTIZE_BITS:
+        raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
+    weights = load_weights(
+        folder,
+        expected_tensors(config),
+        dtype=_mlx_dtype(dtype),
+        quantization=config.quantization,
+        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
+        quantizable=quantizable_tensors(config),
+    )
+    return build(config, weights)
+
+
+def _mlx_dtype(name: str | None) -> mx.Dtype | None:
+    on_cpu = mx.default_device().type == mx.cpu
+    names = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+    return names[name or "float32"] if name or on_cpu else None
