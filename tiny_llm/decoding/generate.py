@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
 from tiny_llm.data import Batch, KVCache, SamplingParams
-from tiny_llm.kv.none import NoCache
+from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.sampling.logprobs import top_logprobs
 from tiny_llm.sampling.sampler import sample
 
@@ -70,7 +71,7 @@ def one_sequence(tokens: Sequence[int], start: int) -> Batch:
     """A batch of one sequence: ``tokens`` at positions ``start`` on; logits of the last row."""
     rows = len(tokens)
     return Batch(
-        tokens=mx.array(tokens, mx.int32),
+        tokens=mx.array(list(tokens), mx.int32),
         positions=mx.arange(start, start + rows, dtype=mx.int32),
         starts=(0, rows),
         logit_rows=mx.array([rows - 1], mx.int32),
@@ -79,6 +80,6 @@ def one_sequence(tokens: Sequence[int], start: int) -> Batch:
 
 def choose(logits: mx.array, params: SamplingParams, position: int) -> Token:
     """Sample from logits [1, V] the token for ``position``; the step's one evaluation."""
-    token = int(sample(logits, [params], [position]).item())
+    token = cast(int, sample(logits, [params], [position]).item())
     wanted = params.logprobs
     return Token(token, None if wanted is None else top_logprobs(logits[0], token, wanted))
