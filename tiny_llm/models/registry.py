@@ -28,7 +28,7 @@ from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.checkpoint import Progress, load_weights
 
 PLUGIN_GROUP = "tiny_llm.models"
 QUANTIZE_BITS = (4, 8)
@@ -83,12 +83,19 @@ def build(config: ModelConfig, weights: Weights) -> Model:
     return find(config.model_type).build(config, weights)
 
 
-def load_model(folder: Path, *, dtype: str | None = None, quantize: int | None = None) -> Model:
+def load_model(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
     """Load the model in ``folder`` (config.json and safetensors files).
 
     ``dtype`` "float32", "bfloat16" or "float16"; None is float32 on a CPU, where MLX's 16-bit products are
     slow and coarse, and what the checkpoint stores on a GPU. ``quantize`` 4 or 8 bits
     packs what is float on disk, in groups of 64, or of 32 where 64 does not divide.
+    ``progress`` is called with (bytes read, bytes to read) as the weights come.
 
     Raises ConfigError for a config or an option that cannot be used, WeightError for
     tensors that do not fit the config.
@@ -105,6 +112,7 @@ def load_model(folder: Path, *, dtype: str | None = None, quantize: int | None =
         quantization=config.quantization,
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         quantizable=quantizable_tensors(config),
+        progress=progress,
     )
     return build(config, weights)
 
