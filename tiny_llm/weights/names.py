@@ -1,4 +1,9 @@
-"""The short names that stand for models on the hub."""
+"""The short names that stand for models on the hub, with the facts those models publish.
+
+Owns the table: repository, parameter count, size, and what matters of config.json, so that a model
+can be sized or filled with random weights without a network. Refuses to know what is on disk.
+Facts: each repository's config.json and model.safetensors.index.json.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,168 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from tiny_llm.errors import ConfigError, did_you_mean
+
+BYTES_A_PARAMETER = 2  # every one of them is published in bfloat16
+
 
 @dataclass(frozen=True, slots=True)
 class ShortName:
-    """A model on the hub."""
+    """A published model: its hub id, its parameters, and config.json's facts.
+
+    ``duplicate_parameters`` counts a tied head that the repository stores once more.
+    """
 
     repo_id: str
+    parameters: int
+    facts: Mapping[str, object]
+    duplicate_parameters: int = 0
 
-
-SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
-    {
-        "qwen2-0.5b": ShortName("Qwen/Qwen2-0.5B-Instruct"),
-        "qwen2-1.5b": ShortName("Qwen/Qwen2-1.5B-Instruct"),
-    }
-)
+    @property
+    def download_bytes(self) -> int:
+        """Size of the weight files; the tokenizer adds some 10 MB."""
+        return (self.parameters + self.duplicate_parameters) * BYTES_A_PARAMETER
 
 
 def short_names() -> list[str]:
-    """Return every short name, family by family and by size."""
+    """Return every short name, by family and size."""
     return list(SHORT_NAMES)
+
+
+def config_of(name: str) -> dict[str, object]:
+    """Return the facts of a short name's config.json, as a new dict for ``ModelConfig.from_hf``.
+
+    Raises ConfigError, with near names, for an unknown one.
+    """
+    if name not in SHORT_NAMES:
+        raise ConfigError(f"There is no short name {name!r}.{did_you_mean(name, SHORT_NAMES)}")
+    return dict(SHORT_NAMES[name].facts)
+
+
+def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+_COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16"}
+_TIED = {"tie_word_embeddings": True}
+_QWEN = _COMMON | {
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+_QWEN2 = _QWEN | {"model_type": "qwen2", "max_position_embeddings": 32768, "sliding_window": 32768}
+_QWEN2_LARGE = _QWEN2 | {"vocab_size": 152064, "sliding_window": 131072}
+_QWEN3 = _QWEN | {
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_scaling": None,
+    "sliding_window": None,
+}
+_LLAMA = _COMMON | {
+    "model_type": "llama",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = _LLAMA | {
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+
+
+def _llama3_long(factor: float) -> dict[str, object]:
+    """LLaMA 3.1 and later: the context stretched to 128K, and three ids that end an answer."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    eos = [128001, 128008, 128009]
+    return _LLAMA3 | {"max_position_embeddings": 131072, "rope_scaling": scaling, "eos_token_id": eos}
+
+
+_QWEN2_05B = _QWEN2 | _TIED | _size(896, 4864, 24, 14, 2)
+_QWEN2_15B = _QWEN2 | _TIED | _size(1536, 8960, 28, 12, 2)
+_QWEN2_7B = _QWEN2_LARGE | _size(3584, 18944, 28, 28, 4)
+
+SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
+    {
+        "qwen2-0.5b": ShortName("Qwen/Qwen2-0.5B-Instruct", 494_032_768, _QWEN2_05B),
+        "qwen2-1.5b": ShortName("Qwen/Qwen2-1.5B-Instruct", 1_543_714_304, _QWEN2_15B),
+        "qwen2-7b": ShortName("Qwen/Qwen2-7B-Instruct", 7_615_616_512, _QWEN2_7B),
+        "qwen2.5-0.5b": ShortName("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _QWEN2_05B),
+        "qwen2.5-1.5b": ShortName("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, _QWEN2_15B),
+        "qwen2.5-3b": ShortName(
+            "Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, _QWEN2 | _TIED | _size(2048, 11008, 36, 16, 2)
+        ),
+        "qwen2.5-7b": ShortName("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, _QWEN2_7B),
+        "qwen2.5-14b": ShortName(
+            "Qwen/Qwen2.5-14B-Instruct", 14_770_033_664, _QWEN2_LARGE | _size(5120, 13824, 48, 40, 8)
+        ),
+        "qwen2.5-32b": ShortName(
+            "Qwen/Qwen2.5-32B-Instruct", 32_763_876_352, _QWEN2_LARGE | _size(5120, 27648, 64, 40, 8)
+        ),
+        "qwen2.5-72b": ShortName(
+            "Qwen/Qwen2.5-72B-Instruct", 72_706_203_648, _QWEN2_LARGE | _size(8192, 29568, 80, 64, 8)
+        ),
+        "qwen3-0.6b": ShortName(
+            "Qwen/Qwen3-0.6B", 596_049_920, _QWEN3 | _TIED | _size(1024, 3072, 28, 16, 8), 155_582_464
+        ),
+        "qwen3-1.7b": ShortName(
+            "Qwen/Qwen3-1.7B", 1_720_574_976, _QWEN3 | _TIED | _size(2048, 6144, 28, 16, 8), 311_164_928
+        ),
+        "qwen3-4b": ShortName("Qwen/Qwen3-4B", 4_022_468_096, _QWEN3 | _TIED | _size(2560, 9728, 36, 32, 8)),
+        "qwen3-8b": ShortName("Qwen/Qwen3-8B", 8_190_735_360, _QWEN3 | _size(4096, 12288, 36, 32, 8)),
+        "qwen3-14b": ShortName("Qwen/Qwen3-14B", 14_768_307_200, _QWEN3 | _size(5120, 17408, 40, 40, 8)),
+        "qwen3-32b": ShortName("Qwen/Qwen3-32B", 32_762_123_264, _QWEN3 | _size(5120, 25600, 64, 64, 8)),
+        "llama-3-8b": ShortName(
+            "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _LLAMA3 | _size(4096, 14336, 32, 32, 8)
+        ),
+        "llama-3.1-8b": ShortName(
+            "meta-llama/Llama-3.1-8B-Instruct",
+            8_030_261_248,
+            _llama3_long(8.0) | _size(4096, 14336, 32, 32, 8),
+        ),
+        "llama-3.2-1b": ShortName(
+            "meta-llama/Llama-3.2-1B-Instruct",
+            1_235_814_400,
+            _llama3_long(32.0) | _TIED | {"head_dim": 64} | _size(2048, 8192, 16, 32, 8),
+        ),
+        "llama-3.2-3b": ShortName(
+            "meta-llama/Llama-3.2-3B-Instruct",
+            3_212_749_824,
+            _llama3_long(32.0) | _TIED | {"head_dim": 128} | _size(3072, 8192, 28, 24, 8),
+        ),
+        "llama-3.3-70b": ShortName(
+            "meta-llama/Llama-3.3-70B-Instruct",
+            70_553_706_496,
+            _llama3_long(8.0) | _size(8192, 28672, 80, 64, 8),
+        ),
+        "tinyllama-1.1b": ShortName(
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            1_100_048_384,
+            _LLAMA
+            | {"vocab_size": 32000, "rope_theta": 10000.0, "max_position_embeddings": 2048}
+            | {"bos_token_id": 1, "eos_token_id": 2}
+            | _size(2048, 5632, 22, 32, 4),
+        ),
+    }
+)
