@@ -1,0 +1,1 @@
+"""The engine's front ends: ``llm`` answers requests, ``conversation`` keeps a chat that fits."""

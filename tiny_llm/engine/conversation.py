@@ -1,0 +1,83 @@
+"""Owns a conversation with a model: what was said, and that it keeps fitting the context.
+
+Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from tiny_llm.data import Chunk, SamplingParams
+from tiny_llm.engine.llm import LLM
+
+
+class Conversation:
+    """Turns of user and assistant after an optional system message.
+
+    ``messages`` is the whole, as chat templates take it. When the next answer would have
+    no room, the oldest turns are dropped; ``forgotten`` counts the messages dropped so far.
+    """
+
+    def __init__(self, llm: LLM, system: str | None = None) -> None:
+        self.system = system
+        self.forgotten = 0
+        self._llm = llm
+        self._turns: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The system message, if any, and every turn that is still remembered."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self._turns]
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._turns.clear()
+        self.forgotten = 0
+
+    def ask(self, text: str, params: SamplingParams) -> Generator[Chunk]:
+        """Say ``text`` and stream the answer, which is remembered as far as it was streamed.
+
+        An answer stopped before its first character is forgotten together with the question.
+        Raises RequestError at once if ``text`` cannot be answered; nothing is then changed.
+        """
+        before = list(self._turns)
+        self._turns.append({"role": "user", "content": text})
+        try:
+            self._make_room(params)
+            chunks = self._llm.stream_chat(self.messages, params)
+        except BaseException:
+            self._turns = before
+            raise
+        self.forgotten += len(before) + 1 - len(self._turns)
+        return self._listen(chunks)
+
+    def save(self, path: Path) -> None:
+        """Write ``messages`` as JSON to a new file; raises OSError if that fails or it exists."""
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(self.messages, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+
+    def _listen(self, chunks: Iterator[Chunk]) -> Generator[Chunk]:
+        said = ""
+        try:
+            for chunk in chunks:
+                said += chunk.text
+                yield chunk
+        finally:  # also when the reader stops early
+            if said:
+                self._turns.append({"role": "assistant", "content": said})
+            else:
+                self._turns.pop()
+
+    def _make_room(self, params: SamplingParams) -> None:
+        """Drop the oldest exchanges until the prompt leaves room for an answer.
+
+        The room is a quarter of the context, or less if ``max_tokens`` is less.
+        """
+        most = self._llm.max_context - min(params.max_tokens, self._llm.max_context // 4)
+        while len(self._turns) > 1 and len(self._llm.chat_prompt(self.messages)) > most:
+            del self._turns[0]
+            while self._turns[0]["role"] != "user":
+                del self._turns[0]
