@@ -1,11 +1,13 @@
-"""What git tracks: text that is at home on any machine, and a README that lists every file."""
+"""What git tracks: text at home on any machine, every file in the README, every import declared."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,37 @@ def readme_tree_is_right(readme: str, names: Sequence[str]) -> Iterator[str]:
             yield f"README.md:1: the file tree lists {path}, which is not there"
         elif not words:
             yield f"README.md:1: the file tree does not say what {path} is"
+
+
+def undeclared(imports: Set[str], dependencies: Sequence[str]) -> Iterator[str]:
+    """What the package imports is what pyproject.toml asks for, no less and no more."""
+    declared = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in dependencies}
+    for name in sorted(imports - declared):
+        yield f"pyproject.toml: tiny_llm imports {name}, which is no dependency"
+    for name in sorted(declared - imports):
+        yield f"pyproject.toml: nothing in tiny_llm imports {name}"
+
+
+def third_party_imports(folder: Path) -> set[str]:
+    """The top-level modules that ``folder``'s files import from elsewhere than the standard library."""
+    statement = re.compile(r"^\s*(?:import|from)\s+([a-zA-Z]\w*)", re.M)
+    found = {name for f in folder.rglob("*.py") for name in statement.findall(f.read_text(encoding="utf-8"))}
+    return {name for name in found if name not in sys.stdlib_module_names and name != folder.name}
+
+
+def test_dependencies_are_what_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    problems = list(undeclared(third_party_imports(ROOT / "tiny_llm"), project["dependencies"]))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_undeclared_sees_both_sides(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import json\nimport mlx.core as mx\ndef f():\n  from a_b.c import d\n")
+    assert list(undeclared(third_party_imports(tmp_path), ["mlx[cpu]==1; os", "A-b>=2,<3"])) == []
+    assert list(undeclared(third_party_imports(tmp_path), ["mlx", "numpy"])) == [
+        "pyproject.toml: tiny_llm imports a_b, which is no dependency",
+        "pyproject.toml: nothing in tiny_llm imports numpy",
+    ]
 
 
 def test_tracked_text_is_clean() -> None:
