@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -86,9 +87,11 @@ def undeclared(imports: Set[str], dependencies: Sequence[str]) -> Iterator[str]:
 
 def third_party_imports(folder: Path) -> set[str]:
     """The top-level modules that ``folder``'s files import from elsewhere than the standard library."""
-    statement = re.compile(r"^\s*(?:import|from)\s+([a-zA-Z]\w*)", re.M)
-    found = {name for f in folder.rglob("*.py") for name in statement.findall(f.read_text(encoding="utf-8"))}
-    return {name for name in found if name not in sys.stdlib_module_names and name != folder.name}
+    nodes = [n for f in folder.rglob("*.py") for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    found = {module.split(".")[0] for module in modules}
+    return found - set(sys.stdlib_module_names) - {folder.name}
 
 
 def test_dependencies_are_what_is_imported() -> None:
