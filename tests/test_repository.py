@@ -89,7 +89,9 @@ def third_party_imports(folder: Path) -> set[str]:
     """The top-level modules that ``folder``'s files import from elsewhere than the standard library."""
     nodes = [n for f in folder.rglob("*.py") for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    modules += [
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
     found = {module.split(".")[0] for module in modules}
     return found - set(sys.stdlib_module_names) - {folder.name}
 
@@ -101,7 +103,9 @@ def test_dependencies_are_what_is_imported() -> None:
 
 
 def test_undeclared_sees_both_sides(tmp_path: Path) -> None:
-    (tmp_path / "x.py").write_text("import json\nimport mlx.core as mx\ndef f():\n  from a_b.c import d\n")
+    (tmp_path / "x.py").write_text(
+        "import json\nfrom .y import z\nimport mlx.core as mx\ndef f():\n  from a_b.c import d\n"
+    )
     assert list(undeclared(third_party_imports(tmp_path), ["mlx[cpu]==1; os", "A-b>=2,<3"])) == []
     assert list(undeclared(third_party_imports(tmp_path), ["mlx", "numpy"])) == [
         "pyproject.toml: tiny_llm imports a_b, which is no dependency",
