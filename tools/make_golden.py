@@ -1,0 +1,247 @@
+"""Make tests/golden/: tiny random models as transformers saves them, with what transformers computes.
+
+Needs the ``tools`` extra (torch, transformers 5); tests need neither. Run it again, after adding a
+case, from the repository's root:
+
+    python tools/make_golden.py            # or: python tools/make_golden.py --out other/folder
+
+Weights are rounded to the dtype that they are saved in, then everything is computed in float32, on
+fixed seeds. Each folder has the checkpoint and activations.safetensors:
+
+    tokens, positions [T]        the input; every token attends to those before it
+    hidden.0 .. hidden.L [T, E]  the embedding, then each layer's output (before the last norm)
+    logits [T, V]
+    layer0.attention [T, E]      the first layer's attention, after o_proj
+    layer0.*                     in detailed cases also norm, q, k, v [T, heads, D] (projected, normed if
+                                 the model does so, not rotated), q_rotated, k_rotated, attended (before
+                                 o_proj), mlp_in, mlp
+    gap.positions, gap.logits    the same tokens at positions with an offset and a gap
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+LENGTH = 7
+GAP_POSITIONS = (5, 6, 7, 40, 41, 97, 98)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to make: its config's fields, and how it is saved."""
+
+    name: str
+    model_type: str
+    config: dict[str, object]
+    dtype: torch.dtype = torch.bfloat16
+    max_shard_size: str = "1GB"
+    as_transformers_4: bool = False
+    detailed: bool = False
+    rope: dict[str, object] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
+
+
+def sizes(
+    vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, layers: int = 2
+) -> dict[str, object]:
+    """The sizes of a config by their Hugging Face names."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 256,
+    }
+
+
+TIED: dict[str, object] = {"tie_word_embeddings": True}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # small, so that all three of its ranges occur
+}
+CASES = (
+    Case("qwen2_tied", "qwen2", sizes(96, 64, 64, 4, 1, layers=1) | TIED, detailed=True),
+    Case(
+        "qwen2_untied_sharded",
+        "qwen2",
+        sizes(100, 32, 64, 4, 2),
+        max_shard_size="20KB",
+        rope={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
+    Case("qwen2_14_heads", "qwen2", sizes(67, 56, 20, 14, 2) | TIED),
+    Case("qwen3", "qwen3", sizes(120, 32, 32, 4, 2) | {"head_dim": 16} | TIED, detailed=True),
+    Case("llama", "llama", sizes(70, 32, 32, 4, 4), dtype=torch.float16, as_transformers_4=True),
+    Case(
+        "llama_linear",
+        "llama",
+        sizes(96, 32, 32, 4, 2, layers=1) | TIED,
+        rope={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    ),
+    Case(
+        "llama_llama3",
+        "llama",
+        sizes(96, 32, 32, 2, 1, layers=1) | TIED,
+        as_transformers_4=True,
+        detailed=True,
+        rope=LLAMA3_ROPE,
+    ),
+    Case("llama_bias", "llama", sizes(96, 32, 32, 4, 2) | {"attention_bias": True, "mlp_bias": True} | TIED),
+    Case("llama_odd", "llama", sizes(61, 25, 19, 5, 1) | {"head_dim": 6}, dtype=torch.float32),
+    Case("mistral", "mistral", sizes(64, 32, 32, 4, 2) | {"sliding_window": None}),
+)
+
+
+def make_model(case: Case, seed: int) -> PreTrainedModel:
+    """Return the case's model, float32, with weights large enough that every part shows in the logits."""
+    config = AutoConfig.for_model(
+        case.model_type, **case.config, rope_parameters=dict(case.rope), bos_token_id=1, eos_token_id=2
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=random)
+            if weight.ndim == 1:
+                value = 1 + 0.2 * noise if "norm" in name else 0.3 * noise
+            else:
+                value = noise * (0.5 if "embed" in name else 1.5 / math.sqrt(weight.shape[1]))
+            weight.copy_(value.to(case.dtype))
+    return model
+
+
+def save_model(model: PreTrainedModel, case: Case, folder: Path) -> None:
+    """Save as transformers does, in the case's dtype; then perhaps respell the config as version 4 did."""
+    for old in folder.glob("*"):
+        old.unlink()
+    model.to(case.dtype).save_pretrained(folder, max_shard_size=case.max_shard_size)
+    model.float()
+    if case.as_transformers_4:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        config["torch_dtype"] = config.pop("dtype")
+        config["transformers_version"] = "4.57.1"
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def activations(model: PreTrainedModel, case: Case, seed: int) -> dict[str, torch.Tensor]:
+    """Run the model over random tokens and return what the module's docstring lists."""
+    random = torch.Generator().manual_seed(1000 + seed)
+    tokens = torch.randint(0, int(str(case.config["vocab_size"])), (1, LENGTH), generator=random)
+    positions = torch.arange(LENGTH)
+    seen: dict[str, torch.Tensor] = {}
+    hooks = _watch_first_layer(model, seen)
+    outs = _forward(model, tokens, positions)
+    for hook in hooks:
+        hook.remove()
+    gap = torch.tensor(GAP_POSITIONS)
+    return {
+        "tokens": tokens[0].int(),
+        "positions": positions.int(),
+        **outs,
+        **_first_layer(model, case, seen, positions),
+        "gap.positions": gap.int(),
+        "gap.logits": _forward(model, tokens, gap)["logits"],
+    }
+
+
+def _forward(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    hidden: list[torch.Tensor] = []
+    hooks = [model.model.embed_tokens.register_forward_hook(lambda *a: hidden.append(a[-1][0]))]
+    for layer in model.model.layers:
+        hooks.append(layer.register_forward_hook(lambda *a: hidden.append(_first(a[-1])[0])))
+    # A mask of its own, since transformers reads a jump in the positions as a new sequence.
+    size = tokens.shape[1]
+    mask = torch.full((size, size), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask, position_ids=positions[None], use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return {**{f"hidden.{i}": h for i, h in enumerate(hidden)}, "logits": logits}
+
+
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _watch_first_layer(
+    model: PreTrainedModel, seen: dict[str, torch.Tensor]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Record outputs of the first layer's modules; a norm of q or k replaces the projection it follows."""
+    layer = model.model.layers[0]
+    attention = layer.self_attn
+    head_dim = attention.head_dim
+
+    def keep(name: str, heads: bool = False):  # type: ignore[no-untyped-def]
+        def hook(_module: object, _inputs: object, out: object) -> None:
+            value = _first(out)[0]  # type: ignore[arg-type]
+            seen[name] = value.reshape(LENGTH, -1, head_dim).clone() if heads else value.clone()
+
+        return hook
+
+    watched = [
+        layer.input_layernorm.register_forward_hook(keep("norm")),
+        attention.q_proj.register_forward_hook(keep("q", heads=True)),
+        attention.k_proj.register_forward_hook(keep("k", heads=True)),
+        attention.v_proj.register_forward_hook(keep("v", heads=True)),
+        attention.register_forward_hook(keep("attention")),
+        layer.post_attention_layernorm.register_forward_hook(keep("mlp_in")),
+        layer.mlp.register_forward_hook(keep("mlp")),
+        attention.o_proj.register_forward_pre_hook(
+            lambda _m, inputs: seen.update(attended=inputs[0][0].reshape(LENGTH, -1, head_dim).clone())
+        ),
+    ]
+    for name in ("q", "k"):
+        if (norm := getattr(attention, f"{name}_norm", None)) is not None:
+            watched.append(norm.register_forward_hook(keep(name, heads=True)))
+    return watched
+
+
+def _first_layer(
+    model: PreTrainedModel, case: Case, seen: dict[str, torch.Tensor], positions: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    if not case.detailed:
+        return {"layer0.attention": seen["attention"]}
+    q, k = (seen[name].transpose(0, 1)[None] for name in ("q", "k"))
+    q, k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(q, positions[None]))
+    seen = seen | {"q_rotated": q[0].transpose(0, 1), "k_rotated": k[0].transpose(0, 1)}
+    return {f"layer0.{name}": value for name, value in seen.items()}
+
+
+def main() -> None:
+    """Make every case below --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tests/golden"))
+    out = parser.parse_args().out
+    for seed, case in enumerate(CASES):
+        folder = out / case.name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = make_model(case, seed)
+        save_model(model, case, folder)
+        tensors = {name: value.contiguous().clone() for name, value in activations(model, case, seed).items()}
+        save_file(tensors, folder / "activations.safetensors")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        spread = tensors["logits"].std().item()
+        print(f"{case.name:22} {size / 1e3:6.0f} kB  logits have a standard deviation of {spread:.2f}")
+
+
+if __name__ == "__main__":
+    main()
