@@ -18,6 +18,8 @@ class Conversation:
 
     ``messages`` is the whole, as chat templates take it. When the next answer would have
     no room, the oldest turns are dropped; ``forgotten`` counts the messages dropped so far.
+
+    Raises ConfigError if the model has no chat template.
     """
 
     def __init__(self, llm: LLM, system: str | None = None) -> None:
@@ -25,6 +27,7 @@ class Conversation:
         self.forgotten = 0
         self._llm = llm
         self._turns: list[dict[str, str]] = []
+        llm.chat_prompt([{"role": "user", "content": "?"}])  # now, and not after the first question
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -1,0 +1,8 @@
+"""python main.py [chat|generate|models] --model qwen2-1.5b; see python main.py --help."""
+
+import sys
+
+from tiny_llm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

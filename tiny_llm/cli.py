@@ -1,0 +1,355 @@
+"""Owns the command line: arguments in, one call, an exit code out.
+
+Exit codes: 0 done; 2 something that the user can mend, and one line on stderr says what;
+1 a bug of ours; 130 stopped by Ctrl-C; 141 the reader of our pipe went away.
+Knows no array. A command imports what only it needs.
+"""
+
+from __future__ import annotations
+
+import io
+import json as json_format
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+from typer.core import TyperGroup
+
+from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.errors import RequestError, TinyLLMError
+from tiny_llm.weights.hub import BUNDLED, is_on_disk, resolve
+from tiny_llm.weights.names import SHORT_NAMES
+
+if TYPE_CHECKING:  # 60 ms that only a large model needs
+    from rich.progress import Progress
+
+ANSWER_TOKENS = 512
+LARGE_BYTES = 2**28
+"""Weights from this size on get a progress bar; smaller ones are there before it would be seen."""
+
+EXAMPLES = """
+[b]python main.py[/b] · chat with the bundled model
+
+[b]python main.py --model qwen2-1.5b --quantize 4[/b] · with a larger one
+
+[b]python main.py generate --prompt "What is a KV cache?"[/b] · one answer
+
+[b]python main.py generate --prompt "Hi" --json[/b] · answer and figures, on one line
+
+[b]echo "12 + 30 = ?" | python main.py[/b] · the answer alone, for pipes
+"""
+
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+"""Any mistake in the arguments; typer exports only this subclass of it."""
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A short name (see `models`), a hub id, or a folder.", rich_help_panel="Model"
+    ),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="What to compute in; the default suits the device.", rich_help_panel="Model"),
+]
+QuantizeOption = Annotated[
+    int | None,
+    typer.Option(help="Pack the weights into 4 or 8 bits while loading.", rich_help_panel="Model"),
+]
+OfflineOption = Annotated[
+    bool,
+    typer.Option("--offline", help="Use what is on disk; never ask the network.", rich_help_panel="Model"),
+]
+SystemOption = Annotated[
+    str | None, typer.Option(help="How the model is to behave.", rich_help_panel="Prompt")
+]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", "-n", help="Longest answer, in tokens.", rich_help_panel="Answer")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="0 always takes the likeliest token; 1 draws as the model thinks.",
+        rich_help_panel="Answer",
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option(help="Draw from the K likeliest tokens only; 0 is off.", rich_help_panel="Answer")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(help="Draw from the fewest tokens that make up P of the mass.", rich_help_panel="Answer"),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(help="Drop tokens less likely than P times the likeliest.", rich_help_panel="Answer"),
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Makes a drawn answer repeat exactly.", rich_help_panel="Answer")
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(help="End before this text; may be given several times.", rich_help_panel="Answer"),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")
+]
+
+
+class _ChatByDefault(TyperGroup):
+    """Without a command's name it is ``chat``: ``main.py --model X`` is ``main.py chat --model X``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["chat", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ChatByDefault,
+    help="A language model on your own machine: chat with it, or ask it one thing.",
+    epilog=EXAMPLES,
+    rich_markup_mode="rich",
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.command()
+def chat(
+    model: ModelOption = "demo",
+    system: SystemOption = None,
+    max_tokens: MaxTokensOption = ANSWER_TOKENS,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Talk with a model ([b]the default command[/b]).
+
+    In a terminal: a conversation; /help there lists its commands.
+
+    With something piped in: the answer to it, and nothing else.
+    """
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    question = None if sys.stdin.isatty() else _read_stdin()
+    llm = _load(model, dtype, quantize, offline)
+    if question is None:
+        from tiny_llm.chat import Chat
+        from tiny_llm.engine.conversation import Conversation
+
+        Chat(model, Conversation(llm, system), params).run()
+    else:
+        _print_stream(llm.stream_chat(_messages(system, question), params))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"
+        ),
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"
+        ),
+    ] = False,
+    system: SystemOption = None,
+    model: ModelOption = "demo",
+    max_tokens: MaxTokensOption = ANSWER_TOKENS,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    offline: OfflineOption = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one line: the answer and its figures.", rich_help_panel="Output"),
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer one prompt.
+
+    The answer goes to stdout as it is made, its figures to stderr at the end.
+    """
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give --prompt TEXT, or pipe a text in")
+        prompt = _read_stdin()
+    if raw and system is not None:
+        raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
+    messages = [] if raw else _messages(system, prompt)
+    llm = _load(model, dtype, quantize, offline)
+    chunks = llm.stream(prompt, params) if raw else llm.stream_chat(messages, params)
+    if json:
+        *_, last = chunks
+        assert last.completion is not None
+        print(_as_json(model, last.completion))
+    else:
+        from tiny_llm.chat import figures
+
+        print(figures(_print_stream(chunks)), file=sys.stderr)
+
+
+@app.command()
+def models() -> None:
+    """List the short names: hub id, parameters, download size, and whether it is on disk."""
+    print(f"{'NAME':<15} {'MODEL':<37} {'PARAMETERS':>10} {'SIZE':>9}  ON DISK")
+    for row in _model_rows():
+        print("{:<15} {:<37} {:>10} {:>9}  {}".format(*row))
+
+
+def _model_rows() -> Iterator[tuple[str, str, str, str, str]]:
+    for name in BUNDLED:
+        stored = sum(file.stat().st_size for file in resolve(name).glob("*.safetensors"))
+        yield name, "bundled", "", f"{stored / 1e6:.1f} MB", "yes"
+    for name, model in SHORT_NAMES.items():
+        here = "yes" if is_on_disk(model.repo_id) else "no"
+        size = f"{model.download_bytes / 1e9:.1f} GB"
+        yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
+
+
+def _messages(system: str | None, question: str) -> list[dict[str, str]]:
+    if not question.strip():
+        raise RequestError("The prompt is empty; say something, by --prompt TEXT or through a pipe.")
+    asked = {"role": "user", "content": question}
+    return [asked] if system is None else [{"role": "system", "content": system}, asked]
+
+
+def _read_stdin() -> str:
+    """All of stdin without the newline at its end. Raises RequestError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"The text on stdin is not valid UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)."
+        ) from error
+
+
+def _load(model: str, dtype: str | None, quantize: int | None, offline: bool) -> LLM:
+    bar = _LoadingBar()
+    try:
+        return LLM(model, dtype=dtype, quantize=quantize, offline=offline, progress=bar)
+    finally:
+        bar.close()
+
+
+class _LoadingBar:
+    """A progress bar on stderr while large weights load; the loader calls it."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` bytes are read."""
+        if total < LARGE_BYTES or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            columns = (TextColumn("Loading"), BarColumn(), DownloadColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _print_stream(chunks: Iterator[Chunk]) -> Completion:
+    completion = None
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        completion = chunk.completion
+    print()
+    assert completion is not None
+    return completion
+
+
+def _as_json(model: str, completion: Completion) -> str:
+    """One line whatever the text holds: json escapes all that is not ASCII."""
+    timing = completion.timing
+    return json_format.dumps(
+        {
+            "model": model,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": timing.prompt_tokens,
+            "completion_tokens": timing.completion_tokens,
+            "ttft_s": round(timing.ttft_s, 6),
+            "prefill_tok_s": round(timing.prefill_tok_s, 3),
+            "decode_tok_s": round(timing.decode_tok_s, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line ``arguments`` (default: the process's) and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; there must be somewhere to flush it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _UsageError as error:
+        return _fail(error, error.format_message(), 2, arguments)
+    except TinyLLMError as error:
+        return _fail(error, str(error), 2, arguments)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error} (this is a bug; --debug shows where)"
+        return _fail(error, what, 1, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+    program = Path(sys.argv[0]).name
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(
+            "python main.py" if program == "main.py" else program, arguments
+        ) as context:
+            command.invoke(context)
+    except typer.Exit as done:  # --help
+        return done.exit_code
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def _fail(error: Exception, what: str, code: int, arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(what.split())}", file=sys.stderr)
+    return code
