@@ -124,11 +124,13 @@ def make_model(case: Case, seed: int) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, case: Case, folder: Path) -> None:
-    """Save as transformers does, in the case's dtype; then perhaps respell the config as version 4 did."""
+    """Save as transformers does, in the case's dtype; then perhaps respell the config as version 4 did.
+
+    Ends the model's use: the change of dtype rounds RoPE's frequencies too.
+    """
     for old in folder.glob("*"):
         old.unlink()
     model.to(case.dtype).save_pretrained(folder, max_shard_size=case.max_shard_size)
-    model.float()
     if case.as_transformers_4:
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -235,8 +237,8 @@ def main() -> None:
         folder = out / case.name
         folder.mkdir(parents=True, exist_ok=True)
         model = make_model(case, seed)
-        save_model(model, case, folder)
         tensors = {name: value.contiguous().clone() for name, value in activations(model, case, seed).items()}
+        save_model(model, case, folder)
         save_file(tensors, folder / "activations.safetensors")
         size = sum(path.stat().st_size for path in folder.iterdir())
         spread = tensors["logits"].std().item()
