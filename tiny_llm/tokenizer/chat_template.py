@@ -1,76 +1,80 @@
 """Chat templates: jinja source + messages -> the text that the model was trained on.
 
-The source comes with the checkpoint and is not trusted: it runs in jinja2's immutable
-sandbox. Owns compiling and rendering. Refuses to know files and tokens.
+The source comes with the checkpoint and is not trusted; it runs in the metered
+sandbox. Owns compiling once and rendering often. Refuses to know files and tokens.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from types import CodeType
 
 import jinja2
-import jinja2.ext
-from jinja2 import nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.tokenizer.meter import SIZE, Meter
+from tiny_llm.tokenizer.sandbox import Sandbox
+
+_SOURCE_LIMIT = 2**18  # published templates have at most some 30,000 characters
 
 
 class ChatTemplate:
-    """One template, compiled at its first use."""
+    """One template. Rendering keeps no state, so threads may share it."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, time_limit_s: float) -> None:
+        """``special_tokens`` ("bos_token" ...) are variables of every render."""
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """Return the text for ``variables`` (messages, tools, ...)."""
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        env.filters["tojson"] = _tojson
-        env.globals["raise_exception"] = _raise_exception
-        env.globals["strftime_now"] = _strftime_now
+        """Return the text for ``variables``: messages, tools, and what else the template reads.
+
+        Raises ConfigError for a template that does not compile; RequestError when it
+        refuses the variables, fails on them, or takes too long or too much.
+        """
+        code = self._code
+        sandbox = Sandbox(Meter(self._time_limit_s))
+        template = jinja2.Template.from_code(sandbox, code, sandbox.globals)
         try:
-            template = env.from_string(self._source)
+            text = template.render(_plain({"documents": None, **self._special_tokens, **variables}))
+        except RequestError:
+            raise
+        except jinja2.TemplateError as error:
+            raise RequestError(f"The chat template refuses this conversation: {error}") from error
+        except Exception as error:  # whatever the template's own expressions raise
+            name = type(error).__name__
+            raise RequestError(f"The chat template fails on this conversation: {name}: {error}") from error
+        if len(text) > SIZE:
+            raise RequestError(f"The chat template makes {len(text):,} characters; {SIZE:,} are allowed.")
+        return text
+
+    @functools.cached_property
+    def _code(self) -> CodeType:
+        if len(self._source) > _SOURCE_LIMIT:
+            raise ConfigError(
+                f"The chat template has {len(self._source):,} characters; at most {_SOURCE_LIMIT:,} are read."
+            )
+        try:
+            return Sandbox(Meter(self._time_limit_s)).compile_metered(self._source)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"The chat template is not jinja: line {error.lineno}: {error}.") from error
-        try:
-            return template.render({"documents": None, **self._special_tokens, **variables})
-        except Exception as error:
-            raise RequestError(f"The chat template refused the conversation: {error}") from error
+            raise ConfigError(f"The chat template is not jinja, line {error.lineno}: {error}.") from error
+        except Exception as error:  # nested too deep for the parser, a number of 5,000 digits ...
+            name = type(error).__name__
+            raise ConfigError(f"The chat template cannot be compiled: {name}: {error}.") from error
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``: marks the answer for training; here its body is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+def _plain(value: object) -> object:
+    """A copy made of JSON's types only: nothing else has methods that a template should reach."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [_plain(item) for item in value]
+    raise RequestError(
+        f"A {type(value).__name__} cannot go into a chat template: use strings, numbers, lists and dicts."
     )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)

@@ -1,0 +1,158 @@
+"""What one render of a chat template may use: seconds, and characters or elements.
+
+Time is looked at wherever a template can repeat itself; a size is worked out before
+the one call that could make something huge, because nothing can interrupt such a call.
+Owns the limits. Refuses to know jinja.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import time
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from typing import NoReturn, TypeVar, cast
+
+from tiny_llm.errors import RequestError
+
+_T = TypeVar("_T")
+
+SIZE = 2**22
+"""Largest single value: characters, an element of a list counting as 16. The same for the text."""
+_ELEMENT = 16
+_MEMORY = 64 * SIZE  # bytes made in one render, kept or not
+_GROWTH = 8 * SIZE  # bound on (how often) x (how much) of one call
+_INT_BITS = 2**14  # just over the 4,300 digits that Python prints
+_GROUPS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
+_ONE_SHOT: type = type(iter(()))
+_NUMBER = re.compile(r"\d+")
+_STAR_WIDTH = re.compile(r"%[^%a-zA-Z]*\*")
+
+
+class Meter:
+    """One render's allowance. Every method raises RequestError once it is used up."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start the clock."""
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._memory = 0
+
+    def tick(self) -> None:
+        """Look at the clock."""
+        if time.monotonic() > self._deadline:
+            raise RequestError(
+                f"The model's chat template was stopped after {self._seconds:g} s. It repeats itself without "
+                f"end, or the conversation is too long for it."
+            )
+
+    def each(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yield ``items``, with a look at the clock before each."""
+        for item in items:
+            self.tick()
+            yield item
+
+    def made(self, value: _T) -> _T:
+        """Charge for a value that the template made, and return it."""
+        self.tick()
+        self._memory += sys.getsizeof(value)
+        if self._memory > _MEMORY or _weight(value) > SIZE:
+            _too_large()
+        return value
+
+    def once(self, items: Iterator[_T]) -> Iterator[_T]:
+        """Run a lazy iterator now, metered; like it, the result can be read once."""
+        found: list[_T] = []
+        for item in self.each(items):
+            found.append(item)
+            _check_size(len(found) * _ELEMENT)
+        return iter(tuple(self.made(found)))
+
+    def gather(self, pieces: Iterable[str]) -> str:
+        """Join ``pieces``, stopping as soon as they are too much."""
+        found, size = [], 0
+        for piece in self.each(pieces):
+            found.append(piece)
+            size += len(piece)
+            _check_size(size)
+        return self.made("".join(found))
+
+    def before_call(self, name: str, subject: object, args: Sequence[object]) -> None:
+        """Refuse a filter or method of ``subject`` that could make something huge."""
+        self.tick()
+        numbers = [abs(arg) for arg in args if isinstance(arg, int)]
+        if sum(numbers) > SIZE:  # center(10**10), batch(10**10) ...
+            _too_large()
+        if name == "format":
+            self._before_format(str(subject), args)
+        elif name in ("join", "replace", "indent"):
+            sizes = [_weight(arg) for arg in args if not isinstance(arg, int)]
+            _check_growth(_weight(subject), max(sizes + numbers, default=1))
+        elif name == "sum" and any(isinstance(arg, (list, tuple)) for arg in args):
+            _check_growth(_weight(subject), _weight(subject))  # adding n lists copies n**2 elements
+
+    def before_operator(self, operator: str, left: object, right: object) -> None:
+        """Refuse arithmetic that could make something huge."""
+        self.tick()
+        for a, b in ((left, right), (right, left)):
+            if operator == "*" and isinstance(a, (str, bytes, list, tuple)) and isinstance(b, int):
+                _check_size(len(a) * b)
+        if isinstance(left, (str, bytes)) and operator == "%":
+            self._before_format(str(left), [right])
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length(), right.bit_length()
+            made = bits[0] * abs(right) if operator == "**" else sum(bits)
+            if max(*bits, made) > _INT_BITS:
+                _too_large()
+
+    def _before_format(self, text: str, args: Sequence[object]) -> None:
+        """``%`` and ``format``: directives x the widest of them, whether by its argument or by its number."""
+        if _STAR_WIDTH.search(text):
+            _too_large()
+        numbers = _NUMBER.findall(text)
+        if max(map(len, numbers), default=0) > len(str(SIZE)):
+            _too_large()
+        widest = max([_weight(list(args)), *map(int, numbers)])
+        _check_growth(text.count("%") + text.count("{"), widest)
+
+
+def _weight(value: object) -> int:
+    """Characters and elements of a value, what is shared counted each time; only roughly beyond SIZE."""
+    total, stack = 0, [value]
+    while stack and total <= SIZE:
+        item = stack.pop()
+        if isinstance(item, (str, bytes)):
+            total += len(item)
+        elif isinstance(item, int):
+            total += item.bit_length() // 3 + 1
+        elif isinstance(item, dict):
+            total += 2 * _ELEMENT * len(item)
+            stack += item.keys()
+            stack += item.values()
+        elif isinstance(item, _GROUPS):
+            total += _ELEMENT * len(item)
+            stack += item
+        elif isinstance(item, range):
+            total += _ELEMENT * len(item)
+        elif isinstance(item, _ONE_SHOT):
+            unread = cast("Iterator[object]", copy.copy(item))  # looking must not use it up
+            stack.append(list(unread))
+    return total
+
+
+def _check_growth(times: int, size: int) -> None:
+    if times * size > _GROWTH:
+        _too_large()
+
+
+def _check_size(size: int) -> None:
+    if size > SIZE:
+        _too_large()
+
+
+def _too_large() -> NoReturn:
+    raise RequestError(
+        f"The model's chat template was stopped: it makes a text or a list of more than {SIZE:,} characters, "
+        f"or the conversation is too long for it."
+    )
