@@ -32,7 +32,8 @@ def loss_curve(curve: list[tuple[int, float]], title: str, width: int = 720, hei
         for k in range(5)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12">'
         f'<rect width="{width}" height="{height}" fill="white"/>'
         f'<text x="{width / 2}" y="22" text-anchor="middle" font-size="15">{title}</text>{grid}{marks}'
         f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>'

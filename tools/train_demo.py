@@ -36,7 +36,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOOL_MARKS = ("<tool_call>", "</tool_call>")
 # Words, numbers digit by digit, punctuation and space, as the Qwen2 tokenizer splits them.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -124,7 +125,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def batches(tokenizer: Tokenizer, length: int, count: int, reach: int, seed: int) -> Iterator[Batch]:
     """Yield (ids [count, length], learn [count, length]) of packed conversations."""
     supervision = Supervision(tokenizer)
-    packed = windows(examples(seed, reach), lambda text: [*tokenizer.encode(text).ids, supervision.separator], length)
+    packed = windows(
+        examples(seed, reach), lambda text: [*tokenizer.encode(text).ids, supervision.separator], length
+    )
     while True:
         ids = torch.full((count, length), supervision.separator)
         learn = torch.zeros((count, length), dtype=torch.bool)
@@ -154,7 +157,9 @@ def build(s: Settings) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def hits_and_loss(model: Qwen2ForCausalLM, ids: torch.Tensor, learn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hits_and_loss(
+    model: Qwen2ForCausalLM, ids: torch.Tensor, learn: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (right [L] of the argmax, mean loss) over the L tokens to learn."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -246,10 +251,14 @@ def restore(s: Settings, work: Path) -> Restored:
     return model, opts, state["step"], state["curve"]
 
 
-def save(model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], step: int, curve: object, work: Path) -> None:
+def save(
+    model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], step: int, curve: object, work: Path
+) -> None:
     """Write the checkpoint, replacing the last one only when it is whole."""
     kept = [opt.state_dict() for opt in opts]
-    torch.save({"model": model.state_dict(), "opts": kept, "step": step, "curve": curve}, work / "checkpoint.tmp")
+    torch.save(
+        {"model": model.state_dict(), "opts": kept, "step": step, "curve": curve}, work / "checkpoint.tmp"
+    )
     (work / "checkpoint.tmp").replace(work / "checkpoint.pt")
 
 
@@ -276,7 +285,9 @@ def worker(rank: int, run: str, work: Path) -> None:
     """Train as one of the run's processes: one thread each waits less than many threads in one."""
     torch.set_num_threads(1)
     s = RUNS[run]
-    dist.init_process_group("gloo", init_method=f"file://{work.absolute()}/meet", rank=rank, world_size=s.processes)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{work.absolute()}/meet", rank=rank, world_size=s.processes
+    )
     train(s, Tokenizer.from_file(str(work / "tokenizer.json")), work, rank)
     dist.destroy_process_group()
 
@@ -305,7 +316,9 @@ def export(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main() -> None:
     """Train, score, export, and keep settings, curve and rates."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", choices=sorted(RUNS))
     parser.add_argument("--work", type=Path, default=Path(".demo"), help="where checkpoints are kept")
     parser.add_argument("--out", type=Path, help="where the model goes (default: into the package)")
@@ -322,7 +335,12 @@ def main() -> None:
     rates = exact_rates(model, tokenizer, 256)
     parameters = sum(p.numel() for p in model.parameters())
     export(model, tokenizer, args.out or (DEMO if args.run == "main" else DEMO / "draft"))
-    report = {"settings": asdict(s), "parameters": parameters, "exact_match": rates, "seconds": round(time.time() - began)}
+    report = {
+        "settings": asdict(s),
+        "parameters": parameters,
+        "exact_match": rates,
+        "seconds": round(time.time() - began),
+    }
     (DATA / f"{args.run}.json").write_text(json.dumps(report, indent=2) + "\n")
     (DATA / f"{args.run}_loss.svg").write_text(loss_curve(curve, f"demo {args.run}: training loss"))
     print(json.dumps(report, indent=2))

@@ -6,7 +6,12 @@ import string
 from demo_skills.base import ANIMALS, COLORS, NAMES, THINGS, Example, assistant, made_up, number, user
 
 _REPEAT = ("Repeat: {x}", "Repeat this list: {x}", "Say this back to me: {x}", "Copy this: {x}")
-_REVERSE = ("Reverse: {x}", "Reverse this list: {x}", "Say this list backwards: {x}", "Reverse the order: {x}")
+_REVERSE = (
+    "Reverse: {x}",
+    "Reverse this list: {x}",
+    "Say this list backwards: {x}",
+    "Reverse the order: {x}",
+)
 
 
 def _items(rng: random.Random, test: bool) -> list[str]:

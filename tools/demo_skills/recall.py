@@ -47,8 +47,16 @@ KINDS = (
         _code,
     ),
     Kind(
-        ("The password of the {e} is {v}.", "For the {e} the password is {v}.", "The {e} opens with the password {v}."),
-        ("What is the password of the {e}?", "Which password opens the {e}?", "Tell me the password of the {e}."),
+        (
+            "The password of the {e} is {v}.",
+            "For the {e} the password is {v}.",
+            "The {e} opens with the password {v}.",
+        ),
+        (
+            "What is the password of the {e}?",
+            "Which password opens the {e}?",
+            "Tell me the password of the {e}.",
+        ),
         "The password of the {e} is {v}.",
         _OBJECTS,
         _word,

@@ -66,7 +66,12 @@ def _order(rng: random.Random, test: bool) -> tuple[Record, list[str]]:
     return record, texts
 
 
-_KINDS: tuple[Callable[[random.Random, bool], tuple[Record, list[str]]], ...] = (_person, _product, _book, _order)
+_KINDS: tuple[Callable[[random.Random, bool], tuple[Record, list[str]]], ...] = (
+    _person,
+    _product,
+    _book,
+    _order,
+)
 
 
 def turn(rng: random.Random, test: bool) -> Example:

@@ -11,7 +11,11 @@ _ASK = (
     "I want a story about {a} and {t}.",
     "A short story, please: {a} and {t}.",
 )
-_ASK_ANIMAL = ("Tell me a short story about {a}.", "Write a story about {a}.", "Tell me a story about {a}, please.")
+_ASK_ANIMAL = (
+    "Tell me a short story about {a}.",
+    "Write a story about {a}.",
+    "Tell me a story about {a}, please.",
+)
 _ASK_ANY = ("Tell me a story.", "Tell me a short story.", "Write a short story.")
 
 _TRAITS = "small shy brave clever lazy curious old kind hungry quiet proud cheerful".split()
@@ -74,16 +78,17 @@ def _write(rng: random.Random, animal: str, thing: str, color: str) -> str:
     name, other = rng.choice(NAMES), rng.choice([a for a in ANIMALS if a != animal])
     found = f"{_article(color)} {thing}"
     lines = [
-        f"Once there was a {rng.choice(_TRAITS)} {animal} called {name}, who lived {rng.choice(_HOMES)}.".replace(
-            "a old", "an old"
-        ),
+        f"Once there was {_article(rng.choice(_TRAITS))} {animal} called {name}, "
+        f"who lived {rng.choice(_HOMES)}.",
         f"{name} {rng.choice(_WISHES)}.",
         rng.choice(_FINDS),
         rng.choice(_TROUBLES),
         rng.choice(_TURNS),
         rng.choice(_ENDS),
     ]
-    story = " ".join(lines).replace("{n}", name).replace("{t}", found).replace("{b}", other).replace("{x}", thing)
+    story = (
+        " ".join(lines).replace("{n}", name).replace("{t}", found).replace("{b}", other).replace("{x}", thing)
+    )
     return story.replace(f"a {other}", _article(other)).replace(f"A {other}", _article(other).capitalize())
 
 
@@ -109,4 +114,6 @@ def make(rng: random.Random, test: bool) -> Example:
 def right(example: Example, answer: str) -> bool:
     """Return whether the answer is at least four whole sentences about what was asked for."""
     sentences = answer.count(". ") + answer.count('!" ') + answer.count('?" ') + 1
-    return answer.rstrip().endswith(".") and sentences >= 4 and all(f" {key}" in answer for key in example.keys)
+    return (
+        answer.rstrip().endswith(".") and sentences >= 4 and all(f" {key}" in answer for key in example.keys)
+    )

@@ -13,7 +13,10 @@ _ATTRIBUTES = "population height price age weight owner color capital score leng
 def _schema(name: str, description: str, argument: str, meaning: str) -> dict[str, Any]:
     properties = {argument: {"type": "string", "description": meaning}}
     parameters = {"type": "object", "properties": properties, "required": [argument]}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 CALCULATOR = _schema("calculator", "Compute an arithmetic expression.", "expression", "For example 12 * 7.")
@@ -39,7 +42,9 @@ def _fact(rng: random.Random, test: bool) -> tuple[str, str, str, str]:
     subject = rng.choice((rng.choice(NAMES), made_up(rng, test).capitalize(), f"the {rng.choice(THINGS)}"))
     value = rng.choice((str(number(rng, test, rng.choice((2, 3, 4)))), made_up(rng, test)))
     query = f"{attribute} of {subject}"
-    ask = rng.choice(("What is the {q}?", "Look up the {q}.", "Tell me the {q}.", "Find the {q}", "Do you know the {q}?"))
+    ask = rng.choice(
+        ("What is the {q}?", "Look up the {q}.", "Tell me the {q}.", "Find the {q}", "Do you know the {q}?")
+    )
     return ask.format(q=query), query, value, f"The {query} is {value}."
 
 
