@@ -1,0 +1,140 @@
+"""Attention: by hand, with masks and groups, and as transformers computes it."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.ops.attention import attention, causal_mask
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def by_loops(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, grouped: bool = True
+) -> mx.array:
+    """The definition, one query head at a time; ungrouped takes KV head h % K, a common mistake."""
+    T, H, _ = q.shape
+    K = k.shape[1]
+    rows = []
+    for t in range(T):
+        heads = []
+        for h in range(H):
+            g = h // (H // K) if grouped else h % K
+            scores = mx.sum(q[t, h] * k[: offset + t + 1, g], axis=-1) * scale
+            weights = mx.exp(scores - mx.max(scores))
+            heads.append(mx.sum((weights / mx.sum(weights))[:, None] * v[: offset + t + 1, g], axis=0))
+        rows.append(mx.stack(heads))
+    return mx.stack(rows)
+
+
+@pytest.mark.chapter("1.1")
+def test_by_hand() -> None:
+    """Scores ln 3 and 0 make weights 3/4 and 1/4."""
+    q = mx.array([[[1.0, 0.0]]])
+    k = mx.array([[[math.log(3), 0.0]], [[0.0, 1.0]]])
+    v = mx.array([[[10.0, 0.0]], [[0.0, 20.0]]])
+    assert attention(q, k, v, scale=1.0, offset=1).tolist() == [[pytest.approx([7.5, 5.0])]]
+
+
+@pytest.mark.chapter("1.1")
+def test_heads_do_not_mix(assert_close) -> None:
+    q, k, v = normal(5, 3, 8), normal(5, 3, 8, seed=1), normal(5, 3, 8, seed=2)
+    alone = [
+        attention(q[:, h : h + 1], k[:, h : h + 1], v[:, h : h + 1], scale=0.3, offset=0) for h in range(3)
+    ]
+    assert_close(attention(q, k, v, scale=0.3, offset=0), mx.concatenate(alone, axis=1))
+
+
+@pytest.mark.chapter("1.1")
+def test_the_definition(assert_close) -> None:
+    q, k, v = normal(6, 2, 8), normal(6, 2, 8, seed=1), normal(6, 2, 8, seed=2)
+    scale = 8**-0.5
+    assert_close(
+        attention(q, k, v, scale=scale, offset=0),
+        by_loops(q, k, v, scale=scale, offset=0),
+        scores_not_scaled=by_loops(q, k, v, scale=1.0, offset=0),
+        scores_off_by_sqrt_D=by_loops(q, k, v, scale=1 / 8, offset=0),
+        k_and_v_swapped=by_loops(q, v, k, scale=scale, offset=0),
+        no_mask=mx.concatenate([by_loops(q[t : t + 1], k, v, scale=scale, offset=5) for t in range(6)]),
+    )
+
+
+@pytest.mark.chapter("1.3")
+def test_mask_by_hand() -> None:
+    no = -mx.inf
+    assert causal_mask(2, 4, offset=2).tolist() == [[0, 0, 0, no], [0, 0, 0, 0]]
+    assert causal_mask(3, 3, offset=0).tolist() == [[0, no, no], [0, 0, no], [0, 0, 0]]
+
+
+@pytest.mark.chapter("1.3")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (14, 2), (3, 3)])
+def test_query_heads_share_key_heads_in_groups(assert_close, heads: int, kv_heads: int) -> None:
+    q, k, v = normal(3, heads, 4), normal(7, kv_heads, 4, seed=1), normal(7, kv_heads, 4, seed=2)
+    scale = 0.5
+    mistakes = {}
+    if 1 < kv_heads < heads:
+        mistakes["query_head_h_read_key_head_h_modulo_K"] = by_loops(
+            q, k, v, scale=scale, offset=4, grouped=False
+        )
+    expected = by_loops(q, k, v, scale=scale, offset=4)
+    assert_close(attention(q, k, v, scale=scale, offset=4), expected, **mistakes)
+
+
+@pytest.mark.chapter("1.3")
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_later_rows_alone_give_what_they_give_together(assert_close, cut: int) -> None:
+    q, k, v = normal(9, 4, 8), normal(9, 2, 8, seed=1), normal(9, 2, 8, seed=2)
+    together = attention(q, k, v, scale=0.35, offset=0)
+    assert_close(
+        attention(q[cut:], k, v, scale=0.35, offset=cut),
+        together[cut:],
+        the_mask_forgets_the_offset=by_loops(q[cut:], k, v, scale=0.35, offset=0),
+    )
+
+
+@pytest.mark.chapter("1.3")
+def test_the_future_changes_nothing() -> None:
+    q, k, v = normal(4, 2, 8), normal(4, 2, 8, seed=1), normal(4, 2, 8, seed=2)
+    before = attention(q, k, v, scale=0.35, offset=0)[:3]
+    k[3], v[3] = mx.full((2, 8), 100.0), mx.full((2, 8), -100.0)
+    assert mx.array_equal(attention(q, k, v, scale=0.35, offset=0)[:3], before), "a row saw a later key"
+
+
+@pytest.mark.chapter("1.3")
+@pytest.mark.parametrize("case", ["qwen2_tied", "qwen3", "llama_llama3"])
+def test_as_transformers(assert_close, activations, case: str) -> None:
+    seen = activations(case)
+    q, k, v = (seen[f"layer0.{name}"] for name in ("q_rotated", "k_rotated", "v"))
+    scale = q.shape[-1] ** -0.5
+    assert_close(
+        attention(q, k, v, scale=scale, offset=0),
+        seen["layer0.attended"],
+        scores_not_scaled=by_loops(q, k, v, scale=1.0, offset=0),
+    )
+
+
+def test_half_precision_comes_back_and_is_summed_in_float32(assert_close) -> None:
+    q, k, v = normal(2, 2, 64), normal(300, 1, 64, seed=1), normal(300, 1, 64, seed=2)
+    halves = [x.astype(mx.bfloat16) for x in (q, k, v)]
+    got = attention(*halves, scale=0.125, offset=298)
+    expected = attention(*(x.astype(mx.float32) for x in halves), scale=0.125, offset=298)
+    assert got.dtype == mx.bfloat16
+    assert_close(got, expected, tolerance=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "offset", "message"),
+    [
+        ((2, 4, 8), (2, 2, 6), 0, r"expected q \[T, H, D\] and k, v \[S, K, D\]"),
+        ((2, 4, 8), (2, 3, 8), 0, "expected KV heads that divide 4, got 3"),
+        ((2, 4, 8), (4, 2, 8), 3, "expected at least 5 keys, got 4"),
+    ],
+)
+def test_wrong_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], offset: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(mx.zeros(q), mx.zeros(k), mx.zeros(k), scale=1.0, offset=offset)

@@ -1,0 +1,105 @@
+"""RoPE: by hand, its properties, and as transformers computes it with each scaling."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.config import RopeScaling
+from tiny_llm.ops.rope import rope, rope_frequencies
+
+pytestmark = pytest.mark.chapter("1.2")
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+
+
+def interleaved(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
+    """RoPE on pairs (x[2i], x[2i + 1]): the paper's layout, and not that of the checkpoints."""
+    apart = mx.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    first, second = mx.split(rope(apart, positions, inv_freq), 2, axis=-1)
+    return mx.stack([first, second], axis=-1).reshape(x.shape)
+
+
+def test_by_hand() -> None:
+    """One pair, one radian a position: (1, 0) goes round the circle."""
+    x = mx.array([[[1.0, 0.0]]] * 3)
+    got = rope(x, mx.array([0, 1, 2]), mx.array([1.0]))[:, 0].tolist()
+    assert got == [pytest.approx([math.cos(p), math.sin(p)], abs=1e-6) for p in range(3)]
+
+
+def test_pairs_are_half_a_head_apart() -> None:
+    """A quarter turn takes (a, b, c, d) to (-c, b, a, d) if only the first pair turns."""
+    x = mx.array([[[1.0, 2.0, 3.0, 4.0]]])
+    got = rope(x, mx.array([1]), mx.array([math.pi / 2, 0.0])).flatten().tolist()
+    hint = "pairs interleaved, expected half-split" if got == pytest.approx([-2, 1, 3, 4], abs=1e-5) else ""
+    assert got == pytest.approx([-3, 2, 1, 4], abs=1e-5), hint
+
+
+def test_frequencies_by_hand() -> None:
+    assert rope_frequencies(4, 10_000.0).tolist() == pytest.approx([1.0, 0.01]), "theta ** (-2i / D)"
+    slower = rope_frequencies(4, 10_000.0, RopeScaling("linear", 4.0)).tolist()
+    assert slower == pytest.approx([0.25, 0.0025]), "linear scaling divides every frequency"
+
+
+def test_llama3_divides_only_slow_pairs() -> None:
+    """More than 4 turns in the trained context: kept. Less than 1: divided. Between them: in between."""
+    plain = rope_frequencies(8, 1000.0).tolist()
+    turns = [64 * frequency / (2 * math.pi) for frequency in plain]
+    assert [round(n, 1) for n in turns] == [10.2, 1.8, 0.3, 0.1]
+    share = (turns[1] - 1) / (4 - 1)
+    expected = [plain[0], plain[1] * (share + (1 - share) / 8), plain[2] / 8, plain[3] / 8]
+    assert rope_frequencies(8, 1000.0, LLAMA3).tolist() == pytest.approx(expected)
+
+
+def test_position_zero_changes_nothing() -> None:
+    x = mx.random.normal((1, 2, 8), key=mx.random.key(0))
+    assert mx.array_equal(rope(x, mx.array([0]), rope_frequencies(8, 10_000.0)), x)
+
+
+def test_scores_depend_on_distance_alone() -> None:
+    q, k = mx.random.normal((2, 1, 1, 16), key=mx.random.key(0))
+    frequencies = rope_frequencies(16, 10_000.0)
+
+    def score(at: int, other: int) -> float:
+        turned = rope(q, mx.array([at]), frequencies) * rope(k, mx.array([other]), frequencies)
+        return mx.sum(turned).item()
+
+    assert score(107, 100) == pytest.approx(score(7, 0), abs=1e-4)
+    assert abs(score(7, 0) - score(8, 0)) > 1e-3, "another distance must give another score"
+
+
+@pytest.mark.parametrize(
+    ("case", "scaling"), [("qwen2_tied", None), ("qwen3", None), ("llama_llama3", LLAMA3)]
+)
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_as_transformers(
+    assert_close, activations, case: str, scaling: RopeScaling | None, name: str
+) -> None:
+    seen = activations(case)
+    x, positions = seen[f"layer0.{name}"], seen["positions"]
+    frequencies = rope_frequencies(x.shape[-1], 10_000.0, scaling)
+    mistakes = {
+        "pairs_interleaved,_expected_half_split": interleaved(x, positions, frequencies),
+        "turned_the_other_way": rope(x, -positions, frequencies),
+        "positions_off_by_one": rope(x, positions + 1, frequencies),
+    }
+    if scaling is not None:
+        mistakes["rope_scaling_ignored"] = rope(x, positions, rope_frequencies(x.shape[-1], 10_000.0))
+    assert_close(rope(x, positions, frequencies), seen[f"layer0.{name}_rotated"], **mistakes)
+
+
+def test_bfloat16_turns_by_exact_angles(assert_close) -> None:
+    """A position of 1,001 is not a bfloat16 number: angles made in bfloat16 would be far off."""
+    x = mx.random.normal((1, 2, 8), key=mx.random.key(0)).astype(mx.bfloat16)
+    frequencies = rope_frequencies(8, 10_000.0)
+    got = rope(x, mx.array([1001]), frequencies)
+    assert got.dtype == mx.bfloat16
+    assert_close(got, rope(x.astype(mx.float32), mx.array([1001]), frequencies), tolerance=2**-7)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[rope\] expected x \[T, H, D\] with even D"):
+        rope(mx.zeros((2, 1, 8)), mx.array([0]), mx.zeros(4))
+    with pytest.raises(ValueError, match=r"got \(2, 1, 8\), \(2,\), \(8,\)"):
+        rope(mx.zeros((2, 1, 8)), mx.array([0, 1]), mx.zeros(8))

@@ -1,0 +1,46 @@
+"""Softmax: known values, no overflow, masked entries."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.ops.softmax import softmax
+
+pytestmark = pytest.mark.chapter("1.1")
+
+
+def test_by_hand() -> None:
+    got = softmax(mx.array([[0.0, math.log(3)], [5.0, 5.0]])).tolist()
+    assert got == [pytest.approx([0.25, 0.75]), pytest.approx([0.5, 0.5])], "exp(x) / sum of the row"
+
+
+def test_rows_and_not_columns_add_up_to_one() -> None:
+    got = softmax(mx.random.normal((3, 5), key=mx.random.key(0)))
+    assert got.sum(axis=-1).tolist() == pytest.approx([1.0] * 3), "the sum runs over the last axis"
+
+
+def test_large_scores_do_not_overflow() -> None:
+    got = softmax(mx.array([1000.0, 1000.0 + math.log(3)])).tolist()
+    assert got == pytest.approx([0.25, 0.75], rel=1e-4), "subtract the largest value before exp"
+
+
+def test_a_masked_score_gets_nothing() -> None:
+    assert softmax(mx.array([0.0, -mx.inf, 0.0])).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_half_precision_sums_in_float32() -> None:
+    # 4,096 equal weights: a float16 or bfloat16 running sum stops growing at 2,048 or 256.
+    for dtype in (mx.float16, mx.bfloat16):
+        got = softmax(mx.zeros((4096,), dtype=dtype))
+        assert got.dtype == dtype
+        assert got[0].item() == 1 / 4096, f"{dtype}: the sum must be made in float32"
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"\[softmax\] expected at least one value a row, got shape \(2, 0\)"
+    ):
+        softmax(mx.zeros((2, 0)))
