@@ -1,0 +1,122 @@
+"""Greedy tokens against mlx-lm on the same checkpoints in float32, quantized ones too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm import utils as mlx_lm
+
+from tiny_llm.kv.no_cache import NoCache
+from tiny_llm.models.registry import load_model
+
+CASES = (
+    "qwen2_tied",
+    "qwen2_untied_sharded",
+    "qwen2_14_heads",
+    "qwen3",
+    "llama",
+    "llama_linear",
+    "llama_llama3",
+    "llama_bias",
+    "llama_odd",
+    "mistral",
+)
+PROMPT = [1, 17, 44, 3, 29, 8, 60, 31]
+COUNT = 40
+
+
+def respelled(folder: Path, copy: Path) -> Path:
+    """A copy whose config has RoPE as transformers 4 spells it: mlx-lm's LLaMA and Qwen2 read no other."""
+    shutil.copytree(folder, copy)
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", None)
+    if rope is not None:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    path.write_text(json.dumps(config))
+    return copy
+
+
+def peer(folder: Path) -> tuple[nn.Module, dict[str, object]]:
+    """mlx-lm's model and config of a folder, in float32."""
+    model, config = mlx_lm.load_model(folder)
+    model.set_dtype(mx.float32)
+    return model, config
+
+
+def peer_answer(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], mx.array]:
+    """mlx-lm's greedy ids, without a cache, and its logits [T, V] of the prompt."""
+    tokens, prompt_logits = list(prompt), model(mx.array([prompt]))[0]
+    for _ in range(count):
+        tokens.append(int(mx.argmax(model(mx.array([tokens]))[0, -1]).item()))
+    return tokens[len(prompt) :], prompt_logits
+
+
+def assert_same(model: nn.Module, folder: Path, make_batch, greedy, prompt: list[int] = PROMPT) -> None:
+    """Our loader on ``folder`` gives the answer of mlx-lm's ``model``."""
+    ours = load_model(folder, dtype="float32")
+    answer, logits = peer_answer(model, prompt, COUNT)
+    got = ours(make_batch(prompt), NoCache())
+    off = (mx.max(mx.abs(got - logits)) / mx.max(mx.abs(logits))).item()
+    assert off < 1e-4, f"the prompt's logits are off by {off:.2g} of the largest"
+    mine = greedy(ours, prompt, COUNT)
+    same = next((i for i, pair in enumerate(zip(mine, answer, strict=True)) if pair[0] != pair[1]), COUNT)
+    assert mine == answer, f"the first {same} ids are equal"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_greedy_tokens(golden: Path, tmp_path: Path, make_batch, greedy, case: str) -> None:
+    folder = respelled(golden / case, tmp_path / case)
+    assert_same(peer(folder)[0], folder, make_batch, greedy)
+
+
+def test_same_greedy_tokens_of_a_real_model(stories260k: Path, make_batch, greedy) -> None:
+    assert_same(peer(stories260k)[0], stories260k, make_batch, greedy, prompt=[1])
+
+
+@pytest.mark.parametrize(
+    ("case", "group_size"), [("qwen2_tied", 64), ("qwen2_tied", 32), ("qwen3", 32), ("llama_bias", 32)]
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_same_greedy_tokens_quantized_by_mlx_lm(
+    golden: Path, tmp_path: Path, make_batch, greedy, case: str, group_size: int, bits: int
+) -> None:
+    model, config = peer(respelled(golden / case, tmp_path / "float"))
+    model, config = mlx_lm.quantize_model(model, config, group_size, bits)
+    save(model, config, tmp_path / "quantized")
+    assert_same(model, tmp_path / "quantized", make_batch, greedy)
+
+
+def test_same_greedy_tokens_of_a_mixed_quantization(golden: Path, tmp_path: Path, make_batch, greedy) -> None:
+    """8 bits for down_proj, none for the head and the embedding, 4 for the rest."""
+
+    def choose(path: str, _module: nn.Module) -> bool | dict[str, object]:
+        if "down_proj" in path:
+            return {"group_size": 32, "bits": 8, "mode": "affine"}
+        return "layers" in path
+
+    model, config = peer(respelled(golden / "qwen2_untied_sharded", tmp_path / "float"))
+    model, config = mlx_lm.quantize_model(model, config, 32, 4, quant_predicate=choose)
+    save(model, config, tmp_path / "quantized")
+    assert_same(model, tmp_path / "quantized", make_batch, greedy)
+
+
+def test_same_greedy_tokens_of_a_real_quantized_model(
+    stories260k: Path, tmp_path: Path, make_batch, greedy
+) -> None:
+    """Its MLP is 172 wide, which no group divides: mlx-lm leaves down_proj as it is."""
+    model, config = mlx_lm.quantize_model(*peer(stories260k), 64, 8)
+    save(model, config, tmp_path / "quantized")
+    assert_same(model, tmp_path / "quantized", make_batch, greedy, prompt=[1])
+
+
+def save(model: nn.Module, config: dict[str, object], folder: Path) -> None:
+    """Write a checkpoint with mlx-lm's own functions."""
+    mlx_lm.save_model(folder, model)
+    mlx_lm.save_config(config, folder / "config.json")
