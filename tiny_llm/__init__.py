@@ -1,1 +1,24 @@
-"""tiny_llm: an LLM serving runtime on MLX, small enough to read end to end."""
+"""tiny_llm: an LLM serving runtime on MLX, small enough to read end to end.
+
+from tiny_llm import LLM, SamplingParams
+for completion in LLM("demo").generate(["What is a KV cache?"], SamplingParams(max_tokens=32)):
+    print(completion.text)
+"""
+
+from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.engine.conversation import Conversation
+from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import CapacityError, ConfigError, RequestError, TinyLLMError, WeightError
+
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "Chunk",
+    "Completion",
+    "ConfigError",
+    "Conversation",
+    "RequestError",
+    "SamplingParams",
+    "TinyLLMError",
+    "WeightError",
+]

@@ -67,23 +67,27 @@ class Chat:
         self._note(f"Talking to {self._name}. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
-                line = input(self._prompt()).strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
+                line = self._read()
+                if line is None or line in ("/exit", "/quit"):
+                    return
+                self._handle(line)
+            except KeyboardInterrupt:  # not during an answer: that one ends itself
                 print()
                 self._note("Ctrl-D or /exit leaves.")
-                continue
-            except UnicodeDecodeError:
-                self._error("that line is not valid UTF-8")
-                continue
-            if line in ("/exit", "/quit"):
-                return
-            if line.startswith("/"):
-                self._command(*line.split(maxsplit=1))
-            elif line:
-                self._answer(line)
+
+    def _read(self) -> str | None:
+        """The next line; None at the end of input."""
+        try:
+            return input(self._prompt()).strip()
+        except EOFError:
+            print()
+            return None
+
+    def _handle(self, line: str) -> None:
+        if line.startswith("/"):
+            self._command(*line.split(maxsplit=1))
+        elif line:
+            self._answer(line)
 
     def _prompt(self) -> str:
         """Readline must know which characters take no room: \\x01 and \\x02 enclose them."""

@@ -1,0 +1,250 @@
+"""The command line as its users meet it: child processes, pipes, and a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tiny_llm import cli
+from tiny_llm.weights.names import SHORT_NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, str(ROOT / "main.py")]
+KEYS = [
+    "model",
+    "text",
+    "token_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "ttft_s",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "peak_memory_bytes",
+]
+RAMBLE = ["--temperature", "4", "--seed", "1"]
+
+
+def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60, cwd=ROOT)
+
+
+class Output:
+    """What the command line printed when called in this process, and its exit code."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        self._monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        code = cli.main()
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Output:
+    return Output(capsys, monkeypatch)
+
+
+def test_published_200_tokens_from_bos(stories260k: Path, call: Output) -> None:
+    published = json.loads((stories260k / "expected_greedy_200.json").read_text())
+    options = ["--raw", "--dtype", "float32", "--temperature", "0", "--json", "--model", str(stories260k)]
+    code, out, err = call("generate", "--prompt", "<s>", "--max-tokens", "200", *options)
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert answer["token_ids"] == published["greedy_ids_reproduced_here"]
+    assert answer["text"] == published["expected_text"]
+    short = json.loads(call("generate", "--prompt", "", "--max-tokens", "3", *options)[1])
+    assert short["token_ids"] == answer["token_ids"][:3], "this tokenizer begins an empty text with BOS"
+
+
+def test_json_is_one_line_with_the_answer_and_its_figures() -> None:
+    done = run("generate", "--prompt", "Hello", "--max-tokens", "12", "--json", *RAMBLE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = done.stdout.decode().splitlines()
+    answer = json.loads(line)
+    assert list(answer) == KEYS
+    assert answer["completion_tokens"] == len(answer["token_ids"]) <= 12
+    assert answer["prompt_tokens"] > 1, "the template's tokens count"
+    assert answer["finish_reason"] in ("stop", "length") and isinstance(answer["text"], str)
+    assert answer["ttft_s"] > 0 and answer["prefill_tok_s"] > 0 and answer["decode_tok_s"] > 0
+    assert 2**24 < answer["peak_memory_bytes"] < 2**34, "bytes, not KiB"
+
+
+def test_generate_prints_the_answer_and_its_figures_apart(call: Output) -> None:
+    _, line, _ = call("generate", "--prompt", "Hello", "--max-tokens", "9", "--json", *RAMBLE)
+    code, out, err = call("generate", "--prompt", "Hello", "--max-tokens", "9", *RAMBLE)
+    assert (code, out) == (0, json.loads(line)["text"] + "\n")
+    assert len(err.splitlines()) == 1 and "9 answer tokens" in err and "tok/s" in err
+
+
+def test_a_pipe_gives_the_prompt(call: Output) -> None:
+    options = ["--max-tokens", "9", "--json", *RAMBLE]
+    given = json.loads(call("generate", "--prompt", "Grüße", *options)[1])
+    piped = json.loads(call("generate", *options, stdin="Grüße\n".encode())[1])
+    assert piped["token_ids"] == given["token_ids"]
+
+
+def test_piped_chat_prints_the_answer_alone(call: Output) -> None:
+    expected = json.loads(call("generate", "--prompt", "Hello", "--max-tokens", "9", "--json")[1])["text"]
+    for command in ([], ["chat"], ["--model", "demo"]):
+        code, out, err = call(*command, *(["--max-tokens", "9"] if command else []), stdin=b"Hello\n")
+        assert (code, err) == (0, "")
+        assert out.startswith(expected) if not command else out == expected + "\n"
+
+
+def test_options_reach_the_request(call: Output) -> None:
+    def ids(*options: str) -> list[int]:
+        return list(
+            json.loads(call("generate", "--prompt", "Hello", "-n", "12", "--json", *options)[1])["token_ids"]
+        )
+
+    greedy, ramble = ids(), ids(*RAMBLE)
+    assert ids(*RAMBLE) == ramble != greedy
+    for narrowed in (["--top-k", "1"], ["--top-p", "0.000001"], ["--min-p", "1"]):
+        assert ids(*RAMBLE, *narrowed) == greedy, narrowed
+    assert ids("--temperature", "4", "--seed", "2") != ramble
+    assert ids("--system", "Speak of nothing but cheese.") != greedy or ids("--system", "x y z") != greedy
+
+
+def test_raw_leaves_the_template_out(call: Output) -> None:
+    options = ["generate", "--prompt", "Hello", "-n", "3", "--json"]
+    plain, chat = (json.loads(call(*options, *raw)[1])["prompt_tokens"] for raw in (["--raw"], []))
+    assert plain < chat
+
+
+def test_stop_may_be_given_twice(call: Output) -> None:
+    options = ["generate", "--prompt", "Hello", "-n", "24", "--json", *RAMBLE]
+    text = json.loads(call(*options)[1])["text"]
+    answer = json.loads(call(*options, "--stop", "\x00never", "--stop", text[5:8])[1])
+    assert (answer["text"], answer["finish_reason"]) == (text[: text.index(text[5:8])], "stop")
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantize_loads_less(call: Output, bits: str) -> None:
+    code, out, _ = call("generate", "--prompt", "Hello", "-n", "3", "--quantize", bits, "--json")
+    assert code == 0 and json.loads(out)["completion_tokens"] >= 1
+
+
+def test_models_lists_every_short_name(call: Output) -> None:
+    code, out, _ = call("models")
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert code == 0 and set(rows) == {"demo", "demo-draft", *SHORT_NAMES}
+    for name, model in SHORT_NAMES.items():
+        assert model.repo_id in rows[name] and rows[name].endswith(("yes", "no")) and "GB" in rows[name]
+
+
+def test_help_teaches(call: Output) -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    for word in ("chat", "generate", "models", "python main.py", "qwen2-1.5b"):
+        assert word in out
+    code, out, _ = call("generate", "--help")
+    for option in ("--prompt", "--raw", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"):
+        assert option in out
+    for option in ("--seed", "--stop", "--dtype", "--quantize", "--offline", "--json", "--debug", "--model"):
+        assert option in out
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    child = subprocess.Popen(
+        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.read(1)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait(timeout=60) == 141
+    child.stderr.close()
+
+
+def test_ctrl_c_ends_generate_with_130() -> None:
+    child = subprocess.Popen(
+        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.read(1)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, b"")
+
+
+@contextmanager
+def opened_terminal(most_tokens: int) -> Iterator[pexpect.spawn[str]]:
+    """``python main.py`` in a pseudo-terminal, after its first prompt."""
+    arguments = [COMMAND[1], *RAMBLE, "--max-tokens", str(most_tokens)]
+    environment = {**os.environ, "TERM": "dumb"}
+    child = pexpect.spawn(COMMAND[0], arguments, env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60)
+    child.expect("> ")
+    yield child
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    turns = [
+        ("/system", "There is no system message."),
+        ("/system Be brief.", "From the next message on."),
+        ("Hello", "tok/s"),
+        ("/sytem", "Did you mean '/system'"),
+        ("/help", "/save FILE"),
+        (f"/save {file}", "Saved 3 messages"),
+        (f"/save {file}", "exists already"),
+        ("/save", "needs a file's name"),
+        ("/save /no/such/folder/x", "No such file or directory"),
+        ("/reset", "forgotten"),
+        (f"/save {tmp_path / 'reset.json'}", "Saved 1 messages"),
+    ]
+    with opened_terminal(8) as terminal:
+        for line, answer in turns:
+            terminal.sendline(line)
+            terminal.expect_exact(answer)
+            terminal.expect("\n> ")
+        terminal.sendline("/exit")
+    assert [m["role"] for m in json.loads(file.read_text())] == ["system", "user", "assistant"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    with opened_terminal(1000) as terminal:
+        terminal.sendline("Hello")
+        terminal.expect_exact("Hello\r\n")
+        terminal.expect(r"\S")  # the answer has begun
+        terminal.sendintr()
+        terminal.expect_exact("Stopped.")
+        terminal.expect("> ")
+        terminal.send("half a li")
+        terminal.sendintr()
+        terminal.expect_exact("Ctrl-D or /exit leaves.")
+        terminal.expect("> ")
+        terminal.sendline("/system")
+        terminal.expect_exact("There is no system message.")
+        terminal.expect("> ")
+        terminal.sendeof()
+
+
+def test_the_up_arrow_brings_a_line_back() -> None:
+    with opened_terminal(8) as terminal:
+        terminal.sendline("/system Be kind.")
+        terminal.expect("From the next")
+        terminal.expect("> ")
+        terminal.send("\x1b[A")
+        terminal.expect_exact("/system Be kind.")
+        terminal.sendline("er")
+        terminal.expect("From the next")
+        terminal.sendline("/system")
+        terminal.expect_exact("Be kind.er")
+        terminal.sendeof()
