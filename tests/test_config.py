@@ -164,6 +164,7 @@ def test_both_spellings_at_once_must_agree() -> None:
     [
         (QWEN2, {"use_sliding_window": True, "max_window_layers": 24, "sliding_window": 4096}),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 32768}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": None}),
         (QWEN2, {"layer_types": ["full_attention"] * 24, "use_sliding_window": True, "sliding_window": 4096}),
         (QWEN2, {"layer_types": ["full_attention"] * 24}),
         (MISTRAL, {"sliding_window": 131072}),

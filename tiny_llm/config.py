@@ -310,7 +310,7 @@ def _refuse_sliding_window(fields: _Fields, family: Family, layers: int, positio
     if family.window_needs_switch:
         full_layers = fields.whole("max_window_layers", 28, least=0)
         switched = fields.flag("use_sliding_window", False)
-        slides = switched and full_layers < layers and not fields.get("layer_types")
+        slides = slides and switched and full_layers < layers and not fields.get("layer_types")
     slides = slides or "sliding_attention" in kinds
     if slides and not (isinstance(window, int) and window >= positions):
         raise ConfigError(
