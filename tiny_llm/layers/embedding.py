@@ -13,7 +13,7 @@ from tiny_llm.ops.embedding import embedding
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A table [V, E]; ``dtype`` is that of its vectors, which a quantized table keeps in its scales."""
+    """A table [V, E] of one vector a token id, dense or quantized."""
 
     weight: Matrix
 
