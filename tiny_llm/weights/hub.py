@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
+from tiny_llm.weights.download import download
 from tiny_llm.weights.names import SHORT_NAMES, short_names
 from tiny_llm.weights.shards import shard_names
 
@@ -23,20 +24,9 @@ if TYPE_CHECKING:  # importing it takes 0.1 s; it is there once a download was t
     import huggingface_hub.errors
 
 BUNDLED = {"demo": "demo", "demo-draft": "demo/draft"}
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# The hub's own rules; two hyphens would also make two models share a folder of the cache.
+REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 NEEDED_FILES = ("config.json", "tokenizer.json")
-ALLOWED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
-IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 
 
 def resolve(name: str, *, offline: bool = False) -> Path:
@@ -115,12 +105,11 @@ def _missing_files(folder: Path) -> list[str]:
 
 def _download(repo_id: str) -> Path:
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            repo_id, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
-        )
+        folder = download(repo_id)
+    except WeightError:
+        raise
     except Exception as error:  # the client's network errors share no public base; all end the download
         raise _explain(repo_id, error) from error
-    folder = Path(snapshot)
     missing = _missing_files(folder)
     if missing:
         raise WeightError(
@@ -142,14 +131,15 @@ def _explain(repo_id: str, error: Exception) -> TinyLLMError:
     if isinstance(error, errors.RepositoryNotFoundError):
         known = [row.repo_id for row in SHORT_NAMES.values()] + models_on_disk()
         hint = did_you_mean(repo_id, known)
-        return ConfigError(f"The hub has no model {repo_id}, or it is private: then set HF_TOKEN.{hint}")
+        return ConfigError(f"The hub has no model {repo_id}, or it is private (then set HF_TOKEN).{hint}")
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return WeightError(f"The hub refuses {repo_id} to you. See {page} and set HF_TOKEN.")
-    if isinstance(error, OSError) and error.errno is not None:
+    network = isinstance(error, ConnectionError | TimeoutError)
+    if isinstance(error, OSError) and error.errno is not None and not network:
         return WeightError(f"{repo_id} cannot be written to {cache}: {error}.")
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return WeightError(
-        f"{repo_id} could not be downloaded from {endpoint}: {reason[0]} "
+        f"{repo_id} could not be downloaded from {endpoint}: {reason}. "
         f"Check the network and run the same command again: it goes on where it stopped. {_what_is_here()}"
     )
 

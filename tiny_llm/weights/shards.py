@@ -108,14 +108,14 @@ def _is_plain(file_name: object) -> bool:
 
 
 def _inside(folder: Path, file_name: str) -> Path:
-    """Return the file's path; it may be a link only into the blobs of its own hub cache entry."""
+    """Return the file's path; it may be a link only into the blobs of the hub cache that it lies in."""
     path = folder / file_name
     if not path.is_file():
         raise WeightError(f"{path} is missing: the checkpoint is incomplete. Download or copy it again.")
     home = folder.resolve()
     homes = [home]
     if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]  # the repository's, and shared ones
     if not any(path.resolve().is_relative_to(allowed) for allowed in homes):
         raise WeightError(f"{path} is a link to {path.resolve()}, outside its folder. Copy the file instead.")
     return path
