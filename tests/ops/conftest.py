@@ -24,6 +24,7 @@ def assert_close() -> AssertClose:
 
     def check(got: mx.array, expected: mx.array, *, tolerance: float = 1e-5, **mistakes: mx.array) -> None:
         assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
+        assert not mx.any(mx.isnan(got)).item(), "NaN: a row that sees no key, 0 / 0, or an overflow"
         off = distance(got, expected)
         for mistake, result in mistakes.items():
             assert distance(result, expected) > tolerance, f"this input cannot show {mistake!r}"

@@ -14,11 +14,17 @@ pytestmark = pytest.mark.chapter("1.2")
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 
 
-def interleaved(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
-    """RoPE on pairs (x[2i], x[2i + 1]): the paper's layout, and not that of the checkpoints."""
-    apart = mx.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-    first, second = mx.split(rope(apart, positions, inv_freq), 2, axis=-1)
-    return mx.stack([first, second], axis=-1).reshape(x.shape)
+def by_loops(x: mx.array, positions: mx.array, inv_freq: mx.array, *, neighbours: bool = False) -> mx.array:
+    """The definition, a pair at a time; ``neighbours`` pairs x[2i] with x[2i + 1], as the paper does."""
+    D = x.shape[-1]
+    out = mx.zeros_like(x)
+    for t, position in enumerate(positions.tolist()):
+        for i, frequency in enumerate(inv_freq.tolist()):
+            a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + D // 2)
+            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+            out[t, :, a] = x[t, :, a] * cos - x[t, :, b] * sin
+            out[t, :, b] = x[t, :, b] * cos + x[t, :, a] * sin
+    return out
 
 
 def test_by_hand() -> None:
@@ -79,13 +85,14 @@ def test_as_transformers(
     seen = activations(case)
     x, positions = seen[f"layer0.{name}"], seen["positions"]
     frequencies = rope_frequencies(x.shape[-1], 10_000.0, scaling)
+    plain = mx.array([10_000.0 ** (-2 * i / x.shape[-1]) for i in range(x.shape[-1] // 2)])
     mistakes = {
-        "pairs_interleaved,_expected_half_split": interleaved(x, positions, frequencies),
-        "turned_the_other_way": rope(x, -positions, frequencies),
-        "positions_off_by_one": rope(x, positions + 1, frequencies),
+        "pairs_interleaved,_expected_half_split": by_loops(x, positions, frequencies, neighbours=True),
+        "turned_the_other_way": by_loops(x, -positions, frequencies),
+        "positions_off_by_one": by_loops(x, positions + 1, frequencies),
     }
     if scaling is not None:
-        mistakes["rope_scaling_ignored"] = rope(x, positions, rope_frequencies(x.shape[-1], 10_000.0))
+        mistakes["rope_scaling_ignored"] = by_loops(x, positions, plain)
     assert_close(rope(x, positions, frequencies), seen[f"layer0.{name}_rotated"], **mistakes)
 
 
