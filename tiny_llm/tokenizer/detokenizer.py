@@ -142,7 +142,7 @@ class _SpaceJoin:
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's table: printable bytes stand for themselves, the rest from U+0100 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
+    others = sorted(set(range(256)).difference(printable))
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
