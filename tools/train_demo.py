@@ -331,7 +331,6 @@ def main() -> None:
     began = time.time()
     mp.spawn(worker, (args.run, work), nprocs=s.processes)
     model, _, _, curve = restore(s, work)
-    model.to(torch.bfloat16).float()
     rates = exact_rates(model, tokenizer, 256)
     parameters = sum(p.numel() for p in model.parameters())
     export(model, tokenizer, args.out or (DEMO if args.run == "main" else DEMO / "draft"))
