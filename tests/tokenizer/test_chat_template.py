@@ -184,7 +184,8 @@ CONSTRUCTS = (
     "{% set block %}a {{ messages[0].content }}{% endset %}{{ block | upper }}"
     "{% filter trim %}  b {% endfilter %}",
     "{{ 7 // 2 }}{{ 7 % 2 }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] * 3 }}{{ -1 }}{{ 1.5 / 2 }}{{ 'n=%d' % 3 }}",
-    "{{ '{:>5}|{x}'.format('a', x=messages[0].role) }}{{ '%s-%s' | format(1, 'b') }}{{ 'x'.center(5) }}",
+    "{{ '{:>5}|{x}'.format('a', x=messages[0].role) }}{{ '%s-%s' | format(1, 'b') }}{{ 'x'.center(5) }}"
+    "{{ '20240101123456 {{}} {:.2f} {}'.format(1.234, 10**12) }}{{ '100%% %5.1f' % 2.25 }}",
     "{{ messages[0].content.split('a') }}{{ 'a-b'.replace('-', '+') }}{{ 'T' in 'aTb' }}{{ 'abc'[1:] }}",
     "{{ undefined_name }}{{ undefined_name is defined }}{{ messages[0].missing is defined }}{{ documents }}",
     "{{ eos_token }}{{ 'é<&>' | tojson }}{{ '<&>' | e }}{{ {'a': [1, none, true]} | tojson }}{{ dict(a=1) }}",
@@ -252,7 +253,7 @@ def test_no_template_says_what_to_do(folder: Path) -> None:
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "cannot be compiled: RecursionError"),
         ("{{ 1" + "+1" * 9000 + " }}", "cannot be compiled: RecursionError"),
         ("{{ " + "9" * 5000 + " }}", "cannot be compiled: ValueError"),
-        ("x" * 300_000, "300,000 characters"),
+        ("x" * 140_000, "140,000 characters"),
     ],
     ids=["syntax", "filter", "parentheses", "sum", "number", "long"],
 )
@@ -273,6 +274,7 @@ def test_a_template_that_does_not_compile_is_the_models_fault(
             "{{ raise_exception('Roles must alternate!') }}",
             "refuses this conversation: Roles must alternate!",
         ),
+        ("{{ raise_exception('two\n lines') }}", "refuses this conversation: two lines$"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ messages[0] + 1 }}", "fails on this conversation: TypeError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),

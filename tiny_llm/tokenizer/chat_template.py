@@ -16,7 +16,7 @@ from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.meter import SIZE, Meter
 from tiny_llm.tokenizer.sandbox import Sandbox
 
-_SOURCE_LIMIT = 2**18  # published templates have at most some 30,000 characters
+_SOURCE_LIMIT = 2**17  # published templates have at most some 30,000 characters
 
 
 class ChatTemplate:
@@ -42,10 +42,12 @@ class ChatTemplate:
         except RequestError:
             raise
         except jinja2.TemplateError as error:
-            raise RequestError(f"The chat template refuses this conversation: {error}") from error
+            raise RequestError(f"The chat template refuses this conversation: {_line(error)}") from error
         except Exception as error:  # whatever the template's own expressions raise
             name = type(error).__name__
-            raise RequestError(f"The chat template fails on this conversation: {name}: {error}") from error
+            raise RequestError(
+                f"The chat template fails on this conversation: {name}: {_line(error)}"
+            ) from error
         if len(text) > SIZE:
             raise RequestError(f"The chat template makes {len(text):,} characters; {SIZE:,} are allowed.")
         return text
@@ -59,10 +61,17 @@ class ChatTemplate:
         try:
             return Sandbox(Meter(self._time_limit_s)).compile_metered(self._source)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"The chat template is not jinja, line {error.lineno}: {error}.") from error
+            raise ConfigError(
+                f"The chat template is not jinja, line {error.lineno}: {_line(error)}"
+            ) from error
         except Exception as error:  # nested too deep for the parser, a number of 5,000 digits ...
             name = type(error).__name__
-            raise ConfigError(f"The chat template cannot be compiled: {name}: {error}.") from error
+            raise ConfigError(f"The chat template cannot be compiled: {name}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """The error's text as one line; a template may raise a whole page."""
+    return " ".join(str(error)[:400].split())
 
 
 def _plain(value: object) -> object:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import string
 import sys
 import time
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
@@ -81,12 +82,13 @@ class Meter:
     def before_call(self, name: str, subject: object, args: Sequence[object]) -> None:
         """Refuse a filter or method of ``subject`` that could make something huge."""
         self.tick()
+        if name == "%":
+            return _check_percent(str(subject), args)
+        if name in ("format", "format_map"):
+            return _check_format(str(subject), args)
         numbers = [abs(arg) for arg in args if isinstance(arg, int)]
-        if sum(numbers) > SIZE:  # center(10**10), batch(10**10) ...
-            _too_large()
-        if name == "format":
-            self._before_format(str(subject), args)
-        elif name in ("join", "replace", "indent"):
+        _check_size(sum(numbers))  # center(10**10), batch(10**10) ...
+        if name in ("join", "replace", "indent"):
             sizes = [_weight(arg) for arg in args if not isinstance(arg, int)]
             _check_growth(_weight(subject), max(sizes + numbers, default=1))
         elif name == "sum" and any(isinstance(arg, (list, tuple)) for arg in args):
@@ -99,22 +101,33 @@ class Meter:
             if operator == "*" and isinstance(a, (str, bytes, list, tuple)) and isinstance(b, int):
                 _check_size(len(a) * b)
         if isinstance(left, (str, bytes)) and operator == "%":
-            self._before_format(str(left), [right])
+            _check_percent(str(left), [right])
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length(), right.bit_length()
             made = bits[0] * abs(right) if operator == "**" else sum(bits)
             if max(*bits, made) > _INT_BITS:
                 _too_large()
 
-    def _before_format(self, text: str, args: Sequence[object]) -> None:
-        """``%`` and ``format``: directives x the widest of them, whether by its argument or by its number."""
-        if _STAR_WIDTH.search(text):
-            _too_large()
-        numbers = _NUMBER.findall(text)
-        if max(map(len, numbers), default=0) > len(str(SIZE)):
-            _too_large()
-        widest = max([_weight(list(args)), *map(int, numbers)])
-        _check_growth(text.count("%") + text.count("{"), widest)
+
+def _check_percent(text: str, args: Sequence[object]) -> None:
+    """``%`` makes at most: directives x the widest, whether by its argument or by a number in the text."""
+    if _STAR_WIDTH.search(text):
+        _too_large()
+    _check_growth(text.count("%"), _widest(args, _NUMBER.findall(text)))
+
+
+def _check_format(text: str, args: Sequence[object]) -> None:
+    """``format`` makes as much as ``%``; a width inside a width is not allowed, as its size is not seen."""
+    specs = [spec for _, _, spec, _ in string.Formatter().parse(text) if spec]
+    if any("{" in spec for spec in specs):
+        _too_large()
+    _check_growth(text.count("{"), _widest(args, _NUMBER.findall(" ".join(specs))))
+
+
+def _widest(args: Sequence[object], numbers: Sequence[str]) -> int:
+    if max(map(len, numbers), default=0) > len(str(SIZE)):
+        _too_large()
+    return max([_weight(list(args)), *map(int, numbers)])
 
 
 def _weight(value: object) -> int:

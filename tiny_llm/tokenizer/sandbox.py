@@ -31,10 +31,11 @@ from tiny_llm.tokenizer.meter import Meter
 
 # Made for web pages; their cost is quadratic or large, and hidden inside one call.
 _LEFT_OUT = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-# Methods of str and int that make large things out of small ones and that no chat needs.
+# Methods that make large things out of small ones, or take long, and that no chat needs.
 _UNSAFE_METHODS = frozenset(
-    {"encode", "expandtabs", "format_map", "from_bytes", "maketrans", "to_bytes", "translate"}
+    {"encode", "expandtabs", "from_bytes", "maketrans", "striptags", "to_bytes", "translate", "unescape"}
 )
+_LONGEST_DATE_FORMAT = 1_000
 # jinja passes these beside a call's own arguments.
 _SCOPES = frozenset({"_block_vars", "_loop_vars"})
 _CONTEXTS = (Context, nodes.EvalContext, jinja2.Environment)
@@ -54,6 +55,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=self._output,
+            optimized=False,  # nothing of the template runs while it is compiled
         )
         self._meter = meter
         self.filters["tojson"] = self._tojson
@@ -100,10 +102,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        operation = "%" if name == "format" else name  # the filter formats as % does
+
         @functools.wraps(function)  # keeps jinja's mark of who wants the context
         def run(*args: Any, **kwargs: Any) -> Any:
             values = args[1:] if isinstance(args[0], _CONTEXTS) else args
-            self._meter.before_call(name, values[0], [*values[1:], *kwargs.values()])
+            self._meter.before_call(operation, values[0], [*values[1:], *kwargs.values()])
             return self._made(function(*args, **kwargs))
 
         return run
@@ -222,4 +226,6 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > _LONGEST_DATE_FORMAT:
+        raise jinja2.TemplateError(f"strftime_now: a format of {len(format):,} characters")
     return datetime.datetime.now().strftime(format)
