@@ -70,8 +70,14 @@ def load_weights(
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
     Peak memory is the result plus one source tensor; the largest are read first.
-    Raises WeightError that lists every tensor missing, left over, of wrong shape or dtype.
+    Raises WeightError that lists every tensor missing, left over, of wrong shape or dtype, and
+    for a checkpoint that is quantized already when ``quantize`` is given.
     """
+    if quantization is not None and quantize is not None:
+        raise WeightError(
+            f"{folder} is quantized already, to {quantization.bits} bits: it cannot be quantized again. "
+            "Leave that option out, or give the unquantized model."
+        )
     stored = stored_tensors(folder)
     jobs = [
         _job(name, shape, stored, quantization, quantize, quantizable) for name, shape in expected.items()
@@ -107,11 +113,17 @@ def _problems(
     jobs: list[_Job], stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     wanted = {name: want for job in jobs for name, want in job.parts.items()}
+    missing = [name for name in wanted if name not in stored]
     extra = [name for name in stored if name not in wanted and not _harmless(name, stored, expected)]
+    if len(missing) == len(wanted):
+        some = f", but for example {extra[0]}" if extra else ""
+        yield f"it has none of the {len(wanted)} tensors that model_type needs{some}"
+        return
+    for number, name in enumerate(missing):  # a hint compares with every extra name, so only where shown
+        hint = did_you_mean(name, extra) if number < SHOWN_PROBLEMS else ""
+        yield f"missing: {name} {list(wanted[name].shape)}.{hint}"
     for name, want in wanted.items():
-        if name not in stored:
-            yield f"missing: {name} {list(want.shape)}.{did_you_mean(name, extra)}"
-        else:
+        if name in stored:
             yield from _misfit(name, want, stored[name])
     for name in extra:
         info = stored[name].info

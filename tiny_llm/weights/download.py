@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # loaded by the lazy names that are used before them
     import huggingface_hub.file_download
     import huggingface_hub.utils
 
-ALLOWED = [
+ALLOWED = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -37,8 +37,8 @@ ALLOWED = [
     "chat_template.json",
     "*.safetensors",
     "*.safetensors.index.json",
-]
-IGNORED = ["*/*", "consolidated*"]  # other formats' copies of the same weights
+)
+IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 LAST = "config.json"  # once it is there, so is the rest
 SHA256 = re.compile("[0-9a-f]{64}")
 PARTIAL = ".tiny_llm.incomplete"

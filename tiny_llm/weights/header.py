@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_llm.errors import WeightError
 
-DTYPE_BITS = {
+DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
@@ -92,6 +92,8 @@ def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
+    if metadata is None:  # so MLX writes none at all
+        return
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, f"{METADATA} must map names to strings")
 

@@ -8,7 +8,9 @@ for a newer one.
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from tiny_llm.weights.shards import shard_names
 if TYPE_CHECKING:  # importing it takes 0.1 s; it is there once a download was tried
     import huggingface_hub.errors
 
-BUNDLED = {"demo": "demo", "demo-draft": "demo/draft"}
+BUNDLED: Mapping[str, str] = {"demo": "demo", "demo-draft": "demo/draft"}
 # The hub's own rules; two hyphens would also make two models share a folder of the cache.
 REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 NEEDED_FILES = ("config.json", "tokenizer.json")
@@ -40,9 +42,9 @@ def resolve(name: str, *, offline: bool = False) -> Path:
     """
     if name in BUNDLED:
         return Path(str(importlib.resources.files("tiny_llm").joinpath(BUNDLED[name])))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _checked_folder(folder)
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):  # unlike Path's, never an error
+        return _checked_folder(Path(folder))
     repo_id = _repo_id(name)
     cached = cached_folder(repo_id)
     if cached is not None:
@@ -82,7 +84,7 @@ def _checked_folder(folder: Path) -> Path:
 def _repo_id(name: str) -> str:
     if name.lower() in SHORT_NAMES:
         return SHORT_NAMES[name.lower()].repo_id
-    if Path(name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(name)):
         raise ConfigError(f"{name} is a file, but a model is a folder. Give the folder that holds it.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConfigError(f"There is no folder {name}.")

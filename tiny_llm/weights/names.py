@@ -7,12 +7,14 @@ Facts: each repository's config.json and model.safetensors.index.json.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from tiny_llm.errors import ConfigError, did_you_mean
 
+Facts = Mapping[str, object]
 BYTES_A_PARAMETER = 2  # every one of them is published in bfloat16
 
 
@@ -25,7 +27,7 @@ class ShortName:
 
     repo_id: str
     parameters: int
-    facts: Mapping[str, object]
+    facts: Facts
     duplicate_parameters: int = 0
 
     @property
@@ -46,57 +48,67 @@ def config_of(name: str) -> dict[str, object]:
     """
     if name not in SHORT_NAMES:
         raise ConfigError(f"There is no short name {name!r}.{did_you_mean(name, SHORT_NAMES)}")
-    return dict(SHORT_NAMES[name].facts)
+    return copy.deepcopy(dict(SHORT_NAMES[name].facts))
 
 
-def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, object]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
+def _facts(*parts: Facts, **more: object) -> Facts:
+    """Join facts; a later one replaces an earlier."""
+    joined = {name: value for part in (*parts, more) for name, value in part.items()}
+    return MappingProxyType(joined)
 
 
-_COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16"}
-_TIED = {"tie_word_embeddings": True}
-_QWEN = _COMMON | {
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
-_QWEN2 = _QWEN | {"model_type": "qwen2", "max_position_embeddings": 32768, "sliding_window": 32768}
-_QWEN2_LARGE = _QWEN2 | {"vocab_size": 152064, "sliding_window": 131072}
-_QWEN3 = _QWEN | {
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rope_scaling": None,
-    "sliding_window": None,
-}
-_LLAMA = _COMMON | {
-    "model_type": "llama",
-    "attention_bias": False,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-}
-_LLAMA3 = _LLAMA | {
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 8192,
-    "bos_token_id": 128000,
-    "eos_token_id": 128009,
-}
+def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Facts:
+    return _facts(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
 
 
-def _llama3_long(factor: float) -> dict[str, object]:
+_COMMON = _facts(hidden_act="silu", torch_dtype="bfloat16", tie_word_embeddings=False)
+_TIED = _facts(tie_word_embeddings=True)
+_QWEN = _facts(
+    _COMMON,
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    use_sliding_window=False,
+    bos_token_id=151643,
+    eos_token_id=151645,
+)
+_QWEN2 = _facts(_QWEN, model_type="qwen2", max_position_embeddings=32768, sliding_window=32768)
+_QWEN2_LARGE = _facts(_QWEN2, vocab_size=152064, sliding_window=131072)
+_QWEN3 = _facts(
+    _QWEN,
+    model_type="qwen3",
+    attention_bias=False,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rope_scaling=None,
+    sliding_window=None,
+)
+_LLAMA = _facts(_COMMON, model_type="llama", attention_bias=False, rms_norm_eps=1e-5, rope_scaling=None)
+_LLAMA3 = _facts(
+    _LLAMA,
+    vocab_size=128256,
+    rope_theta=500000.0,
+    max_position_embeddings=8192,
+    bos_token_id=128000,
+    eos_token_id=128009,
+)
+_TINYLLAMA = _facts(
+    _LLAMA,
+    vocab_size=32000,
+    rope_theta=10000.0,
+    max_position_embeddings=2048,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def _llama3_long(factor: float) -> Facts:
     """LLaMA 3.1 and later: the context stretched to 128K, and three ids that end an answer."""
     scaling = {
         "rope_type": "llama3",
@@ -106,12 +118,13 @@ def _llama3_long(factor: float) -> dict[str, object]:
         "original_max_position_embeddings": 8192,
     }
     eos = [128001, 128008, 128009]
-    return _LLAMA3 | {"max_position_embeddings": 131072, "rope_scaling": scaling, "eos_token_id": eos}
+    return _facts(_LLAMA3, max_position_embeddings=131072, rope_scaling=scaling, eos_token_id=eos)
 
 
-_QWEN2_05B = _QWEN2 | _TIED | _size(896, 4864, 24, 14, 2)
-_QWEN2_15B = _QWEN2 | _TIED | _size(1536, 8960, 28, 12, 2)
-_QWEN2_7B = _QWEN2_LARGE | _size(3584, 18944, 28, 28, 4)
+_QWEN2_05B = _facts(_QWEN2, _TIED, _size(896, 4864, 24, 14, 2))
+_QWEN2_15B = _facts(_QWEN2, _TIED, _size(1536, 8960, 28, 12, 2))
+_QWEN2_7B = _facts(_QWEN2_LARGE, _size(3584, 18944, 28, 28, 4))
+_LLAMA3_8B = _size(4096, 14336, 32, 32, 8)
 
 SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
     {
@@ -121,58 +134,73 @@ SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
         "qwen2.5-0.5b": ShortName("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _QWEN2_05B),
         "qwen2.5-1.5b": ShortName("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, _QWEN2_15B),
         "qwen2.5-3b": ShortName(
-            "Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, _QWEN2 | _TIED | _size(2048, 11008, 36, 16, 2)
+            "Qwen/Qwen2.5-3B-Instruct",
+            3_085_938_688,
+            _facts(_QWEN2, _TIED, _size(2048, 11008, 36, 16, 2)),
         ),
         "qwen2.5-7b": ShortName("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, _QWEN2_7B),
         "qwen2.5-14b": ShortName(
-            "Qwen/Qwen2.5-14B-Instruct", 14_770_033_664, _QWEN2_LARGE | _size(5120, 13824, 48, 40, 8)
+            "Qwen/Qwen2.5-14B-Instruct",
+            14_770_033_664,
+            _facts(_QWEN2_LARGE, _size(5120, 13824, 48, 40, 8)),
         ),
         "qwen2.5-32b": ShortName(
-            "Qwen/Qwen2.5-32B-Instruct", 32_763_876_352, _QWEN2_LARGE | _size(5120, 27648, 64, 40, 8)
+            "Qwen/Qwen2.5-32B-Instruct",
+            32_763_876_352,
+            _facts(_QWEN2_LARGE, _size(5120, 27648, 64, 40, 8)),
         ),
         "qwen2.5-72b": ShortName(
-            "Qwen/Qwen2.5-72B-Instruct", 72_706_203_648, _QWEN2_LARGE | _size(8192, 29568, 80, 64, 8)
+            "Qwen/Qwen2.5-72B-Instruct",
+            72_706_203_648,
+            _facts(_QWEN2_LARGE, _size(8192, 29568, 80, 64, 8)),
         ),
         "qwen3-0.6b": ShortName(
-            "Qwen/Qwen3-0.6B", 596_049_920, _QWEN3 | _TIED | _size(1024, 3072, 28, 16, 8), 155_582_464
+            "Qwen/Qwen3-0.6B",
+            596_049_920,
+            _facts(_QWEN3, _TIED, _size(1024, 3072, 28, 16, 8)),
+            duplicate_parameters=155_582_464,
         ),
         "qwen3-1.7b": ShortName(
-            "Qwen/Qwen3-1.7B", 1_720_574_976, _QWEN3 | _TIED | _size(2048, 6144, 28, 16, 8), 311_164_928
+            "Qwen/Qwen3-1.7B",
+            1_720_574_976,
+            _facts(_QWEN3, _TIED, _size(2048, 6144, 28, 16, 8)),
+            duplicate_parameters=311_164_928,
         ),
-        "qwen3-4b": ShortName("Qwen/Qwen3-4B", 4_022_468_096, _QWEN3 | _TIED | _size(2560, 9728, 36, 32, 8)),
-        "qwen3-8b": ShortName("Qwen/Qwen3-8B", 8_190_735_360, _QWEN3 | _size(4096, 12288, 36, 32, 8)),
-        "qwen3-14b": ShortName("Qwen/Qwen3-14B", 14_768_307_200, _QWEN3 | _size(5120, 17408, 40, 40, 8)),
-        "qwen3-32b": ShortName("Qwen/Qwen3-32B", 32_762_123_264, _QWEN3 | _size(5120, 25600, 64, 64, 8)),
+        "qwen3-4b": ShortName(
+            "Qwen/Qwen3-4B", 4_022_468_096, _facts(_QWEN3, _TIED, _size(2560, 9728, 36, 32, 8))
+        ),
+        "qwen3-8b": ShortName("Qwen/Qwen3-8B", 8_190_735_360, _facts(_QWEN3, _size(4096, 12288, 36, 32, 8))),
+        "qwen3-14b": ShortName(
+            "Qwen/Qwen3-14B", 14_768_307_200, _facts(_QWEN3, _size(5120, 17408, 40, 40, 8))
+        ),
+        "qwen3-32b": ShortName(
+            "Qwen/Qwen3-32B", 32_762_123_264, _facts(_QWEN3, _size(5120, 25600, 64, 64, 8))
+        ),
         "llama-3-8b": ShortName(
-            "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _LLAMA3 | _size(4096, 14336, 32, 32, 8)
+            "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _facts(_LLAMA3, _LLAMA3_8B)
         ),
         "llama-3.1-8b": ShortName(
-            "meta-llama/Llama-3.1-8B-Instruct",
-            8_030_261_248,
-            _llama3_long(8.0) | _size(4096, 14336, 32, 32, 8),
+            "meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _facts(_llama3_long(8.0), _LLAMA3_8B)
         ),
         "llama-3.2-1b": ShortName(
             "meta-llama/Llama-3.2-1B-Instruct",
             1_235_814_400,
-            _llama3_long(32.0) | _TIED | {"head_dim": 64} | _size(2048, 8192, 16, 32, 8),
+            _facts(_llama3_long(32.0), _TIED, _size(2048, 8192, 16, 32, 8), head_dim=64),
         ),
         "llama-3.2-3b": ShortName(
             "meta-llama/Llama-3.2-3B-Instruct",
             3_212_749_824,
-            _llama3_long(32.0) | _TIED | {"head_dim": 128} | _size(3072, 8192, 28, 24, 8),
+            _facts(_llama3_long(32.0), _TIED, _size(3072, 8192, 28, 24, 8), head_dim=128),
         ),
         "llama-3.3-70b": ShortName(
             "meta-llama/Llama-3.3-70B-Instruct",
             70_553_706_496,
-            _llama3_long(8.0) | _size(8192, 28672, 80, 64, 8),
+            _facts(_llama3_long(8.0), _size(8192, 28672, 80, 64, 8)),
         ),
         "tinyllama-1.1b": ShortName(
             "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
             1_100_048_384,
-            _LLAMA
-            | {"vocab_size": 32000, "rope_theta": 10000.0, "max_position_embeddings": 2048}
-            | {"bos_token_id": 1, "eos_token_id": 2}
-            | _size(2048, 5632, 22, 32, 4),
+            _facts(_TINYLLAMA, _size(2048, 5632, 22, 32, 4)),
         ),
     }
 )
