@@ -252,9 +252,15 @@ RULES: Sequence[Rule] = (
 )
 
 
+@pytest.fixture(scope="module")
+def house() -> list[Source]:
+    """Our own files, read and parsed once."""
+    return read_sources(ROOT)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule_holds(rule: Rule) -> None:
-    problems = list(rule(read_sources(ROOT)))
+def test_rule_holds(rule: Rule, house: Sequence[Source]) -> None:
+    problems = list(rule(house))
     assert not problems, f"{rule.__doc__}\n" + "\n".join(problems)
 
 
