@@ -196,10 +196,10 @@ def generate(
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     if prompt is None:
         if sys.stdin.isatty():
-            raise typer.BadParameter("give --prompt TEXT, or pipe a text in")
+            raise RequestError("There is no prompt; give --prompt TEXT, or pipe a text in.")
         prompt = _read_stdin()
     if raw and system is not None:
-        raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
+        raise RequestError("--system needs the chat template, which --raw leaves out; give one of them.")
     messages = [] if raw else _messages(system, prompt)
     llm = _load(model, dtype, quantize, offline)
     chunks = llm.stream(prompt, params) if raw else llm.stream_chat(messages, params)
