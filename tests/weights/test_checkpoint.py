@@ -96,6 +96,19 @@ def test_progress_counts_the_bytes_that_are_read(tmp_path):
     assert calls == sorted(calls)
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": mx.float32}, {"quantize": Quantization(8, 64)}])
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path, options):
+    """The largest matrix, a third of all, is read first: its source must not meet the others."""
+    shapes = {"embed.weight": (512, 256)} | {f"layers.{i}.weight": (64, 256) for i in range(16)}
+    folder = save(tmp_path, {name: mx.zeros(shape, mx.bfloat16) for name, shape in shapes.items()})
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    weights = load(folder, shapes, quantizable=list(shapes), **options)
+    kept = mx.get_active_memory() - before
+    ratio = (mx.get_peak_memory() - before) / kept
+    assert len(weights) == 17 and ratio <= 1.15, f"peak is {ratio:.2f} times the {kept} bytes of the weights"
+
+
 def test_the_real_checkpoint_of_others_loads(stories260k):
     shapes = {"model.embed_tokens.weight": (512, 64), "model.norm.weight": (64,)}
     for i in range(5):

@@ -1,0 +1,117 @@
+"""How much memory does loading take, over what the weights themselves take?
+
+Writes a random checkpoint of about 1 GB with Qwen2-0.5B's shapes to a temporary folder, and loads it in
+a fresh process for each row. Peak is the process's largest resident set less what it was before
+loading; a ratio of 1 means that nothing but the weights was ever in memory. Prints a table and one
+JSON line. Linux counts a parent's peak as its child's, so writing, too, has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.data import QuantizedTensor
+from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.models.registry import expected_tensors, quantizable_tensors
+from tiny_llm.weights import load_weights
+from tiny_llm.weights.names import config_of
+
+ROWS: Mapping[str, tuple[str | None, int | None]] = {
+    "as stored (bfloat16)": (None, None),
+    "cast to float32": ("float32", None),
+    "quantized to 8 bits": (None, 8),
+    "quantized to 4 bits": (None, 4),
+}
+
+
+def write_checkpoint(folder: Path, model: str, shards: int = 2) -> None:
+    """Random bfloat16 weights with a short name's shapes, in ``shards`` files with an index."""
+    shapes = expected_tensors(ModelConfig.from_hf(config_of(model)))
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        names = list(shapes)[number::shards]
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        arrays = {name: mx.random.normal(shapes[name], dtype=mx.bfloat16) for name in names}
+        mx.save_safetensors(str(folder / file), arrays)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def nbytes(weight: mx.array | QuantizedTensor) -> int:
+    """Bytes of the arrays that one entry is made of."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.packed.nbytes + weight.scales.nbytes + weight.biases.nbytes
+    return weight.nbytes
+
+
+def load_once(folder: Path, model: str, row: str) -> None:
+    """In the child: load, and print the figures as JSON."""
+    dtype, bits = ROWS[row]
+    config = ModelConfig.from_hf(config_of(model))
+    mx.eval(mx.zeros((1,)) + 1)  # the backend's own memory is not the loader's
+    before, began = peak_memory_bytes(), time.perf_counter()
+    weights = load_weights(
+        folder,
+        expected_tensors(config),
+        dtype=getattr(mx, dtype) if dtype else None,
+        quantization=None,
+        quantize=Quantization(bits, 64) if bits else None,
+        quantizable=quantizable_tensors(config),
+    )
+    seconds = time.perf_counter() - began
+    figures = {
+        "weights_mb": sum(map(nbytes, weights.values())) / 1e6,
+        "peak_mb": (peak_memory_bytes() - before) / 1e6,
+        "seconds": seconds,
+    }
+    print(json.dumps(figures))
+
+
+def run_child(model: str, folder: str, row: str) -> str:
+    """Run one row in a process of its own, and return what it printed."""
+    command = [sys.executable, __file__, "--model", model, "--child", folder, row]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="qwen2-0.5b", help="short name whose shapes to use")
+    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROW"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        folder, row = options.child
+        if row == "write":
+            write_checkpoint(Path(folder), options.model)
+        else:
+            load_once(Path(folder), options.model, row)
+        return
+    results = {}
+    print(f"{'':<24}{'weights MB':>12}{'peak MB':>10}{'ratio':>8}{'s':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        run_child(options.model, folder, "write")
+        for row in ROWS:
+            figures = json.loads(run_child(options.model, folder, row))
+            ratio = figures["peak_mb"] / figures["weights_mb"]
+            results[row] = {name: round(value, 1) for name, value in figures.items()} | {
+                "ratio": round(ratio, 3)
+            }
+            print(
+                f"{row:<24}{figures['weights_mb']:>12.0f}{figures['peak_mb']:>10.0f}{ratio:>8.3f}"
+                f"{figures['seconds']:>8.1f}"
+            )
+    print(json.dumps({"benchmark": "load_memory", "model": options.model, "rows": results}))
+
+
+if __name__ == "__main__":
+    main()
