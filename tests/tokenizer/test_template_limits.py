@@ -31,7 +31,7 @@ ENDLESS = (
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for a in [[[1] * 30] * 30] * 30 recursive %}{{ loop(a) if a is iterable }}"
     "{% for b in range(100000) %}{% endfor %}{% endfor %}",
-    "{{ range(100000) | map('string') | select('in', range(100000) | map('string') | list) | list }}",
+    "{% set l = range(100000) | list %}{% for a in l %}{{ l | reject('number') | list }}{% endfor %}",
     "{% set l = range(100000) | list %}{% for a in l %}{% set b = l | sort %}{% endfor %}",
     "{% set s = 'ab' * 1000000 %}{% for a in range(100000) %}{% set b = 'x' in s %}{% endfor %}",
 )
@@ -94,6 +94,12 @@ HUGE = (
     "{{ [[1] * 2000] * 2000 }}",
     "{{ ([[1] * 400] * 400) | sum(start=[]) }}",
     "{{ 1.5 | round(10**9, 'ceil') }}",
+    "{{ ('ab ' * 1000000) | groupby('x') }}",
+    "{{ ('a' * 4000000) | select('none') | list }}",
+    "{% set l = range(100000) | list %}{{ l | reject('in', l[::-1]) | list }}",
+    "{{ range(100000) | map('string') | select('in', range(100000) | map('string') | list) | list }}",
+    "{{ range(100000) | selectattr('a' * 4000000) | list }}",
+    "{{ range(1000) | groupby('x', default='F' * 1000000) }}",
     "{% set a = range(100000) | list * 2 %}{% for i in range(100000) %}{% set b = a[:] %}{% endfor %}",
 )
 FORBIDDEN = (

@@ -13,6 +13,7 @@ import string
 import sys
 import time
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from operator import length_hint
 from typing import NoReturn, TypeVar, cast
 
 from tiny_llm.errors import RequestError
@@ -27,6 +28,11 @@ _GROWTH = 8 * SIZE  # bound on (how often) x (how much) of one call
 _INT_BITS = 2**14  # just over the 4,300 digits that Python prints
 _GROUPS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 _ONE_SHOT: type = type(iter(()))
+# Filters that run Python code for each element, in one call; a text's elements are its characters.
+_ELEMENTWISE = frozenset(
+    {"batch", "groupby", "join", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"}
+    | {"slice", "sort", "sum", "unique"}
+)
 _NUMBER = re.compile(r"\d+")
 _STAR_WIDTH = re.compile(r"%[^%a-zA-Z]*\*")
 
@@ -88,10 +94,13 @@ class Meter:
             return _check_format(str(subject), args)
         numbers = [abs(arg) for arg in args if isinstance(arg, int)]
         _check_size(sum(numbers))  # center(10**10), batch(10**10) ...
-        if name in ("join", "replace", "indent"):
+        if name in _ELEMENTWISE and isinstance(subject, str):
+            _check_size(_ELEMENT * len(subject))
+        if name in _ELEMENTWISE or name in ("indent", "replace"):
             sizes = [_weight(arg) for arg in args if not isinstance(arg, int)]
-            _check_growth(_weight(subject), max(sizes + numbers, default=1))
-        elif name == "sum" and any(isinstance(arg, (list, tuple)) for arg in args):
+            widths = numbers if name == "indent" else []
+            _check_growth(length_hint(subject), max(sizes + widths, default=1))
+        if name == "sum" and any(isinstance(arg, (list, tuple)) for arg in args):
             _check_growth(_weight(subject), _weight(subject))  # adding n lists copies n**2 elements
 
     def before_operator(self, operator: str, left: object, right: object) -> None:

@@ -62,6 +62,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in _LEFT_OUT:
             del self.filters[name]
         self.filters = {name: self._metered(name, function) for name, function in self.filters.items()}
+        self.tests = {name: self._ticking(function) for name, function in self.tests.items()}
         self.filters |= {_EACH: meter.each, _JOIN: self._join, _MADE: meter.made}
         del self.globals["lipsum"]
         self.globals |= {
@@ -109,6 +110,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             values = args[1:] if isinstance(args[0], _CONTEXTS) else args
             self._meter.before_call(operation, values[0], [*values[1:], *kwargs.values()])
             return self._made(function(*args, **kwargs))
+
+        return run
+
+    def _ticking(self, function: Any) -> Callable[..., Any]:
+        @functools.wraps(function)  # a filter like ``select`` may run one often and let nothing through
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._meter.tick()
+            return function(*args, **kwargs)
 
         return run
 
