@@ -1,6 +1,6 @@
 """A small HTTP server on 127.0.0.1 that plays the hub, and a child process that resolves a name against it.
 
-huggingface_hub reads its settings when it is imported, hence the child.
+huggingface_hub reads most of its settings when it is imported, hence the child.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,13 +24,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
-import json, sys
+import json, os, sys
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.weights.hub import resolve
-try:
-    print(json.dumps({"folder": str(resolve(sys.argv[1], offline="--offline" in sys.argv))}))
-except TinyLLMError as error:
-    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+for line in sys.stdin if len(sys.argv) < 2 else sys.argv[1:]:
+    asked = json.loads(line)
+    os.environ.update(asked["env"])
+    try:
+        answer = {"folder": str(resolve(asked["name"], offline=asked["offline"]))}
+    except TinyLLMError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    for name in asked["env"]:
+        del os.environ[name]
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -162,57 +169,95 @@ def _etag(name: str, data: bytes) -> str:
     return (hashlib.sha256 if _is_large(name) else hashlib.sha1)(data).hexdigest()
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    """A hub of its own for each test, listening on a free port."""
+@pytest.fixture(scope="session")
+def served_hub() -> Iterator[Hub]:
+    """One server for all tests; ``hub`` is how a test gets it, empty."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield hub
-    hub.released.set()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-@dataclass
+@pytest.fixture
+def hub(served_hub: Hub) -> Iterator[Hub]:
+    """The server, with nothing in it."""
+    for name, value in vars(Hub(endpoint=served_hub.endpoint)).items():
+        setattr(served_hub, name, value)
+    yield served_hub
+    served_hub.released.set()
+
+
 class Child:
-    """Runs ``resolve`` in a process of its own, with this cache and this hub."""
+    """Runs ``resolve`` in another process: one for most calls, and fresh ones for settings read at import."""
 
-    cache: Path
-    endpoint: str
-
-    def start(self, name: str, *flags: str, **env: str) -> subprocess.Popen[str]:
-        """Start resolving ``name``; ``flags`` may hold --offline, ``env`` adds to the environment."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        settings = {
-            "HF_ENDPOINT": self.endpoint,
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        self.cache = folder / "hf"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+            "HF_ENDPOINT": endpoint,
             "HF_HOME": str(self.cache),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             "PYTHONPATH": str(ROOT),
         }
+        self._stderr = (folder / "stderr").open("w+")
+        self._process = self._start([], self._stderr.fileno())
+
+    def resolve(self, name: str, *, offline: bool = False, **env: str) -> dict[str, str]:
+        """Return {"folder": ...} or {"error": class name, "message": text}; ``env`` is set for this call."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        print(json.dumps({"name": name, "offline": offline, "env": env}), file=stdin, flush=True)
+        line = stdout.readline()
+        assert line, f"resolve {name} ended with {self._process.wait()}:\n{self.stderr()}"
+        answer: dict[str, str] = json.loads(line)
+        return answer
+
+    def command(self, name: str) -> list[str]:
+        """The command line of a fresh process that resolves ``name``."""
+        return [sys.executable, "-c", RESOLVE, json.dumps({"name": name, "offline": False, "env": {}})]
+
+    def start(self, name: str, **env: str) -> subprocess.Popen[str]:
+        """Start resolving ``name`` in a fresh process."""
+        return self._start(self.command(name)[3:], subprocess.PIPE, **env)
+
+    def _start(self, arguments: list[str], stderr: int, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", RESOLVE, name, *flags],
-            env={**kept, **settings, **env},
+            [sys.executable, "-c", RESOLVE, *arguments],
+            env=self.environment | env,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
-    def resolve(self, name: str, *flags: str, **env: str) -> dict[str, str]:
-        """Return {"folder": ...} or {"error": class name, "message": text}."""
-        child = self.start(name, *flags, **env)
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 0, f"resolve {name} ended with {child.returncode}:\n{err}"
-        answer: dict[str, str] = json.loads(out)
-        return answer
+    def stderr(self) -> str:
+        """All that the shared process wrote to stderr."""
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def close(self) -> None:
+        """End the shared process."""
+        self._process.communicate()
+        self._stderr.close()
+
+
+@pytest.fixture(scope="session")
+def shared_child(served_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """One process for all tests; ``child`` is how a test gets it, with an empty cache."""
+    child = Child(tmp_path_factory.mktemp("child"), served_hub.endpoint)
+    yield child
+    child.close()
 
 
 @pytest.fixture
-def child(hub: Hub, tmp_path: Path) -> Child:
-    """A child whose cache is empty and whose hub is ``hub``."""
-    return Child(tmp_path / "hf", hub.endpoint)
+def child(hub: Hub, shared_child: Child) -> Child:
+    """A process that resolves names against ``hub``, with an empty cache."""
+    shutil.rmtree(shared_child.cache, ignore_errors=True)
+    return shared_child

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import pexpect
 
 REPO = "ada/tiny"
 
@@ -54,11 +56,23 @@ def test_downloads_what_is_needed_and_nothing_else(hub, child, tmp_path):
     assert asked == ALLOWED, f"asked for more or less than is needed: {asked ^ ALLOWED}"
 
 
+def test_a_terminal_shows_progress_and_a_pipe_does_not(hub, child, tmp_path):
+    hub.repos[REPO] = small_repo(tmp_path)
+    said = child.stderr()
+    assert "folder" in child.resolve(REPO)
+    assert child.stderr() == said, "an answer in a pipe must come without bars beside it"
+    shutil.rmtree(child.cache)
+    program, *arguments = child.command(REPO)
+    terminal = pexpect.spawn(program, arguments, env=child.environment, dimensions=(24, 100), timeout=60)
+    terminal.expect("model-00001-of-00002.safetensors: 100%")
+    terminal.expect(pexpect.EOF)
+
+
 def test_what_is_on_disk_needs_no_network(hub, child, tmp_path):
     hub.repos[REPO] = small_repo(tmp_path)
     first = child.resolve(REPO)
     asked = len(hub.requests)
-    assert child.resolve(REPO, "--offline") == first
+    assert child.resolve(REPO, offline=True) == first
     assert child.resolve(REPO) == first
     assert hub.requests[asked:] == [], "a complete model on disk must not ask the hub"
 
@@ -67,10 +81,12 @@ def test_offline_without_a_copy_says_what_is_on_disk(hub, child, tmp_path):
     hub.repos[REPO] = small_repo(tmp_path)
     child.resolve(REPO)
     asked = len(hub.requests)
-    answer = child.resolve("qwen2-0.5b", HF_HUB_OFFLINE="1")
-    assert answer["error"] == "WeightError"
-    assert "Qwen/Qwen2-0.5B-Instruct is not on disk" in answer["message"]
-    assert f"On disk: demo (bundled), {REPO}." in answer["message"]
+    by_flag = child.resolve("qwen2-0.5b", offline=True)
+    by_environment = json.loads(child.start("qwen2-0.5b", HF_HUB_OFFLINE="1").communicate()[0])
+    for answer in (by_flag, by_environment):
+        assert answer["error"] == "WeightError"
+        assert "Qwen/Qwen2-0.5B-Instruct is not on disk" in answer["message"]
+        assert f"On disk: demo (bundled), {REPO}." in answer["message"]
     assert hub.requests[asked:] == [], "offline must not touch the network"
 
 
@@ -79,7 +95,7 @@ def test_a_copy_that_lost_a_shard_is_completed(hub, child, tmp_path):
     hub.repos[REPO] = small_repo(tmp_path)
     folder = Path(child.resolve(REPO)["folder"])
     (folder / lost).unlink()
-    assert child.resolve(REPO, "--offline")["error"] == "WeightError", "half a model must not pass for one"
+    assert child.resolve(REPO, offline=True)["error"] == "WeightError", "half a model must not pass for one"
     assert child.resolve(REPO) == {"folder": str(folder)}
     assert (folder / lost).read_bytes() == hub.repos[REPO][lost]
 
@@ -153,8 +169,8 @@ def test_a_name_that_the_hub_does_not_know_suggests_near_ones(hub, child):
 def test_no_network_is_one_clear_line(child):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        child.endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        answer = child.resolve(REPO)
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        answer = json.loads(child.start(REPO, HF_ENDPOINT=endpoint).communicate()[0])
     assert answer["error"] == "WeightError"
     assert "Check the network" in answer["message"] and "On disk: demo (bundled)" in answer["message"]
     assert "\n" not in answer["message"]
