@@ -26,13 +26,13 @@ SKILLS = {
 }
 # Shares of conversations; recall's are the longest, so it has the largest share of tokens.
 MIXTURE = {
-    "recall": 0.29,
+    "recall": 0.28,
     "arithmetic": 0.20,
-    "serving": 0.14,
-    "stories": 0.08,
-    "records": 0.10,
-    "toolcalls": 0.09,
-    "lists": 0.10,
+    "serving": 0.18,
+    "stories": 0.07,
+    "records": 0.08,
+    "toolcalls": 0.07,
+    "lists": 0.12,
 }
 SYSTEMS = ("You are a helpful assistant.", "You are tiny_llm, a small assistant.", "Answer briefly.")
 

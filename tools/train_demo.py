@@ -64,7 +64,7 @@ class Settings:
 
 
 RUNS = {
-    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=3000),
+    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=2600),
     "draft": Settings(hidden=128, layers=2, intermediate=384, heads=2, kv_heads=1, steps=2400),
 }
 
@@ -231,7 +231,7 @@ def train(s: Settings, tokenizer: Tokenizer, work: Path, rank: int) -> None:
             print(f"step {step}/{s.steps} loss {mean:.4f} tokens/s {rate:.0f}", flush=True)
         if (step + 1) % 100 == 0 or step + 1 == s.steps:
             save(model, opts, step + 1, curve, work)
-        if (step + 1) % 300 == 0:
+        if (step + 1) % 400 == 0:
             print(step + 1, exact_rates(model, tokenizer, 32), flush=True)
 
 
@@ -288,7 +288,7 @@ def worker(rank: int, run: str, work: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{work.absolute()}/meet", rank=rank, world_size=s.processes
     )
-    train(s, Tokenizer.from_file(str(work / "tokenizer.json")), work, rank)
+    train(s, Tokenizer.from_file(str(work.parent / "tokenizer.json")), work, rank)
     dist.destroy_process_group()
 
 
@@ -326,8 +326,9 @@ def main() -> None:
     s, work = RUNS[args.run], args.work / args.run
     work.mkdir(parents=True, exist_ok=True)
     (work / "meet").unlink(missing_ok=True)
-    tokenizer = train_tokenizer()
-    tokenizer.save(str(work / "tokenizer.json"))
+    if not (args.work / "tokenizer.json").exists():
+        train_tokenizer().save(str(args.work / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     began = time.time()
     mp.spawn(worker, (args.run, work), nprocs=s.processes)
     model, _, _, curve = restore(s, work)

@@ -11,6 +11,21 @@ from typing import Any
 
 from demo_skills.base import Example, assistant, user, vary
 
+_SMALL = frozenset(
+    "a an the is are do does did what why how when which of to for in on with it i we you".split()
+)
+_STOCK = (
+    "{T}: what is it?",
+    "{T}: what does it do?",
+    "{T}: why?",
+    "{T}: how does it work?",
+    "{T}: what is it for?",
+    "What about {t}?",
+    "{T}?",
+    "Tell me about {t}.",
+    "Explain {t}.",
+    "In short, {t}?",
+)
 _TABLE = Path(__file__).parent.parent / "demo_data" / "serving_qa.toml"
 
 
@@ -31,7 +46,28 @@ def turn(rng: random.Random, test: bool) -> Example:
     entry = rng.choice(entries())
     if test:
         return ask(entry, entry["questions"][-1])
-    return ask(entry, vary(rng, rng.choice(entry["questions"][:-1])))
+    question = _worded(rng, entry)
+    while question == entry["questions"][-1]:
+        question = _worded(rng, entry)
+    return ask(entry, question)
+
+
+def _worded(rng: random.Random, entry: dict[str, Any]) -> str:
+    """Return the question as written, with small words lost, or made from the topic and a stock phrase.
+
+    The last two teach the model to go by the words that matter.
+    """
+    written, roll = rng.choice(entry["questions"][:-1]), rng.random()
+    if roll < 0.45:
+        return vary(rng, written)
+    if roll < 0.7:
+        kept = [w for w in written.split() if w.lower() not in _SMALL or rng.random() < 0.5]
+        return vary(rng, " ".join(kept))
+    topic = entry["topic"].replace("-", " ")
+    if roll < 0.85:
+        return vary(rng, rng.choice(_STOCK).format(t=topic, T=topic[:1].upper() + topic[1:]))
+    subject = topic[:1].upper() + topic[1:]
+    return vary(rng, f"{subject}: {written[:1].lower()}{written[1:]}")
 
 
 def make(rng: random.Random, test: bool) -> Example:
