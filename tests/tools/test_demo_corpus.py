@@ -29,15 +29,18 @@ def test_the_stream_is_the_same_for_the_same_seed_and_other_for_another() -> Non
     assert first != other
 
 
-def test_no_held_out_value_is_in_the_training_stream() -> None:
+def test_training_never_shows_a_held_out_value_and_a_test_shows_no_other() -> None:
     rng = random.Random(5)
-    for _ in range(200):
-        facts = recall.build(rng, False, 0)
-        values = {value for value in facts.keys if not held_out(value)}
-        assert values == set(facts.keys)
-    for entry in serving.entries():
-        asked = {serving.turn(rng, False).messages[0]["content"] for _ in range(5)}
-        assert entry["questions"][-1] not in asked
+    for test in (False, True):
+        values = [value for _ in range(200) for value in recall.build(rng, test, 0).keys]
+        assert {held_out(value.lower()) for value in values} == {test}, "a value on the wrong side"
+
+
+def test_training_never_asks_a_serving_question_in_its_held_out_wording() -> None:
+    rng = random.Random(5)
+    kept = {entry["questions"][-1] for entry in serving.entries()}
+    asked = {serving.turn(rng, False).messages[0]["content"] for _ in range(5000)}
+    assert not asked & kept
 
 
 def test_serving_has_150_questions_in_several_wordings_each_with_its_own() -> None:
