@@ -96,10 +96,11 @@ class Meter:
         _check_size(sum(numbers))  # center(10**10), batch(10**10) ...
         if name in _ELEMENTWISE and isinstance(subject, str):
             _check_size(_ELEMENT * len(subject))
-        if name in _ELEMENTWISE or name in ("indent", "replace"):
-            sizes = [_weight(arg) for arg in args if not isinstance(arg, int)]
-            widths = numbers if name == "indent" else []
-            _check_growth(length_hint(subject), max(sizes + widths, default=1))
+        sizes = [_weight(arg) for arg in args if not isinstance(arg, int)]
+        if name in _ELEMENTWISE:
+            _check_growth(length_hint(subject), max(sizes, default=1))
+        if name in ("indent", "replace"):  # of the text of anything
+            _check_growth(_weight(subject), max(sizes + numbers, default=1))
         if name == "sum" and any(isinstance(arg, (list, tuple)) for arg in args):
             _check_growth(_weight(subject), _weight(subject))  # adding n lists copies n**2 elements
 
@@ -160,6 +161,8 @@ def _weight(value: object) -> int:
         elif isinstance(item, _ONE_SHOT):
             unread = cast("Iterator[object]", copy.copy(item))  # looking must not use it up
             stack.append(list(unread))
+        else:
+            total += _ELEMENT
     return total
 
 
