@@ -1,8 +1,8 @@
-"""A model's facts, read from config.json as transformers 4 and 5 each write it.
+"""A model's facts, read from config.json as transformers 4 and 5 each write it, and its end tokens.
 
 Owns which options are known. A field that would change the result and that this
 package does not have is refused; one that changes nothing is let through. Knows
-nothing of arrays, files other than config.json, or how a fact is used.
+nothing of arrays, weights or text, or how a fact is used.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tiny_llm.errors import ConfigError, did_you_mean
+
+_T = TypeVar("_T")
 
 QUANTIZED_BITS = (2, 3, 4, 6, 8)
 QUANTIZED_GROUPS = (32, 64, 128)
@@ -191,11 +193,16 @@ class ModelConfig:
 
 def load_config(folder: Path, family_of: Callable[[str], Family] | None = None) -> ModelConfig:
     """Read ``folder``/config.json as ``ModelConfig.from_hf`` does; its errors then name the file."""
-    raw = _read_object(folder / "config.json")
-    try:
-        return ModelConfig.from_hf(raw, family_of)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+    return _from_file(folder / "config.json", lambda raw: ModelConfig.from_hf(raw, family_of))
+
+
+def load_end_ids(folder: Path) -> tuple[int, ...]:
+    """Read the end tokens of ``folder``/generation_config.json, which has some that config.json lacks.
+
+    () where there is no such file. Raises ConfigError for one that is broken.
+    """
+    path = folder / "generation_config.json"
+    return _from_file(path, lambda raw: _token_ids(_Fields(raw), "eos_token_id")) if path.is_file() else ()
 
 
 def built_in_family(model_type: str) -> Family:
@@ -206,6 +213,14 @@ def built_in_family(model_type: str) -> Family:
             f"or one that an installed plug-in adds.{did_you_mean(model_type, FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def _from_file(path: Path, read: Callable[[Mapping[str, object]], _T]) -> _T:
+    raw = _read_object(path)
+    try:
+        return read(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _read_object(path: Path) -> Mapping[str, object]:

@@ -163,7 +163,11 @@ def test_end_tokens_of_generation_config_count(llm: LLM, tmp_path: Path) -> None
         assert completion.token_ids == spoken[: spoken.index(spoken[3]) + 1]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "[" * 100_000, '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'],
+    ids=["cut", "a list", "nested", "a string", "null in a list"],
+)
 def test_broken_generation_config_is_named(content: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         LLM(demo_copy(tmp_path / "model", content))

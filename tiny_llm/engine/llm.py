@@ -6,13 +6,13 @@ HTTP, and where a checkpoint comes from.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion, SamplingParams, Timing
 from tiny_llm.decoding.generate import generate
 from tiny_llm.decoding.stop import Answer
@@ -54,9 +54,7 @@ class LLM:
         self._model = load_model(folder, dtype=dtype, quantize=quantize, progress=progress)
         self.config = self._model.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
-        self._end_ids = (
-            self.tokenizer.eos_ids | frozenset(self.config.eos_token_ids) | _generation_end_ids(folder)
-        )
+        self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -198,18 +196,3 @@ def _context(asked: int | None, most: int) -> int:
     if not 2 <= asked <= most:
         raise ConfigError(f"max_context is {asked}, but must be from 2 to {most}, the model's own.")
     return asked
-
-
-def _generation_end_ids(folder: Path) -> frozenset[int]:
-    """End tokens of generation_config.json, where chat models list those that config.json lacks."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return frozenset()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a JSON object: {error}.") from error
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(i, int) for i in ids):
-        raise ConfigError(f"eos_token_id in {path} is {found!r}, but must be a token id or a list of them.")
-    return frozenset(ids)
