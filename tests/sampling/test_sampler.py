@@ -88,6 +88,12 @@ def test_top_p_keeps_the_smallest_set_and_the_token_that_crosses() -> None:
     assert kept([0.0] * 4, top_p=0.5) == [0, 1], "equal logits are not kept beyond what p needs"
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-40, 1e-9])
+def test_top_p_below_float32_still_keeps_the_likeliest(top_p: float) -> None:
+    assert kept(logits_of(0.1, 0.3, 0.6), top_p=top_p) == [2]
+    assert kept(logits_of(0.1, 0.3, 0.6), top_p=top_p, temperature=1e-300) == [2]
+
+
 def test_top_p_shares_are_of_what_top_k_left() -> None:
     shares = logits_of(0.4, 0.3, 0.2, 0.1)
     # Among the two best, 0.4 is a share of 4/7 = 0.571.

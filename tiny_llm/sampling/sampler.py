@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from tiny_llm.data import SamplingParams
 
-_COLDEST = 1e-30  # still a normal float32, and already as good as greedy
+_LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
 
 
 def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
@@ -50,7 +50,7 @@ def filter_logits(logits: mx.array, params: Sequence[SamplingParams]) -> mx.arra
     scores = logits.astype(mx.float32)
     # The maximum goes first, so that a tiny temperature cannot overflow.
     scores = scores - mx.max(scores, axis=-1, keepdims=True)
-    scores = scores / _column([max(p.temperature, _COLDEST) for p in params])
+    scores = scores / _column([max(p.temperature, _LEAST) for p in params])
     ranked = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if ranked:  # ranking is the dear part, so only rows that ask for it pay
         at = mx.array(ranked)
@@ -74,7 +74,7 @@ def top_k_top_p_mask(scores: mx.array, params: Sequence[SamplingParams]) -> mx.a
     weights = mx.where(among_k, weights, 0)
     before = mx.cumsum(weights, axis=-1, inclusive=False)
     # p = 1 keeps all; rounding in the sum must not cut the tail.
-    share = _column([p.top_p if p.top_p < 1 else math.inf for p in params])
+    share = _column([max(p.top_p, _LEAST) if p.top_p < 1 else math.inf for p in params])
     keep = among_k & (before < share * mx.sum(weights, axis=-1, keepdims=True))
     return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, keep, axis=-1)
 
