@@ -6,7 +6,7 @@ logit rows, ``H`` query heads, ``K`` key/value heads, ``D`` head dim, ``V`` voca
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -48,8 +48,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
+            object.__setattr__(self, name, tuple(given))
         _check_params(self)
 
 
@@ -58,7 +60,7 @@ def _check_params(p: SamplingParams) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
     def between(value: float, low: float, high: float) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+        return isinstance(value, (int, float)) and low <= value <= high  # NaN is in no range
 
     _require(whole(p.max_tokens, 1), "max_tokens", p.max_tokens, "a whole number of at least 1")
     _require(between(p.temperature, 0, 100), "temperature", p.temperature, "a number from 0 (greedy) to 100")

@@ -1,0 +1,46 @@
+"""The types that cross floors refuse what they cannot mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": None},
+        {"stop": 5},
+        {"stop": [1]},
+        {"stop": b"end"},
+        {"stop": [""]},
+        {"stop_token_ids": None},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": "12"},
+        {"stop_token_ids": [-1]},
+        {"temperature": None},
+        {"temperature": "1"},
+        {"temperature": math.nan},
+        {"temperature": 10**400},
+        {"top_p": -math.inf},
+        {"min_p": math.nan},
+        {"max_tokens": True},
+        {"seed": 1.0},
+        {"logprobs": True},
+    ],
+    ids=str,
+)
+def test_a_parameter_of_the_wrong_kind_is_a_request_error(wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(RequestError, match=rf"^{name} is .* but must be"):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_stops_may_come_in_any_collection() -> None:
+    params = SamplingParams(stop="end", stop_token_ids={3})  # type: ignore[arg-type]
+    assert (params.stop, params.stop_token_ids) == (("end",), (3,))
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
