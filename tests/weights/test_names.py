@@ -9,10 +9,10 @@ import pytest
 from tiny_llm.config import ModelConfig
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.registry import expected_tensors
-from tiny_llm.weights.names import SHORT_NAMES, config_of, short_names
+from tiny_llm.weights.names import SHORT_NAMES, config_of
 
 
-@pytest.mark.parametrize("name", short_names())
+@pytest.mark.parametrize("name", SHORT_NAMES)
 def test_the_facts_load_and_give_the_published_number_of_parameters(name):
     config = ModelConfig.from_hf(config_of(name))
     counted = sum(math.prod(shape) for shape in expected_tensors(config).values())
@@ -40,7 +40,7 @@ def test_download_sizes_are_the_published_ones():
 def test_long_context_llama_stretches_its_slow_frequencies():
     factors = {
         name: scaling.factor
-        for name in short_names()
+        for name in SHORT_NAMES
         if (scaling := ModelConfig.from_hf(config_of(name)).rope_scaling) is not None
     }
     assert factors == {"llama-3.1-8b": 8, "llama-3.2-1b": 32, "llama-3.2-3b": 32, "llama-3.3-70b": 8}

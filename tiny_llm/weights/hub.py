@@ -19,7 +19,7 @@ import huggingface_hub
 
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
 from tiny_llm.weights.download import download
-from tiny_llm.weights.names import SHORT_NAMES, short_names
+from tiny_llm.weights.names import SHORT_NAMES
 from tiny_llm.weights.shards import shard_names
 
 if TYPE_CHECKING:  # importing it takes 0.1 s; it is there once a download was tried
@@ -89,7 +89,7 @@ def _repo_id(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConfigError(f"There is no folder {name}.")
     if not REPO_ID.fullmatch(name):
-        hint = did_you_mean(name, [*BUNDLED, *short_names()])
+        hint = did_you_mean(name, [*BUNDLED, *SHORT_NAMES])
         raise ConfigError(
             f"There is no model {name!r}: expected a folder, a hub id (organization/name) or a short name "
             f"(`main.py models` lists them).{hint}"

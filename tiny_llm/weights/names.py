@@ -36,11 +36,6 @@ class ShortName:
         return (self.parameters + self.duplicate_parameters) * BYTES_A_PARAMETER
 
 
-def short_names() -> list[str]:
-    """Return every short name, by family and size."""
-    return list(SHORT_NAMES)
-
-
 def config_of(name: str) -> dict[str, object]:
     """Return the facts of a short name's config.json, as a new dict for ``ModelConfig.from_hf``.
 
