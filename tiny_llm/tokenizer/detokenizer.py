@@ -211,7 +211,7 @@ class StreamDetokenizer:
         An id that the vocabulary lacks gives nothing, as in decode. Raises
         RequestError for what cannot be an id.
         """
-        token = token_text(self._backend, token_id)
+        token = _token_text(self._backend, token_id)
         if token is None or token in self._skipped:
             return ""
         if self._steps is None:
@@ -237,7 +237,7 @@ def _run(steps: Sequence[_Step], tokens: Iterable[str]) -> Iterable[str]:
     return tokens
 
 
-def token_text(backend: tokenizers.Tokenizer, token_id: int) -> str | None:
+def _token_text(backend: tokenizers.Tokenizer, token_id: int) -> str | None:
     """The vocabulary's entry for an id, None when it has none. Raises RequestError for a non-id."""
     try:
         return backend.id_to_token(token_id)

@@ -14,16 +14,18 @@ from tiny_llm.tokenizer.chat_template import ChatTemplate
 from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 
+_TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
+
 
 class Tokenizer:
     """Text <-> ids by a folder's tokenizer.json, and its chat template."""
 
-    def __init__(self, files: TokenizerFiles, *, template_time_limit_s: float = 2.0) -> None:
+    def __init__(self, files: TokenizerFiles) -> None:
         """Use what was read from a folder; ``from_folder`` reads and does this."""
         self._backend = files.backend
         self._add_bos = files.add_bos
         self._templates = {
-            name: ChatTemplate(source, files.special_tokens, time_limit_s=template_time_limit_s)
+            name: ChatTemplate(source, files.special_tokens, time_limit_s=_TEMPLATE_SECONDS)
             for name, source in files.templates.items()
         }
         added = self._backend.get_added_tokens_decoder().values()
@@ -33,12 +35,12 @@ class Tokenizer:
         self._eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
 
     @classmethod
-    def from_folder(cls, folder: Path, *, template_time_limit_s: float = 2.0) -> Tokenizer:
+    def from_folder(cls, folder: Path) -> Tokenizer:
         """Read tokenizer.json (needed) and the config and template files beside it (where present).
 
         Raises ConfigError for a file that is missing or cannot be understood.
         """
-        return cls(read_folder(Path(folder)), template_time_limit_s=template_time_limit_s)
+        return cls(read_folder(folder))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -68,16 +70,9 @@ class Tokenizer:
         string that is not valid Unicode.
         """
         _require_unicode(text)
-        add = self._adds_special(add_special_tokens)
+        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
+        add = add_special_tokens and self._add_bos is not False
         return self._with_bos(self._backend.encode(text, add_special_tokens=add).ids, add)
-
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Return ``encode`` of every text; the library spreads them over the cores."""
-        for text in texts:
-            _require_unicode(text)
-        add = self._adds_special(add_special_tokens)
-        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=add)
-        return [self._with_bos(encoding.ids, add) for encoding in batch]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD, unknown ids nothing.
@@ -125,10 +120,6 @@ class Tokenizer:
             "This model has no chat template, so it cannot chat. Continue a plain text with "
             "`generate --raw`, or put a chat_template.jinja into its folder."
         )
-
-    def _adds_special(self, asked: bool) -> bool:
-        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
-        return asked and self._add_bos is not False
 
     def _with_bos(self, ids: list[int], add: bool) -> list[int]:
         """Put BOS first where the config wants it and the post-processor has not done so."""
