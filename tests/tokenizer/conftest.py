@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 CORPUS = (
     "The cache keeps keys and values, so that no token is computed twice.",
@@ -17,9 +20,9 @@ CORPUS = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level() -> Tokenizer:
+def byte_level() -> Backend:
     """GPT-2's way, as Qwen and LLaMA 3 have it."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Backend(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,9 +35,9 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def byte_fallback(decoder: decoders.Decoder | None) -> Tokenizer:
+def byte_fallback(decoder: decoders.Decoder | None) -> Backend:
     """Sentencepiece's way: a mark for spaces, and <0xE4> tokens for what the vocabulary lacks."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=150, initial_alphabet=["▁"], limit_alphabet=40, show_progress=False
@@ -44,7 +47,7 @@ def byte_fallback(decoder: decoders.Decoder | None) -> Tokenizer:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁▁", "▁▁▁"]
     vocab = {token: at for at, token in enumerate(dict.fromkeys([*tokens, *learnt["vocab"]]))}
     merges = [(left, right) for left, right in learnt["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     if decoder is not None:
         tokenizer.decoder = decoder
@@ -57,7 +60,7 @@ def _llama() -> decoders.Decoder:
     return decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
 
 
-MADE: Mapping[str, Callable[[], Tokenizer]] = {
+MADE: Mapping[str, Callable[[], Backend]] = {
     "byte level": byte_level,
     "llama": lambda: byte_fallback(_llama()),
     "gemma": lambda: byte_fallback(
@@ -83,7 +86,7 @@ MADE: Mapping[str, Callable[[], Tokenizer]] = {
 
 
 @pytest.fixture(scope="session", params=[*MADE, "stories260K", "qwen2", "demo"])
-def backend(request: pytest.FixtureRequest) -> Tokenizer:
+def backend(request: pytest.FixtureRequest) -> Backend:
     """Each tokenizer in turn; the real ones skip where there are none."""
     if request.param in MADE:
         return MADE[request.param]()
@@ -94,23 +97,29 @@ def backend(request: pytest.FixtureRequest) -> Tokenizer:
     else:
         fixture = {"stories260K": "stories260k", "qwen2": "qwen2_tokenizer_folder"}[request.param]
         folder = request.getfixturevalue(fixture)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Backend.from_file(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
-def small() -> Tokenizer:
+def small() -> Backend:
     """A byte-level tokenizer of 400 tokens."""
     return byte_level()
 
 
 @pytest.fixture(scope="session")
-def llama() -> Tokenizer:
+def llama() -> Backend:
     """A byte-fallback tokenizer with LLaMA's chain of decoders."""
     return byte_fallback(_llama())
 
 
+@pytest.fixture(scope="session")
+def qwen2(qwen2_tokenizer_folder: Path) -> Tokenizer:
+    """Qwen2.5's published tokenizer and template, read once."""
+    return Tokenizer.from_folder(qwen2_tokenizer_folder)
+
+
 @pytest.fixture
-def folder(small: Tokenizer, tmp_path: Path) -> Path:
+def folder(small: Backend, tmp_path: Path) -> Path:
     """A model's folder with that tokenizer.json and nothing beside it."""
     small.save(str(tmp_path / "tokenizer.json"))
     return tmp_path

@@ -12,7 +12,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "tiny_llm" / "demo"
 Message = Mapping[str, object]
@@ -56,12 +56,6 @@ CONVERSATIONS: Sequence[Sequence[Message]] = (
     [user("x"), {"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {}}]}],
     [system("only")],
 )
-
-
-@pytest.fixture(scope="session")
-def qwen2(qwen2_tokenizer_folder: Path) -> Tokenizer:
-    """Qwen2.5's published tokenizer and template."""
-    return Tokenizer.from_folder(qwen2_tokenizer_folder)
 
 
 def with_template(folder: Path, template: object, **config: object) -> Tokenizer:

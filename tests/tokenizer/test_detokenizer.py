@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from tiny_llm.errors import RequestError
-from tiny_llm.tokenizer import Tokenizer
 from tiny_llm.tokenizer.files import TokenizerFiles
+from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = (
     "Hello, world! The fox ends well.",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 
 def write(folder: Path, name: str, content: object) -> None:
@@ -149,12 +149,6 @@ def test_stories260k_puts_bos_before_and_no_space_after(stories260k: Path) -> No
     assert tokenizer.decode(tokenizer.encode("é 你 🌍")) == "é 你 🌍", (
         "what the vocabulary lacks goes as bytes"
     )
-
-
-@pytest.fixture(scope="session")
-def qwen2(qwen2_tokenizer_folder: Path) -> Tokenizer:
-    """Qwen2's published tokenizer."""
-    return Tokenizer.from_folder(qwen2_tokenizer_folder)
 
 
 def test_qwen2_gives_the_published_ids(qwen2: Tokenizer) -> None:
