@@ -119,7 +119,7 @@ FORBIDDEN = (
 )
 
 
-def render(source: str, seconds: float = 0.1, **variables: object) -> str:
+def render(source: str, *, seconds: float = 60, **variables: object) -> str:
     template = ChatTemplate(source, {}, time_limit_s=seconds)
     return template.render({"messages": MESSAGES, "width": 10**10, **variables})
 
@@ -127,13 +127,13 @@ def render(source: str, seconds: float = 0.1, **variables: object) -> str:
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_without_end_is_stopped(source: str) -> None:
     with pytest.raises(RequestError, match=r"stopped after 0\.1 s"):
-        render(source)
+        render(source, seconds=0.1)
 
 
 @pytest.mark.parametrize("source", HUGE)
 def test_a_template_that_makes_too_much_is_stopped_before_it_does(source: str) -> None:
     with pytest.raises(RequestError, match="stopped: it makes a text or a list of more than 4,194,304"):
-        render(source, seconds=60)
+        render(source)
 
 
 @pytest.mark.parametrize("source", FORBIDDEN)
@@ -166,7 +166,7 @@ def test_a_stopped_template_starts_afresh() -> None:
 def test_a_text_longer_than_the_limit_is_refused_whatever_made_it() -> None:
     half = "x" * (SIZE // 2 + 1)
     with pytest.raises(RequestError, match="4,194,306 characters"):
-        render("{{ a }}{{ b }}", seconds=60, a=half, b=half)
+        render("{{ a }}{{ b }}", a=half, b=half)
 
 
 def test_a_long_honest_conversation_renders() -> None:
@@ -182,5 +182,5 @@ def test_a_long_honest_conversation_renders() -> None:
     tools = [
         {"type": "function", "function": {"name": f"f{at}", "description": "d" * 500}} for at in range(200)
     ]
-    text = render(source, seconds=60, messages=messages, tools=tools)
+    text = render(source, messages=messages, tools=tools)
     assert text.startswith("<|im_start|>user\n0 word") and len(text) > 1_000_000
