@@ -23,7 +23,7 @@ from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.models.registry import expected_tensors, quantizable_tensors
-from tiny_llm.weights import load_weights
+from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.names import config_of
 
 ROWS: Mapping[str, tuple[str | None, int | None]] = {

@@ -14,7 +14,7 @@ import pytest
 from tiny_llm.config import Quantization
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.errors import WeightError
-from tiny_llm.weights import load_weights
+from tiny_llm.weights.checkpoint import load_weights
 
 pytestmark = pytest.mark.chapter("1.5")
 
@@ -287,7 +287,7 @@ def dense(tensor: QuantizedTensor) -> mx.array:
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_quantized_checkpoint_comes_back_as_it_is(tmp_path, bits, group):
     shapes = {PROJ: (32, 256), NORM: (64,)}
-    weights = {PROJ: mx.random.normal((32, 256)), NORM: mx.ones((64,))}
+    weights = {PROJ: mx.random.normal((32, 256), key=mx.random.key(0)), NORM: mx.ones((64,))}
     parts = quantized(PROJ, weights, bits, group)
     folder = save(tmp_path, weights | parts)
     got = load(folder, shapes, quantization=Quantization(bits, group))[PROJ]
@@ -356,7 +356,7 @@ def test_quantizing_on_load_is_what_mlx_does(tmp_path, bits, group):
 
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (96, 32), (80, None)])
 def test_the_group_shrinks_until_it_divides(tmp_path, columns, group):
-    weights = {PROJ: mx.random.normal((32, columns))}
+    weights = {PROJ: mx.random.normal((32, columns), key=mx.random.key(0))}
     got = load(save(tmp_path, weights), {PROJ: (32, columns)}, quantize=Quantization(4, 64))[PROJ]
     assert (got.group_size if isinstance(got, QuantizedTensor) else None) == group
 

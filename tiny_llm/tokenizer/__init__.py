@@ -2,8 +2,3 @@
 
 Knows files, strings and integers. Refuses to know models, arrays and requests.
 """
-
-from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
-from tiny_llm.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["StreamDetokenizer", "Tokenizer"]

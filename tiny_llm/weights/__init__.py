@@ -2,8 +2,3 @@
 
 Owns names, downloads, file formats and checks. Refuses to know how a model computes.
 """
-
-from tiny_llm.weights.checkpoint import load_weights
-from tiny_llm.weights.hub import resolve
-
-__all__ = ["load_weights", "resolve"]
