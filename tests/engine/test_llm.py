@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tiny_llm.data import SamplingParams
@@ -110,7 +111,7 @@ def test_context_ends_an_answer(llm: LLM) -> None:
     assert len(last.token_ids) == 1, "one free place is one token"
 
 
-@pytest.mark.parametrize("most", [0, 1, -5, 10**9])
+@pytest.mark.parametrize("most", [0, 1, -5, 10**9, 20.5, True])
 def test_max_context_must_be_possible(most: int) -> None:
     with pytest.raises(ConfigError, match=f"max_context is {most}, but must be from 2 to"):
         LLM("demo", max_context=most)
@@ -173,6 +174,21 @@ def test_broken_generation_config_is_named(content: str, tmp_path: Path) -> None
         LLM(demo_copy(tmp_path / "model", content))
 
 
+def test_a_token_beyond_the_models_rows_is_refused(llm: LLM, tmp_path: Path) -> None:
+    """MLX does not check an index: the row would be whatever lies in memory there."""
+    folder = demo_copy(tmp_path / "model", "{}")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    beyond = llm.config.vocab_size
+    new = {"id": beyond, "content": "<|new|>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append({**new, "single_word": False, "lstrip": False, "rstrip": False})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wide = LLM(folder)
+    with pytest.raises(RequestError, match=f"Token id {beyond} is not in the vocabulary"):
+        wide.generate("Hello <|new|>")
+    with pytest.raises(RequestError, match=f"Token id {beyond} is not in the vocabulary"):
+        wide.chat([{"role": "user", "content": "Hello <|new|>"}])
+
+
 def test_an_invalid_request_is_refused_before_any_runs(llm: LLM) -> None:
     vocab = llm.config.vocab_size
     wrong: list[tuple[object, str]] = [
@@ -183,6 +199,12 @@ def test_an_invalid_request_is_refused_before_any_runs(llm: LLM) -> None:
         ([True], "Token id True"),
         (["fine", [0.5]], "Token id 0.5"),
         ([None], "a NoneType, but must be a string or a list of token ids"),
+        (None, "prompts is a NoneType"),
+        (5, "prompts is a int"),
+        (b"text", "prompts is a bytes"),
+        ({"role": "user"}, "prompts is a dict"),
+        ([b"text"], "a bytes, but must be a string or a list of token ids"),
+        (mx.array([1, 2]), "a array, but must be a string or a list of token ids"),
         ("\ud800", "half of a surrogate pair"),
         ([0] * llm.max_context, f"{llm.max_context} tokens, but the context holds {llm.max_context}"),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +107,8 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}, but must be a SamplingParams.")
-        ids = self._encode(prompt) if isinstance(prompt, str) else _as_ids(prompt, self.config.vocab_size)
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        ids = _as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
         if not ids:
             raise RequestError("The prompt is empty; give at least one character or token.")
         if len(ids) >= self.max_context:
@@ -174,13 +175,18 @@ def _last(chunks: Iterator[Chunk]) -> Completion:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A string or a list of numbers is one prompt; everything else is a list of prompts."""
-    if isinstance(prompts, str) or (prompts and all(isinstance(p, int) for p in prompts)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise RequestError(f"prompts is a {type(prompts).__name__}, but must be a string or a list.")
+    given = list(prompts)
+    if given and all(isinstance(p, int) for p in given):
+        return [given]  # type: ignore[list-item]
+    return given  # type: ignore[return-value]
 
 
 def _as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise RequestError(
             f"A prompt is a {type(prompt).__name__}, but must be a string or a list of token ids."
         )
@@ -193,6 +199,6 @@ def _as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
 def _context(asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not 2 <= asked <= most:
-        raise ConfigError(f"max_context is {asked}, but must be from 2 to {most}, the model's own.")
+    if not isinstance(asked, int) or not 2 <= asked <= most:
+        raise ConfigError(f"max_context is {asked!r}, but must be from 2 to {most}, the model's own.")
     return asked
