@@ -59,6 +59,12 @@ def test_a_stop_before_the_first_character_takes_the_question_back(llm: LLM) -> 
     assert roles(conversation) == ["user", "assistant"]
 
 
+def test_an_answer_closed_before_it_began_takes_the_question_back(llm: LLM) -> None:
+    conversation = Conversation(llm)
+    conversation.ask("Hello", TALK).close()
+    assert conversation.messages == []
+
+
 def test_oldest_turns_go_when_the_context_is_full() -> None:
     llm = LLM("demo", max_context=96)
     conversation = Conversation(llm, system="Be brief.")
@@ -88,6 +94,12 @@ def test_save_writes_json_and_never_over_a_file(llm: LLM, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "talk.json").read_text(encoding="utf-8")) == conversation.messages
     with pytest.raises(FileExistsError):
         conversation.save(tmp_path / "talk.json")
+
+
+def test_what_a_terminal_sent_as_half_a_character_is_saved_too(llm: LLM, tmp_path: Path) -> None:
+    conversation = Conversation(llm, system="caf\udce9")
+    conversation.save(tmp_path / "talk.json")
+    assert json.loads((tmp_path / "talk.json").read_text(encoding="utf-8")) == conversation.messages
 
 
 def test_a_model_without_a_template_cannot_converse(stories260k: Path) -> None:

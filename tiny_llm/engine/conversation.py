@@ -54,17 +54,20 @@ class Conversation:
             self._turns = before
             raise
         self.forgotten += len(before) + 1 - len(self._turns)
-        return self._listen(chunks)
+        answer = self._listen(chunks)
+        next(answer)  # so that also an answer closed before its first chunk is forgotten
+        return answer
 
     def save(self, path: Path) -> None:
         """Write ``messages`` as JSON to a new file; raises OSError if that fails or it exists."""
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(self.messages, file, ensure_ascii=False, indent=2)
             file.write("\n")
 
     def _listen(self, chunks: Iterator[Chunk]) -> Generator[Chunk]:
         said = ""
         try:
+            yield Chunk("")  # to ``ask``
             for chunk in chunks:
                 said += chunk.text
                 yield chunk
