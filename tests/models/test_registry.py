@@ -83,6 +83,8 @@ def test_options_that_cannot_be_used(golden: Path) -> None:
         load_model(golden / "qwen3", dtype="int8")
     with pytest.raises(ConfigError, match=r"quantize is 5, expected 4 or 8 bits"):
         load_model(golden / "qwen3", quantize=5)
+    with pytest.raises(ConfigError, match=r"quantize is 4\.0, expected 4 or 8 bits"):
+        load_model(golden / "qwen3", quantize=4.0)  # type: ignore[arg-type]
 
 
 def test_the_default_dtype_suits_the_device(golden: Path) -> None:

@@ -103,7 +103,7 @@ def load_model(
     config = load_config(folder, lambda model_type: find(model_type).family)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    if quantize is not None and quantize not in QUANTIZE_BITS:
+    if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
         raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
     weights = load_weights(
         folder,
