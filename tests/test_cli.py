@@ -206,6 +206,7 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
         (f"/save {file}", "exists already"),
         ("/save", "needs a file's name"),
         ("/save /no/such/folder/x", "No such file or directory"),
+        ("/save ~no-such-user/x", "No such file or directory"),
         ("/reset", "forgotten"),
         (f"/save {tmp_path / 'reset.json'}", "Saved 1 messages"),
     ]
@@ -214,7 +215,7 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
             terminal.sendline(line)
             terminal.expect_exact(answer)
             terminal.expect("\n> ")
-        terminal.sendline("/exit")
+        terminal.sendline("/exit now")
     assert [m["role"] for m in json.loads(file.read_text())] == ["system", "user", "assistant"]
 
 

@@ -68,7 +68,7 @@ class Chat:
         while True:
             try:
                 line = self._read()
-                if line is None or line in ("/exit", "/quit"):
+                if line is None or line.split()[:1] in (["/exit"], ["/quit"]):
                     return
                 self._handle(line)
             except KeyboardInterrupt:  # not during an answer: that one ends itself
@@ -135,11 +135,11 @@ class Chat:
             self._error("/save needs a file's name.")
             return
         try:
-            self._conversation.save(Path(name).expanduser())
+            self._conversation.save(Path(os.path.expanduser(name)))  # unlike Path's, never an error
         except FileExistsError:
             self._error(f"{name} exists already; choose another name.")
-        except OSError as error:
-            self._error(f"{name} cannot be written: {error.strerror}.")
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+            self._error(f"{name} cannot be written: {getattr(error, 'strerror', error)}.")
         else:
             self._note(f"Saved {len(self._conversation.messages)} messages to {name}.")
 
