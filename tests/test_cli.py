@@ -170,6 +170,34 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     child.stderr.close()
 
 
+def in_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", *COMMAND]
+    return subprocess.run([*shell, *arguments], capture_output=True, timeout=60, cwd=ROOT)
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    """Its number is free: the weights' file would get 0, which MLX takes for a failure."""
+    done = in_shell("<&-", "generate", "--prompt", "Hello", "--max-tokens", "3")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    done = in_shell("<&-")
+    assert done.returncode == 2 and done.stderr.startswith(b"error: The prompt is empty"), done.stderr
+
+
+def test_a_closed_stdout_or_stderr_takes_what_is_written() -> None:
+    quiet = in_shell(">&-", "generate", "--prompt", "Hello", "--max-tokens", "3")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr.count(b"\n")) == (0, b"", 1), quiet.stderr
+    answer = in_shell("2>&-", "generate", "--prompt", "Hello", "--max-tokens", "3")
+    assert answer.returncode == 0 and b"tokens" not in answer.stdout, "the figures are not the answer's"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "Hello", "--json"], ["models"], ["--help"]])
+def test_a_full_disk_is_not_a_bug_of_ours(arguments: list[str]) -> None:
+    done = in_shell(">/dev/full", *arguments)
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and "No space left" in line and "bug" not in line
+
+
 def test_ctrl_c_ends_generate_with_130() -> None:
     child = subprocess.Popen(
         [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -314,6 +314,7 @@ def _as_json(model: str, completion: Completion) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's) and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_what_is_closed()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -324,11 +325,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except _UsageError as error:
         return _fail(error, error.format_message(), 2, arguments)
-    except TinyLLMError as error:
+    except (TinyLLMError, OSError) as error:  # OSError: a full disk, a file without permission
         return _fail(error, str(error), 2, arguments)
     except Exception as error:
         what = f"{type(error).__name__}: {error} (this is a bug; --debug shows where)"
         return _fail(error, what, 1, arguments)
+
+
+def _open_what_is_closed() -> None:
+    """A closed stdin, stdout or stderr becomes /dev/null, lest a file with weights takes its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
 
 
 def _run(arguments: list[str]) -> int:
