@@ -1,4 +1,4 @@
-"""What every test folder shares: where test data lies, and choosing a chapter's tests.
+"""What every test folder shares: where test data lies, settings, and choosing a chapter's tests.
 
 A chapter's tests are ordinary tests with ``@pytest.mark.chapter("1.3")``. Choose them by
 ``pytest --chapter 1.3`` (may be repeated) or ``pytest -m 'chapter("1.3")'``.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark, and turn each ``--chapter`` into a part of pytest's own ``-m``."""
+    """Register the mark, and turn each ``--chapter`` into a part of pytest's own ``-m``.
+
+    Hypothesis draws the same examples in every run, and looks at no clock.
+    """
+    settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+    settings.load_profile("repeatable")
     config.addinivalue_line("markers", "chapter(id): the chapter of the course that this test checks")
     asked = config.getoption("chapter")
     for chapter in asked:

@@ -337,7 +337,7 @@ FIELDS = sorted(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(FAMILIES)),
     st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3),

@@ -48,7 +48,7 @@ def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab\nü", max_size=4), min_size=1, max_size=12),
     stops=st.lists(st.text(alphabet="ab\nü", min_size=1, max_size=5), max_size=3),

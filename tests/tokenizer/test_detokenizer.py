@@ -41,7 +41,7 @@ def byte_ids(backend: Backend) -> list[int]:
     return sorted(i for token, i in vocab.items() if re.fullmatch("<0x..>", token) or len(token) == 1)
 
 
-@settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@settings(max_examples=120)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_join_to_the_decode_of_random_ids(
     backend: Backend, byte_ids: list[int], data: st.DataObject, skip: bool
@@ -58,7 +58,7 @@ def test_pieces_join_to_the_decode_of_random_ids(
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip), f"{ids} gave {pieces}"
 
 
-@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@settings(max_examples=80)
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)))
 def test_pieces_join_to_the_decode_of_any_text(backend: Backend, text: str) -> None:
     tokenizer = tokenizer_of(backend)

@@ -155,7 +155,7 @@ def test_many_bit_flips_at_once(path):
         survives(path, bytes(flipped), original)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path, noise):
     file = tmp_path / "noise.safetensors"
