@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -106,17 +107,18 @@ def test_piped_chat_prints_the_answer_alone(call: Output) -> None:
 
 
 def test_options_reach_the_request(call: Output) -> None:
+    def answer(*options: str) -> dict[str, Any]:
+        return dict(json.loads(call("generate", "--prompt", "Hello", "-n", "12", "--json", *options)[1]))
+
     def ids(*options: str) -> list[int]:
-        return list(
-            json.loads(call("generate", "--prompt", "Hello", "-n", "12", "--json", *options)[1])["token_ids"]
-        )
+        return list(answer(*options)["token_ids"])
 
     greedy, ramble = ids(), ids(*RAMBLE)
     assert ids(*RAMBLE) == ramble != greedy
     for narrowed in (["--top-k", "1"], ["--top-p", "0.000001"], ["--min-p", "1"]):
         assert ids(*RAMBLE, *narrowed) == greedy, narrowed
     assert ids("--temperature", "4", "--seed", "2") != ramble
-    assert ids("--system", "Speak of nothing but cheese.") != greedy or ids("--system", "x y z") != greedy
+    assert answer("--system", "Be brief.")["prompt_tokens"] > answer()["prompt_tokens"]
 
 
 def test_raw_leaves_the_template_out(call: Output) -> None:
