@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from hypothesis import settings
 
@@ -52,6 +53,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.
     if missing:
         there = ", ".join(sorted(known)) or "none"
         raise pytest.UsageError(f"No test of chapter {', '.join(missing)} here; there are: {there}.")
+
+
+def _off(got: mx.array, expected: mx.array) -> float:
+    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
+    got, expected = got.astype(mx.float32), expected.astype(mx.float32)
+    return mx.max(mx.abs(got - expected)).item() / (mx.max(mx.abs(expected)).item() or 1.0)
+
+
+@pytest.fixture(scope="session")
+def off() -> Callable[[mx.array, mx.array], float]:
+    """``off(got, expected)``: the largest difference, relative to the largest expected value."""
+    return _off
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,8 @@ def model(golden: Path, request: pytest.FixtureRequest) -> Golden:
     return Golden(golden / request.param)
 
 
-def off(got: mx.array, expected: mx.array) -> float:
-    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
-    return (mx.max(mx.abs(got - expected)) / mx.max(mx.abs(expected))).item()
-
-
 @pytest.mark.chapter("1.4")
-def test_mlp_as_transformers(model: Golden) -> None:
+def test_mlp_as_transformers(model: Golden, off) -> None:
     mlp = MLP.take(model.weights, "model.layers.0.mlp", model.config)
     x, expected = model.seen["layer0.mlp_in"], model.seen["layer0.mlp"]
     swapped = off(MLP(mlp.up_proj, mlp.gate_proj, mlp.down_proj)(x), expected)
@@ -56,7 +51,7 @@ def test_mlp_as_transformers(model: Golden) -> None:
 
 
 @pytest.mark.chapter("1.3")
-def test_attention_as_transformers(model: Golden) -> None:
+def test_attention_as_transformers(model: Golden, off) -> None:
     expected = model.seen["layer0.attention"]
     got = off(model.attention(model.config), expected)
     mistakes = {
@@ -73,7 +68,7 @@ def test_attention_as_transformers(model: Golden) -> None:
 
 
 @pytest.mark.chapter("1.5")
-def test_a_tied_head_is_the_embedding(model: Golden) -> None:
+def test_a_tied_head_is_the_embedding(model: Golden, off) -> None:
     embed = Embedding.take(model.weights, "model.embed_tokens")
     hidden = embed(model.seen["tokens"])
     assert mx.array_equal(hidden, model.seen["hidden.0"])

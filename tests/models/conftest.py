@@ -1,8 +1,9 @@
-"""What the models' tests share: a whole prompt as a batch, and the plainest greedy loop there is."""
+"""What the models' tests share: the golden cases, a prompt as a batch, and the plainest greedy loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,6 +12,18 @@ from tiny_llm.data import Batch
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import Model
 
+CASES = (
+    "qwen2_tied",
+    "qwen2_untied_sharded",
+    "qwen2_14_heads",
+    "qwen3",
+    "llama",
+    "llama_linear",
+    "llama_llama3",
+    "llama_bias",
+    "llama_odd",
+    "mistral",
+)
 MakeBatch = Callable[..., Batch]
 Greedy = Callable[[Model, Sequence[int], int], list[int]]
 
@@ -23,6 +36,18 @@ def _batch(*sequences: Sequence[int], start: int = 0) -> Batch:
     positions = [start + i for tokens in sequences for i in range(len(tokens))]
     tokens = [token for sequence in sequences for token in sequence]
     return Batch(mx.array(tokens), mx.array(positions), tuple(starts), mx.arange(starts[-1]))
+
+
+@pytest.fixture(scope="session")
+def cases() -> tuple[str, ...]:
+    """The golden models that ``folder`` goes through."""
+    return CASES
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(golden: Path, request: pytest.FixtureRequest) -> Path:
+    """Each golden model's folder in turn."""
+    return golden / str(request.param)
 
 
 @pytest.fixture(scope="session")

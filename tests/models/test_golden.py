@@ -15,24 +15,7 @@ from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.registry import load_model
 
 pytestmark = pytest.mark.chapter("1.5")
-CASES = (
-    "qwen2_tied",
-    "qwen2_untied_sharded",
-    "qwen2_14_heads",
-    "qwen3",
-    "llama",
-    "llama_linear",
-    "llama_llama3",
-    "llama_bias",
-    "llama_odd",
-    "mistral",
-)
 TOLERANCE = 1e-4  # relative to the largest value; on a CPU we are within 2e-6
-
-
-@pytest.fixture(scope="module", params=CASES)
-def folder(golden: Path, request: pytest.FixtureRequest) -> Path:
-    return golden / str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +37,11 @@ def batch_at(seen: dict[str, mx.array], positions: str = "positions") -> Batch:
     return Batch(seen["tokens"], seen[positions], (0, T), mx.arange(T))
 
 
-def off(got: mx.array, expected: mx.array) -> float:
-    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
-    return (mx.max(mx.abs(got - expected)) / mx.max(mx.abs(expected))).item()
+def test_every_case_is_tested(golden: Path, cases: tuple[str, ...]) -> None:
+    assert {path.name for path in golden.iterdir() if path.is_dir()} == set(cases)
 
 
-def test_every_case_is_tested(golden: Path) -> None:
-    assert {path.name for path in golden.iterdir() if path.is_dir()} == set(CASES)
-
-
-def test_layer_by_layer(model: Decoder, seen: dict[str, mx.array]) -> None:
+def test_layer_by_layer(model: Decoder, seen: dict[str, mx.array], off) -> None:
     """The first layer that differs is named, since every later one then differs too."""
     batch, cache = batch_at(seen), NoCache()
     assert off(model.embed_tokens(batch.tokens), seen["hidden.0"]) < TOLERANCE, "the embedding differs"
@@ -77,14 +55,14 @@ def test_layer_by_layer(model: Decoder, seen: dict[str, mx.array]) -> None:
     assert off(logits, seen["logits"]) < TOLERANCE, "the last norm or the head differs"
 
 
-def test_logits(model: Decoder, seen: dict[str, mx.array]) -> None:
+def test_logits(model: Decoder, seen: dict[str, mx.array], off) -> None:
     logits = model(batch_at(seen), NoCache())
     assert logits.dtype == mx.float32
     error = off(logits, seen["logits"])
     assert error < TOLERANCE, f"off by {error:.2g} of the largest logit; see which layer differs first"
 
 
-def test_positions_with_an_offset_and_gaps(model: Decoder, seen: dict[str, mx.array]) -> None:
+def test_positions_with_an_offset_and_gaps(model: Decoder, seen: dict[str, mx.array], off) -> None:
     assert off(seen["gap.logits"], seen["logits"]) > 0.01, "these files cannot show a mistake in positions"
     logits = model(batch_at(seen, "gap.positions"), NoCache())
     assert off(logits, seen["logits"]) > TOLERANCE, "positions are ignored"
@@ -92,7 +70,9 @@ def test_positions_with_an_offset_and_gaps(model: Decoder, seen: dict[str, mx.ar
 
 
 @pytest.mark.parametrize("chunks", [(7,), (1,) * 7, (4, 3)])
-def test_a_cache_changes_nothing(model: Decoder, seen: dict[str, mx.array], chunks: tuple[int, ...]) -> None:
+def test_a_cache_changes_nothing(
+    model: Decoder, seen: dict[str, mx.array], chunks: tuple[int, ...], off
+) -> None:
     cache, outs, start = DenseCache(model.config.num_layers), [], 0
     for size in chunks:
         rows = slice(start, start + size)
@@ -102,7 +82,7 @@ def test_a_cache_changes_nothing(model: Decoder, seen: dict[str, mx.array], chun
     assert off(mx.concatenate(outs), seen["gap.logits"]) < TOLERANCE
 
 
-def test_only_wanted_rows_reach_the_head(model: Decoder, seen: dict[str, mx.array]) -> None:
+def test_only_wanted_rows_reach_the_head(model: Decoder, seen: dict[str, mx.array], off) -> None:
     batch = batch_at(seen)
     rows = mx.array([6, 2])
     got = model(replace(batch, logit_rows=rows), NoCache())
