@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def _off(got: mx.array, expected: mx.array) -> float:
 def off() -> Callable[[mx.array, mx.array], float]:
     """``off(got, expected)``: the largest difference, relative to the largest expected value."""
     return _off
+
+
+@pytest.fixture
+def demo_copy(tmp_path: Path) -> Path:
+    """A copy of the bundled model, to be changed or broken."""
+    ignored = shutil.ignore_patterns("draft")
+    return Path(shutil.copytree(ROOT / "tiny_llm" / "demo", tmp_path / "model", ignore=ignored))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tiny_llm import cli
-from tiny_llm.weights.hub import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,12 +30,6 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     (line,) = err.splitlines()
     assert line.startswith("error: ") and "Traceback" not in line
     return line
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A copy of the bundled model, to be broken."""
-    return Path(shutil.copytree(resolve("demo"), tmp_path / "model", ignore=shutil.ignore_patterns("draft")))
 
 
 def config_with(**fields: object) -> Callable[[Path], None]:
@@ -106,10 +98,10 @@ BROKEN_MODELS: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("break_it", "says"), BROKEN_MODELS)
 def test_a_broken_model(
-    break_it: Callable[[Path], None], says: str, model: Path, capsys: pytest.CaptureFixture[str]
+    break_it: Callable[[Path], None], says: str, demo_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    break_it(model)
-    assert says in complaint(capsys, "generate", "--model", str(model), "--prompt", "Hello")
+    break_it(demo_copy)
+    assert says in complaint(capsys, "generate", "--model", str(demo_copy), "--prompt", "Hello")
 
 
 BAD_ARGUMENTS: list[tuple[list[str], str]] = [
@@ -154,12 +146,12 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'generate'" in complaint(capsys, "genrate")
 
 
-def test_a_model_without_a_chat_template(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads((model / "tokenizer_config.json").read_text())
+def test_a_model_without_a_chat_template(demo_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((demo_copy / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    assert "generate --raw" in complaint(capsys, "generate", "--model", str(model), "--prompt", "Hello")
+    (demo_copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (demo_copy / "chat_template.jinja").unlink(missing_ok=True)
+    assert "generate --raw" in complaint(capsys, "generate", "--model", str(demo_copy), "--prompt", "Hello")
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["generate", "--raw"]])

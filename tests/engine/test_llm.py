@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +12,6 @@ import pytest
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.weights.hub import resolve
 
 pytestmark = pytest.mark.chapter("1.6")
 
@@ -149,17 +147,11 @@ def test_figures_are_of_this_request(llm: LLM) -> None:
     assert one.timing.decode_tok_s == 0, "one token has no decode rate"
 
 
-def demo_copy(folder: Path, generation_config: str) -> Path:
-    shutil.copytree(resolve("demo"), folder, ignore=shutil.ignore_patterns("draft"))
-    (folder / "generation_config.json").write_text(generation_config)
-    return folder
-
-
-def test_end_tokens_of_generation_config_count(llm: LLM, tmp_path: Path) -> None:
+def test_end_tokens_of_generation_config_count(llm: LLM, demo_copy: Path) -> None:
     spoken = llm.generate("Once upon a time", SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
     for written in (spoken[3], [spoken[3]]):
-        folder = demo_copy(tmp_path / str(type(written)), json.dumps({"eos_token_id": written}))
-        (completion,) = LLM(folder).generate("Once upon a time", SamplingParams(max_tokens=8))
+        (demo_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
+        (completion,) = LLM(demo_copy).generate("Once upon a time", SamplingParams(max_tokens=8))
         assert completion.finish_reason == "stop"
         assert completion.token_ids == spoken[: spoken.index(spoken[3]) + 1]
 
@@ -169,20 +161,20 @@ def test_end_tokens_of_generation_config_count(llm: LLM, tmp_path: Path) -> None
     ["{", "[]", "[" * 100_000, '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'],
     ids=["cut", "a list", "nested", "a string", "null in a list"],
 )
-def test_broken_generation_config_is_named(content: str, tmp_path: Path) -> None:
+def test_broken_generation_config_is_named(content: str, demo_copy: Path) -> None:
+    (demo_copy / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        LLM(demo_copy(tmp_path / "model", content))
+        LLM(demo_copy)
 
 
-def test_a_token_beyond_the_models_rows_is_refused(llm: LLM, tmp_path: Path) -> None:
+def test_a_token_beyond_the_models_rows_is_refused(llm: LLM, demo_copy: Path) -> None:
     """MLX does not check an index: the row would be whatever lies in memory there."""
-    folder = demo_copy(tmp_path / "model", "{}")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = json.loads((demo_copy / "tokenizer.json").read_text())
     beyond = llm.config.vocab_size
     new = {"id": beyond, "content": "<|new|>", "special": True, "normalized": False}
     tokenizer["added_tokens"].append({**new, "single_word": False, "lstrip": False, "rstrip": False})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    wide = LLM(folder)
+    (demo_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wide = LLM(demo_copy)
     with pytest.raises(RequestError, match=f"Token id {beyond} is not in the vocabulary"):
         wide.generate("Hello <|new|>")
     with pytest.raises(RequestError, match=f"Token id {beyond} is not in the vocabulary"):
