@@ -89,6 +89,13 @@ def test_truncation_left_in_the_file_does_not_cut_prompts(small: Backend, folder
     assert len(tokenizer.encode("a")) == 1
 
 
+def test_a_batch_is_each_text_on_its_own(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    texts = ["", "the fox", "你好 " * 50]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -171,8 +178,8 @@ def test_qwen2_round_trips_every_plane(qwen2: Tokenizer, plane: int) -> None:
         chars = [char for char in chars if unicodedata.category(char) != "Cn"]
     assert chars, f"plane {plane} gave nothing to test"
     lost = {}
-    for char in chars:
-        ids, stream = qwen2.encode(char), qwen2.stream()
+    for char, ids in zip(chars, qwen2.encode_batch(chars), strict=True):
+        stream = qwen2.stream()
         back = "".join(map(stream.push, ids)) + stream.finish()
         if not back == qwen2.decode(ids) == unicodedata.normalize("NFC", char):
             lost[f"U+{ord(char):04X}"] = back

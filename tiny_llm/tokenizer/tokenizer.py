@@ -70,9 +70,16 @@ class Tokenizer:
         string that is not valid Unicode.
         """
         _require_unicode(text)
-        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
-        add = add_special_tokens and self._add_bos is not False
+        add = self._adds_special(add_special_tokens)
         return self._with_bos(self._backend.encode(text, add_special_tokens=add).ids, add)
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Return ``encode`` of every text; the library spreads them over the cores."""
+        for text in texts:
+            _require_unicode(text)
+        add = self._adds_special(add_special_tokens)
+        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=add)
+        return [self._with_bos(encoding.ids, add) for encoding in batch]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD, unknown ids nothing.
@@ -120,6 +127,10 @@ class Tokenizer:
             "This model has no chat template, so it cannot chat. Continue a plain text with "
             "`generate --raw`, or put a chat_template.jinja into its folder."
         )
+
+    def _adds_special(self, asked: bool) -> bool:
+        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
+        return asked and self._add_bos is not False
 
     def _with_bos(self, ids: list[int], add: bool) -> list[int]:
         """Put BOS first where the config wants it and the post-processor has not done so."""
