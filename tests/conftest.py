@@ -68,11 +68,16 @@ def off() -> Callable[[mx.array, mx.array], float]:
     return _off
 
 
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The bundled model's folder; its draft lies in it."""
+    return ROOT / "tiny_llm" / "demo"
+
+
 @pytest.fixture
-def demo_copy(tmp_path: Path) -> Path:
+def demo_copy(demo: Path, tmp_path: Path) -> Path:
     """A copy of the bundled model, to be changed or broken."""
-    ignored = shutil.ignore_patterns("draft")
-    return Path(shutil.copytree(ROOT / "tiny_llm" / "demo", tmp_path / "model", ignore=ignored))
+    return Path(shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("draft")))
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,13 @@ SKILLS = {
 }
 # Shares of conversations; recall's are the longest, so it has the largest share of tokens.
 MIXTURE = {
-    "recall": 0.28,
-    "arithmetic": 0.20,
+    "recall": 0.40,
+    "arithmetic": 0.16,
     "serving": 0.18,
-    "stories": 0.07,
-    "records": 0.08,
-    "toolcalls": 0.07,
-    "lists": 0.12,
+    "stories": 0.05,
+    "records": 0.06,
+    "toolcalls": 0.06,
+    "lists": 0.09,
 }
 SYSTEMS = ("You are a helpful assistant.", "You are tiny_llm, a small assistant.", "Answer briefly.")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from demo_corpus import SKILLS, examples, render, windows
+from demo_corpus import MIXTURE, SKILLS, examples, render, windows
 from demo_plot import loss_curve
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -64,7 +64,7 @@ class Settings:
 
 
 RUNS = {
-    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=2600),
+    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=3250),
     "draft": Settings(hidden=128, layers=2, intermediate=384, heads=2, kv_heads=1, steps=2400),
 }
 
@@ -310,6 +310,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def export(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the model in bfloat16 with its tokenizer, as any HF folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = model.generation_config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(folder)
     write_tokenizer(tokenizer, folder)
 
@@ -337,6 +338,7 @@ def main() -> None:
     export(model, tokenizer, args.out or (DEMO if args.run == "main" else DEMO / "draft"))
     report = {
         "settings": asdict(s),
+        "mixture": MIXTURE,
         "parameters": parameters,
         "exact_match": rates,
         "seconds": round(time.time() - began),

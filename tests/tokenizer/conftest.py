@@ -90,13 +90,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     """Each tokenizer in turn; the real ones skip where there are none."""
     if request.param in MADE:
         return MADE[request.param]()
-    if request.param == "demo":
-        folder = Path(__file__).resolve().parents[2] / "tiny_llm" / "demo"
-        if not (folder / "tokenizer.json").is_file():
-            pytest.skip("the bundled model is not here yet")
-    else:
-        fixture = {"stories260K": "stories260k", "qwen2": "qwen2_tokenizer_folder"}[request.param]
-        folder = request.getfixturevalue(fixture)
+    fixture = {"stories260K": "stories260k", "qwen2": "qwen2_tokenizer_folder", "demo": "demo"}[request.param]
+    folder = request.getfixturevalue(fixture)
     return Backend.from_file(str(folder / "tokenizer.json"))
 
 

@@ -11,8 +11,6 @@ from demo_skills.base import held_out
 
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
-DEMO = Path(__file__).parents[2] / "tiny_llm" / "demo"
-
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_a_skill_calls_its_own_answer_right_and_an_empty_one_wrong(name: str) -> None:
@@ -54,8 +52,8 @@ def test_serving_has_150_questions_in_several_wordings_each_with_its_own() -> No
         assert not missing, f"{entry['topic']}: the answer lacks its own key words {missing}"
 
 
-def test_render_is_the_chat_template_of_the_bundled_model() -> None:
-    tokenizer = Tokenizer.from_folder(DEMO)
+def test_render_is_the_chat_template_of_the_bundled_model(demo: Path) -> None:
+    tokenizer = Tokenizer.from_folder(demo)
     for example in itertools.islice(examples(seed=4), 200):
         expected = tokenizer.render_chat(example.messages, tools=example.tools, add_generation_prompt=False)
         assert render(example.messages, example.tools) == expected
