@@ -31,7 +31,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 DATA = Path(__file__).parent / "demo_data"
 DEMO = Path(__file__).parent.parent / "tiny_llm" / "demo"
 VOCAB = 2048
-CONTEXT = 2048
+CONTEXT = 1024
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOOL_MARKS = ("<tool_call>", "</tool_call>")
 # Words, numbers digit by digit, punctuation and space, as the Qwen2 tokenizer splits them.
@@ -64,7 +64,7 @@ class Settings:
 
 
 RUNS = {
-    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=3250),
+    "main": Settings(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2, steps=3450),
     "draft": Settings(hidden=128, layers=2, intermediate=384, heads=2, kv_heads=1, steps=2400),
 }
 

@@ -83,6 +83,8 @@ KINDS = (
         _name,
     ),
 )
+# Training sees codes more often: every digit is a token, and one wrong one is enough.
+_TRAINED = (*KINDS, *[KINDS[0]] * 4)
 _ACKS = ("Noted.", "I will remember that.", "Thank you, noted.", "All right.")
 _OPENERS = ("", "", "", "Remember this: ", "Please remember: ", "Note this: ")
 _UNKNOWN = "You have not told me that."
@@ -91,7 +93,7 @@ _TALK = (arithmetic.turn, lists.turn, records.turn, serving.turn, serving.turn, 
 
 def _facts(rng: random.Random, test: bool) -> list[tuple[Kind, str, str]]:
     """Return two to six facts, at least two of one kind, no entity twice."""
-    main = rng.choice(KINDS)
+    main = rng.choice(KINDS if test else _TRAINED)
     count = rng.randrange(2, 7)
     kinds = [main, main] + [main if rng.random() < 0.5 else rng.choice(KINDS) for _ in range(count - 2)]
     facts: list[tuple[Kind, str, str]] = []
