@@ -1,0 +1,10 @@
+// What each file of this folder adds to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace tiny_llm {
+
+void bind_rms_norm(nanobind::module_& m);
+
+}  // namespace tiny_llm

@@ -1,0 +1,98 @@
+#include "op.h"
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+
+namespace tiny_llm {
+namespace {
+
+// Copies any strided array into row order.
+void gather(const char* from, char* to, const mx::Shape& shape, const mx::Strides& strides, size_t axis, size_t size) {
+    if (axis == shape.size()) {
+        std::memcpy(to, from, size);
+        return;
+    }
+    size_t inner = size;
+    for (size_t i = axis + 1; i < shape.size(); ++i) inner *= shape[i];
+    for (int i = 0; i < shape[axis]; ++i)
+        gather(from + i * strides[axis] * static_cast<int64_t>(size), to + i * inner, shape, strides, axis + 1, size);
+}
+
+class Kernel : public mx::Primitive {
+public:
+    Kernel(mx::Stream stream, const char* name, std::vector<Spec> outputs, Run run)
+        : Primitive(stream), name_(name), specs_(std::move(outputs)), run_(std::move(run)) {}
+
+    void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+        auto& encoder = mx::cpu::get_command_encoder(stream());
+        std::vector<const void*> in;
+        for (const auto& input : inputs) in.push_back(contiguous(input, encoder));
+        std::vector<void*> out;
+        for (size_t i = 0; i < outputs.size(); ++i) {
+            const int source = specs_[i].in_place;
+            if (source >= 0) {
+                outputs[i].copy_shared_buffer(inputs[source]);
+            } else {
+                outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+            }
+            out.push_back(outputs[i].data<char>());
+        }
+        encoder.dispatch([run = run_, in = std::move(in), out = std::move(out)] { run(in, out); });
+    }
+
+    void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+        throw std::runtime_error(std::string("[") + name_ + "] this is a CPU kernel; the stream is a GPU's.");
+    }
+
+    const char* name() const override { return name_; }
+
+private:
+    static const void* contiguous(const mx::array& input, mx::cpu::CommandEncoder& encoder) {
+        if (input.flags().row_contiguous || input.size() == 0) return input.data<char>();
+        mx::array copy(input.shape(), input.dtype(), nullptr, {});
+        copy.set_data(mx::allocator::malloc(copy.nbytes()));
+        const char* from = input.data<char>();
+        char* to = copy.data<char>();
+        encoder.dispatch([from, to, shape = input.shape(), strides = input.strides(), size = input.itemsize()] {
+            gather(from, to, shape, strides, 0, size);
+        });
+        encoder.add_temporary(std::move(copy));
+        return to;
+    }
+
+    const char* name_;
+    std::vector<Spec> specs_;
+    Run run_;
+};
+
+}  // namespace
+
+std::vector<mx::array> call(const char* name, std::vector<mx::array> inputs, std::vector<Spec> outputs, Run run) {
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    for (const auto& output : outputs) {
+        shapes.push_back(output.shape);
+        dtypes.push_back(output.dtype);
+    }
+    const auto stream = mx::default_stream(mx::Device::cpu);
+    auto kernel = std::make_shared<Kernel>(stream, name, std::move(outputs), std::move(run));
+    return mx::array::make_arrays(std::move(shapes), dtypes, std::move(kernel), std::move(inputs));
+}
+
+std::string describe(const mx::array& a) {
+    std::ostringstream text;
+    text << a.dtype() << " [";
+    for (size_t i = 0; i < a.ndim(); ++i) text << (i ? ", " : "") << a.shape(i);
+    text << "]";
+    return text.str();
+}
+
+void expect(bool ok, const char* op, const std::string& expected, const mx::array& got) {
+    if (!ok) throw std::invalid_argument("[" + std::string(op) + "] expected " + expected + ", got " + describe(got));
+}
+
+}  // namespace tiny_llm

@@ -1,0 +1,38 @@
+// One kernel call as a lazy MLX operation. Owns the way from mx.array to plain pointers and back.
+//
+// A binding checks shapes and dtypes, and gives `call` its inputs, what comes out, and the function to
+// run on the stream's thread. Inputs that are not contiguous are copied there first.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/mlx.h"
+
+namespace tiny_llm {
+
+namespace mx = mlx::core;
+
+struct Spec {
+    mx::Shape shape;
+    mx::Dtype dtype;
+    int in_place = -1;  // this output is input number in_place, changed where it lies
+};
+
+// Pointers to the inputs' and outputs' first elements, in order.
+using Run = std::function<void(const std::vector<const void*>& in, const std::vector<void*>& out)>;
+
+std::vector<mx::array> call(const char* name, std::vector<mx::array> inputs, std::vector<Spec> outputs, Run run);
+
+template <class T>
+const T* get(const void* p) { return static_cast<const T*>(p); }
+template <class T>
+T* get(void* p) { return static_cast<T*>(p); }
+
+// Throw std::invalid_argument "[op] expected ..., got ..." unless ok.
+void expect(bool ok, const char* op, const std::string& expected, const mx::array& got);
+std::string describe(const mx::array& a);
+
+}  // namespace tiny_llm

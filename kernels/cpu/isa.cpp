@@ -1,0 +1,90 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace tiny_llm {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+// AMX needs the kernel's leave to use its tiles, once a process (Linux: arch_prctl, ARCH_REQ_XCOMP_PERM).
+bool amx_granted() {
+#if defined(__linux__) && defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    const bool tile = edx & (1u << 24), int8 = edx & (1u << 25);
+    return tile && int8 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return false;
+#endif
+}
+
+Isa detect() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (!avx2) return Isa::portable;
+    if (!avx512) return Isa::avx2;
+    return amx_granted() ? Isa::amx : Isa::avx512;
+#else
+    return Isa::portable;
+#endif
+}
+
+int find(const char* name) {
+    for (int i = 0; i < 4; ++i)
+        if (std::strcmp(name, kNames[i]) == 0) return i;
+    return -1;
+}
+
+Isa initial() {
+    const char* wanted = std::getenv("TINY_LLM_CPU_ISA");
+    if (!wanted || !*wanted) return best_isa();
+    const int found = find(wanted);
+    if (found < 0 || found > static_cast<int>(best_isa())) {
+        std::fprintf(stderr,
+                     "warning: TINY_LLM_CPU_ISA is '%s', expected portable, avx2, avx512 or amx, and one that "
+                     "this machine has; using %s.\n",
+                     wanted, isa_name(best_isa()));
+        return best_isa();
+    }
+    return static_cast<Isa>(found);
+}
+
+std::atomic<int>& current() {
+    static std::atomic<int> value{static_cast<int>(initial())};
+    return value;
+}
+
+}  // namespace
+
+Isa best_isa() {
+    static const Isa best = detect();
+    return best;
+}
+
+Isa isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+bool set_isa(const char* name) {
+    const int found = find(name);
+    if (found < 0 || found > static_cast<int>(best_isa())) return false;
+    current().store(found);
+    return true;
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+}  // namespace tiny_llm

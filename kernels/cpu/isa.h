@@ -1,0 +1,40 @@
+// Which instruction sets there are, and which one the process uses. Owns the choice at run time.
+//
+// A kernel file is compiled once for each set, inside `namespace tiny_llm::TINY_ISA`. Such a file
+// includes C headers and our own only: a C++ library template compiled for AVX-512 could be the one
+// copy that the linker keeps for the whole process.
+#pragma once
+
+namespace tiny_llm {
+
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+
+// The best set that this machine has, or the lower one named by $TINY_LLM_CPU_ISA.
+Isa isa();
+
+// The best set that this machine has and this build holds.
+Isa best_isa();
+
+// Use another set from now on; false if this machine or build has not got it. Not while kernels run.
+bool set_isa(const char* name);
+
+const char* isa_name(Isa isa);
+
+}  // namespace tiny_llm
+
+// Declares `void name(const Args&)` for each instruction set and the function that picks one.
+#if defined(__x86_64__)
+#define TINY_KERNEL(name, Args)                                   \
+    namespace portable { void name(const Args& args); }           \
+    namespace avx2 { void name(const Args& args); }               \
+    namespace avx512 { void name(const Args& args); }             \
+    static inline void name(const Args& args) {                   \
+        if (isa() >= Isa::avx512) return avx512::name(args);      \
+        if (isa() == Isa::avx2) return avx2::name(args);          \
+        portable::name(args);                                     \
+    }
+#else
+#define TINY_KERNEL(name, Args)                                   \
+    namespace portable { void name(const Args& args); }           \
+    static inline void name(const Args& args) { portable::name(args); }
+#endif

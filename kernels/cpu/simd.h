@@ -1,0 +1,132 @@
+// Vectors of float, as wide as the instruction set has them, under one set of names. Kernel files only.
+//
+// `vf` holds kWidth floats, `vi` as many int32. GCC's vector extensions give + - * / and comparisons;
+// here is what they lack. fma() is one rounding where the hardware has it; sums go in a fixed order.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace tiny_llm {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+namespace TINY_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kWidth)));
+typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t vh __attribute__((vector_size(2 * kWidth)));  // half-width words: bf16 and f16
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vi splat_int(int32_t x) { return vi{} + x; }
+
+static inline vf load(const float* p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+static inline vf load(const bf16* p) {
+    vh half;
+    memcpy(&half, p, sizeof half);
+    return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+// Round to nearest even; a NaN stays one.
+static inline uint16_t round_bf16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)((u >> 16) | 0x40);
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline void store(bf16* p, vf v) {
+    const vu u = (vu)v;
+    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vu nan = (vu)((u & 0x7fffffff) > 0x7f800000);
+    const vh half = __builtin_convertvector((nan & ((u >> 16) | 0x40)) | (~nan & rounded), vh);
+    memcpy(p, &half, sizeof half);
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    const uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static inline float to_float(f16 x) {
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    uint32_t u = (magnitude << 13) + 0x38000000;                       // a normal number
+    if (magnitude >= 0x7c00) u = (magnitude << 13) | 0x7f800000;       // infinity, NaN
+    float f;
+    memcpy(&f, &u, 4);
+    if (magnitude < 0x0400) f = (float)magnitude * 5.9604644775390625e-8f;  // subnormal: units of 2^-24
+    memcpy(&u, &f, 4);
+    u |= sign;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vf v;
+    for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+
+// a * b + c
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+static inline vf max(vf a, vf b) { return select(a > b, a, b); }
+static inline vf min(vf a, vf b) { return select(a < b, a, b); }
+
+// Halves are folded onto each other: the same order on every call.
+static inline float sum(vf v) {
+    float lanes[kWidth];
+    store(lanes, v);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+static inline float max_of(vf v) {
+    float lanes[kWidth];
+    store(lanes, v);
+    float most = lanes[0];
+    for (int i = 1; i < kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+
+}  // namespace TINY_ISA
+}  // namespace tiny_llm
