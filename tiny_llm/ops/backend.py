@@ -7,27 +7,35 @@ Knows no op: each op asks ``cpu_kernels`` whether its arrays are for the CPU's k
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.metrics import fallbacks
 
-_cpu = None
-with suppress(ImportError):
-    from tiny_llm import _cpu  # type: ignore[no-redef]
-
-if TYPE_CHECKING:
-    from tiny_llm import _cpu as CpuKernels
+try:
+    import tiny_llm._cpu as _cpu
+except ImportError:  # no compiler when it was installed, or another MLX than it was built with
+    _cpu = None  # type: ignore[assignment]
 
 BACKENDS = ("ref", "cpu")
 VARIABLE = "TINY_LLM_BACKEND"
+HOW_TO_BUILD = (
+    "install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) "
+    "and reinstall tiny_llm"
+)
 
 _ACTIVE: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+class SlowBackendWarning(UserWarning):
+    """There are no CPU kernels, so that ``ref`` is used, which is slow on a CPU."""
 
 
 def choose(name: str | None = None) -> str:
@@ -41,10 +49,7 @@ def choose(name: str | None = None) -> str:
     if name not in BACKENDS:
         raise ConfigError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}.")
     if name == "cpu" and not works():
-        raise ConfigError(
-            "backend 'cpu' was not built: install a C++ compiler (Debian: apt install g++; macOS: "
-            "xcode-select --install), then reinstall tiny_llm; or use backend 'ref'."
-        )
+        raise ConfigError(f"backend 'cpu' is not there: {_why_not()}; or use backend 'ref'.")
     return name
 
 
@@ -56,13 +61,27 @@ def works() -> bool:
     try:
         ones = _cpu.rms_norm(mx.ones((1, 4)), mx.ones(4), 0.0)
         return bool(mx.array_equal(ones, mx.ones((1, 4))).item())
-    except (TypeError, RuntimeError, ValueError):  # another MLX or nanobind than it was built with
+    except (TypeError, RuntimeError, ValueError):
         return False
+
+
+def _why_not() -> str:
+    if _cpu is None:
+        return f"its module was not built. To have it, {HOW_TO_BUILD}"
+    return "its module was built for another MLX. Reinstall tiny_llm"
 
 
 @cache
 def _best() -> str:
-    return "cpu" if mx.default_device().type == mx.cpu and works() else "ref"
+    """Warns, once a process, where it must be ``ref`` on a CPU."""
+    if mx.default_device().type != mx.cpu:
+        return "ref"
+    if works():
+        return "cpu"
+    warnings.warn(
+        f"Generation is slow: there are no CPU kernels, since {_why_not()}.", SlowBackendWarning, stacklevel=2
+    )
+    return "ref"
 
 
 def active() -> str:
@@ -71,17 +90,25 @@ def active() -> str:
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
-    """Run a block on one backend."""
-    token = _ACTIVE.set(choose(name))
+def use(name: str | None) -> Iterator[str]:
+    """Run a block on the backend that ``choose`` returns for ``name``."""
+    chosen = choose(name)
+    token = _ACTIVE.set(chosen)
     try:
-        yield
+        yield chosen
     finally:
         _ACTIVE.reset(token)
 
 
-def cpu_kernels(*arrays: mx.array) -> CpuKernels | None:  # type: ignore[valid-type]
-    """The CPU kernels' module if it is in use and the arrays are float32, which is what it computes in."""
-    if active() == "cpu" and all(a.dtype == mx.float32 for a in arrays):
-        return _cpu
-    return None
+def cpu_kernels(*arrays: mx.array, op: str = "other") -> ModuleType | None:
+    """The CPU kernels' module if it is in use and the arrays are float32, which is what it computes in.
+
+    Where the arrays are not, ``op`` is counted as a fallback to ``ref``.
+    """
+    if active() != "cpu":
+        return None
+    for array in arrays:
+        if array.dtype != mx.float32:
+            fallbacks().add(op)
+            return None
+    return _cpu
