@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <stdint.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -49,6 +50,7 @@ private:
 Block allocate_weights(size_t bytes) {
     static std::mutex mutex;
     static std::weak_ptr<Region> open;  // the region that still has room, kept alive by its blocks
+    if (bytes > PTRDIFF_MAX) throw std::bad_alloc();
     bytes = round_up(std::max<size_t>(bytes, 1), 64);
     const std::lock_guard lock(mutex);
     auto region = open.lock();

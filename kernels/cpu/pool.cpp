@@ -5,20 +5,13 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <mutex>
-#include <set>
-#include <string>
+#include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
+#include <pthread.h>
 
 namespace tiny_llm {
 namespace {
@@ -34,91 +27,118 @@ inline void pause() {
 #endif
 }
 
-// Waits until `value` differs from `old`: first by looking, then asleep.
-void wait_change(std::atomic<uint32_t>& value, uint32_t old, std::atomic<int>& sleepers) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    do {
-        for (int i = 0; i < 32; ++i) {
-            if (value.load(std::memory_order_acquire) != old) return;
-            pause();
-        }
-    } while (std::chrono::steady_clock::now() < until);
-    sleepers.fetch_add(1);
-    while (value.load() == old) value.wait(old);
-    sleepers.fetch_sub(1);
-}
+// A number that threads wait on: first by looking, then asleep.
+//
+// A waiter counts itself as asleep before it looks for the last time, and who changes the number looks
+// at that count afterwards. Both are sequentially consistent, so one of the two sees the other.
+class alignas(64) Signal {
+public:
+    uint32_t get() const { return value_.load(); }
+    std::atomic<uint32_t>& value() { return value_; }
 
-void change(std::atomic<uint32_t>& value, std::atomic<int>& sleepers) {
-    value.fetch_add(1);
-    if (sleepers.load() > 0) value.notify_all();
-}
+    // Returns when the number is no longer `old`.
+    void wait_change(uint32_t old) {
+        const auto until = std::chrono::steady_clock::now() + kSpin;
+        do {
+            for (int i = 0; i < 32; ++i) {
+                if (value_.load() != old) return;
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        sleepers_.fetch_add(1);
+        while (value_.load() == old) value_.wait(old);
+        sleepers_.fetch_sub(1);
+    }
+
+    // Call after a change. Wakes `most` of those asleep; who is awake sees it anyway.
+    void wake(int64_t most) {
+        const int64_t asleep = sleepers_.load();
+        if (most < asleep) {
+            for (int64_t i = 0; i < most; ++i) value_.notify_one();
+        } else if (asleep > 0) {
+            value_.notify_all();
+        }
+    }
+
+private:
+    std::atomic<uint32_t> value_{0};
+    std::atomic<int> sleepers_{0};
+};
+
+struct Job {
+    int64_t count, grain;
+    void (*run)(void*, int64_t, int64_t);
+    void* context;
+};
 
 class Pool {
 public:
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        workers_.reserve(threads - 1);
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        } catch (const std::system_error&) {  // the system gives no more: those that there are do the work
+        }
     }
 
     ~Pool() {
         stopping_.store(true);
-        change(epoch_, epoch_sleepers_);
+        epoch_.value().fetch_add(1);
+        epoch_.wake(threads());
         for (auto& worker : workers_) worker.join();
     }
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    void run(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-        body_ = body, context_ = context, count_ = count, grain_ = grain;
-        next_.store(0, std::memory_order_relaxed);
-        state_.store(kOpen, std::memory_order_release);
-        change(epoch_, epoch_sleepers_);
+    // Does the job from `begin` on. One caller at a time.
+    void run(const Job& job, int64_t begin) {
+        job_ = job;
+        next_.store(begin, std::memory_order_relaxed);
+        inside_.value().store(kOpen);
+        epoch_.value().fetch_add(1);
+        epoch_.wake((job.count - begin - 1) / job.grain);
         take_chunks();
         // Closed: who has not come by now does not come. Then wait for those inside.
-        const uint32_t closed = state_.fetch_and(~kOpen) & ~kOpen;
-        for (uint32_t inside = closed; inside != 0; inside = state_.load()) {
-            wait_change(state_, inside, state_sleepers_);
-        }
+        inside_.value().fetch_and(~kOpen);
+        while (const uint32_t inside = inside_.get()) inside_.wait_change(inside);
     }
 
 private:
-    static constexpr uint32_t kOpen = 1u << 31;  // the low bits of state_ count the workers inside
+    static constexpr uint32_t kOpen = 1u << 31;  // the low bits of inside_ count the workers at the job
 
     void work() {
         uint32_t seen = 0;
         for (;;) {
-            wait_change(epoch_, seen, epoch_sleepers_);
-            seen = epoch_.load();
+            epoch_.wait_change(seen);
+            seen = epoch_.get();
             if (stopping_.load()) return;
             if (!enter()) continue;
             take_chunks();
-            state_.fetch_sub(1);
-            if (state_sleepers_.load() > 0) state_.notify_all();
+            inside_.value().fetch_sub(1);
+            inside_.wake(1);
         }
     }
 
+    // A worker reads the job only once it is counted, and a counted worker is waited for.
     bool enter() {
-        uint32_t state = state_.load();
-        while (state & kOpen)
-            if (state_.compare_exchange_weak(state, state + 1)) return true;
+        uint32_t inside = inside_.get();
+        while (inside & kOpen)
+            if (inside_.value().compare_exchange_weak(inside, inside + 1)) return true;
         return false;
     }
 
     void take_chunks() {
+        const Job job = job_;
         for (;;) {
-            const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-            if (begin >= count_) return;
-            body_(context_, begin, std::min(begin + grain_, count_));
+            const int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
+            if (begin >= job.count) return;
+            job.run(job.context, begin, std::min(begin + job.grain, job.count));
         }
     }
 
-    void (*body_)(void*, int64_t, int64_t) = nullptr;
-    void* context_ = nullptr;
-    int64_t count_ = 0, grain_ = 1;
+    Job job_{};
     alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<uint32_t> state_{0};
-    std::atomic<int> state_sleepers_{0};
-    alignas(64) std::atomic<uint32_t> epoch_{0};
-    std::atomic<int> epoch_sleepers_{0};
+    Signal inside_, epoch_;
     std::atomic<bool> stopping_{false};
     std::vector<std::thread> workers_;
 };
@@ -126,84 +146,79 @@ private:
 // Never destroyed: at exit a thread of MLX may still run a kernel.
 struct Shared {
     std::mutex mutex;
-    std::unique_ptr<Pool> pool;
+    std::unique_ptr<Pool> pool;  // made at the first work that is worth it
     std::atomic<int> threads{0};
 };
 
+Shared& shared();
+
+// A fork takes no threads along: the child makes its own when it needs them.
+void watch_forks() {
+    pthread_atfork([] { shared().mutex.lock(); }, [] { shared().mutex.unlock(); },
+                   [] {
+                       (void)shared().pool.release();
+                       shared().mutex.unlock();
+                   });
+}
+
 Shared& shared() {
-    static Shared* value = new Shared;
+    static Shared* value = [] {
+        watch_forks();
+        return new Shared;
+    }();
     return *value;
 }
 
-#if defined(__linux__)
-int quota_cores() {
-    std::ifstream file("/sys/fs/cgroup/cpu.max");
-    double quota = 0, period = 0;
-    if (!(file >> quota >> period) || period <= 0) return 1 << 20;  // "max" does not read as a number
-    return std::max(1, static_cast<int>(quota / period + 0.5));
+// A caller inside of its own work must not ask for the mutex that it holds.
+thread_local bool calling = false;
+
+bool run_in_pool(const Job& job, int64_t begin) {
+    if (calling || num_threads() == 1) return false;
+    auto& all = shared();
+    const std::unique_lock lock(all.mutex, std::try_to_lock);
+    if (!lock) return false;
+    if (!all.pool) all.pool = std::make_unique<Pool>(num_threads());
+    calling = true;
+    all.pool->run(job, begin);
+    calling = false;
+    return true;
 }
 
-int read_topology(int cpu, const char* name) {
-    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/" + name);
-    int value = -1;
-    file >> value;
-    return value;
+int initial_threads() {
+    const char* wanted = std::getenv("TINY_LLM_THREADS");
+    if (!wanted || !*wanted) return std::min(physical_cores(), kMostThreads);
+    char* end = nullptr;
+    const long threads = std::strtol(wanted, &end, 10);
+    if (*end == 0 && threads >= 1 && threads <= kMostThreads) return static_cast<int>(threads);
+    std::fprintf(stderr, "warning: TINY_LLM_THREADS is '%s', expected 1 to %d; using %d.\n", wanted, kMostThreads,
+                 physical_cores());
+    return std::min(physical_cores(), kMostThreads);
 }
-
-int affine_cores() {
-    cpu_set_t allowed;
-    CPU_ZERO(&allowed);
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return std::thread::hardware_concurrency();
-    std::set<std::pair<int, int>> cores;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        const int core = read_topology(cpu, "core_id");
-        cores.emplace(read_topology(cpu, "physical_package_id"), core < 0 ? cpu : core);
-    }
-    return static_cast<int>(cores.size());
-}
-#endif
 
 }  // namespace
 
-int physical_cores() {
-#if defined(__linux__)
-    return std::max(1, std::min(affine_cores(), quota_cores()));
-#elif defined(__APPLE__)
-    int cores = 0;
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) == 0 && cores > 0) return cores;
-    return std::max(1u, std::thread::hardware_concurrency());
-#else
-    return std::max(1u, std::thread::hardware_concurrency());
-#endif
-}
-
 int num_threads() {
-    auto& all = shared();
-    if (const int threads = all.threads.load()) return threads;
-    set_num_threads(physical_cores());
-    return all.threads.load();
+    auto& threads = shared().threads;
+    if (const int known = threads.load()) return known;
+    static const int initial = initial_threads();
+    int none = 0;
+    threads.compare_exchange_strong(none, initial);
+    return threads.load();
 }
 
 void set_num_threads(int threads) {
     auto& all = shared();
     const std::lock_guard lock(all.mutex);
-    threads = std::max(1, threads);
-    if (all.pool && all.pool->threads() == threads) return;
-    all.pool.reset();
-    all.pool = std::make_unique<Pool>(threads);
-    all.threads.store(threads);
+    all.threads.store(std::clamp(threads, 1, kMostThreads));
+    if (all.pool && all.pool->threads() != all.threads.load()) all.pool.reset();
 }
 
-void parallel_chunks(int64_t count, int64_t grain, void (*run)(void*, int64_t, int64_t), void* context) {
-    if (count <= 0) return;
-    auto& all = shared();
-    if (count > grain && num_threads() > 1) {
-        const std::unique_lock lock(all.mutex, std::try_to_lock);
-        if (lock) return all.pool->run(count, grain, run, context);
+void parallel_chunks(int64_t count, int64_t grain, void (*run)(void*, int64_t, int64_t), void* context) noexcept {
+    const Job job{count, std::max<int64_t>(grain, 1), run, context};
+    for (int64_t begin = 0; begin < count; begin += job.grain) {
+        if (count - begin > job.grain && run_in_pool(job, begin)) return;
+        run(context, begin, std::min(begin + job.grain, count));
     }
-    run(context, 0, count);
 }
 
 void* scratch(int slot, size_t bytes) {

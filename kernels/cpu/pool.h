@@ -1,26 +1,28 @@
 // The threads that kernels share. Owns them and nothing else.
 //
-// Work is taken in small chunks by whoever is there: a thread that the system has put aside is not
-// waited for, unless it holds a chunk. Nobody spins for longer than some microseconds.
+// Work is taken in chunks by whoever is there: a thread that the system has put aside is not waited
+// for, unless it holds a chunk. Nobody spins for longer than some microseconds. A chunk is best 5 to
+// 50 us of work: 64 to 256 KB where memory is the limit (16 KB costs 20 %), and four or more a thread.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cores.h"
+
 namespace tiny_llm {
 
-// Calls run(context, begin, end) over [0, count) in chunks of at most `grain`, on the pool's threads and
-// the caller's. Returns when all is done. A second caller at the same time does its work alone.
-void parallel_chunks(int64_t count, int64_t grain, void (*run)(void*, int64_t, int64_t), void* context);
+// Calls run(context, begin, end) until [0, count) is done: begin is a multiple of grain, end is
+// min(begin + grain, count), however many threads there are. `run` may call this again, and must not throw.
+// A second caller at the same time works alone, chunk by chunk, until the pool is free.
+void parallel_chunks(int64_t count, int64_t grain, void (*run)(void*, int64_t, int64_t), void* context) noexcept;
 
-// Threads that work together, the caller's included: the physical cores by default.
+// Threads that work together, the caller's included: $TINY_LLM_THREADS, else the physical cores.
 int num_threads();
 
-// Change their number (at least 1). Waits for work that is under way.
+// Change their number, to 1 ... kMostThreads. Waits for work that is under way; not from inside of it.
 void set_num_threads(int threads);
-
-// Physical cores that this process may use, after affinity and container limits.
-int physical_cores();
+constexpr int kMostThreads = 1024;
 
 // This thread's own buffer number `slot`, at least `bytes` long, 64-byte aligned; kept until the thread ends.
 void* scratch(int slot, size_t bytes);
