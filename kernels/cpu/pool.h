@@ -1,8 +1,9 @@
 // The threads that kernels share. Owns them and nothing else.
 //
 // Work is taken in chunks by whoever is there: a thread that the system has put aside is not waited
-// for, unless it holds a chunk. Nobody spins for longer than some microseconds. A chunk is best 5 to
-// 50 us of work: 64 to 256 KB where memory is the limit (16 KB costs 20 %), and four or more a thread.
+// for, unless it holds a chunk. Each begins in a range of its own, so that it reads memory in order.
+// Nobody spins for longer than some microseconds. A chunk is best 2 to 50 us of work (64 to 256 KB where
+// memory is the limit), and there are best four or more a thread.
 #pragma once
 
 #include <stddef.h>
