@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from tiny_llm.errors import RequestError
 
 if TYPE_CHECKING:  # the scheduler's side of the house reads this file without mlx
     import mlx.core as mx
+
+    from tiny_llm._cpu import Matrix as PackedMatrix
 
 FinishReason = Literal["stop", "length"]
 
@@ -117,6 +119,10 @@ class QuantizedTensor:
     biases: mx.array
     group_size: int
     bits: int
+
+
+Matrix: TypeAlias = "mx.array | QuantizedTensor | PackedMatrix"
+"""A matrix [out, in]: plain, in MLX's affine format, or in the layout of our own kernels (opaque here)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.ops.linear import linear
+from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.swiglu import swiglu_ref
 
 
 def quantized(weight: mx.array, bits: int, group_size: int) -> QuantizedTensor:
@@ -53,3 +54,26 @@ def test_quantized_bfloat16_is_summed_in_float32(assert_close) -> None:
 def test_a_quantized_matrix_of_other_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[quantized_matmul\] expected x of 64 columns, got \(1, 32\)"):
         linear(mx.zeros((1, 32)), quantized(mx.zeros((4, 64)), 4, 32))
+
+
+def test_several_maps_of_one_x(assert_close) -> None:
+    """Some quantized, some not, some with a bias: as each alone."""
+    x, dense, other = (mx.random.normal((5, 64), key=key) for key in mx.random.split(mx.random.key(0), 3))
+    weights = [dense, quantized(other, 4, 32), other]
+    biases = [None, mx.arange(5.0), mx.ones(5)]
+    got = linears(x, weights, biases)
+    for y, weight, bias in zip(got, weights, biases, strict=True):
+        assert_close(y, linear(x, weight, bias))
+    with pytest.raises(ValueError):
+        linears(x, weights, biases[:2])
+
+
+def test_a_gated_pair(assert_close) -> None:
+    x, gate, up = (mx.random.normal((6, 32), key=key) for key in mx.random.split(mx.random.key(1), 3))
+    bias = mx.arange(6.0)
+    assert_close(
+        gated(x, gate, up, bias, None),
+        swiglu_ref(x @ gate.T + bias, x @ up.T),
+        gate_and_up_swapped=swiglu_ref(x @ up.T, x @ gate.T + bias),
+        the_bias_is_on_up=swiglu_ref(x @ gate.T, x @ up.T + bias),
+    )

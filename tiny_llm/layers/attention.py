@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
-from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.linear import Linear, together
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import RMSNorm
 from tiny_llm.ops.rope import rope
@@ -59,15 +59,13 @@ class Attention:
         return cls(layer, config.head_dim, inv_freq, q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
-        q = self._rotated(self.q_proj(x), self.q_norm, batch.positions)
-        k = self._rotated(self.k_proj(x), self.k_norm, batch.positions)
-        v = self._heads(self.v_proj(x))
+        T = x.shape[0]
+        rows = together(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (row.reshape(T, -1, self.head_dim) for row in rows)
+        q = self._rotated(q, self.q_norm, batch.positions)
+        k = self._rotated(k, self.k_norm, batch.positions)
         out = kv.attend(self.layer, q, k, v, batch)
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return self.o_proj(out.reshape(T, -1))
 
-    def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(x.shape[0], -1, self.head_dim)
-
-    def _rotated(self, x: mx.array, norm: RMSNorm | None, positions: mx.array) -> mx.array:
-        heads = self._heads(x)
+    def _rotated(self, heads: mx.array, norm: RMSNorm | None, positions: mx.array) -> mx.array:
         return rope(heads if norm is None else norm(heads), positions, self.inv_freq)

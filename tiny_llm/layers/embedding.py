@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from tiny_llm.data import Matrix
 from tiny_llm.layers.linear import Linear
-from tiny_llm.layers.named import Matrix, Weights, matrix
+from tiny_llm.layers.named import Weights, matrix
 from tiny_llm.ops.embedding import embedding
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A table [V, E] of one vector a token id, dense or quantized."""
+    """A table [V, E] of one vector a token id, in whatever format."""
 
     weight: Matrix
 

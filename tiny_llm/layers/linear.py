@@ -1,13 +1,15 @@
-"""A linear map with its weights."""
+"""Linear maps with their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from tiny_llm.layers.named import Matrix, Shapes, Weights, matrix, vector
-from tiny_llm.ops.linear import linear
+from tiny_llm.data import Matrix
+from tiny_llm.layers.named import Shapes, Weights, matrix, vector
+from tiny_llm.ops.linear import gated, linear, linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +32,13 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         return linear(x, self.weight, self.bias)
+
+
+def together(x: mx.array, maps: Sequence[Linear]) -> list[mx.array]:
+    """Return each map's output [T, O] for one x [T, I]."""
+    return linears(x, [m.weight for m in maps], [m.bias for m in maps])
+
+
+def gated_by(x: mx.array, gate: Linear, up: Linear) -> mx.array:
+    """Return ``silu(gate(x)) * up(x)`` [T, F] for x [T, I]."""
+    return gated(x, gate.weight, up.weight, gate.bias, up.bias)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.linear import Linear, gated_by
 from tiny_llm.layers.named import Shapes, Weights, under
-from tiny_llm.ops.swiglu import swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +36,4 @@ class MLP:
         return cls(*(Linear.take(weights, f"{prefix}.{name}", bias=config.mlp_bias) for name in names))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated_by(x, self.gate_proj, self.up_proj))

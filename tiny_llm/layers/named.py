@@ -7,16 +7,15 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError
 
-Matrix: TypeAlias = mx.array | QuantizedTensor
 Weights: TypeAlias = Mapping[str, Matrix]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 def matrix(weights: Weights, name: str) -> Matrix:
-    """Return the matrix ``name``, dense or quantized. Raises WeightError when it is absent."""
+    """Return the matrix ``name``, in whatever format. Raises WeightError when it is absent."""
     if name not in weights:
         raise WeightError(f"tensor {name!r} is missing. The checkpoint does not fit its config.json.")
     return weights[name]
@@ -25,7 +24,7 @@ def matrix(weights: Weights, name: str) -> Matrix:
 def vector(weights: Weights, name: str) -> mx.array:
     """Return the array ``name``. Raises WeightError when it is absent or quantized."""
     value = matrix(weights, name)
-    if isinstance(value, QuantizedTensor):
+    if not isinstance(value, mx.array):
         raise WeightError(f"tensor {name!r} is quantized, expected a plain array: only matrices may be.")
     return value
 

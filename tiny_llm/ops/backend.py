@@ -1,7 +1,7 @@
 """Which kernels run: owns the choice of backend, made once a process, and its override in a block.
 
 ``ref`` is plain mlx.core, anywhere. ``cpu`` is our C++ kernels, where the extension module was built.
-Knows no op: each op asks ``cpu_kernels`` whether its arrays are for the CPU's kernels.
+Knows no op: each op asks ``on_cpu`` whether its arrays are for the kernels of the module ``cpu``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.metrics import fallbacks
 
 try:
-    import tiny_llm._cpu as _cpu
+    import tiny_llm._cpu as cpu
 except ImportError:  # no compiler when it was installed, or another MLX than it was built with
-    _cpu = None  # type: ignore[assignment]
+    cpu = None  # type: ignore[assignment]
 
+__all__ = [
+    "BACKENDS",
+    "SlowBackendWarning",
+    "active",
+    "choose",
+    "cpu",
+    "cpu_kernels",
+    "on_cpu",
+    "use",
+    "works",
+]
 BACKENDS = ("ref", "cpu")
 VARIABLE = "TINY_LLM_BACKEND"
 HOW_TO_BUILD = (
@@ -56,17 +67,17 @@ def choose(name: str | None = None) -> str:
 @cache
 def works() -> bool:
     """Whether the extension module is there and one call of it gives what it should."""
-    if _cpu is None:
+    if cpu is None:
         return False
     try:
-        ones = _cpu.rms_norm(mx.ones((1, 4)), mx.ones(4), 0.0)
+        ones = cpu.rms_norm(mx.ones((1, 4)), mx.ones(4), 0.0)
         return bool(mx.array_equal(ones, mx.ones((1, 4))).item())
     except (TypeError, RuntimeError, ValueError):
         return False
 
 
 def _why_not() -> str:
-    if _cpu is None:
+    if cpu is None:
         return f"its module was not built. To have it, {HOW_TO_BUILD}"
     return "its module was built for another MLX. Reinstall tiny_llm"
 
@@ -100,15 +111,20 @@ def use(name: str | None) -> Iterator[str]:
         _ACTIVE.reset(token)
 
 
-def cpu_kernels(*arrays: mx.array, op: str = "other") -> ModuleType | None:
-    """The CPU kernels' module if it is in use and the arrays are float32, which is what it computes in.
+def on_cpu(op: str, *arrays: mx.array) -> bool:
+    """Whether ``op`` is to run on the kernels in ``cpu``: they are in use, and the arrays are float32.
 
-    Where the arrays are not, ``op`` is counted as a fallback to ``ref``.
+    Where the arrays are not, the kernels cannot take them, and ``op`` is counted as a fallback to ``ref``.
     """
     if active() != "cpu":
-        return None
+        return False
     for array in arrays:
         if array.dtype != mx.float32:
             fallbacks().add(op)
-            return None
-    return _cpu
+            return False
+    return True
+
+
+def cpu_kernels(*arrays: mx.array) -> ModuleType | None:
+    """Give way to ``on_cpu`` and ``cpu``, whose calls mypy can check."""
+    return cpu if on_cpu("other", *arrays) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix, QuantizedTensor
+from tiny_llm.ops.backend import cpu
 
 
 def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
@@ -20,8 +21,10 @@ def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.ar
     )
 
 
-def embedding(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
+def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
     """Look tokens [T] up in weight [V, E]; see ``embedding_ref``. Ids must be below V, unchecked here."""
     if tokens.ndim != 1 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise ValueError(f"[embedding] expected integer tokens [T], got {tokens.dtype} {tokens.shape}")
+    if not isinstance(weight, (mx.array, QuantizedTensor)):
+        return cpu.embedding(tokens, weight)
     return embedding_ref(tokens, weight)

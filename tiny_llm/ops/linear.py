@@ -1,11 +1,23 @@
-"""A linear map by a dense or a quantized matrix. Chapter 1.4."""
+"""Linear maps by matrices that are dense, quantized, or packed for the CPU kernels. Chapter 1.4.
+
+Letters: ``T`` tokens, ``I`` inputs, ``O`` outputs, ``F`` the width of a gated pair.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
+
 import mlx.core as mx
 
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix, QuantizedTensor
+from tiny_llm.metrics import fallbacks
+from tiny_llm.ops.backend import active, cpu
 from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.swiglu import swiglu
+
+if TYPE_CHECKING:
+    from tiny_llm._cpu import Matrix as PackedMatrix
 
 
 def linear_ref(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -14,11 +26,35 @@ def linear_ref(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> m
     return y if bias is None else y + bias
 
 
-def linear(x: mx.array, weight: mx.array | QuantizedTensor, bias: mx.array | None = None) -> mx.array:
+def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.array:
     """Map x [T, I] to [T, O]; a quantized weight goes through ``quantized_matmul``. See ``linear_ref``."""
+    if not isinstance(weight, (mx.array, QuantizedTensor)):
+        return cpu.linear(x, [weight], [bias])[0]
+    if active() == "cpu":  # its kernels read packed matrices only
+        fallbacks().add("linear")
     if isinstance(weight, QuantizedTensor):
         y = quantized_matmul(x, weight)
         return y if bias is None else y + bias
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"[linear] expected a weight [O, {x.shape[-1]}] for x {x.shape}, got {weight.shape}")
     return linear_ref(x, weight, bias)
+
+
+def linears(x: mx.array, weights: Sequence[Matrix], biases: Sequence[mx.array | None]) -> list[mx.array]:
+    """Return ``linear(x, weight, bias)`` for each weight; the kernels make them in one pass over x [T, I]."""
+    if _packed(weights):
+        return cpu.linear(x, list(weights), list(biases))
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def gated(
+    x: mx.array, gate: Matrix, up: Matrix, gate_bias: mx.array | None, up_bias: mx.array | None
+) -> mx.array:
+    """Return ``swiglu(linear(x, gate), linear(x, up))`` [T, F]; x [T, I], gate and up [F, I]."""
+    if _packed(pair := (gate, up)):
+        return cpu.gated(x, pair[0], pair[1], gate_bias, up_bias)
+    return swiglu(linear(x, gate, gate_bias), linear(x, up, up_bias))
+
+
+def _packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
+    return not any(isinstance(weight, (mx.array, QuantizedTensor)) for weight in weights)
