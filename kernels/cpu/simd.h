@@ -8,7 +8,10 @@
 #include <string.h>
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -109,8 +112,48 @@ static inline vf fma(vf a, vf b, vf c) {
 }
 
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-static inline vf max(vf a, vf b) { return select(a > b, a, b); }
-static inline vf min(vf a, vf b) { return select(a < b, a, b); }
+
+// b where one of the two is a NaN.
+static inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+static inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select(a < b, a, b);
+#endif
+}
+
+// e^x to 2 ulp, subnormal results included; e^-inf is 0, above 88.73 it is infinity, a NaN stays one.
+// x = n ln 2 + r with |r| < 0.35; the polynomial is the minimax one for (e^r - 1 - r) / r^2.
+static inline vf exp(vf x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+    x = min(splat(89.0f), max(splat(-104.0f), x));
+    const vf shifted = fma(x, splat(1.44269504f), splat(kRound));
+    const vf n = shifted - kRound;
+    vf r = fma(n, splat(-0.693359375f), x);  // ten bits of ln 2: this product is exact, fused or not
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = fma(r, splat(1.381459878757596e-3f), splat(8.368716575205326e-3f));
+    p = fma(p, r, splat(4.166838899254799e-2f));
+    p = fma(p, r, splat(1.666652113199234e-1f));
+    p = fma(p, r, splat(4.999999403953552e-1f));
+    p = fma(r * r, p, r) + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    const vi power = (vi)shifted - 0x4b400000, half = power >> 1;  // 2^n in two steps: n can be -150 or 128
+    return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
+#endif
+}
 
 // Halves are folded onto each other: the same order on every call.
 static inline float sum(vf v) {
