@@ -1,0 +1,55 @@
+// A weight matrix as the matmul kernels want it, and their arguments. Owns the description of the layout.
+//
+// W [O, I] is cut into tiles of 16 outputs, each one contiguous run of bytes; O is padded to a multiple of
+// 16 with zeros. Every tile begins on a multiple of 64 bytes.
+//
+// A quantized tile (q4, q8) is its groups along I, in order. A group is 16 scales, 16 biases, then lines of
+// 64 bytes, one 32-bit word for each output, in order of k:
+//   q4  a word is 8 weights: k = 0, 1 ... 7 from the lowest 4 bits up, as MLX stores them
+//   q8  a word is 4 weights: k = 0, 1, 2, 3 from the lowest byte up
+// The weight is scale * q + bias. A dense tile (f32, bf16, f16) is described in dense_matmul.h.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace tiny_llm {
+
+enum class Kind : uint8_t { q4, q8, f32, bf16, f16 };
+
+constexpr int kTile = 16;  // outputs of a tile
+
+struct Matrix {
+    const char* data;       // tiles(*this) * tile_bytes(*this)
+    int64_t rows, columns;  // O, I
+    Kind kind;              // of the weights
+    Kind scales;            // of a quantized matrix's scales and biases: f32, bf16 or f16
+    int group_size;         // 32, 64 or 128; 0 where dense
+    bool exact;             // activations stay float32, also where quantized
+};
+
+// out[i] = x W_i^T + bias_i for each i; or, gated, out[0] = silu(x W_0^T + bias_0) * (x W_1^T + bias_1).
+// All matrices have I columns; all are dense, or all quantized with one group size and `exact`.
+struct Linear {
+    const float* x;              // [T, I]
+    int64_t rows;                // T
+    int count;                   // of matrices; 2 when gated
+    const Matrix* matrices;      // [count]
+    const float* const* biases;  // [count], each [O_i] or null
+    float* const* out;           // [count], each [T, O_i]; [1] when gated
+    bool gated;
+};
+
+inline bool is_quantized(Kind kind) { return kind == Kind::q4 || kind == Kind::q8; }
+inline int bits_of(Kind kind) {
+    return kind == Kind::q4 ? 4 : kind == Kind::q8 ? 8 : kind == Kind::f32 ? 32 : 16;
+}
+inline int64_t tiles(const Matrix& m) { return (m.rows + kTile - 1) / kTile; }
+
+// Of a quantized matrix.
+inline int64_t group_bytes(const Matrix& m) {
+    return kTile * (m.group_size * bits_of(m.kind) + 2 * bits_of(m.scales)) / 8;
+}
+inline int64_t tile_bytes(const Matrix& m) { return m.columns / m.group_size * group_bytes(m); }
+
+}  // namespace tiny_llm
