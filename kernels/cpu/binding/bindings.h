@@ -5,6 +5,7 @@
 
 namespace tiny_llm {
 
+void bind_linear(nanobind::module_& m);
 void bind_matrix(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 

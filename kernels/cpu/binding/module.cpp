@@ -25,7 +25,8 @@ NB_MODULE(_cpu, m) {
     m.def("num_threads", &num_threads, "Threads that a kernel uses.");
     m.def("set_num_threads", &set_num_threads, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
           "Change their number.");
-    bind_matrix(m);  // first: other signatures name its class
+    bind_matrix(m);
+    bind_linear(m);  // first: other signatures name its class
     bind_rms_norm(m);
 }
 

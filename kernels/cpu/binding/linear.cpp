@@ -1,0 +1,117 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "../pack.h"
+#include "../quantized_matmul.h"
+#include "bindings.h"
+#include "matrix.h"
+#include "op.h"
+
+namespace nb = nanobind;
+
+namespace tiny_llm {
+namespace {
+
+using Bias = std::optional<mx::array>;
+
+void check(const char* op, const mx::array& x, const std::vector<PackedMatrix>& matrices, const std::vector<Bias>& biases) {
+    expect(x.ndim() == 2 && x.dtype() == mx::float32, op, "x float32 [T, I]", x);
+    if (matrices.empty() || matrices.size() != biases.size())
+        throw std::invalid_argument(std::string("[") + op + "] expected as many biases (or None) as matrices, at least one");
+    for (size_t i = 0; i < matrices.size(); ++i) {
+        const Matrix& m = matrices[i].layout;
+        expect(m.columns == x.shape(1), op, "x of " + std::to_string(m.columns) + " columns", x);
+        if (biases[i])
+            expect(biases[i]->dtype() == mx::float32 && biases[i]->shape() == mx::Shape{static_cast<int>(m.rows)}, op,
+                   "a bias float32 [" + std::to_string(m.rows) + "]", *biases[i]);
+    }
+}
+
+// Inputs: x, the matrices' data, the biases that there are. Outputs: one a matrix, or one if gated.
+std::vector<mx::array> multiply(const char* op, const mx::array& x, const std::vector<PackedMatrix>& packed,
+                                const std::vector<Bias>& biases, bool gated) {
+    check(op, x, packed, biases);
+    std::vector<mx::array> inputs{x};
+    std::vector<Spec> outputs;
+    std::vector<Matrix> matrices;
+    std::vector<int> bias_at;
+    for (const auto& matrix : packed) {
+        inputs.push_back(matrix.data);
+        matrices.push_back(matrix.layout);
+        if (!gated || outputs.empty())
+            outputs.push_back({{x.shape(0), static_cast<int>(matrix.layout.rows)}, mx::float32});
+    }
+    for (const auto& bias : biases) {
+        bias_at.push_back(bias ? static_cast<int>(inputs.size()) : -1);
+        if (bias) inputs.push_back(*bias);
+    }
+    return call(op, std::move(inputs), std::move(outputs),
+                [gated, rows = x.shape(0), matrices = std::move(matrices), bias_at = std::move(bias_at)](auto& in, auto& out) {
+        std::vector<const float*> bias(matrices.size());
+        std::vector<float*> to(matrices.size());
+        for (size_t i = 0; i < matrices.size(); ++i) {
+            bias[i] = bias_at[i] < 0 ? nullptr : get<float>(in[bias_at[i]]);
+            to[i] = i < out.size() ? get<float>(out[i]) : nullptr;
+        }
+        quantized_matmul({get<float>(in[0]), rows, static_cast<int>(matrices.size()), matrices.data(), bias.data(), to.data(), gated});
+    });
+}
+
+std::vector<mx::array> linear(const mx::array& x, const std::vector<PackedMatrix>& matrices, const std::vector<Bias>& biases) {
+    return multiply("linear", x, matrices, biases, false);
+}
+
+bool alike(const Matrix& a, const Matrix& b) {
+    return a.rows == b.rows && a.kind == b.kind && a.group_size == b.group_size && a.exact == b.exact;
+}
+
+mx::array gated(const mx::array& x, const PackedMatrix& gate, const PackedMatrix& up, const Bias& gate_bias, const Bias& up_bias) {
+    if (!alike(gate.layout, up.layout))
+        throw std::invalid_argument("[gated] expected gate and up of one shape and format");
+    return multiply("gated", x, {gate, up}, {gate_bias, up_bias}, true)[0];
+}
+
+const uint8_t* bytes_of(const mx::array& a) { return a.data<uint8_t>(); }
+
+mx::array ready(const mx::array& a) {
+    mx::array row_order = mx::contiguous(a, false, mx::Device::cpu);
+    row_order.eval();
+    return row_order;
+}
+
+PackedMatrix quantized(const mx::array& packed, const mx::array& scales, const mx::array& biases, int group_size,
+                       int bits, bool exact) {
+    const char* op = "pack_quantized";
+    expect(packed.ndim() == 2 && packed.dtype() == mx::uint32, op, "packed uint32 [O, words]", packed);
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 6 && bits != 8)
+        throw std::invalid_argument("[pack_quantized] expected 2, 3, 4, 6 or 8 bits, got " + std::to_string(bits));
+    if (group_size != 32 && group_size != 64 && group_size != 128)
+        throw std::invalid_argument("[pack_quantized] expected groups of 32, 64 or 128, got " + std::to_string(group_size));
+    const int64_t columns = int64_t{packed.shape(1)} * 32 / bits;
+    const mx::Shape groups{packed.shape(0), static_cast<int>(columns / group_size)};
+    const std::string expected = "scales and biases of one dtype, [" + std::to_string(groups[0]) + ", " +
+                                 std::to_string(groups[1]) + "] and columns a multiple of the group";
+    expect(scales.shape() == groups && columns % group_size == 0 && columns > 0, op, expected, scales);
+    expect(biases.shape() == groups && biases.dtype() == scales.dtype(), op, expected, biases);
+    Matrix matrix{nullptr, packed.shape(0), columns, bits <= 4 ? Kind::q4 : Kind::q8, kind_of(op, scales), group_size, exact};
+    PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
+    const mx::array p = ready(packed), s = ready(scales), b = ready(biases);
+    nb::gil_scoped_release release;
+    pack_quantized({bytes_of(p), bytes_of(s), bytes_of(b), bits}, result.layout, reinterpret_cast<uint8_t*>(const_cast<char*>(result.layout.data)));
+    return result;
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& m) {
+    m.def("pack_quantized", &quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
+          nb::arg("bits"), nb::arg("exact"));
+    m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("biases"));
+    m.def("gated", &gated, nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("gate_bias").none(), nb::arg("up_bias").none());
+}
+
+}  // namespace tiny_llm

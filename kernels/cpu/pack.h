@@ -1,0 +1,18 @@
+// From a checkpoint's layout to the kernels' tiles (matrix.h), once at load.
+#pragma once
+
+#include "matrix.h"
+
+namespace tiny_llm {
+
+struct QuantizedSource {
+    const uint8_t* values;  // MLX's: [rows] of columns * bits / 8 bytes, values from the low bits up
+    const uint8_t* scales;  // [rows, columns / group] of the matrix's scales' kind
+    const uint8_t* biases;
+    int bits;  // 2, 3, 4, 6 or 8; a matrix holds 2 and 3 in 4, and 6 in 8: the same q, so the same weights
+};
+
+// `out` is where matrix.data lies, zeroed.
+void pack_quantized(const QuantizedSource& source, const Matrix& matrix, uint8_t* out);
+
+}  // namespace tiny_llm
