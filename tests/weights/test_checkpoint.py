@@ -14,6 +14,7 @@ import pytest
 from tiny_llm.config import Quantization
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.errors import WeightError
+from tiny_llm.weights import checkpoint
 from tiny_llm.weights.checkpoint import load_weights
 
 pytestmark = pytest.mark.chapter("1.5")
@@ -352,6 +353,31 @@ def test_quantizing_on_load_is_what_mlx_does(tmp_path, bits, group):
     error = mx.abs(dense(got[PROJ]) - weights[PROJ]).max().item()
     step = mx.abs(got[PROJ].scales).max().item()
     assert error <= step, f"off by {error}, a step is {step}"
+
+
+def test_a_matrix_quantized_by_blocks_of_rows_is_the_same(tmp_path, monkeypatch):
+    weights = random_weights(mx.bfloat16)
+    whole = load(save(tmp_path, weights), quantize=Quantization(4, 64))[EMBED]
+    for size in (1, 7 * 64 * 2, 95 * 64 * 2):
+        monkeypatch.setattr(checkpoint, "BLOCK_BYTES", size)
+        blocks = load(tmp_path, quantize=Quantization(4, 64))[EMBED]
+        for name in ("packed", "scales", "biases"):
+            assert_same(getattr(blocks, name), getattr(whole, name), f"{name}, {size} bytes at a time")
+
+
+def test_each_entry_is_finished_before_the_next_is_read(tmp_path):
+    """Largest first; what ``finish`` returns is what comes back."""
+    seen = []
+
+    def finish(weight: mx.array) -> mx.array:
+        seen.append(weight.shape)
+        return weight + 1
+
+    weights = random_weights()
+    got = load(save(tmp_path, weights), finish=finish)
+    assert seen == [SHAPES[EMBED], SHAPES[PROJ], SHAPES[NORM]]
+    for name, array in got.items():
+        assert_same(array, weights[name] + 1, name)
 
 
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (96, 32), (80, None)])

@@ -8,30 +8,37 @@ caller says which names and shapes it wants. Never unpickles, never runs a check
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import mlx.core as mx
 
 from tiny_llm.config import Quantization
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.errors import WeightError, did_you_mean
+from tiny_llm.weights.header import TensorInfo
 from tiny_llm.weights.quantize import (
     fit_group,
     format_of,
     is_explicit,
+    joined,
     part_names,
     part_shapes,
     quantize_matrix,
 )
+from tiny_llm.weights.reader import read_tensor
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
 FLOATS = ("F32", "BF16", "F16")
 PACKED = ("U32",)
 SHOWN_PROBLEMS = 8
+BLOCK_BYTES = 2**24
+"""As much of a float matrix is read at a time where it is to be quantized."""
 
 Progress = Callable[[int, int], None]
-Weight = mx.array | QuantizedTensor
+Finish = Callable[[Matrix], Matrix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +67,19 @@ def load_weights(
     quantization: Quantization | None,
     quantize: Quantization | None,
     quantizable: Collection[str],
+    finish: Finish = lambda weight: weight,
     progress: Progress | None = None,
-) -> dict[str, Weight]:
+) -> dict[str, Matrix]:
     """Return the tensors named in ``expected`` (name -> unquantized shape), in its order.
 
     ``dtype``: what floats become (None: as stored). ``quantization``: how the checkpoint is
     quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
     the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
+    ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
-    Peak memory is the result plus one source tensor; the largest are read first.
+    Peak memory is the result plus one source tensor (a block of its rows, if that is to be quantized);
+    the largest are read first.
     Raises WeightError that lists every tensor missing, left over, of wrong shape or dtype, and
     for a checkpoint that is quantized already when ``quantize`` is given.
     """
@@ -85,7 +95,7 @@ def load_weights(
     problems = list(_problems(jobs, stored, expected))
     if problems:
         raise WeightError(_report(folder, problems))
-    weights = dict(_load(jobs, stored, dtype, progress))
+    weights = dict(_load(jobs, stored, dtype, finish, progress))
     return {name: weights[name] for name in expected}
 
 
@@ -163,52 +173,62 @@ def _report(folder: Path, problems: list[str]) -> str:
 
 
 def _load(
-    jobs: list[_Job], stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None, progress: Progress | None
-) -> Iterator[tuple[str, Weight]]:
+    jobs: list[_Job],
+    stored: Mapping[str, StoredTensor],
+    dtype: mx.Dtype | None,
+    finish: Finish,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Matrix]]:
     """Largest first: its source is then in memory while little else is."""
 
     def size(job: _Job) -> int:
         return sum(stored[name].info.nbytes for name in job.parts)
 
-    sources = _open({stored[name].path for job in jobs for name in job.parts})
     done, total = 0, sum(map(size, jobs))
-    for job in sorted(jobs, key=size, reverse=True):
-        parts = [_cast(sources[stored[name].path].pop(name), dtype) for name in job.parts]
-        yield job.name, _finish(job, parts)
-        done += size(job)
-        if progress is not None:
-            progress(done, total)
+    with ExitStack() as files:
+        opened = {
+            path: files.enter_context(path.open("rb", buffering=0))
+            for path in {stored[name].path for job in jobs for name in job.parts}
+        }
+        for job in sorted(jobs, key=size, reverse=True):
+            sources = [_Source(opened[stored[name].path], stored[name].info, dtype) for name in job.parts]
+            yield job.name, finish(_made(job, sources))
+            done += size(job)
+            if progress is not None:
+                progress(done, total)
 
 
-def _open(paths: Collection[Path]) -> dict[Path, dict[str, mx.array]]:
-    """Return each file's arrays; nothing is read but the header until an array is evaluated."""
-    sources = {}
-    for path in paths:
-        try:
-            arrays = mx.load(str(path), format="safetensors")
-        except RuntimeError as error:
-            raise WeightError(f"{path} cannot be read: {error}") from error
-        assert isinstance(arrays, dict)
-        sources[path] = arrays
-    return sources
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor in an open file, and the dtype that its floats become."""
+
+    file: FileIO
+    info: TensorInfo
+    dtype: mx.Dtype | None
+
+    def read(self, rows: range | None = None) -> mx.array:
+        array = read_tensor(self.file, self.info, rows)
+        is_float = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(self.dtype) if self.dtype is not None and is_float else array
 
 
-def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    is_float = mx.issubdtype(array.dtype, mx.floating)
-    return array.astype(dtype) if dtype is not None and is_float else array
-
-
-def _finish(job: _Job, parts: list[mx.array]) -> Weight:
+def _made(job: _Job, sources: list[_Source]) -> Matrix:
     """Read, cast and quantize one entry now, so that its source can go."""
-    if job.stored_as is not None:
-        packed, scales, biases = parts
-        weight: Weight = QuantizedTensor(packed, scales, biases, job.stored_as.group_size, job.stored_as.bits)
-    elif job.quantize is not None:
-        weight = quantize_matrix(parts[0], job.quantize)
-    else:
-        weight = parts[0]
-    if isinstance(weight, QuantizedTensor):
-        mx.eval(weight.packed, weight.scales, weight.biases)
-    else:
-        mx.eval(weight)
-    return weight
+    if job.quantize is not None:
+        return _quantized(sources[0], job.quantize)
+    parts = [source.read() for source in sources]
+    mx.eval(parts)
+    if job.stored_as is None:
+        return parts[0]
+    return QuantizedTensor(parts[0], parts[1], parts[2], job.stored_as.group_size, job.stored_as.bits)
+
+
+def _quantized(source: _Source, quantization: Quantization) -> QuantizedTensor:
+    """A block of rows at a time, so that no more of a float matrix is in memory than that."""
+    rows = source.info.shape[0]
+    block = max(1, rows * BLOCK_BYTES // max(source.info.nbytes, 1))
+    parts = []
+    for start in range(0, rows, block):
+        parts.append(quantize_matrix(source.read(range(start, min(start + block, rows))), quantization))
+        mx.eval(parts[-1].packed, parts[-1].scales, parts[-1].biases)
+    return joined(parts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,19 +28,12 @@ METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One row of the table: the file's word for its dtype, its shape, its size in bytes."""
+    """One row of the table: the file's word for its dtype, its shape, its bytes and where they begin."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    info: TensorInfo
     start: int
-    end: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -51,7 +44,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     that overlaps or leaves a hole.
     """
     try:
-        text, data_bytes = _read_table(path)
+        text, data_start, data_bytes = _read_table(path)
         table = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except OSError as error:
         raise WeightError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -60,17 +53,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(table, dict):
         raise _corrupt(path, "its table of tensors is not a JSON object")
     _check_metadata(path, table.pop(METADATA, {}))
-    entries = [_entry(path, name, row) for name, row in table.items()]
-    _check_layout(path, entries, data_bytes)
-    return {entry.name: entry.info for entry in entries}
+    tensors = {name: _tensor(path, name, row, data_start) for name, row in table.items()}
+    _check_layout(path, tensors, data_start, data_bytes)
+    return tensors
 
 
 def _corrupt(path: Path, what: str) -> WeightError:
     return WeightError(f"{path} is corrupt: {what}. Download or copy the file again.")
 
 
-def _read_table(path: Path) -> tuple[str, int]:
-    """Return the JSON text and the number of bytes that follow it."""
+def _read_table(path: Path) -> tuple[str, int, int]:
+    """Return the JSON text, where the data after it begins, and the data's size."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -80,7 +73,8 @@ def _read_table(path: Path) -> tuple[str, int]:
         if length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
             raise _corrupt(path, f"its header claims {length} bytes and the file has {size}")
         raw = file.read(length)
-    return raw.decode("utf-8"), size - LENGTH_BYTES - length
+    start = LENGTH_BYTES + length
+    return raw.decode("utf-8"), start, size - start
 
 
 def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -98,7 +92,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
         raise _corrupt(path, f"{METADATA} must map names to strings")
 
 
-def _entry(path: Path, name: str, row: object) -> _Entry:
+def _tensor(path: Path, name: str, row: object, data_start: int) -> TensorInfo:
     """Check one row of the table by itself."""
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"tensor {name!r} needs dtype, shape and data_offsets, but has {row!r:.80}")
@@ -112,24 +106,25 @@ def _entry(path: Path, name: str, row: object) -> _Entry:
     start, end = offsets
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
         raise _corrupt(path, f"tensor {name!r}, {dtype} {shape}, does not fill its {end - start} bytes")
-    return _Entry(name, TensorInfo(dtype, tuple(shape), end - start), start, end)
+    return TensorInfo(dtype, tuple(shape), end - start, data_start + start)
 
 
 def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_layout(path: Path, entries: Iterable[_Entry], data_bytes: int) -> None:
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, data_bytes: int) -> None:
     """The data must be back to back and end with the file, so that no byte is used twice or hidden."""
     reached = 0
-    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
-        if entry.start != reached:
-            what = "overlaps the one before" if entry.start < reached else "leaves a hole before it"
-            raise _corrupt(path, f"tensor {entry.name!r} {what}: it starts at {entry.start}, not {reached}")
-        if entry.end > data_bytes:
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        start = info.start - data_start
+        if start != reached:
+            what = "overlaps the one before" if start < reached else "leaves a hole before it"
+            raise _corrupt(path, f"tensor {name!r} {what}: it starts at {start}, not {reached}")
+        reached = start + info.nbytes
+        if reached > data_bytes:
             raise _corrupt(
-                path, f"it is truncated: tensor {entry.name!r} ends at {entry.end} of {data_bytes} data bytes"
+                path, f"it is truncated: tensor {name!r} ends at {reached} of {data_bytes} data bytes"
             )
-        reached = entry.end
     if reached != data_bytes:
         raise _corrupt(path, f"its tensors end at {reached}, but it has {data_bytes} data bytes")

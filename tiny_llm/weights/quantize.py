@@ -8,6 +8,8 @@ from the low bits up in uint32 words (mlx.core.quantize).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from tiny_llm.config import QUANTIZED_GROUPS, Quantization
@@ -57,3 +59,14 @@ def quantize_matrix(matrix: mx.array, quantization: Quantization) -> QuantizedTe
     group_size, bits = quantization.group_size, quantization.bits
     packed, scales, biases = mx.quantize(matrix, group_size=group_size, bits=bits)
     return QuantizedTensor(packed, scales, biases, group_size, bits)
+
+
+def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Put blocks of rows of one matrix under each other again."""
+    if len(parts) == 1:
+        return parts[0]
+    packed, scales, biases = (
+        mx.concatenate([getattr(part, name) for part in parts]) for name in ("packed", "scales", "biases")
+    )
+    mx.eval(packed, scales, biases)
+    return QuantizedTensor(packed, scales, biases, parts[0].group_size, parts[0].bits)
