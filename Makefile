@@ -1,9 +1,18 @@
 # The environment is .venv; a stamp file in it says what was installed, so a second call is quick.
 python := .venv/bin/python
 setup_from := pyproject.toml tools/setup_env.sh
+kernels := $(wildcard $(addprefix kernels/cpu/,CMakeLists.txt *.cpp *.h binding/*.cpp binding/*.h))
+# A compiler that came later than the environment: set it up again.
+retry := $(if $(wildcard tiny_llm/_cpu*.so),,$(if $(shell command -v c++ 2>/dev/null),again))
+
+# Kernels alone, without Python or MLX: $(call kernel_tests,CMake's options,what runs them)
+cores := $(shell getconf _NPROCESSORS_ONLN)
+kernel_tests = PATH="$(CURDIR)/.venv/bin:$$PATH" && \
+	cmake -S kernels/cpu -B build/$@ -DTINY_LLM_MODULE=OFF -DTINY_LLM_TESTS=ON $(1) >/dev/null && \
+	cmake --build build/$@ --parallel $(cores) && $(2) build/$@/kernel_tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench clean
+.PHONY: help run test bench kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -11,29 +20,61 @@ help:
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
+	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
+	@echo '                    arm64: built for it and emulated; fuzz: 10,000 shapes against ref'
+	@echo
 	@echo 'PYTHON=/path/to/python chooses the Python (>= 3.11) for a new environment.'
 
-run: .venv/run.stamp
+run: .venv/run.stamp .venv/kernels.stamp
 	@$(python) main.py
 
-test: .venv/test.stamp
+test: .venv/test.stamp .venv/kernels.stamp
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m mypy
 	$(python) -m pytest --durations=10
 
-bench: .venv/run.stamp
+bench: .venv/run.stamp .venv/kernels.stamp
 	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done
 
+kernels-test:
+	$(call kernel_tests)
+
+asan:
+	$(call kernel_tests,-DTINY_LLM_SANITIZE=address$(comma)undefined)
+
+tsan:
+	$(call kernel_tests,-DTINY_LLM_SANITIZE=thread)
+
+arm64:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+		{ echo 'make arm64 needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user'; exit 1; }
+	$(call kernel_tests,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++,qemu-aarch64 -L /usr/aarch64-linux-gnu)
+
+fuzz: .venv/test.stamp .venv/kernels.stamp
+	TINY_LLM_FUZZ=10000 $(python) -m pytest tests/native/test_fuzz.py
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
+	cd kernels/cpu && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt \
+		Makefile *.ninja *.cmake *.a
 	find tiny_llm tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/run.stamp: $(setup_from)
+.venv/run.stamp: $(setup_from) $(retry)
 	@PYTHON='$(PYTHON)' sh tools/setup_env.sh </dev/null
-	@touch $@
+	@touch .venv/kernels.stamp $@
 
 # The test extra contains all that `make run` needs.
-.venv/test.stamp: $(setup_from)
+.venv/test.stamp: $(setup_from) $(retry)
 	@PYTHON='$(PYTHON)' sh tools/setup_env.sh test </dev/null
-	@touch .venv/run.stamp $@
+	@touch .venv/run.stamp .venv/kernels.stamp $@
+
+# Compiles what has changed since; an error in a kernel stops make here.
+.venv/kernels.stamp: $(kernels) | .venv/run.stamp
+	@[ ! -f kernels/cpu/build.ninja ] || \
+		$$(sed -n 's/^CMAKE_COMMAND:INTERNAL=//p' kernels/cpu/CMakeCache.txt) --build kernels/cpu
+	@touch $@
+
+again:
+comma := ,

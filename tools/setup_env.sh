@@ -19,9 +19,24 @@ sys.exit(sys.version_info < (3, 11) or (sys.platform == "darwin" and platform.ma
         >/dev/null 2>&1
 }
 
+# What the kernels need to be built lies in .venv too: MLX is there once, the one that they will run
+# with, and a second build compiles only what has changed. $1 is the installer.
+install() {
+    "$venv" -c 'import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' |
+        "$1" -r /dev/stdin || return 1
+    tools=$("$venv" -c 'from scikit_build_core.build import get_requires_for_build_editable as needs
+print(*needs(), sep="\n")') || return 1
+    [ -z "$tools" ] || echo "$tools" | "$1" -r /dev/stdin || return 1
+    "$1" --no-build-isolation --editable "$what"
+}
+
+uv_install() { uv pip install --quiet --python "$venv" "$@"; }
+pip_install() { "$venv" -m pip install --quiet --disable-pip-version-check "$@"; }
+
 with_uv() {
     suits "$venv" || uv venv --quiet --clear --python "${PYTHON:->=3.11}" .venv || return 1
-    uv pip install --quiet --python "$venv" --editable "$what"
+    install uv_install
 }
 
 find_python() {
@@ -42,11 +57,11 @@ or uv, which brings its own; or name one: make run PYTHON=/path/to/python3.12"
         "$python" -m venv --clear .venv || fail "'$python -m venv' failed (see above).
 On Debian and Ubuntu venv is a package of its own: apt install python3-venv"
     fi
-    "$venv" -m pip install --quiet --disable-pip-version-check --editable "$what" ||
+    install pip_install ||
         fail "pip could not install tiny_llm (see above). Without network, point pip at a local index and try again."
 }
 
-echo "Setting up .venv (once; a few minutes on a slow network) ..." >&2
+echo "Setting up .venv and building the kernels (once; some minutes) ..." >&2
 if command -v uv >/dev/null 2>&1; then
     with_uv && exit 0
     echo "uv could not do it; trying venv and pip ..." >&2

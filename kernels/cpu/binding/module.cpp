@@ -8,12 +8,26 @@
 #include "../isa.h"
 #include "../pool.h"
 #include "bindings.h"
+#include "mlx/version.h"
 
 namespace nb = nanobind;
 
 namespace tiny_llm {
+namespace {
+
+// Another MLX would lay its arrays out in another way: better no kernels than a crash in one.
+void check_mlx() {
+    const std::string built = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
+                              std::to_string(MLX_VERSION_PATCH);
+    const std::string found = mlx::core::version();
+    if (found != built && found.rfind(built + ".", 0) != 0)
+        throw nb::import_error(("the CPU kernels were built for MLX " + built + ", but this is MLX " + found).c_str());
+}
+
+}  // namespace
 
 NB_MODULE(_cpu, m) {
+    check_mlx();
     m.doc() = "CPU kernels as lazy MLX operations.";
     m.def("isa", [] { return std::string(isa_name(isa())); }, "The instruction set in use.");
     m.def("best_isa", [] { return std::string(isa_name(best_isa())); }, "The best one that this machine has.");
@@ -23,8 +37,13 @@ NB_MODULE(_cpu, m) {
                                         isa_name(best_isa()) + " on this machine");
     }, nb::arg("name"), "Use another instruction set; only while no kernel runs.");
     m.def("num_threads", &num_threads, "Threads that a kernel uses.");
-    m.def("set_num_threads", &set_num_threads, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
-          "Change their number.");
+    m.def("set_num_threads", [](int threads) {
+        if (threads < 1 || threads > kMostThreads)
+            throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to " +
+                                        std::to_string(kMostThreads));
+        const nb::gil_scoped_release release;
+        set_num_threads(threads);
+    }, nb::arg("threads"), "Change their number.");
     bind_matrix(m);
     bind_linear(m);  // first: other signatures name its class
     bind_rms_norm(m);
