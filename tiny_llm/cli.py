@@ -12,7 +12,9 @@ import json as json_format
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -61,6 +63,21 @@ DtypeOption = Annotated[
 QuantizeOption = Annotated[
     int | None,
     typer.Option(help="Pack the weights into 4 or 8 bits while loading.", rich_help_panel="Model"),
+]
+BackendOption = Annotated[
+    Literal["cpu", "ref"] | None,
+    typer.Option(
+        help="cpu: our kernels; ref: plain MLX, slow on a CPU. The default is the best there is.",
+        rich_help_panel="Speed",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help="Threads of the CPU kernels; by default one a physical core.", rich_help_panel="Speed"),
+]
+ActivationsOption = Annotated[
+    Literal["int8", "exact"],
+    typer.Option(help="What meets quantized weights; int8 is faster, a little off.", rich_help_panel="Speed"),
 ]
 OfflineOption = Annotated[
     bool,
@@ -136,6 +153,9 @@ def chat(
     stop: StopOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    activations: ActivationsOption = "int8",
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -147,7 +167,8 @@ def chat(
     """
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     question = None if sys.stdin.isatty() else _read_stdin()
-    llm = _load(model, dtype, quantize, offline)
+    options = _Options(dtype, quantize, offline, backend, threads, activations)
+    llm = _load(model, options)
     if question is None:
         from tiny_llm.chat import Chat
         from tiny_llm.engine.conversation import Conversation
@@ -182,6 +203,9 @@ def generate(
     stop: StopOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    activations: ActivationsOption = "int8",
     offline: OfflineOption = False,
     json: Annotated[
         bool,
@@ -201,7 +225,8 @@ def generate(
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out; give one of them.")
     messages = [] if raw else _messages(system, prompt)
-    llm = _load(model, dtype, quantize, offline)
+    options = _Options(dtype, quantize, offline, backend, threads, activations)
+    llm = _load(model, options)
     chunks = llm.stream(prompt, params) if raw else llm.stream_chat(messages, params)
     if json:
         *_, last = chunks
@@ -248,10 +273,22 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _load(model: str, dtype: str | None, quantize: int | None, offline: bool) -> LLM:
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a model is loaded and run; the fields are LLM's arguments."""
+
+    dtype: str | None
+    quantize: int | None
+    offline: bool
+    backend: str | None
+    threads: int | None
+    activations: str
+
+
+def _load(model: str, options: _Options) -> LLM:
     bar = _LoadingBar()
     try:
-        return LLM(model, dtype=dtype, quantize=quantize, offline=offline, progress=bar)
+        return LLM(model, **asdict(options), progress=bar)
     finally:
         bar.close()
 
@@ -345,17 +382,22 @@ def _run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
     program = Path(sys.argv[0]).name
+    name = "python main.py" if program == "main.py" else program
     command = typer.main.get_command(app)
     try:
-        with command.make_context(
-            "python main.py" if program == "main.py" else program, arguments
-        ) as context:
-            command.invoke(context)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            with command.make_context(name, arguments) as context:
+                command.invoke(context)
     except typer.Exit as done:  # --help
         return done.exit_code
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception, what: str, code: int, arguments: list[str]) -> int:

@@ -19,6 +19,7 @@ from tiny_llm.decoding.stop import Answer
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import load_model
+from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.checkpoint import Progress
 from tiny_llm.weights.hub import resolve
@@ -33,6 +34,9 @@ class LLM:
     ``model`` is a short name, a repository id, a folder, or "demo", the bundled model.
     ``dtype`` is "float32", "bfloat16" or "float16"; None takes what suits the device.
     ``quantize`` 4 or 8 packs the matrices on loading. ``offline`` never asks the network.
+    ``backend`` is "cpu" (our kernels) or "ref" (plain MLX); None takes the best there is.
+    ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
+    ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     ``progress`` is called with (bytes read, bytes to read) while the weights load.
 
@@ -47,11 +51,19 @@ class LLM:
         quantize: int | None = None,
         offline: bool = False,
         max_context: int | None = None,
+        backend: str | None = None,
+        threads: int | None = None,
+        activations: str = "int8",
         progress: Progress | None = None,
     ) -> None:
+        set_threads(threads)
+        self.backend = choose(backend) if backend else active()
         folder = resolve(str(model), offline=offline)
         self.tokenizer = Tokenizer.from_folder(folder)
-        self._model = load_model(folder, dtype=dtype, quantize=quantize, progress=progress)
+        with use(self.backend):
+            self._model = load_model(
+                folder, dtype=dtype, quantize=quantize, activations=activations, progress=progress
+            )
         self.config = self._model.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
@@ -133,7 +145,8 @@ class LLM:
         logprobs: list[dict[int, float]] = []
         while answer.finish_reason is None:
             began = time.perf_counter()  # around our work only, not the reader's between chunks
-            token = next(tokens)
+            with use(self.backend):
+                token = next(tokens)
             seconds.append(time.perf_counter() - began)
             logprobs += [token.logprobs] if token.logprobs is not None else []
             piece = answer.push(token.id)

@@ -7,8 +7,9 @@ imported from a model's own folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
@@ -28,11 +29,18 @@ from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
+from tiny_llm.ops.pack import pack, packs
 from tiny_llm.weights.checkpoint import Progress, load_weights
 
 PLUGIN_GROUP = "tiny_llm.models"
 QUANTIZE_BITS = (4, 8)
 QUANTIZE_GROUP = 64
+ACTIVATIONS = ("int8", "exact")
+_MLX_DTYPES: Mapping[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "bfloat16": mx.bfloat16,
+    "float16": mx.float16,
+}
 
 
 class Model(Protocol):
@@ -88,13 +96,16 @@ def load_model(
     *,
     dtype: str | None = None,
     quantize: int | None = None,
+    activations: str = "int8",
     progress: Progress | None = None,
 ) -> Model:
-    """Load the model in ``folder`` (config.json and safetensors files).
+    """Load the model in ``folder`` (config.json and safetensors files) for the backend in use.
 
-    ``dtype`` "float32", "bfloat16" or "float16"; None is float32 on a CPU, where MLX's 16-bit products are
-    slow and coarse, and what the checkpoint stores on a GPU. ``quantize`` 4 or 8 bits
-    packs what is float on disk, in groups of 64, or of 32 where 64 does not divide.
+    ``dtype`` "float32", "bfloat16" or "float16" is what to keep weights in; backend "cpu" computes in
+    float32 whatever they are. None is as the checkpoint stores them, but float32 for backend "ref" on a
+    CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or 8 bits packs what is float on
+    disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
+    quantized matrix to 8 bits, where the backend is "cpu"; "exact" never does.
     ``progress`` is called with (bytes read, bytes to read) as the weights come.
 
     Raises ConfigError for a config or an option that cannot be used, WeightError for
@@ -105,19 +116,36 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
         raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
     weights = load_weights(
         folder,
         expected_tensors(config),
-        dtype=_mlx_dtype(dtype),
+        dtype=_stored_dtype(dtype, quantize),
         quantization=config.quantization,
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         quantizable=quantizable_tensors(config),
+        finish=partial(pack, exact=activations == "exact"),
         progress=progress,
     )
     return build(config, weights)
 
 
-def _mlx_dtype(name: str | None) -> mx.Dtype | None:
-    on_cpu = mx.default_device().type == mx.cpu
-    names = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-    return names[name or "float32"] if name or on_cpu else None
+def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype | None:
+    """What the keys and values of a model that was loaded so are kept in; None: as they are computed.
+
+    Backend "cpu" computes in float32. It keeps 16 bits of that where the weights have no more either.
+    """
+    if not packs():
+        return None
+    packed = quantize is not None or config.quantization is not None
+    return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
+
+
+def _stored_dtype(dtype: str | None, quantize: int | None) -> mx.Dtype | None:
+    """What floats become on loading; None: nothing else."""
+    if packs():  # the kernels widen as they read: wider in memory would be slower, not finer
+        name = None if dtype == "float32" and quantize is None else dtype
+    else:
+        name = dtype or ("float32" if mx.default_device().type == mx.cpu else None)
+    return None if name is None else _MLX_DTYPES[name]

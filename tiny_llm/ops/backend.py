@@ -32,11 +32,13 @@ __all__ = [
     "cpu",
     "cpu_kernels",
     "on_cpu",
+    "set_threads",
     "use",
     "works",
 ]
 BACKENDS = ("ref", "cpu")
 VARIABLE = "TINY_LLM_BACKEND"
+MAX_THREADS = 1024
 HOW_TO_BUILD = (
     "install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) "
     "and reinstall tiny_llm"
@@ -109,6 +111,17 @@ def use(name: str | None) -> Iterator[str]:
         yield chosen
     finally:
         _ACTIVE.reset(token)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let the CPU kernels of this process use ``threads``; None: as many as there are physical cores.
+
+    Without the kernels nothing changes. Raises ConfigError unless it is from 1 to 1024.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise ConfigError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}.")
+    if threads is not None and cpu is not None:
+        cpu.set_num_threads(threads)
 
 
 def on_cpu(op: str, *arrays: mx.array) -> bool:

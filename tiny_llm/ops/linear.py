@@ -57,4 +57,6 @@ def gated(
 
 
 def _packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
-    return not any(isinstance(weight, (mx.array, QuantizedTensor)) for weight in weights)
+    """Whether the kernels can map by all of them at once: they are packed, in groups of one size."""
+    groups = {None if isinstance(w, (mx.array, QuantizedTensor)) else w.group_size for w in weights}
+    return len(groups) == 1 and None not in groups
