@@ -31,6 +31,8 @@ from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.ops.pack import pack, packs
 from tiny_llm.weights.checkpoint import Progress, load_weights
+from tiny_llm.weights.dummy import dummy_weights
+from tiny_llm.weights.names import config_of
 
 PLUGIN_GROUP = "tiny_llm.models"
 QUANTIZE_BITS = (4, 8)
@@ -112,12 +114,7 @@ def load_model(
     tensors that do not fit the config.
     """
     config = load_config(folder, lambda model_type: find(model_type).family)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
-        raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
-    if activations not in ACTIVATIONS:
-        raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    _check_options(dtype, quantize, activations)
     weights = load_weights(
         folder,
         expected_tensors(config),
@@ -129,6 +126,34 @@ def load_model(
         progress=progress,
     )
     return build(config, weights)
+
+
+def load_dummy(
+    name: str, *, dtype: str | None = None, quantize: int | None = None, activations: str = "int8"
+) -> Model:
+    """Build the model of a short name ("qwen2-0.5b") with random weights, to measure with: see ``load_model``.
+
+    Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
+    """
+    config = ModelConfig.from_hf(config_of(name))
+    _check_options(dtype, quantize, activations)
+    weights = dummy_weights(
+        expected_tensors(config),
+        dtype=_stored_dtype(dtype, quantize) or _MLX_DTYPES[config.dtype],
+        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
+        quantizable=quantizable_tensors(config),
+        finish=partial(pack, exact=activations == "exact"),
+    )
+    return build(config, weights)
+
+
+def _check_options(dtype: str | None, quantize: int | None, activations: str) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
+        raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
 
 
 def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype | None:
