@@ -10,7 +10,7 @@ from tiny_llm.ops.backend import active, cpu
 
 def packs() -> bool:
     """Whether the backend in use has kernels of its own for matrices, and so a layout of its own."""
-    return active() == "cpu" and hasattr(cpu, "linear")
+    return active() == "cpu" and all(hasattr(cpu, name) for name in ("linear", "pack_dense", "embedding"))
 
 
 def pack(weight: Matrix, *, exact: bool) -> Matrix:
