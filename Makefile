@@ -11,6 +11,7 @@ kernel_tests = PATH="$(CURDIR)/.venv/bin:$$PATH" && \
 	cmake -S kernels/cpu -B build/$@ -DTINY_LLM_MODULE=OFF -DTINY_LLM_TESTS=ON $(1) >/dev/null && \
 	cmake --build build/$@ --parallel $(cores) && $(2) build/$@/kernel_tests
 
+MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help run test bench kernels-test asan tsan arm64 fuzz clean again
 

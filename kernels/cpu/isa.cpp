@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,9 +18,10 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 
+#if defined(__x86_64__)
 // AMX needs the kernel's leave to use its tiles, once a process (Linux: arch_prctl, ARCH_REQ_XCOMP_PERM).
 bool amx_granted() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     const bool tile = edx & (1u << 24), int8 = edx & (1u << 25);
@@ -27,6 +30,7 @@ bool amx_granted() {
     return false;
 #endif
 }
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)

@@ -70,6 +70,7 @@ TEST(weights_come_in_any_thread) {
     for (auto& thread : threads) thread.join();
 }
 
+#if !defined(TINY_EMULATED)
 TEST(weights_lie_in_huge_pages) {
     const size_t bytes = size_t{64} << 20;
     const Block block = allocate_weights(bytes);
@@ -82,6 +83,7 @@ TEST(weights_lie_in_huge_pages) {
     }
     block.release();
 }
+#endif
 
 TEST(weights_beyond_memory_are_an_error) {
     for (size_t bytes : {SIZE_MAX, SIZE_MAX / 2, size_t{1} << 60}) {
