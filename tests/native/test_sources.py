@@ -71,7 +71,9 @@ def every_kernel_is_bound_and_tested(files: Files) -> Iterator[str]:
     for kernel in sorted(kernels_of(files)):
         header = kernel.replace(".cpp", ".h")
         for folder, what in (("binding", "binding"), ("tests", "test")):
-            users = [p for p, text in files.items() if p.startswith(f"{folder}/") and f'"../{header}"' in text]
+            users = [
+                p for p, text in files.items() if p.startswith(f"{folder}/") and f'"../{header}"' in text
+            ]
             if not users:
                 yield f"{kernel}: no {what} includes ../{header}"
 

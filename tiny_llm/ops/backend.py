@@ -19,10 +19,15 @@ import mlx.core as mx
 from tiny_llm.errors import ConfigError
 from tiny_llm.metrics import fallbacks
 
+_PROBLEM = "its module was built for another MLX"
 try:
     import tiny_llm._cpu as cpu
-except ImportError:  # no compiler when it was installed, or another MLX than it was built with
+except ModuleNotFoundError:  # no compiler when it was installed
     cpu = None  # type: ignore[assignment]
+    _PROBLEM = "its module was not built"
+except ImportError as error:  # another MLX than it was built with
+    cpu = None  # type: ignore[assignment]
+    _PROBLEM = str(error)
 
 __all__ = [
     "BACKENDS",
@@ -79,9 +84,8 @@ def works() -> bool:
 
 
 def _why_not() -> str:
-    if cpu is None:
-        return f"its module was not built. To have it, {HOW_TO_BUILD}"
-    return "its module was built for another MLX. Reinstall tiny_llm"
+    how = HOW_TO_BUILD if _PROBLEM == "its module was not built" else "reinstall tiny_llm"
+    return f"{_PROBLEM}. To have it, {how}"
 
 
 @cache
