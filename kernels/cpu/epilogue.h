@@ -8,10 +8,7 @@ namespace tiny_llm::TINY_ISA {
 
 // silu(gate) * up, for 16 values
 static inline void gate_tile(float* gate, const float* up) {
-    for (int v = 0; v < kTile; v += kWidth) {
-        const vf g = load(gate + v);
-        store(gate + v, g / (splat(1.0f) + exp(-g)) * load(up + v));
-    }
+    for (int v = 0; v < kTile; v += kWidth) store(gate + v, silu(load(gate + v)) * load(up + v));
 }
 
 static inline void add_bias(const float* bias, int64_t first, int64_t outputs, int rows, float* tile) {

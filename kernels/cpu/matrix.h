@@ -7,7 +7,9 @@
 // 64 bytes, one 32-bit word for each output, in order of k:
 //   q4  a word is 8 weights: k = 0, 1 ... 7 from the lowest 4 bits up, as MLX stores them
 //   q8  a word is 4 weights: k = 0, 1, 2, 3 from the lowest byte up
-// The weight is scale * q + bias. A dense tile (f32, bf16, f16) is described in dense_matmul.h.
+// The weight is scale * q + bias.
+//
+// A dense tile is [I][16], or for bf16 [I / 2][16][2], an odd I filled up with a zero; then zeros up to 64 bytes.
 #pragma once
 
 #include <stddef.h>
@@ -50,6 +52,10 @@ inline int64_t tiles(const Matrix& m) { return (m.rows + kTile - 1) / kTile; }
 inline int64_t group_bytes(const Matrix& m) {
     return kTile * (m.group_size * bits_of(m.kind) + 2 * bits_of(m.scales)) / 8;
 }
-inline int64_t tile_bytes(const Matrix& m) { return m.columns / m.group_size * group_bytes(m); }
+inline int64_t tile_bytes(const Matrix& m) {
+    if (is_quantized(m.kind)) return m.columns / m.group_size * group_bytes(m);
+    const int64_t inputs = m.kind == Kind::bf16 ? m.columns + m.columns % 2 : m.columns;
+    return (kTile * inputs * bits_of(m.kind) / 8 + 63) / 64 * 64;
+}
 
 }  // namespace tiny_llm

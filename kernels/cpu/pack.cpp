@@ -10,7 +10,7 @@ namespace {
 
 template <class Body>
 void for_tiles(const Matrix& matrix, const Body& body) {
-    parallel_chunks(tiles(matrix), 1 + (1 << 18) / tile_bytes(matrix), [](void* context, int64_t begin, int64_t end) {
+    parallel_chunks(tiles(matrix), 1 + (1 << 18) / (1 + tile_bytes(matrix)), [](void* context, int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) (*static_cast<const Body*>(context))(tile);
     }, const_cast<void*>(static_cast<const void*>(&body)));
 }
@@ -62,7 +62,31 @@ void pack_tile(const QuantizedSource& source, const Matrix& m, int64_t index, ui
     }
 }
 
+// `together`: how many inputs of an output lie side by side.
+template <class T, int together>
+void pack_dense_tile(const T* source, int64_t outputs, int64_t columns, T* out) {
+    for (int64_t k = 0; k < columns; k += together)
+        for (int64_t o = 0; o < kTile; ++o)
+            for (int64_t i = k; i < k + together; ++i)
+                *out++ = o < outputs && i < columns ? source[o * columns + i] : T{};
+}
+
+template <class T, int together>
+void pack_dense_tiles(const void* source, const Matrix& m, void* out) {
+    for_tiles(m, [&](int64_t tile) {
+        const int64_t first = tile * kTile;
+        pack_dense_tile<T, together>(static_cast<const T*>(source) + first * m.columns, m.rows - first, m.columns,
+                                     static_cast<T*>(out) + tile * tile_bytes(m) / static_cast<int>(sizeof(T)));
+    });
+}
+
 }  // namespace
+
+void pack_dense(const void* source, const Matrix& matrix, void* out) {
+    if (matrix.kind == Kind::f32) return pack_dense_tiles<uint32_t, 1>(source, matrix, out);
+    if (matrix.kind == Kind::f16) return pack_dense_tiles<uint16_t, 1>(source, matrix, out);
+    pack_dense_tiles<uint16_t, 2>(source, matrix, out);
+}
 
 void pack_quantized(const QuantizedSource& source, const Matrix& matrix, uint8_t* out) {
     for_tiles(matrix, [&](int64_t tile) { pack_tile(source, matrix, tile, out + tile * tile_bytes(matrix)); });

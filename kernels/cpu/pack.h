@@ -15,4 +15,7 @@ struct QuantizedSource {
 // `out` is where matrix.data lies, zeroed.
 void pack_quantized(const QuantizedSource& source, const Matrix& matrix, uint8_t* out);
 
+// `source` is [rows, columns] of the matrix's kind.
+void pack_dense(const void* source, const Matrix& matrix, void* out);
+
 }  // namespace tiny_llm

@@ -10,6 +10,9 @@
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #elif defined(__ARM_NEON)
@@ -154,6 +157,8 @@ static inline vf exp(vf x) {
     return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
 #endif
 }
+
+static inline vf silu(vf x) { return x / (exp(-x) + 1.0f); }
 
 // Halves are folded onto each other: the same order on every call.
 static inline float sum(vf v) {

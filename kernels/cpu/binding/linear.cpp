@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../dense_matmul.h"
 #include "../pack.h"
 #include "../quantized_matmul.h"
 #include "bindings.h"
@@ -28,6 +29,16 @@ void check(const char* op, const mx::array& x, const std::vector<PackedMatrix>& 
         if (biases[i])
             expect(biases[i]->dtype() == mx::float32 && biases[i]->shape() == mx::Shape{static_cast<int>(m.rows)}, op,
                    "a bias float32 [" + std::to_string(m.rows) + "]", *biases[i]);
+    }
+}
+
+// Dense and quantized matrices have a kernel each: runs of one or the other.
+void run(const Linear& all) {
+    for (int begin = 0, end = 0; begin < all.count; begin = end) {
+        const bool quantized = is_quantized(all.matrices[begin].kind);
+        while (end < all.count && is_quantized(all.matrices[end].kind) == quantized) ++end;
+        const Linear part{all.x, all.rows, end - begin, all.matrices + begin, all.biases + begin, all.out + begin, all.gated};
+        quantized ? quantized_matmul(part) : dense_matmul(part);
     }
 }
 
@@ -57,7 +68,7 @@ std::vector<mx::array> multiply(const char* op, const mx::array& x, const std::v
             bias[i] = bias_at[i] < 0 ? nullptr : get<float>(in[bias_at[i]]);
             to[i] = i < out.size() ? get<float>(out[i]) : nullptr;
         }
-        quantized_matmul({get<float>(in[0]), rows, static_cast<int>(matrices.size()), matrices.data(), bias.data(), to.data(), gated});
+        run({get<float>(in[0]), rows, static_cast<int>(matrices.size()), matrices.data(), bias.data(), to.data(), gated});
     });
 }
 
@@ -105,11 +116,23 @@ PackedMatrix quantized(const mx::array& packed, const mx::array& scales, const m
     return result;
 }
 
+PackedMatrix dense(const mx::array& weight) {
+    expect(weight.ndim() == 2 && weight.size() > 0, "pack_dense", "a weight [O, I]", weight);
+    const Kind kind = kind_of("pack_dense", weight);
+    const Matrix matrix{nullptr, weight.shape(0), weight.shape(1), kind, kind, 0, true};
+    PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
+    const mx::array source = ready(weight);
+    nb::gil_scoped_release release;
+    pack_dense(source.data<char>(), result.layout, const_cast<char*>(result.layout.data));
+    return result;
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
     m.def("pack_quantized", &quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
           nb::arg("bits"), nb::arg("exact"));
+    m.def("pack_dense", &dense, nb::arg("weight"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("biases"));
     m.def("gated", &gated, nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("gate_bias").none(), nb::arg("up_bias").none());
 }

@@ -1,0 +1,196 @@
+#include "dense_matmul.h"
+
+#include "epilogue.h"
+#include "pool.h"
+
+namespace tiny_llm::TINY_ISA {
+namespace {
+
+constexpr int kParts = kTile / kWidth;  // vectors for a tile's outputs
+
+// The block of sums that stays in registers, with room for weights and one input.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kTiles = 2;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kRows = 6, kTiles = 1;
+#else
+constexpr int kRows = 3, kTiles = 1;
+#endif
+
+// Rows that are handled while a tile is in the cache.
+constexpr int64_t kChunk = 256;
+constexpr int kScratchSlot = 0;
+
+struct Sums {
+    float at[2][kRows][kTile];  // of two tiles: neighbours, or gate and up
+};
+
+// Inputs that lie together in a tile: a word holds two of bf16, and a shift or a mask makes one a float.
+template <class T>
+constexpr int kStep = 1;
+template <>
+constexpr int kStep<bf16> = 2;
+
+// The weights of `kWidth` outputs for input number `step` of those that lie together.
+vf column(const float* at, int) { return load(at); }
+vf column(const f16* at, int) { return load(at); }
+vf column(const bf16* at, int step) {
+    vu words;
+    memcpy(&words, at, sizeof words);
+    return (vf)(step ? words & 0xffff0000u : words << 16);
+}
+
+// Adds one input of R rows, times the tiles' weights for it.
+template <int R, int Parts, class T>
+void add_products(const T* const* weights, int64_t at, int step, const float* x, vf (&sums)[R][Parts]) {
+    vf columns[Parts];
+#pragma GCC unroll 8
+    for (int i = 0; i < Parts; ++i)
+        columns[i] = column(weights[i / kParts] + at + i % kParts * kWidth * kStep<T>, step);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+        const vf input = splat(x[r]);
+#pragma GCC unroll 8
+        for (int i = 0; i < Parts; ++i) sums[r][i] = fma(input, columns[i], sums[r][i]);
+    }
+}
+
+// x is [inputs][R]: the R rows' inputs side by side.
+template <int R, int Tiles, class T>
+void multiply(const T* const* tiles, const float* x, int64_t inputs, float (*out)[kRows][kTile]) {
+    constexpr int kStep = TINY_ISA::kStep<T>, kAll = Tiles * kParts;
+    const T* weights[Tiles];
+    for (int t = 0; t < Tiles; ++t) weights[t] = tiles[t];
+    vf sums[R][kAll] = {};
+    int64_t k = 0;
+    for (; k + kStep <= inputs; k += kStep)
+        for (int step = 0; step < kStep; ++step, x += R)
+            add_products<R, kAll>(weights, k * kTile, step, x, sums);
+    if (k < inputs) add_products<R, kAll>(weights, k * kTile, 0, x, sums);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < kAll; ++i) store(out[i / kParts][r] + i % kParts * kWidth, sums[r][i]);
+}
+
+template <int R, class T>
+void multiply_pair(const T* const* weights, const float* x, int64_t inputs, Sums& sums) {
+    for (int t = 0; t < 2; t += kTiles) multiply<R, kTiles, T>(weights + t, x, inputs, sums.at + t);
+}
+
+template <class T, int R = 1>
+void multiply_rows(int64_t rows, const T* const* weights, const float* x, int64_t inputs, Sums& sums) {
+    if constexpr (R < kRows)
+        if (rows > R) return multiply_rows<T, R + 1>(rows, weights, x, inputs, sums);
+    multiply_pair<R>(weights, x, inputs, sums);
+}
+
+// Rows in blocks of nearly one size, each packed as `multiply` reads it.
+struct Blocks {
+    int64_t first_row, rows, inputs, count;
+    const float* packed;
+
+    int64_t begin(int64_t block) const { return rows * block / count; }
+};
+
+void pack_rows(const float* x, int64_t inputs, int64_t rows, float* out) {
+    for (int64_t k = 0; k < inputs; ++k)
+        for (int64_t r = 0; r < rows; ++r) *out++ = x[r * inputs + k];
+}
+
+Blocks pack_blocks(const Linear& a, int64_t first_row, int64_t rows) {
+    const int64_t inputs = a.matrices[0].columns;
+    const float* x = a.x + first_row * inputs;
+    Blocks blocks{first_row, rows, inputs, (rows + kRows - 1) / kRows, x};
+    if (rows == 1) return blocks;  // one row is packed as it lies
+    float* packed = static_cast<float*>(scratch(kScratchSlot, rows * inputs * sizeof(float)));
+    parallel_for(blocks.count, 1 + 65536 / (kRows * (inputs + 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = blocks.begin(block);
+            pack_rows(x + row * inputs, inputs, blocks.begin(block + 1) - row, packed + row * inputs);
+        }
+    });
+    blocks.packed = packed;
+    return blocks;
+}
+
+// Two tiles that are made at once: neighbours, the last perhaps without one, or a gate and its up.
+struct Pair {
+    const Linear& a;
+    int matrix;
+    int64_t tile;
+
+    int count() const { return a.gated || tile + 1 < tiles(a.matrices[matrix]) ? 2 : 1; }
+    const char* weights(int i) const {
+        const Matrix& m = a.matrices[a.gated ? i : matrix];
+        return m.data + tile_bytes(m) * (a.gated ? tile : tile + i);
+    }
+    void write(Sums& sums, int64_t row, int rows) const {
+        if (a.gated) return finish_tile(a, 0, tile, row, rows, sums.at[0][0], sums.at[1][0]);
+        for (int i = 0; i < count(); ++i) finish_tile(a, matrix, tile + i, row, rows, sums.at[i][0], nullptr);
+    }
+};
+
+template <class T>
+void run_typed(const Pair& pair, const Blocks& blocks, int64_t from, int64_t until) {
+    const T* weights[2];
+    for (int i = 0; i < 2; ++i) weights[i] = (const T*)pair.weights(i < pair.count() ? i : 0);
+    Sums sums;
+    for (int64_t block = from; block < until; ++block) {
+        const int64_t row = blocks.begin(block), rows = blocks.begin(block + 1) - row;
+        multiply_rows(rows, weights, blocks.packed + row * blocks.inputs, blocks.inputs, sums);
+        pair.write(sums, blocks.first_row + row, (int)rows);
+    }
+}
+
+void run_pair(const Pair& pair, const Blocks& blocks, int64_t from, int64_t until) {
+    const Kind kind = pair.a.matrices[pair.matrix].kind;
+    if (kind == Kind::bf16) return run_typed<bf16>(pair, blocks, from, until);
+    if (kind == Kind::f16) return run_typed<f16>(pair, blocks, from, until);
+    run_typed<float>(pair, blocks, from, until);
+}
+
+// The pairs are numbered through all matrices.
+int64_t pairs_in(const Linear& a, int matrix) {
+    return a.gated ? tiles(a.matrices[0]) : (tiles(a.matrices[matrix]) + 1) / 2;
+}
+
+int64_t count_pairs(const Linear& a) {
+    int64_t count = 0;
+    for (int i = 0; i < (a.gated ? 1 : a.count); ++i) count += pairs_in(a, i);
+    return count;
+}
+
+Pair find_pair(const Linear& a, int64_t number) {
+    int matrix = 0;
+    while (number >= pairs_in(a, matrix)) number -= pairs_in(a, matrix++);
+    return {a, matrix, a.gated ? number : 2 * number};
+}
+
+// Every thread gets some work even where there are few tiles: then the row blocks are shared out too.
+void run_chunk(const Linear& a, int64_t first_row, int64_t rows) {
+    const int64_t count = count_pairs(a), wanted = 4 * num_threads();
+    if (count == 0) return;
+    const Blocks blocks = pack_blocks(a, first_row, rows);
+    const int64_t wanted_splits = (wanted + count - 1) / count;
+    const int64_t splits = wanted_splits < blocks.count ? wanted_splits : blocks.count;
+    const int64_t grain = 1 + 16384 * splits / (blocks.inputs * (rows + 7) + 1);
+    parallel_for(count * splits, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t part = i % splits, from = blocks.count * part / splits;
+            run_pair(find_pair(a, i / splits), blocks, from, blocks.count * (part + 1) / splits);
+        }
+    });
+}
+
+}  // namespace
+
+void dense_matmul(const Linear& a) {
+    const int64_t chunks = (a.rows + kChunk - 1) / kChunk;
+    for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t row = a.rows * i / chunks;
+        run_chunk(a, row, a.rows * (i + 1) / chunks - row);
+    }
+}
+
+}  // namespace tiny_llm::TINY_ISA
