@@ -16,6 +16,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from tiny_llm.ops import backend
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,8 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark, and turn each ``--chapter`` into a part of pytest's own ``-m``.
 
-    Hypothesis draws the same examples in every run, and looks at no clock.
+    Hypothesis draws the same examples in every run, and looks at no clock. Without CPU kernels the
+    tests run on ``ref``.
     """
+    if not backend.works():  # nobody need be warned in each test that this is slow
+        os.environ.setdefault(backend.VARIABLE, "ref")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     settings.load_profile("repeatable")
     config.addinivalue_line("markers", "chapter(id): the chapter of the course that this test checks")

@@ -36,6 +36,27 @@ KEYS = [
 RAMBLE = ["--temperature", "4", "--seed", "1"]
 
 
+BENCH_KEYS = [
+    "model",
+    "load_format",
+    "quantize",
+    "dtype",
+    "activations",
+    "prompt_tokens",
+    "new_tokens",
+    "batch",
+    "rounds",
+    "backend",
+    "isa",
+    "threads",
+    "load_s",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "ttft_s",
+    "peak_memory_bytes",
+]
+
+
 def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60, cwd=ROOT)
 
@@ -301,3 +322,48 @@ def test_large_weights_show_a_bar_that_goes_away() -> None:
     child.expect("tok/s")
     child.expect(pexpect.EOF)
     child.close()
+
+
+SHORT_BENCH = ["bench", "--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1"]
+
+
+def test_bench_prints_one_line_of_json() -> None:
+    """In a process of its own: the number of threads is the process's."""
+    done = run(*SHORT_BENCH, "--quantize", "4", "--threads", "1", "--batch", "2", "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = done.stdout.splitlines()
+    row = json.loads(line)
+    assert list(row) == BENCH_KEYS
+    assert (row["model"], row["quantize"], row["batch"], row["prompt_tokens"]) == ("demo", 4, 2, 8)
+    assert row["threads"] in (1, None), "None: ref has no threads"
+
+
+def test_bench_prints_a_table(call: Output) -> None:
+    code, out, _ = call(*SHORT_BENCH, "--backend", "ref")
+    assert code == 0
+    for words in ("prefill tok s", "decode tok s", "ttft s", "peak memory bytes", "backend", "demo", "ref"):
+        assert words in out
+
+
+def test_bench_of_what_cannot_be_is_one_line(call: Output) -> None:
+    code, out, err = call("bench", "--model", "demo", "--load-format", "dummy")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: There is no short name 'demo'") and err.count("\n") == 1
+    code, _, err = call(*SHORT_BENCH, "--threads", "0")
+    assert (code, err) == (2, "error: threads is 0, expected a whole number from 1 to 1024.\n")
+
+
+def test_a_backend_is_forced_by_option_or_environment(call: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_LLM_BACKEND", "ref")
+    assert json.loads(call(*SHORT_BENCH, "--json")[1])["backend"] == "ref"
+    monkeypatch.setenv("TINY_LLM_BACKEND", "abacus")
+    assert json.loads(call(*SHORT_BENCH, "--json", "--backend", "ref")[1])["backend"] == "ref"
+    code, _, err = call("generate", "--prompt", "Hello")
+    assert (code, err) == (2, "error: backend is 'abacus', expected one of ref, cpu.\n")
+
+
+def test_answers_are_the_same_text_on_ref(call: Output) -> None:
+    """Exact activations of an unquantized model; the draws are the same too."""
+    options = ["--prompt", "What is a KV cache?", "--dtype", "float32", "--activations", "exact", "-n", "24"]
+    default, ref = (call("generate", *options, *more)[1] for more in ([], ["--backend", "ref"]))
+    assert default == ref

@@ -44,6 +44,8 @@ EXAMPLES = """
 
 [b]python main.py generate --prompt "Hi" --json[/b] · answer and figures, on one line
 
+[b]python main.py bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
+
 [b]echo "12 + 30 = ?" | python main.py[/b] · the answer alone, for pipes
 """
 
@@ -58,7 +60,7 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="What to compute in; the default suits the device.", rich_help_panel="Model"),
+    typer.Option(help="What to keep weights in; the default suits the device.", rich_help_panel="Model"),
 ]
 QuantizeOption = Annotated[
     int | None,
@@ -236,6 +238,54 @@ def generate(
         from tiny_llm.chat import figures
 
         print(figures(_print_stream(chunks)), file=sys.stderr)
+
+
+@app.command()
+def bench(
+    model: ModelOption = "demo",
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        typer.Option(
+            help="dummy: random weights in a short name's shapes; no download.", rich_help_panel="Model"
+        ),
+    ] = "auto",
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Tokens of a prompt; they are random.", rich_help_panel="Work")
+    ] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", rich_help_panel="Work")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel="Work")] = 1,
+    rounds: Annotated[int, typer.Option(help="Of which the median counts.", rich_help_panel="Work")] = 3,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    activations: ActivationsOption = "int8",
+    offline: OfflineOption = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON.", rich_help_panel="Output")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure how fast a model answers."""
+    from tiny_llm.engine.bench import Task
+    from tiny_llm.engine.bench import bench as run
+
+    work = (prompt_tokens, new_tokens, batch, rounds)
+    task = Task(model, load_format, quantize, dtype, activations, *work)
+    row = run(task, backend=backend, threads=threads, offline=offline)
+    print(json_format.dumps(row)) if json else _print_row(row)
+
+
+def _print_row(row: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column(style="dim")
+    for name, value in row.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import cast
 
 import mlx.core as mx
@@ -51,20 +52,21 @@ def generate(
 ) -> Iterator[Token]:
     """Yield tokens, running each token of prompt and answer through the model once.
 
-    ``kv`` is empty and remembers. A step brings the model up to date with the tokens it
-    has not seen, at most ``chunk`` rows a pass: the prompt at first, then the last token.
+    ``kv`` is empty and remembers: the prompt goes through first, then each token that was yielded.
     """
-    tokens, seen = list(prompt), 0
-    while True:
-        while seen < len(tokens):
-            piece = tokens[seen : seen + chunk]
-            logits = model(one_sequence(piece, start=seen), kv)
-            seen += len(piece)
-            if seen < len(tokens):
-                mx.eval(logits)  # frees this chunk's scores before the next one's are made
-        token = choose(logits, params, position=len(tokens))
-        tokens.append(token.id)
+    logits = prefill(model, kv, prompt, chunk)
+    for position in count(len(prompt)):
+        token = choose(logits, params, position)
         yield token
+        logits = model(one_sequence([token.id], start=position), kv)
+
+
+def prefill(model: Forward, kv: KVCache, prompt: Sequence[int], chunk: int) -> mx.array:
+    """Run the prompt through the model, at most ``chunk`` rows a pass; return its last logits [1, V]."""
+    for start in range(0, len(prompt), chunk):
+        logits = model(one_sequence(prompt[start : start + chunk], start), kv)
+        mx.eval(logits)  # frees this chunk's scores before the next one's are made
+    return logits
 
 
 def one_sequence(tokens: Sequence[int], start: int) -> Batch:

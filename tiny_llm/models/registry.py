@@ -131,7 +131,7 @@ def load_model(
 def load_dummy(
     name: str, *, dtype: str | None = None, quantize: int | None = None, activations: str = "int8"
 ) -> Model:
-    """Build the model of a short name ("qwen2-0.5b") with random weights, to measure with: see ``load_model``.
+    """Build the model of a short name such as "qwen2-0.5b" with random weights. See ``load_model``.
 
     Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
     """

@@ -36,6 +36,8 @@ __all__ = [
     "choose",
     "cpu",
     "cpu_kernels",
+    "isa",
+    "num_threads",
     "on_cpu",
     "set_threads",
     "use",
@@ -126,6 +128,16 @@ def set_threads(threads: int | None) -> None:
         raise ConfigError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}.")
     if threads is not None and cpu is not None:
         cpu.set_num_threads(threads)
+
+
+def num_threads() -> int | None:
+    """Threads of the CPU kernels; None where they are not in use."""
+    return cpu.num_threads() if active() == "cpu" else None
+
+
+def isa() -> str | None:
+    """The instruction set that the CPU kernels use ("avx512"); None where they are not in use."""
+    return cpu.isa() if active() == "cpu" else None
 
 
 def on_cpu(op: str, *arrays: mx.array) -> bool:

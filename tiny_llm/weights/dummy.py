@@ -1,6 +1,6 @@
 """Random weights in the shapes of a model, to measure with where there is no checkpoint.
 
-Owns their making, which is quick: a piece of noise, again and again. Their logits are finite and mean nothing.
+Owns their making, which is quick: one piece of noise, again and again. Logits are finite and mean nothing.
 """
 
 from __future__ import annotations
