@@ -1,0 +1,98 @@
+"""One question to all sides: trials from it, rounds of them, a table, and the ratios for the JSON line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from measure.ceiling import Ceilings
+from measure.machine import Watch, warning
+from measure.rounds import Rate, Trial, interleave
+from measure.sides import OURS, Sides, is_slow
+from measure.worker import Worker, WorkerError
+
+READ = "memory read"
+Ask = Callable[[Worker, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Tokens a second of every side's every setting, and the memory bandwidth in the same rounds."""
+
+    rates: Mapping[tuple[str, str], Rate]
+    read_gb_s: float | None
+    foreign_share: float | None
+
+    def best(self, side: str) -> float | None:
+        """The median of a side's better setting; None where it is missing."""
+        return max((rate.median for (name, _), rate in self.rates.items() if name == side), default=None)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Ours over each peer's setting, and over its better one by the peer's name alone."""
+        ours = self.best(OURS)
+        peers = dict.fromkeys(name for name, _ in self.rates if name != OURS)
+        if ours is None:
+            return {}
+        found = {name: ours / best for name in peers if (best := self.best(name))}
+        found |= {f"{name}, {s}": ours / r.median for (name, s), r in self.rates.items() if name != OURS}
+        return {name: round(ratio, 3) for name, ratio in found.items()}
+
+
+def ask_all(
+    sides: Sides, amounts: Callable[[Worker], int], ask: Ask, rounds: int, ceilings: Ceilings | None = None
+) -> Answer:
+    """Ask every side in turn. ``ask`` returns the seconds for a worker's ``amounts`` of tokens.
+
+    The warm-up of a side that is not slow happens here, so one that fails is lost before the rounds.
+    """
+    for worker in list(sides.ready):
+        try:
+            for setting in () if is_slow(worker.name) else worker.settings:
+                ask(worker, setting)
+        except WorkerError as error:
+            sides.lose(worker.name, error)
+    trials = [
+        Trial(f"{worker.name}/{setting}", amounts(worker), _bound(ask, worker, setting), is_slow(worker.name))
+        for worker in sides.ready
+        for setting in worker.settings
+    ]
+    threads = sides.ready[0].threads if sides.ready else 1
+    if ceilings is not None:
+        trials.append(Trial(READ, 1.0, lambda: 1e9 / ceilings.rate("read", threads)))
+    watch = Watch(sides.pids + ([ceilings.pid] if ceilings else []))
+    rates = interleave(trials, rounds)
+    return Answer(
+        {(w.name, s): rates[f"{w.name}/{s}"] for w in sides.ready for s in w.settings},
+        rates[READ].median if READ in rates else None,
+        watch.foreign_share(),
+    )
+
+
+def show(title: str, answer: Answer) -> None:
+    """Print one question's table."""
+    print(f"\n{title:<34}{'tok/s':>10}{'least':>10}{'most':>10}{'ours is':>10}")
+    ours = answer.best(OURS)
+    for (name, setting), rate in answer.rates.items():
+        ratio = "" if name == OURS or ours is None else f"{ours / rate.median:.2f}x"
+        label = f"{name}, {setting}"
+        print(f"{label:<34}{rate.median:>10.2f}{rate.least:>10.2f}{rate.most:>10.2f}{ratio:>10}")
+    if answer.read_gb_s is not None:
+        print(f"{'memory read, GB/s':<34}{answer.read_gb_s:>10.1f}")
+    if said := warning(answer.foreign_share, "meanwhile"):
+        print(said)
+
+
+def as_json(answer: Answer) -> dict[str, object]:
+    """One question's part of the JSON line."""
+    rates = {f"{name}, {setting}": round(rate.median, 3) for (name, setting), rate in answer.rates.items()}
+    return {
+        "tok_s": rates,
+        "ours_over": answer.ratios,
+        "read_gb_s": answer.read_gb_s,
+        "foreign_share": answer.foreign_share,
+    }
+
+
+def _bound(ask: Ask, worker: Worker, setting: str) -> Callable[[], float]:
+    return lambda: ask(worker, setting)

@@ -1,0 +1,81 @@
+"""A GGUF file with a config's shapes and random Q4_0 weights, for llama.cpp; no vocabulary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale and 32 values of 4 bits
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
+
+
+def gguf_of(config: Mapping[str, object], folder: str) -> Path:
+    """The path of the file in ``folder``, which is made where it is missing."""
+    number = {name: value for name, value in config.items() if isinstance(value, int | float)}
+    sizes = "x".join(
+        str(int(number[f])) for f in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    )
+    path = Path(folder) / f"{config['model_type']}-{sizes}-q4_0.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        _write(part, str(config["model_type"]), number)
+        part.replace(path)
+    return path
+
+
+def _write(path: Path, architecture: str, number: Mapping[str, float]) -> None:
+    writer = gguf.GGUFWriter(str(path), architecture)
+    heads, hidden = int(number["num_attention_heads"]), int(number["hidden_size"])
+    writer.add_context_length(int(number["max_position_embeddings"]))
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(int(number["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(number["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(number["num_key_value_heads"]))
+    writer.add_rope_freq_base(float(number["rope_theta"]))
+    writer.add_layer_norm_rms_eps(float(number["rms_norm_eps"]))
+    writer.add_vocab_size(int(number["vocab_size"]))
+    writer.add_tokenizer_model("no_vocab")
+    rng = np.random.default_rng(0)
+    for name, shape in _tensors(number):
+        if len(shape) == 1:
+            fill = 1.0 if name.endswith("norm.weight") else 0.0
+            writer.add_tensor(name, np.full(shape, fill, np.float32))
+        else:
+            writer.add_tensor(name, _random_q4(rng, *shape), raw_dtype=Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Qwen2's tensors by their GGUF names; a head that is tied is not stored."""
+    hidden, middle = int(number["hidden_size"]), int(number["intermediate_size"])
+    kv = hidden // int(number["num_attention_heads"]) * int(number["num_key_value_heads"])
+    yield "token_embd.weight", (int(number["vocab_size"]), hidden)
+    for layer in range(int(number["num_hidden_layers"])):
+        for name, rows in (("attn_q", hidden), ("attn_k", kv), ("attn_v", kv)):
+            yield f"blk.{layer}.{name}.weight", (rows, hidden)
+            yield f"blk.{layer}.{name}.bias", (rows,)
+        yield f"blk.{layer}.attn_output.weight", (hidden, hidden)
+        yield f"blk.{layer}.ffn_gate.weight", (middle, hidden)
+        yield f"blk.{layer}.ffn_up.weight", (middle, hidden)
+        yield f"blk.{layer}.ffn_down.weight", (hidden, middle)
+        yield f"blk.{layer}.attn_norm.weight", (hidden,)
+        yield f"blk.{layer}.ffn_norm.weight", (hidden,)
+    yield "output_norm.weight", (hidden,)
+
+
+def _random_q4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Packed Q4_0 rows of a standard deviation near 1 / sqrt(columns), as uint8 [rows, bytes]."""
+    blocks = rng.integers(0, 256, (rows, columns // BLOCK, BLOCK_BYTES), dtype=np.uint8)
+    deviation_of_4_bits = 4.6
+    scale = np.array([columns**-0.5 / deviation_of_4_bits], np.float16)
+    blocks[:, :, :2] = scale.view(np.uint8)
+    return blocks.reshape(rows, -1)
