@@ -49,6 +49,14 @@ static inline vf load(const float* p) {
 }
 static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
+// The first n lanes, of fewer than kWidth; `rest` is what the others hold.
+static inline vf load_part(const float* p, int64_t n, float rest) {
+    vf v = splat(rest);
+    memcpy(&v, p, n * sizeof(float));
+    return v;
+}
+static inline void store_part(float* p, vf v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
+
 static inline vf load(const bf16* p) {
     vh half;
     memcpy(&half, p, sizeof half);

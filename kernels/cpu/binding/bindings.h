@@ -5,8 +5,12 @@
 
 namespace tiny_llm {
 
+void bind_embedding(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_matrix(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
+void bind_rope(nanobind::module_& m);
+void bind_softmax(nanobind::module_& m);
+void bind_swiglu(nanobind::module_& m);
 
 }  // namespace tiny_llm

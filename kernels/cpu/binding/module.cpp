@@ -46,7 +46,11 @@ NB_MODULE(_cpu, m) {
     }, nb::arg("threads"), "Change their number.");
     bind_matrix(m);
     bind_linear(m);  // first: other signatures name its class
+    bind_embedding(m);
     bind_rms_norm(m);
+    bind_rope(m);
+    bind_softmax(m);
+    bind_swiglu(m);
 }
 
 }  // namespace tiny_llm
