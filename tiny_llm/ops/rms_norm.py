@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tiny_llm.ops.backend import cpu, on_cpu
+
 
 def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis; x [..., E], weight [E].
@@ -15,8 +17,30 @@ def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return (wide * mx.rsqrt(mean_square + eps)).astype(x.dtype) * weight
 
 
+def add_rms_norm_ref(
+    x: mx.array, residual: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """Return ``x + residual`` and its norm: what stands between two halves of a decoder layer."""
+    total = x + residual
+    return total, rms_norm_ref(total, weight, eps)
+
+
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Normalise the last axis of x [..., E] and scale by weight [E]; see ``rms_norm_ref``."""
+    _check(x, weight)
+    return cpu.rms_norm(x, weight, eps) if on_cpu("rms_norm", x, weight) else rms_norm_ref(x, weight, eps)
+
+
+def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """Add residual to x, both [..., E], and normalise; return both, see ``add_rms_norm_ref``."""
+    _check(x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"[add_rms_norm] expected a residual {x.shape} like x, got {residual.shape}")
+    if on_cpu("rms_norm", x, residual, weight):
+        return cpu.add_rms_norm(x, residual, weight, eps)
+    return add_rms_norm_ref(x, residual, weight, eps)
+
+
+def _check(x: mx.array, weight: mx.array) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"[rms_norm] expected weight {x.shape[-1:]} for x {x.shape}, got {weight.shape}")
-    return rms_norm_ref(x, weight, eps)

@@ -7,6 +7,8 @@ import math
 import mlx.core as mx
 
 from tiny_llm.config import RopeScaling
+from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.rms_norm import rms_norm_ref
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> mx.array:
@@ -43,11 +45,52 @@ def rope_ref(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     return mx.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def rope_qk_ref(
+    q: mx.array,
+    k: mx.array,
+    positions: mx.array,
+    inv_freq: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
+    eps: float,
+) -> tuple[mx.array, mx.array]:
+    """Return q [T, H, D] and k [T, K, D] turned by ``rope_ref``, after Qwen3's norm of each head if given."""
+    q = q if q_norm is None else rms_norm_ref(q, q_norm, eps)
+    k = k if k_norm is None else rms_norm_ref(k, k_norm, eps)
+    return rope_ref(q, positions, inv_freq), rope_ref(k, positions, inv_freq)
+
+
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     """Rotate x [T, H, D] by positions [T]; see ``rope_ref``."""
+    _check("rope", x, positions, inv_freq)
+    if on_cpu("rope", x, inv_freq):
+        return cpu.rope(x, positions, inv_freq)
+    return rope_ref(x, positions, inv_freq)
+
+
+def rope_qk(
+    q: mx.array,
+    k: mx.array,
+    positions: mx.array,
+    inv_freq: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
+    eps: float,
+) -> tuple[mx.array, mx.array]:
+    """Norm the heads of q [T, H, D] and k [T, K, D] by [D] each, if given, and rotate; ``rope_qk_ref``."""
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    _check("rope_qk", q, positions, inv_freq)
+    _check("rope_qk", k, positions, inv_freq)
+    if any(norm.shape != q.shape[-1:] for norm in norms):
+        raise ValueError(f"[rope_qk] expected norms {q.shape[-1:]}, got {[norm.shape for norm in norms]}")
+    if on_cpu("rope", q, k, inv_freq, *norms):
+        return cpu.rope_qk(q, k, positions, inv_freq, q_norm, k_norm, eps)
+    return rope_qk_ref(q, k, positions, inv_freq, q_norm, k_norm, eps)
+
+
+def _check(op: str, x: mx.array, positions: mx.array, inv_freq: mx.array) -> None:
     if x.ndim != 3 or positions.shape != x.shape[:1] or 2 * inv_freq.size != x.shape[2]:
         raise ValueError(
-            "[rope] expected x [T, H, D] with even D, positions [T] and inv_freq [D/2], "
+            f"[{op}] expected x [T, H, D] with even D, positions [T] and inv_freq [D/2], "
             f"got {x.shape}, {positions.shape}, {inv_freq.shape}"
         )
-    return rope_ref(x, positions, inv_freq)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tiny_llm.ops.backend import cpu, on_cpu
+
 
 def softmax_ref(x: mx.array) -> mx.array:
     """Return ``exp(x) / sum(exp(x))`` over the last axis, in x's shape and dtype.
@@ -20,4 +22,4 @@ def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis of x [..., N]; see ``softmax_ref``."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"[softmax] expected at least one value a row, got shape {x.shape}")
-    return softmax_ref(x)
+    return cpu.softmax(x) if on_cpu("softmax", x) else softmax_ref(x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tiny_llm.ops.backend import cpu, on_cpu
+
 
 def swiglu_ref(gate: mx.array, up: mx.array) -> mx.array:
     """Return ``silu(gate) * up`` elementwise, where ``silu(x) = x / (1 + exp(-x))``; all three [..., F]."""
@@ -16,4 +18,4 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Gate ``up`` by silu of ``gate``, both [..., F]; see ``swiglu_ref``."""
     if gate.shape != up.shape:
         raise ValueError(f"[swiglu] expected gate and up of one shape, got {gate.shape} and {up.shape}")
-    return swiglu_ref(gate, up)
+    return cpu.swiglu(gate, up) if on_cpu("swiglu", gate, up) else swiglu_ref(gate, up)
