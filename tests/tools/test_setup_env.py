@@ -15,6 +15,11 @@ NO_VENV = (
     f'case "$*" in *venv*) echo "ensurepip is not available" >&2; exit 1;; esac; exec {sys.executable} "$@"'
 )
 NOTES_ARGUMENTS = 'echo "$(basename "$0") $*" >> called'
+NEEDS = """case "$*" in
+*tomllib*) echo nanobind;;
+*scikit_build_core*) echo cmake;;
+*/dev/stdin) while read -r line; do echo "wanted $line" >> called; done;;
+esac"""
 MAKES_VENV = '[ -x .venv/bin/python ] || { mkdir -p .venv/bin; cp "$0" .venv/bin/python; }'
 
 
@@ -81,16 +86,32 @@ def test_pip_installs_the_extra_editable(machine: Machine) -> None:
     result = machine.set_up("test")
     assert result.returncode == 0, result
     assert "python3 -m venv --clear .venv" in machine.calls
-    assert machine.calls.endswith("--editable .[test]\n"), machine.calls
+    assert machine.calls.endswith("--no-build-isolation --editable .[test]\n"), machine.calls
+
+
+def test_what_the_build_needs_goes_into_the_same_environment(machine: Machine) -> None:
+    machine.add("python3", NOTES_ARGUMENTS, NEEDS, MAKES_VENV)
+    result = machine.set_up()
+    assert result.returncode == 0, result
+    calls = [line for line in machine.calls.splitlines() if line.startswith(("wanted", "python -m"))]
+    pip = "python -m pip install --quiet --disable-pip-version-check"
+    assert calls == [
+        f"{pip} -r /dev/stdin",
+        "wanted nanobind",
+        f"{pip} -r /dev/stdin",
+        "wanted cmake",
+        f"{pip} --no-build-isolation --editable .",
+    ], machine.calls
 
 
 def test_uv_is_used_where_there_is_one(machine: Machine) -> None:
-    machine.add("uv", NOTES_ARGUMENTS)
+    machine.add("uv", NOTES_ARGUMENTS, MAKES_VENV)
     result = machine.set_up()
     assert result.returncode == 0, result
-    assert machine.calls.splitlines() == [
+    assert [line for line in machine.calls.splitlines() if line.startswith("uv")] == [
         "uv venv --quiet --clear --python >=3.11 .venv",
-        "uv pip install --quiet --python .venv/bin/python --editable .",
+        "uv pip install --quiet --python .venv/bin/python -r /dev/stdin",
+        "uv pip install --quiet --python .venv/bin/python --no-build-isolation --editable .",
     ]
 
 
