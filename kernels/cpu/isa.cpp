@@ -19,6 +19,12 @@ namespace {
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 
 #if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows this one.
+bool has_f16c() {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+
 // AMX needs the kernel's leave to use its tiles, once a process (Linux: arch_prctl, ARCH_REQ_XCOMP_PERM).
 bool amx_granted() {
 #if defined(__linux__)
@@ -35,8 +41,7 @@ bool amx_granted() {
 Isa detect() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
