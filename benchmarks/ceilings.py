@@ -20,7 +20,7 @@ GIGA = 1e9
 
 def trial(ceilings: Ceilings, kind: str, threads: int) -> Trial:
     """A trial in billions of units; a missing instruction has a rate of next to nothing."""
-    return Trial(f"{kind} {threads}", 1.0, lambda: GIGA / max(ceilings.rate(kind, threads), 1.0))
+    return Trial((kind, str(threads)), 1.0, lambda: GIGA / max(ceilings.rate(kind, threads), 1.0))
 
 
 def main() -> None:
@@ -41,11 +41,11 @@ def main() -> None:
         return
     print(f"{'':<32}" + "".join(f"{f'{n} threads':>14}" for n in options.threads))
     for kind in KINDS:
-        row = [rates[f"{kind} {n}"] for n in options.threads]
+        row = [rates[kind, str(n)] for n in options.threads]
         print(f"{UNITS[kind]:<32}" + "".join(f"{_shown(rate):>14}" for rate in row))
     if said := warning(share, "meanwhile"):
         print(said)
-    medians = {label: round(rate.median, 2) for label, rate in rates.items()}
+    medians = {" ".join(key): round(rate.median, 2) for key, rate in rates.items()}
     print(json.dumps({"benchmark": "ceilings", "giga_per_s": medians, "foreign_share": share}))
 
 

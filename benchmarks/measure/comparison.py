@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from measure.ceiling import Ceilings
 from measure.machine import Watch, warning
-from measure.rounds import Rate, Trial, interleave
+from measure.rounds import Key, Rate, Trial, interleave
 from measure.sides import OURS, Sides, is_slow
 from measure.worker import Worker, WorkerError
 
-READ = "memory read"
+READ = ("memory read",)
 Ask = Callable[[Worker, str], float]
+Amounts = Callable[[Worker], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Tokens a second of every side's every setting, and the memory bandwidth in the same rounds."""
 
-    rates: Mapping[tuple[str, str], Rate]
+    rates: Mapping[Key, Rate]
     read_gb_s: float | None
     foreign_share: float | None
 
@@ -39,12 +41,10 @@ class Answer:
         return {name: round(ratio, 3) for name, ratio in found.items()}
 
 
-def ask_all(
-    sides: Sides, amounts: Callable[[Worker], int], ask: Ask, rounds: int, ceilings: Ceilings | None = None
-) -> Answer:
-    """Ask every side in turn. ``ask`` returns the seconds for a worker's ``amounts`` of tokens.
+def trials(sides: Sides, amounts: Amounts, ask: Ask, *more: str) -> list[Trial]:
+    """A trial for every setting of every side, under (side, setting, *more).
 
-    The warm-up of a side that is not slow happens here, so one that fails is lost before the rounds.
+    Each is asked once here, to warm up, so that a side that fails is lost before the rounds.
     """
     for worker in list(sides.ready):
         try:
@@ -52,21 +52,25 @@ def ask_all(
                 ask(worker, setting)
         except WorkerError as error:
             sides.lose(worker.name, error)
-    trials = [
-        Trial(f"{worker.name}/{setting}", amounts(worker), _bound(ask, worker, setting), is_slow(worker.name))
-        for worker in sides.ready
-        for setting in worker.settings
+    return [
+        Trial((w.name, setting, *more), amounts(w), partial(ask, w, setting), is_slow(w.name))
+        for w in sides.ready
+        for setting in w.settings
     ]
-    threads = sides.ready[0].threads if sides.ready else 1
-    if ceilings is not None:
-        trials.append(Trial(READ, 1.0, lambda: 1e9 / ceilings.rate("read", threads)))
+
+
+def ask_all(
+    sides: Sides, amounts: Amounts, ask: Ask, rounds: int, ceilings: Ceilings | None = None
+) -> Answer:
+    """Ask every side in turn. ``ask`` returns the seconds for a worker's ``amounts`` of tokens."""
+    asked = trials(sides, amounts, ask)
+    if ceilings is not None and sides.ready:
+        threads = sides.ready[0].threads
+        asked.append(Trial(READ, 1.0, lambda: 1e9 / ceilings.rate("read", threads)))
     watch = Watch(sides.pids + ([ceilings.pid] if ceilings else []))
-    rates = interleave(trials, rounds)
-    return Answer(
-        {(w.name, s): rates[f"{w.name}/{s}"] for w in sides.ready for s in w.settings},
-        rates[READ].median if READ in rates else None,
-        watch.foreign_share(),
-    )
+    rates = interleave(asked, rounds)
+    read = rates.pop(READ, None)
+    return Answer(rates, None if read is None else read.median, watch.foreign_share())
 
 
 def show(title: str, answer: Answer) -> None:
@@ -92,7 +96,3 @@ def as_json(answer: Answer) -> dict[str, object]:
         "read_gb_s": answer.read_gb_s,
         "foreign_share": answer.foreign_share,
     }
-
-
-def _bound(ask: Ask, worker: Worker, setting: str) -> Callable[[], float]:
-    return lambda: ask(worker, setting)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+Key = tuple[str, ...]
 PAUSE_S = 0.05  # an engine's threads may spin on for a while after its turn
 
 
@@ -17,7 +18,7 @@ class Trial:
     ``once`` is for what takes too long to be repeated: a single turn.
     """
 
-    label: str
+    key: Key
     amount: float
     run: Callable[[], float]
     once: bool = False
@@ -27,7 +28,6 @@ class Trial:
 class Rate:
     """Units a second: the median of the rounds, the least and the most."""
 
-    label: str
     median: float
     least: float
     most: float
@@ -36,16 +36,16 @@ class Rate:
     def of(cls, trial: Trial, seconds: Sequence[float]) -> Rate:
         """From a trial's seconds, a round each."""
         rates = [trial.amount / s for s in seconds]
-        return cls(trial.label, statistics.median(rates), min(rates), max(rates))
+        return cls(statistics.median(rates), min(rates), max(rates))
 
 
-def interleave(trials: Iterable[Trial], rounds: int) -> dict[str, Rate]:
-    """Run every trial in turn, ``rounds`` times; rates by label. Warming up is the caller's."""
+def interleave(trials: Iterable[Trial], rounds: int) -> dict[Key, Rate]:
+    """Run every trial in turn, ``rounds`` times; rates by key. Warming up is the caller's."""
     trials = list(trials)
-    seconds: dict[str, list[float]] = {trial.label: [] for trial in trials}
+    seconds: dict[Key, list[float]] = {trial.key: [] for trial in trials}
     for number in range(rounds):
         for trial in trials:
             if number == 0 or not trial.once:
-                seconds[trial.label].append(trial.run())
+                seconds[trial.key].append(trial.run())
                 time.sleep(PAUSE_S)
-    return {trial.label: Rate.of(trial, seconds[trial.label]) for trial in trials}
+    return {trial.key: Rate.of(trial, seconds[trial.key]) for trial in trials}

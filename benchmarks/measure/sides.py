@@ -28,6 +28,7 @@ def parser(about: str, *, context: int, rounds: int) -> argparse.ArgumentParser:
     """The options that all comparisons share."""
     made = argparse.ArgumentParser(description=about.splitlines()[0])
     made.add_argument("--against", default=",".join(PEERS), help="peers, with commas between; '' for none")
+    made.add_argument("--peers-only", action="store_true", help="leave our own engine out")
     made.add_argument("--shape", default="qwen2-0.5b", help="short name of a model, whose shapes to use")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--rounds", type=int, default=rounds)
@@ -66,14 +67,14 @@ class Sides:
 @contextmanager
 def start(options: argparse.Namespace) -> Iterator[Sides]:
     """Start ours and the peers of ``options`` and load their weights; end them with the block."""
-    names = [OURS, *filter(None, options.against.split(","))]
+    names = [*([] if options.peers_only else [OURS]), *filter(None, options.against.split(","))]
     with ExitStack() as stack:
         sides = Sides()
         for name in names:
             try:
                 worker = Worker(name, _command(name, options.folder), options.threads)
                 stack.enter_context(closing(worker))
-                worker.load(config_of(options.shape), options.folder / "models")
+                worker.load(options.shape, config_of(options.shape), options.folder / "models")
                 sides.ready.append(worker)
             except (PeerMissing, WorkerError) as error:
                 sides.lose(name, error)

@@ -44,9 +44,10 @@ class Worker:
         """Of the process."""
         return self._process.pid
 
-    def load(self, config: Mapping[str, object], folder: Path) -> None:
-        """Make random weights of ``config``'s shapes; ``folder`` is where they may be kept."""
-        answer = self._ask("load", config=dict(config), threads=self.threads, folder=str(folder))
+    def load(self, shape: str, config: Mapping[str, object], folder: Path) -> None:
+        """Make random weights of a short name's ``config``; ``folder`` is where they may be kept."""
+        facts = {"shape": shape, "config": dict(config)}
+        answer = self._ask("load", **facts, threads=self.threads, folder=str(folder))
         self.settings = tuple(answer.pop("settings"))
         self.about = answer
 

@@ -35,7 +35,7 @@ class LlamaCpp:
 
     settings: Sequence[str] = tuple(FLASH)
 
-    def __init__(self, config: Config, threads: int, folder: str) -> None:
+    def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         llama_cpp.llama_log_set(_silent, None)
         llama_cpp.llama_backend_init()
         path = gguf_of(config, folder)

@@ -21,7 +21,7 @@ class MlxLm:
 
     settings: Sequence[str] = tuple(DTYPES)
 
-    def __init__(self, config: Config, threads: int, folder: str) -> None:
+    def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         mx.random.seed(0)
         model_class, arguments = _get_classes(dict(config))
         self._model = model_class(arguments.from_dict(dict(config)))

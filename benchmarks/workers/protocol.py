@@ -3,15 +3,17 @@
 A worker is a process that keeps one engine and its weights, so that rounds of several engines can be
 interleaved. It runs in its engine's own environment, hence only the standard library here. Requests:
 
-    {"do": "load", "config": {...}, "threads": 2, "folder": "..."}   -> {"settings": [...], ...}
+    {"do": "load", "shape": "qwen2-0.5b", "config": {...}, "threads": 2, "folder": "..."}
+                                                                     -> {"settings": [...], ...}
     {"do": "open", "rows": 1, "room": 640}                           -> {}
     {"do": "prefill", "setting": "...", "tokens": 512}               -> {"seconds": ...}
     {"do": "decode", "setting": "...", "context": 512, "steps": 16}  -> {"seconds": ...}
 
-``config`` is the facts of a config.json, ``folder`` where made weights may be kept. ``open`` says how many
-sequences there will be and how many tokens each may have. ``prefill`` is one sequence of so many tokens,
-from none to the last one's logits. ``decode`` is so many greedy steps of one token a sequence, after
-``context`` tokens that are in the cache already (making them is not timed). A failure is {"error": "..."}.
+``shape`` is a short name of ours and ``config`` the facts of its config.json, ``folder`` where made weights
+may be kept. ``open`` says how many sequences there will be and how many tokens each may have. ``prefill`` is
+one sequence of so many tokens, from none to the last one's logits. ``decode`` is so many greedy steps of one
+token a sequence, after ``context`` tokens that are in the cache already (making them is not timed). A failure
+is {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Engine(Protocol):
 class Load(Protocol):
     """An engine's constructor."""
 
-    def __call__(self, config: Config, threads: int, folder: str) -> Engine: ...
+    def __call__(self, shape: str, config: Config, threads: int, folder: str) -> Engine: ...
 
 
 def serve(load: Load) -> None:
@@ -65,7 +67,7 @@ def serve(load: Load) -> None:
         request = json.loads(line)
         try:
             if request["do"] == "load":
-                engine = load(request["config"], request["threads"], request["folder"])
+                engine = load(request["shape"], request["config"], request["threads"], request["folder"])
                 answer: Mapping[str, object] = {"settings": list(engine.settings), **engine.about}
             else:
                 assert engine is not None, "load comes first"

@@ -15,7 +15,7 @@ class Torch:
 
     settings: Sequence[str] = ("bfloat16",)
 
-    def __init__(self, config: Config, threads: int, folder: str) -> None:
+    def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         facts = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}

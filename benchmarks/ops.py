@@ -1,0 +1,187 @@
+"""How near does each op come to what this machine can do? Shapes of Qwen2-0.5B, or of ``--shape``.
+
+A call's least time is the longer of its bytes over the read bandwidth and its operations over the arithmetic
+peak (int8 dot products for quantized matrices, float32 multiply-adds else), both measured just before; the
+percent is that over the time that it took. Matrices are more than a cache holds, as in a model; other
+arguments are in the cache, as in a model. Then all linear layers together for several rows, and a step of
+a model with next to no work in it: what a token costs apart from the kernels. Medians; prints a table and
+one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+from measure.ceiling import KINDS, Ceilings, CeilingsMissing
+from measure.machine import Watch, foreign_share_now, warning
+from measure.op_cases import FOUR_BITS, Case, cases
+from measure.sides import numbers
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.data import SamplingParams
+from tiny_llm.decoding.generate import choose, one_sequence
+from tiny_llm.kv.dense import DenseCache
+from tiny_llm.layers.linear import together
+from tiny_llm.models.decoder import Decoder
+from tiny_llm.models.registry import Model, build, expected_tensors, load_dummy, quantizable_tensors
+from tiny_llm.ops.backend import set_threads, use
+from tiny_llm.ops.pack import pack
+from tiny_llm.weights.dummy import dummy_weights
+from tiny_llm.weights.names import config_of
+
+TOGETHER = (1, 2, 4, 8, 16, 32)
+STEPS = 32
+
+
+def peaks(threads: int) -> Mapping[str, float] | None:
+    """Units a second of each kind of ceiling; None, said aloud, without a compiler."""
+    try:
+        with closing(Ceilings()) as ceilings:
+            return {kind: statistics.median(ceilings.rate(kind, threads) for _ in range(3)) for kind in KINDS}
+    except CeilingsMissing as missing:
+        print(missing)
+        return None
+
+
+def seconds_a_call(calls: Sequence[Callable[[], object]], rounds: int) -> float:
+    """The median over rounds, after one that is not counted, of all calls in one evaluation."""
+    taken = []
+    for _ in range(rounds + 1):
+        outs = [call() for call in calls]
+        began = time.perf_counter()
+        mx.eval(outs)
+        taken.append((time.perf_counter() - began) / len(calls))
+    return statistics.median(taken[1:])
+
+
+def row(case: Case, seconds: float, peak: Mapping[str, float] | None) -> dict[str, float | str | None]:
+    """One op's figures; ``percent`` is of the nearer ceiling."""
+    share = None
+    if peak is not None and peak[case.peak]:
+        share = max(case.bytes / peak["read"], case.operations / peak[case.peak]) / seconds
+    return {
+        "us": round(seconds * 1e6, 2),
+        "gb_s": round(case.bytes / seconds / 1e9, 2),
+        "gop_s": round(case.operations / seconds / 1e9, 1),
+        "percent": None if share is None else round(100 * share, 1),
+        "rounds_of": len(case.calls),
+    }
+
+
+def show(name: str, figures: Mapping[str, float | str | None]) -> None:
+    """Print one op's line."""
+    words = [name, *(figures[column] for column in ("us", "gb_s", "gop_s", "percent"))]
+    print("{:<30}{:>12}{:>10}{:>10}{:>9}".format(*("-" if word is None else word for word in words)))
+
+
+def linear_layers(model: Decoder, x: mx.array) -> mx.array:
+    """Every matrix of the model met once by each row of x, and nothing else."""
+    for layer in model.layers:
+        attention = layer.self_attn
+        query, *_ = together(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+        x = layer.mlp(attention.o_proj(query))
+    return model.lm_head(x)
+
+
+def decode_step_s(model: Model) -> float:
+    """The median time of one greedy token after a short prompt."""
+    kv, token, taken = DenseCache(model.config.num_layers), 0, []
+    mx.eval(model(one_sequence(range(16), 0), kv))
+    for position in range(16, 16 + STEPS):
+        began = time.perf_counter()
+        token = choose(model(one_sequence([token], position), kv), SamplingParams(), position).id
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def next_to_nothing(config: ModelConfig) -> Model:
+    """A model of the same layers whose matrices have 64 rows and columns."""
+    small = replace(
+        config, hidden_size=64, intermediate_size=64, vocab_size=64, num_heads=2, num_kv_heads=1, head_dim=32
+    )
+    weights = dummy_weights(
+        expected_tensors(small),
+        dtype=mx.bfloat16,
+        quantize=FOUR_BITS,
+        quantizable=quantizable_tensors(small),
+        finish=partial(pack, exact=False),
+    )
+    return build(small, weights)
+
+
+def together_s(model: Decoder, rounds: int) -> dict[int, float]:
+    """Seconds for all linear layers by the number of rows, which take turns."""
+    E = model.config.hidden_size
+    inputs = {rows: mx.random.normal((rows, E)) for rows in TOGETHER}
+    mx.eval(inputs)
+    taken: dict[int, list[float]] = {rows: [] for rows in TOGETHER}
+    for _ in range(rounds):
+        for rows, x in inputs.items():
+            taken[rows].append(seconds_a_call([partial(linear_layers, model, x)], 1))
+    return {rows: statistics.median(seconds) for rows, seconds in taken.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="qwen2-0.5b")
+    parser.add_argument(
+        "--rows", type=numbers, default=(1, 16, 512), help="tokens a step, with commas between"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens that attention sees")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", help="ref or cpu; the best one by default")
+    parser.add_argument("--activations", choices=("int8", "exact"), default="int8")
+    options = parser.parse_args()
+    if said := warning(foreign_share_now(), "before the start"):
+        print(said)
+    set_threads(options.threads)
+    with use(options.backend) as backend:
+        measure(options, backend)
+
+
+def measure(options: argparse.Namespace, backend: str) -> None:
+    """All of it, on the backend in use."""
+    peak, watch = peaks(options.threads), Watch(())
+    config = ModelConfig.from_hf(config_of(options.shape))
+    ops: dict[str, object] = {}
+    for rows in options.rows:
+        print(f"\n{f'{rows} rows':<30}{'us a call':>12}{'GB/s':>10}{'GOP/s':>10}{'percent':>9}")
+        for case in cases(config, rows, options.context, options.activations == "exact"):
+            figures = row(case, seconds_a_call(case.calls, options.rounds), peak)
+            show(case.name, figures)
+            ops[f"{case.name}, {rows} rows"] = figures
+    model = load_dummy(options.shape, quantize=4, activations=options.activations)
+    assert isinstance(model, Decoder)
+    together = {rows: rows / s for rows, s in together_s(model, options.rounds).items()}
+    print(f"\n{'all linear layers':<30}{'tok/s':>12}{'of one row':>12}")
+    for rows, rate in together.items():
+        print(f"{f'{rows} rows':<30}{rate:>12.1f}{rate / together[1]:>11.2f}x")
+    empty, full = decode_step_s(next_to_nothing(config)), decode_step_s(model)
+    print(f"\na step with no work {empty * 1e3:.2f} ms: {empty / full:.1%} of a step of {full * 1e3:.2f} ms")
+    if said := warning(watch.foreign_share(), "meanwhile"):
+        print(said)
+    facts = {"benchmark": "ops", "shape": options.shape, "backend": backend, "threads": options.threads}
+    found = {
+        "peaks": peak,
+        "ops": ops,
+        "linear_tok_s": together,
+        "overhead_ms": empty * 1e3,
+        "step_ms": full * 1e3,
+    }
+    print(
+        json.dumps(facts | found | {"overhead_share": empty / full, "foreign_share": watch.foreign_share()})
+    )
+
+
+if __name__ == "__main__":
+    main()
