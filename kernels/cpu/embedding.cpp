@@ -10,7 +10,8 @@ namespace {
 template <class T, int Together>
 void dense_row(const char* tile, int64_t lane, int64_t columns, float* out) {
     const T* at = (const T*)tile + lane * Together;
-    for (int64_t k = 0; k < columns; ++k) out[k] = to_float(at[k / Together * Together * kTile + k % Together]);
+    for (int64_t k = 0; k < columns; ++k)
+        out[k] = to_float(at[k / Together * Together * kTile + k % Together]);
 }
 
 float number(const char* at, Kind kind, int64_t i) {

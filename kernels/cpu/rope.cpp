@@ -20,13 +20,14 @@ void store_negated_where(float* to, vd x, vl mask) {
     memcpy(to, &narrow, sizeof narrow);
 }
 
-// angle = n pi/2 + r with |r| <= pi/4, then minimax polynomials in r^2, below 1e-11 off.
+// angle = n pi/2 + r with |r| <= pi/4, then minimax polynomials in r^2, 1e-11 off. Beyond 10^6 radians, where
+// n * pi/2 is no longer exact, it is 2^-50 of the angle off.
 void sin_cos(Angles angles, float* sines, float* cosines) {
     constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves an integer in the low bits
     const vd angle = __builtin_convertvector(angles, vd);
     const vd shifted = angle * 0.63661977236758134 + kRound;
     const vd n = shifted - kRound;
-    const vd r = angle - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11;  // 33 bits, and the rest
+    const vd r = angle - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11;  // 33 bits; the rest
     const vd z = r * r;
     const vd s = ((2.7183042038458217e-06 * z - 1.9839334080419202e-4) * z + 8.33332938357413e-3) * z;
     const vd c = ((-2.7210164908435364e-07 * z + 2.479951913243207e-5) * z - 1.3888883750107427e-3) * z;
@@ -39,7 +40,7 @@ void sin_cos(Angles angles, float* sines, float* cosines) {
     store_negated_where(cosines, second, -(((quarter + 1) >> 1) & 1));
 }
 
-// Of position * inv_freq, which is a float32 product as in the formula. sines and cosines have room for kWidth more.
+// Of position * inv_freq, a float32 product as in the formula. sines and cosines have room for kWidth more.
 void sines_and_cosines(int32_t position, const float* inv_freq, int64_t count, float* sines, float* cosines) {
     for (int64_t i = 0; i < count; i += kLanes) {
         Angles frequencies = {};

@@ -8,7 +8,7 @@
 namespace tiny_llm::TINY_ISA {
 namespace {
 
-// Where a part of a vector is missing it is filled up with -inf, which changes neither the largest nor the sum.
+// Missing lanes are filled with -inf, which changes neither the largest nor the sum.
 vf part_of(const float* x, int64_t i, int64_t width) {
     return i + kWidth <= width ? load(x + i) : load_part(x + i, width - i, -INFINITY);
 }
@@ -39,7 +39,8 @@ void softmax_row(const float* x, int64_t width, float* out) {
 
 void softmax(const Softmax& a) {
     parallel_for(a.rows, 1 + 8192 / (a.width + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) softmax_row(a.x + row * a.width, a.width, a.out + row * a.width);
+        for (int64_t at = begin * a.width; at < end * a.width; at += a.width)
+            softmax_row(a.x + at, a.width, a.out + at);
     });
 }
 

@@ -18,7 +18,8 @@ namespace {
 using Norm = std::optional<mx::array>;
 
 void check(const char* op, const mx::array& x, const mx::array& positions, const mx::array& inv_freq) {
-    expect(x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(2) % 2 == 0, op, "x float32 [T, H, D] with even D", x);
+    const bool ok = x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(2) % 2 == 0;
+    expect(ok, op, "x float32 [T, H, D] with even D", x);
     expect(positions.shape() == mx::Shape{x.shape(0)} && mx::issubdtype(positions.dtype(), mx::integer), op,
            "integer positions [" + std::to_string(x.shape(0)) + "]", positions);
     expect(inv_freq.shape() == mx::Shape{x.shape(2) / 2} && inv_freq.dtype() == mx::float32, op,
@@ -49,7 +50,8 @@ mx::array turn(const mx::array& x, const mx::array& positions, const mx::array& 
 }
 
 std::pair<mx::array, mx::array> turn_both(const mx::array& q, const mx::array& k, const mx::array& positions,
-                                          const mx::array& inv_freq, const Norm& q_norm, const Norm& k_norm, float eps) {
+                                          const mx::array& inv_freq, const Norm& q_norm, const Norm& k_norm,
+                                          float eps) {
     check("rope_qk", q, positions, inv_freq);
     check("rope_qk", k, positions, inv_freq);
     check_norm(q, q_norm), check_norm(k, k_norm);

@@ -1,53 +1,12 @@
 #include "../dense_matmul.h"
 
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
-#include "../pack.h"
 #include "../pool.h"
-#include "check.h"
+#include "weights.h"
 
 using namespace tiny_llm;
 using namespace tiny_llm::test;
 
 namespace {
-
-constexpr Kind kKinds[] = {Kind::f32, Kind::bf16, Kind::f16};
-
-// A random matrix of weights that its kind can hold, packed, and the same as floats.
-struct Weights {
-    Weights(Kind kind, int64_t outputs, int64_t inputs, uint32_t seed)
-        : values(random_floats(outputs * inputs, seed)),
-          layout{nullptr, outputs, inputs, kind, kind, 0, true},
-          tiles(std::aligned_alloc(64, bytes() + 64), std::free) {
-        std::vector<char> stored;
-        for (float& value : values) keep(value, stored);
-        pack_dense(stored.data(), layout, tiles.get());
-        layout.data = static_cast<const char*>(tiles.get());
-    }
-
-    int64_t bytes() const { return tiny_llm::tiles(layout) * tile_bytes(layout); }
-
-    std::vector<float> values;
-    Matrix layout;
-    std::unique_ptr<void, void (*)(void*)> tiles;
-
-private:
-    // Cuts a value to what the kind holds: half of a float's bits, or ten of its fraction.
-    void keep(float& value, std::vector<char>& stored) const {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        if (layout.kind == Kind::bf16) bits &= 0xffff0000;
-        if (layout.kind == Kind::f16) bits = std::fabs(value) < 6.2e-5f ? 0 : bits & 0xffffe000;
-        std::memcpy(&value, &bits, 4);
-        uint32_t word = layout.kind == Kind::f32 ? bits : bits >> 16;
-        const uint32_t magnitude = bits & 0x7fffffff;
-        if (layout.kind == Kind::f16 && bits) word = (word & 0x8000) | ((magnitude >> 13) - (112 << 10));
-        const char* bytes = reinterpret_cast<const char*>(&word);
-        stored.insert(stored.end(), bytes, bytes + bits_of(layout.kind) / 8);
-    }
-};
 
 std::vector<float> multiply(const std::vector<float>& x, int64_t rows, const Weights& w, const float* bias) {
     std::vector<float> out(rows * w.layout.rows);
@@ -82,7 +41,7 @@ TEST(dense_matmul_matches_float64) {
                 std::vector<float> outs[3];
                 float* to[3];
                 for (int i = 0; i < 3; ++i) {
-                    weights.emplace_back(kKinds[(i + rows) % 3], sizes[i], inputs, 10 + i);
+                    weights.emplace_back(kDenseKinds[(i + rows) % 3], sizes[i], inputs, 10 + i);
                     matrices.push_back(weights[i].layout);
                     outs[i].resize(rows * sizes[i]);
                     to[i] = outs[i].data();
@@ -123,7 +82,7 @@ TEST(dense_matmul_of_a_row_does_not_depend_on_the_others) {
     on_each_isa([] {
         const int64_t inputs = 161, outputs = 50, most = 300;
         const int threads = num_threads();
-        for (Kind kind : kKinds) {
+        for (Kind kind : kDenseKinds) {
             const Weights w(kind, outputs, inputs, 1);
             const auto x = random_floats(most * inputs, 2);
             std::vector<float> alone;
