@@ -1,4 +1,7 @@
 #include "../softmax.h"
+
+#include <algorithm>
+
 #include "check.h"
 
 using namespace tiny_llm;
@@ -22,8 +25,8 @@ TEST(softmax_matches_float64) {
                 const auto out = of(x, width);
                 std::vector<double> expected(x.size());
                 for (int64_t at = 0; at < 3 * width; at += width) {
-                    double most = x[at], sum = 0;
-                    for (int64_t i = at; i < at + width; ++i) most = std::fmax(most, x[i]);
+                    double sum = 0;
+                    const double most = *std::max_element(&x[at], &x[at] + width);
                     for (int64_t i = at; i < at + width; ++i) sum += expected[i] = std::exp(x[i] - most);
                     for (int64_t i = at; i < at + width; ++i) expected[i] /= sum;
                 }
