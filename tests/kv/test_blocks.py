@@ -1,0 +1,359 @@
+"""The block manager against a naive model that knows what every slot of the pool really holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tiny_llm.errors import ConfigError
+from tiny_llm.kv.blocks import BlockManager, BlockTable, Moves
+
+SIZE = 4
+
+
+class Pool:
+    """What a slot's keys and values stand for: the salt and all tokens up to its own."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
+        self.slots: dict[tuple[int, int], object] = {}
+        self.host: dict[tuple[int, int], object] = {}
+
+    def move(self, moves: Moves) -> None:
+        """What the arrays' owner does before a step."""
+        for pairs, source, target in (
+            (moves.swap_out, self.slots, self.host),
+            (moves.copies, self.slots, self.slots),
+            (moves.swap_in, self.host, self.slots),
+        ):
+            for old, new in pairs:
+                for slot in range(self.size):
+                    target[new, slot] = source.get((old, slot))
+
+    def write(self, blocks: Sequence[int], salt: str, tokens: Sequence[int], start: int, end: int) -> None:
+        for position in range(start, end):
+            held = (salt, tuple(tokens[: position + 1]))
+            self.slots[blocks[position // self.size], position % self.size] = held
+
+    def check(self, blocks: Sequence[int], salt: str, tokens: Sequence[int], computed: int) -> None:
+        for position in range(computed):
+            held = self.slots[blocks[position // self.size], position % self.size]
+            assert held == (salt, tuple(tokens[: position + 1])), f"position {position} was overwritten"
+
+
+def filled(manager: BlockManager, pool: Pool, tokens: list[int], salt: str = "") -> BlockTable:
+    """A table with all of ``tokens`` computed and registered."""
+    table = manager.table(salt)
+    known = manager.allocate(table, tokens)
+    assert known is not None
+    pool.move(manager.drain())
+    pool.check(table.blocks, salt, tokens, known)
+    pool.write(table.blocks, salt, tokens, known, len(tokens))
+    manager.register(table, tokens, len(tokens))
+    return table
+
+
+def test_numbers_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_blocks is 0, but must be at least 1"):
+        BlockManager(16, 0)
+
+
+def test_the_pool_grows_by_slabs_and_gives_them_back() -> None:
+    manager, pool = BlockManager(SIZE, 10, slab=4), Pool()
+    assert (manager.capacity, manager.available) == (0, 10)
+    first = filled(manager, pool, [1] * 3)
+    assert (manager.capacity, manager.available) == (4, 9)
+    second = filled(manager, pool, list(range(2, 30)))
+    assert (manager.capacity, manager.available) == (8, 2)
+    third = filled(manager, pool, list(range(40, 48)))
+    assert (manager.capacity, manager.available) == (10, 0)
+    assert manager.allocate(manager.table(), [1]) is None, "there is no more"
+    manager.free(third)
+    manager.free(second)
+    manager.shrink()
+    assert (manager.capacity, manager.available) == (4, 9), "one block is still used"
+    manager.free(first)
+    manager.shrink()
+    assert (manager.capacity, manager.available) == (0, 10)
+    manager.check_integrity([])
+
+
+def test_running_requests_share_a_prefix_and_the_last_token_is_always_computed() -> None:
+    manager, pool = BlockManager(SIZE, 10), Pool()
+    prompt = list(range(2 * SIZE))
+    first = filled(manager, pool, prompt)
+    second = manager.table()
+    assert manager.allocate(second, prompt) == len(prompt) - 1, "all but the last, by copying part of a block"
+    assert second.blocks[0] == first.blocks[0] and second.blocks[1] != first.blocks[1]
+    assert manager.drain().copies == [(first.blocks[1], second.blocks[1])]
+    manager.register(second, prompt, len(prompt))
+    assert second.blocks == first.blocks, "the copy turned out to be the same, so it is shared instead"
+    usage = manager.usage([(first, len(prompt)), (second, len(prompt))])
+    assert (usage.used, usage.wasted_slots, usage.free) == (2, 0, 8)
+
+
+def test_another_salt_shares_nothing() -> None:
+    manager, pool = BlockManager(SIZE, 10), Pool()
+    filled(manager, pool, list(range(9)), "one")
+    other = manager.table("two")
+    assert manager.allocate(other, list(range(9))) == 0
+
+
+def test_a_conversations_next_turn_finds_the_answer_too() -> None:
+    manager, pool = BlockManager(SIZE, 10), Pool()
+    turn = list(range(6))
+    table = filled(manager, pool, turn)
+    answer = [*turn, 6, 7, 8, 9, 10]
+    assert manager.reserve(table, 6, 11)
+    pool.write(table.blocks, "", answer, 6, 10)  # the last token was made, not computed
+    manager.register(table, answer, 10)
+    manager.free(table, answer, 10)
+    again = manager.table()
+    assert manager.allocate(again, [*answer, 20, 21, 22]) == 10, "two full blocks and two tokens of the third"
+    pool.move(manager.drain())
+    pool.check(again.blocks, "", answer, 10)
+
+
+def test_a_fork_copies_only_what_it_writes() -> None:
+    manager, pool = BlockManager(SIZE, 10), Pool()
+    tokens = list(range(6))
+    parent = filled(manager, pool, tokens)
+    child = manager.fork(parent, 6)
+    assert child.blocks == parent.blocks and manager.usage([]).used == 2
+    assert manager.reserve(child, 6, 7)
+    assert child.blocks[0] == parent.blocks[0] and child.blocks[1] != parent.blocks[1]
+    assert manager.drain().copies == [(parent.blocks[1], child.blocks[1])]
+    assert manager.reserve(parent, 6, 7) and not manager.drain().copies, "it is the parent's own again"
+    assert manager.usage([(parent, 6), (child, 6)]).wasted_slots == 4
+
+
+def test_the_least_recently_used_block_goes_first_and_a_prefix_outlives_its_end() -> None:
+    manager, pool = BlockManager(SIZE, 6), Pool()
+    old, new = list(range(12)), list(range(20, 32))
+    manager.free(filled(manager, pool, old), old, 12)
+    manager.free(filled(manager, pool, new), new, 12)
+    manager.free(filled(manager, pool, [*old[:4], 99]), [*old[:4], 99], 5)  # evicts old's last block
+    assert manager.usage([]).cached == 6
+    table = manager.table()
+    assert manager.allocate(table, [*old, 1], spare=3) is None and not table.blocks
+    assert manager.allocate(table, [*old, 1]) == 8, "its end was given up, its beginning was not"
+    assert manager.allocate(manager.table(), [*new[:4], 1]) == 4, "the next to go was new's end"
+
+
+def test_without_a_prefix_cache_nothing_is_kept() -> None:
+    manager, pool = BlockManager(SIZE, 4, prefix_cache=False), Pool()
+    tokens = list(range(9))
+    manager.free(filled(manager, pool, tokens), tokens, 9)
+    assert manager.usage([]).free == 4
+    assert manager.allocate(manager.table(), tokens) == 0
+
+
+def test_a_full_host_refuses_and_nothing_changes() -> None:
+    manager, pool = BlockManager(SIZE, 6, host_blocks=2), Pool()
+    table = filled(manager, pool, list(range(9)))
+    assert not manager.swap_out(table, 9) and len(table.blocks) == 3
+    assert manager.swap_out(table, 8) and not table.blocks
+    assert manager.usage([]).host_used == 2
+    manager.free(table)
+    assert manager.usage([]).host_used == 0
+
+
+class Held:
+    """The model's view of one sequence."""
+
+    def __init__(self, table: BlockTable, salt: str, tokens: list[int]) -> None:
+        self.table, self.salt, self.tokens, self.computed = table, salt, tokens, 0
+
+    @property
+    def here(self) -> bool:
+        return bool(self.table.blocks)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Allocate, append, fork, free, cache, evict, swap, grow and shrink, in any order."""
+
+    steps = 0
+
+    @initialize(
+        limit=strategies.integers(4, 24),
+        slab=strategies.integers(1, 8),
+        host=strategies.sampled_from([0, 3, 12]),
+        caching=strategies.sampled_from([True, True, True, False]),
+    )
+    def start(self, limit: int, slab: int, host: int, caching: bool) -> None:
+        self.manager = BlockManager(SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching)
+        self.limit = limit
+        self.pool = Pool()
+        self.held: list[Held] = []
+        self.unused_since: dict[int, int] = {}  # cached blocks that no table holds
+        self.full: dict[int, tuple[str, list[int]]] = {}  # cached blocks that are full: salt, all tokens
+        self.clock = 0
+
+    @rule(
+        salt=strategies.sampled_from(["", "", "", "key"]),
+        length=strategies.integers(1, 30),
+        odd=strategies.integers(0, 29),
+    )
+    def arrive(self, salt: str, length: int, odd: int) -> None:
+        tokens = [int(i == odd) for i in range(length)]  # many prompts begin alike
+        self.held.append(Held(self.manager.table(salt), salt, tokens))
+
+    @rule(pick=strategies.integers(0, 99), spare=strategies.integers(0, 3))
+    def allocate(self, pick: int, spare: int) -> None:
+        if (one := self._pick(pick, here=False)) is None:
+            return
+        before, on_host = self.manager.available, len(one.table.host)
+        expected = self._full_hits(one.salt, one.tokens)
+        known = self.manager.allocate(one.table, one.tokens, spare=spare)
+        needed = -(-len(one.tokens) // SIZE)
+        if known is None:
+            assert before < needed + spare and not one.table.blocks and len(one.table.host) == on_host
+            return
+        assert self.manager.available >= spare and len(one.table.blocks) == needed
+        assert known < len(one.tokens) and known >= one.computed, "more is there than was swapped out"
+        assert on_host or known // SIZE == expected
+        one.computed = known
+
+    @rule(pick=strategies.integers(0, 99), count=strategies.integers(1, 9))
+    def compute(self, pick: int, count: int) -> None:
+        if (one := self._pick(pick, here=True)) is None:
+            return
+        end = min(one.computed + count, len(one.tokens))
+        if end > one.table.writable and not self.manager.reserve(one.table, one.computed, end):
+            return
+        self.pool.move(self.manager.drain())
+        for index in range(one.computed // SIZE, -(-end // SIZE)):
+            block = one.table.blocks[index]
+            users = [other for other in self.held if block in other.table.blocks]
+            assert users == [one], f"block {block} is written while {len(users)} tables hold it"
+        self.pool.write(one.table.blocks, one.salt, one.tokens, one.computed, end)
+        one.computed = end
+        self.manager.register(one.table, one.tokens, end)
+        self._note_full(one, one.table.blocks)
+
+    @rule(pick=strategies.integers(0, 99), token=strategies.integers(0, 1))
+    def generate(self, pick: int, token: int) -> None:
+        one = self._pick(pick, here=True)
+        if one is not None and one.computed == len(one.tokens):
+            one.tokens.append(token)
+
+    @rule(pick=strategies.integers(0, 99), token=strategies.integers(0, 1))
+    def fork(self, pick: int, token: int) -> None:
+        one = self._pick(pick, here=True)
+        if one is not None and one.computed == len(one.tokens):
+            before = self.manager.available
+            child = Held(self.manager.fork(one.table, one.computed), one.salt, [*one.tokens, token])
+            child.computed = one.computed
+            self.held.append(child)
+            assert self.manager.available == before, "a fork takes no block"
+
+    @rule(pick=strategies.integers(0, 99), keep=strategies.booleans())
+    def free(self, pick: int, keep: bool) -> None:
+        if self.held:
+            one = self.held.pop(pick % len(self.held))
+            if keep and one.here:
+                blocks = one.table.blocks
+                self.manager.free(one.table, one.tokens, one.computed)
+                self._note_full(one, blocks)
+            else:
+                self.manager.free(one.table)
+
+    @rule(pick=strategies.integers(0, 99))
+    def recompute(self, pick: int) -> None:
+        if (one := self._pick(pick, here=True)) is not None:
+            self.manager.free(one.table, one.tokens, one.computed)
+            one.computed = 0
+
+    @rule(pick=strategies.integers(0, 99))
+    def swap_out(self, pick: int) -> None:
+        if (one := self._pick(pick, here=True)) is not None and one.computed:
+            went = self.manager.swap_out(one.table, one.computed)
+            assert went == (not one.here)
+
+    @precondition(lambda self: self.manager.prefix is not None)
+    @rule(length=strategies.integers(1, 30))
+    def look(self, length: int) -> None:
+        """What is cached is found: asking is allocating and freeing."""
+        table = self.manager.table()
+        tokens = [0] * length
+        expected = self._full_hits("", tokens)
+        known = self.manager.allocate(table, tokens)
+        if known is not None:
+            assert known // SIZE == expected
+            self.pool.move(self.manager.drain())
+            self.pool.check(table.blocks, "", tokens, known)
+            self.manager.free(table, tokens, known)
+
+    @rule(count=strategies.integers(1, 9))
+    def grow(self, count: int) -> None:
+        self.manager.grow(count)
+
+    @rule()
+    def shrink(self) -> None:
+        before = self.manager.available
+        self.manager.shrink()
+        assert self.manager.available == before, "what was given back can be had again"
+        highest = max((block for one in self.held for block in one.table.blocks), default=-1)
+        assert self.manager.capacity > highest
+        self.unused_since = {b: t for b, t in self.unused_since.items() if b < self.manager.capacity}
+
+    def _pick(self, pick: int, *, here: bool) -> Held | None:
+        able = [one for one in self.held if one.here == here]
+        return able[pick % len(able)] if able else None
+
+    def _note_full(self, one: Held, blocks: list[int]) -> None:
+        for index in range(one.computed // SIZE):
+            if self.manager.prefix and blocks[index] in self.manager.prefix:
+                self.full[blocks[index]] = (one.salt, one.tokens[: (index + 1) * SIZE])
+
+    def _full_hits(self, salt: str, tokens: list[int]) -> int:
+        contents = list(self.full.values())
+        possible = (len(tokens) - 1) // SIZE
+        hits = (i for i in range(possible) if (salt, tokens[: (i + 1) * SIZE]) not in contents)
+        return next(hits, possible)
+
+    @invariant()
+    def accounts_are_right(self) -> None:
+        AnyOrder.steps += 1
+        manager = self.manager
+        self.pool.move(manager.drain())
+        for one in self.held:
+            if one.here:
+                self.pool.check(one.table.blocks, one.salt, one.tokens, one.computed)
+        manager.check_integrity(one.table for one in self.held)
+        used = {block for one in self.held for block in one.table.blocks}
+        cached = {b for b in range(manager.capacity) if manager.prefix and b in manager.prefix} - used
+        usage = manager.usage((one.table, one.computed) for one in self.held)
+        assert (usage.used, usage.cached) == (len(used), len(cached))
+        assert usage.free == usage.capacity - len(used | cached)
+        assert manager.available == self.limit - len(used)
+        slots = {
+            (one.table.blocks[position // SIZE], position % SIZE)
+            for one in self.held
+            if one.here
+            for position in range(one.computed)
+        }
+        assert usage.wasted_slots == len(used) * SIZE - len(slots)
+        assert usage.host_used == sum(len(one.table.host) for one in self.held)
+        self.full = {b: held for b, held in self.full.items() if manager.prefix and b in manager.prefix}
+        self._oldest_went_first(cached, used)
+
+    def _oldest_went_first(self, cached: set[int], used: set[int]) -> None:
+        self.clock += 1
+        evicted = [since for block, since in self.unused_since.items() if block not in cached | used]
+        kept = [since for block, since in self.unused_since.items() if block in cached]
+        assert max(evicted, default=0) <= min(kept, default=self.clock), (
+            "a younger block went before an older"
+        )
+        self.unused_since = {block: self.unused_since.get(block, self.clock) for block in cached}
+
+
+def test_any_order_of_operations_keeps_the_accounts() -> None:
+    AnyOrder.steps = 0
+    runs = settings(max_examples=200, stateful_step_count=60)
+    AnyOrder.TestCase.settings = runs
+    AnyOrder.TestCase("runTest").runTest()
+    assert AnyOrder.steps >= 10_000, f"only {AnyOrder.steps} steps were tried"

@@ -1,0 +1,356 @@
+"""Owns the accounts of the KV pool: which block is whose, shared, cached or free. Integers only.
+
+A pool is blocks of ``block_size`` token slots. A sequence has a table: its i-th block holds
+tokens ``i * block_size`` and on. A block may be in several tables (a shared prefix, a fork);
+it is written only while it is in one, and a shared one is copied first. A full block is entered
+in the prefix cache, and stays there when no table holds it any more, until its memory is
+needed: least recently used first. The arrays are another's: what must be moved in them is
+noted here and handed over by ``drain``.
+
+Every operation costs O(1) a block; none looks at all blocks or all tables, but for
+``usage``, ``shrink`` and ``check_integrity``. Source of the idea: Kwon et al. 2023, PagedAttention.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from sys import maxsize
+from typing import NamedTuple
+
+from tiny_llm.errors import ConfigError
+from tiny_llm.kv.prefix import Content, PrefixCache, chain, encode, root
+
+
+class BlockTable:
+    """Where one sequence's tokens are kept. Read it; only the BlockManager writes it.
+
+    Positions below ``writable`` can be written without asking again. At ``full_at`` tokens
+    the next block is full, to be registered. ``host`` has the host slots while swapped out.
+    """
+
+    __slots__ = ("blocks", "digests", "full_at", "host", "host_tokens", "root", "writable")
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.blocks: list[int] = []
+        self.digests: list[bytes] = []  # names of its full blocks, as far as they were needed
+        self.full_at = maxsize
+        self.writable = 0
+        self.host: list[int] = []
+        self.host_tokens = 0
+
+
+class Moves(NamedTuple):
+    """What to do to the arrays before a step, in this order; each list as pairs (from, to)."""
+
+    swap_out: list[tuple[int, int]]
+    copies: list[tuple[int, int]]
+    swap_in: list[tuple[int, int]]
+
+
+class Usage(NamedTuple):
+    """The pool in blocks: ``capacity = used + cached + free``. ``limit`` is what it may grow to.
+
+    ``wasted_slots`` counts token slots of used blocks that hold no token (internal fragmentation).
+    """
+
+    capacity: int
+    limit: int
+    used: int
+    cached: int
+    free: int
+    wasted_slots: int
+    host_used: int
+
+
+class BlockManager:
+    """Hands out blocks. The pool grows by ``slab`` blocks at a time, up to ``max_blocks``.
+
+    ``host_blocks`` is the room for sequences that are swapped out. ``prefix`` is None
+    where blocks are not to be found again by their tokens.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        max_blocks: int,
+        *,
+        slab: int | None = None,
+        host_blocks: int = 0,
+        prefix_cache: bool = True,
+    ) -> None:
+        slab = max_blocks if slab is None else slab
+        for name, given in (("block_size", block_size), ("max_blocks", max_blocks), ("slab", slab)):
+            if given < 1:
+                raise ConfigError(f"{name} is {given}, but must be at least 1.")
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        self.prefix = PrefixCache() if prefix_cache else None
+        self._slab = slab
+        self._refs: list[int] = []  # in how many tables each block is
+        self._free: list[int] = []
+        self._cached: OrderedDict[int, None] = OrderedDict()  # in no table, but registered; oldest first
+        self._host_blocks = host_blocks
+        self._host_free = list(reversed(range(host_blocks)))
+        self._host_leaving: list[int] = []  # read by a swap-in that is noted but not done
+        self._moves = Moves([], [], [])
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that the pool must have now."""
+        return len(self._refs)
+
+    @property
+    def available(self) -> int:
+        """Blocks that could be handed out: free, cached, or still to grow."""
+        return len(self._free) + len(self._cached) + self.max_blocks - len(self._refs)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold ``tokens`` tokens."""
+        return -(-tokens // self.block_size)
+
+    def table(self, salt: str = "") -> BlockTable:
+        """A table with no blocks yet."""
+        return BlockTable(root(salt) if self.prefix is not None else b"")
+
+    def allocate(self, table: BlockTable, tokens: Sequence[int], *, spare: int = 0) -> int | None:
+        """Give an empty table room for all of ``tokens``; return how many of them are already there.
+
+        They come from the prefix cache, from the table's host slots, and from the part of a
+        cached block that begins alike, which is copied. The last token is never taken
+        from the cache, because its logits are needed. None, and no change, if fewer than
+        ``spare`` blocks would be left.
+        """
+        assert not table.blocks
+        hits = self._hits(table, tokens)
+        fresh = self.blocks_for(len(tokens)) - len(hits)
+        revived = sum(not self._refs[block] for block in hits)
+        if fresh + revived + spare > self.available:
+            return None
+        for block in hits:
+            self._share(block)
+        source, alike = (-1, 0) if table.host else self._part(table, tokens, len(hits))
+        table.blocks = hits + [self._take() for _ in range(fresh)]
+        table.writable = len(table.blocks) * self.block_size
+        known = len(hits) * self.block_size
+        table.full_at = known + self.block_size if self.prefix is not None else maxsize
+        if table.host:
+            return self._swap_in(table, len(hits))
+        if alike and source != table.blocks[len(hits)]:  # else the source itself was evicted for us
+            self._moves.copies.append((source, table.blocks[len(hits)]))
+        return known + alike
+
+    def reserve(self, table: BlockTable, start: int, end: int) -> bool:
+        """Make positions ``start:end`` writable, after ``start`` held ones. False, no change: no room."""
+        blocks, first = table.blocks, start // self.block_size
+        shared = first < len(blocks) and self._refs[blocks[first]] > 1
+        more = max(0, self.blocks_for(end) - len(blocks))
+        if more + shared > self.available:
+            return False
+        if shared:
+            copy = self._take()
+            self._moves.copies.append((blocks[first], copy))
+            self._drop(blocks[first])
+            blocks[first] = copy
+        blocks += [self._take() for _ in range(more)]
+        table.writable = len(blocks) * self.block_size
+        return True
+
+    def register(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
+        """Enter the blocks that ``tokens[:computed]`` have filled in the prefix cache.
+
+        If another block holds the same already, the table takes that one and gives its own back.
+        """
+        while table.full_at <= computed:
+            assert self.prefix is not None
+            index = table.full_at // self.block_size - 1
+            content = self._content(table, tokens, index)
+            block, known = table.blocks[index], self.prefix.find(content)
+            if known is None:
+                self.prefix.add(block, content)
+            elif known != block:
+                self._share(known)
+                self._drop(block)
+                table.blocks[index] = known
+            table.full_at += self.block_size
+
+    def fork(self, table: BlockTable, computed: int) -> BlockTable:
+        """A second table of the same ``computed`` tokens, which shares every block."""
+        child = BlockTable(table.root)
+        child.blocks = table.blocks[: self.blocks_for(computed)]
+        child.digests = table.digests.copy()
+        child.full_at = table.full_at
+        for block in child.blocks:
+            self._refs[block] += 1
+        table.writable = 0  # the next write asks, and copies what is shared
+        return child
+
+    def free(self, table: BlockTable, tokens: Sequence[int] = (), computed: int = 0) -> None:
+        """Take everything back. ``tokens[:computed]`` stay in the prefix cache, a partial block included."""
+        if table.blocks and self.prefix is not None:
+            self.register(table, tokens, computed)
+            self._register_part(table, tokens, computed)
+        for block in reversed(table.blocks):  # a prefix outlives what follows it
+            self._drop(block)
+        table.blocks = []  # not cleared: the plan of a step may still refer to the old list
+        table.writable = 0
+        self._host_free += table.host
+        table.host = []
+
+    def swap_out(self, table: BlockTable, computed: int) -> bool:
+        """Move ``computed`` tokens to the host and free the blocks. False: no room there, no change."""
+        count = self.blocks_for(computed)
+        if count > len(self._host_free):
+            return False
+        host = [self._host_free.pop() for _ in range(count)]
+        self._moves.swap_out.extend(zip(table.blocks, host, strict=False))
+        self.free(table)
+        table.host, table.host_tokens = host, computed
+        return True
+
+    def count(self, hits: int, misses: int) -> None:
+        """A request found ``hits`` of its tokens here, and must compute ``misses``."""
+        if self.prefix is not None:
+            self.prefix.hit_tokens += hits
+            self.prefix.miss_tokens += misses
+
+    def drain(self) -> Moves:
+        """What is to be done to the arrays since last asked, before anything else is written to them."""
+        moves, self._moves = self._moves, Moves([], [], [])
+        self._host_free += self._host_leaving
+        self._host_leaving = []
+        return moves
+
+    def grow(self, count: int) -> None:
+        """Add ``count`` blocks to the pool, as far as ``max_blocks`` allows."""
+        old = len(self._refs)
+        new = min(old + count, self.max_blocks)
+        self._refs += [0] * (new - old)
+        self._free[:0] = reversed(range(old, new))  # the lowest are used first, so that slabs can go
+
+    def shrink(self) -> None:
+        """Give back the slabs at the pool's end of which no block is used; what they cached is forgotten."""
+        used = max((block for block, refs in enumerate(self._refs) if refs), default=-1)
+        capacity = min(-(-(used + 1) // self._slab) * self._slab, len(self._refs))
+        for block in [block for block in self._cached if block >= capacity]:
+            self._evict(block)
+        self._free = [block for block in self._free if block < capacity]
+        del self._refs[capacity:]
+
+    def clear(self) -> None:
+        """Forget what is cached: the arrays were lost. No table may hold a block."""
+        for block in list(self._cached):
+            self._evict(block)
+        assert len(self._free) == self.capacity, "a table still holds a block"
+        self.drain()
+
+    def usage(self, held: Iterable[tuple[BlockTable, int]]) -> Usage:
+        """The accounts; ``held`` is each table with the number of tokens that it holds."""
+        size = self.block_size
+        filled: dict[int, int] = {}  # of each block that may not be full
+        for table, computed in held:
+            for index in range(computed // size, len(table.blocks)):
+                block = table.blocks[index]
+                filled[block] = max(filled.get(block, 0), computed - index * size)
+        return Usage(
+            capacity=self.capacity,
+            limit=self.max_blocks,
+            used=self.capacity - len(self._cached) - len(self._free),
+            cached=len(self._cached),
+            free=len(self._free),
+            wasted_slots=sum(size - max(0, tokens) for tokens in filled.values()),
+            host_used=self._host_blocks - len(self._host_free) - len(self._host_leaving),
+        )
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Assert that the accounts are those of ``tables``, which are all that there are."""
+        tables = list(tables)
+        counted = Counter(block for table in tables for block in table.blocks)
+        assert counted == Counter({b: n for b, n in enumerate(self._refs) if n}), "reference counts"
+        kept = [*counted, *self._cached, *self._free]
+        assert sorted(kept) == list(range(self.capacity)), "a block is used, cached or free: one of them"
+        host = [slot for table in tables for slot in table.host] + self._host_free + self._host_leaving
+        assert sorted(host) == list(range(self._host_blocks)), "a host slot is lost or doubled"
+        registered = {block for block in range(self.capacity) if self.prefix and block in self.prefix}
+        assert len(registered) == len(self.prefix or ()), "registered beyond the pool"
+        assert set(self._cached) <= registered, "cached, but not to be found"
+        assert not registered & set(self._free), "to be found, but free"
+
+    def _hits(self, table: BlockTable, tokens: Sequence[int]) -> list[int]:
+        """The cached blocks that hold the beginning of ``tokens``, all but the last token at most."""
+        found: list[int] = []
+        if self.prefix is not None:
+            for index in range((len(tokens) - 1) // self.block_size):
+                block = self.prefix.find(self._content(table, tokens, index))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def _part(self, table: BlockTable, tokens: Sequence[int], index: int) -> tuple[int, int]:
+        """A cached block that begins like the table's block ``index``, and how many tokens agree."""
+        start = index * self.block_size
+        rest = tokens[start : min(start + self.block_size, len(tokens) - 1)]
+        if self.prefix is None or not rest:
+            return -1, 0
+        return self.prefix.find_part(self._parent(table, index), encode(rest))
+
+    def _register_part(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
+        index = computed // self.block_size
+        rest = encode(tokens[index * self.block_size : computed])
+        if self.prefix is not None and rest:
+            parent, block = self._parent(table, index), table.blocks[index]
+            known, alike = self.prefix.find_part(parent, rest)
+            if known != block and alike < computed % self.block_size:
+                self.prefix.add(block, Content(b"", parent, rest))
+
+    def _content(self, table: BlockTable, tokens: Sequence[int], index: int) -> Content:
+        """What the table's full block ``index`` is to hold; each name is computed once."""
+        start = index * self.block_size
+        own = encode(tokens[start : start + self.block_size])
+        parent = self._parent(table, index)
+        if index == len(table.digests):
+            table.digests.append(chain(parent, own))
+        return Content(table.digests[index], parent, own)
+
+    def _parent(self, table: BlockTable, index: int) -> bytes:
+        return table.digests[index - 1] if index else table.root
+
+    def _swap_in(self, table: BlockTable, hits: int) -> int:
+        """Bring back what the prefix cache did not have; return how many tokens are there now."""
+        back = zip(table.host[hits:], table.blocks[hits:], strict=False)
+        self._moves.swap_in.extend(back)
+        self._host_leaving += table.host
+        table.host = []
+        return max(table.host_tokens, hits * self.block_size)
+
+    def _take(self) -> int:
+        """A block that nobody holds, for the caller to hold."""
+        if not self._free:
+            if len(self._refs) < self.max_blocks:
+                self.grow(self._slab)
+            else:
+                self._evict(next(iter(self._cached)))
+        block = self._free.pop()
+        self._refs[block] = 1
+        return block
+
+    def _evict(self, block: int) -> None:
+        assert self.prefix is not None
+        del self._cached[block]
+        self.prefix.forget(block)
+        self._free.append(block)
+
+    def _share(self, block: int) -> None:
+        if not self._refs[block]:
+            del self._cached[block]
+        self._refs[block] += 1
+
+    def _drop(self, block: int) -> None:
+        self._refs[block] -= 1
+        if not self._refs[block]:
+            if self.prefix is not None and block in self.prefix:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
