@@ -6,9 +6,10 @@ logit rows, ``H`` query heads, ``K`` key/value heads, ``D`` head dim, ``V`` voca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from tiny_llm.errors import RequestError
 
@@ -145,3 +146,94 @@ class KVCache(Protocol):
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Return attention's output [T, H, D] for q [T, H, D] and new k, v [T, K, D]."""
         ...
+
+
+EndReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
+"""Why a sequence ended: a FinishReason, or what happened to it on the way."""
+Status = Literal["waiting", "running", "finished"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens: a prompt and what was made of it. The Scheduler is its only writer.
+
+    ``tokens[:computed]`` have their keys and values in the cache, or in its host copy.
+    ``priority`` is higher for the more urgent. ``arrival`` and ``deadline`` are seconds of one
+    clock. Blocks are shared only between sequences of the same ``salt``. ``cached_tokens``
+    counts the tokens that the prefix cache spared it when it first ran.
+    """
+
+    id: int
+    tokens: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float = math.inf
+    salt: str = ""
+    prompt_len: int = -1  # -1: all of ``tokens``
+    computed: int = 0
+    cached_tokens: int = 0
+    status: Status = "waiting"
+    finish_reason: EndReason | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_len < 0:
+            self.prompt_len = len(self.tokens)
+
+
+class PlanItem(NamedTuple):
+    """What one sequence does in a step. A tuple, as a step makes one for each sequence.
+
+    ``tokens`` [n] go to positions ``start:start + n``; ``blocks`` is the sequence's block table
+    and reaches beyond them: read it, never write it, and not after the step's commit.
+    Logits are wanted of the item's last ``logit_rows`` tokens.
+    """
+
+    seq_id: int
+    tokens: list[int]
+    start: int
+    blocks: list[int]
+    logit_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: plain integers, made by the scheduler, the same on every rank.
+
+    Before the items' keys and values are written: the pool has ``num_blocks``; then all of
+    ``swap_out`` (block, host slot), all of ``copies`` (from block, to block), all of ``swap_in``
+    (host slot, block), in this order. ``items`` has ``decodes`` sequences of one new token first, with
+    ``decode_context`` tokens before them; then ``chunk_tokens`` tokens of sequences that catch
+    up, with ``chunk_context`` tokens before them, summed over tokens.
+    """
+
+    items: list[PlanItem]
+    num_blocks: int
+    swap_out: list[tuple[int, int]]
+    copies: list[tuple[int, int]]
+    swap_in: list[tuple[int, int]]
+    decodes: int = 0
+    decode_context: int = 0
+    chunk_tokens: int = 0
+    chunk_context: int = 0
+
+
+class Advance(NamedTuple):
+    """How a sequence goes on after a step: new ``tokens``, perhaps its end, perhaps ``forks``.
+
+    A draft that was accepted gives several tokens. Each fork starts a new sequence,
+    under the fork's ``seq_id``, from what this one held before its own ``tokens``.
+    """
+
+    seq_id: int
+    tokens: Collection[int]
+    finish_reason: EndReason | None = None
+    forks: tuple[Advance, ...] = ()
+
+
+class Output(NamedTuple):
+    """What a step, a time-out or a cancel did to a sequence: its new tokens, and whether it ended."""
+
+    seq_id: int
+    tokens: Collection[int]
+    finish_reason: EndReason | None = None

@@ -28,6 +28,10 @@ class CapacityError(TinyLLMError):
     """A request can never fit: it needs more memory or context than there is."""
 
 
+class BusyError(TinyLLMError):
+    """Too many requests are waiting already; the same one may be taken later."""
+
+
 def did_you_mean(given: str, options: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the options nearest to ``given``, or ""."""
     near = get_close_matches(given.lower(), list(options), n=3, cutoff=0.5)

@@ -1,0 +1,1 @@
+"""Who runs next: queues, the token budget, preemption. Integers only."""

@@ -1,0 +1,342 @@
+"""Owns the queues and the sequences: who takes part in the next step, and with which tokens.
+
+There is one rule. A sequence has ``computed < len(tokens)``, and a step lets sequences catch up
+within a budget. One token behind is a decode: all of those go first, so that no prompt can hold
+them up. The rest of the budget goes to chunks of whoever is further behind: new prompts, what a
+prefix hit left over, what was preempted. A draft to be checked would be more tokens in an item.
+
+Integers only: tokens are passed on and never looked at, no clock is read, and no array is known.
+To prepare a step ahead, ``computed`` would have to move when a plan is made instead of when it is
+committed, and something stand for the token that is not known yet; nothing else here minds.
+Source of the idea: Agrawal et al. 2024, Sarathi-Serve (chunked prefills, stall-free batches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from math import inf
+
+from tiny_llm.data import Advance, EndReason, Output, Plan, PlanItem, Sequence
+from tiny_llm.errors import BusyError, CapacityError, RequestError
+from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
+from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
+from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
+from tiny_llm.scheduler.speed import StepTime, context_of
+
+_MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
+_BEHIND_ALL: Rank = (inf, 0)
+
+
+class _Entry:
+    """A sequence's place here. ``blocked_at``: the blocks available when last there was no room for it.
+
+    ``rank`` never changes, so ageing costs nothing: a level of priority is worth some seconds of
+    waiting, which is to say that it makes a request as old as one that came so much earlier.
+    """
+
+    __slots__ = ("blocked_at", "rank", "seq", "table")
+
+    def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float) -> None:
+        self.seq = seq
+        self.table = table
+        self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
+        self.blocked_at = -1
+
+
+class _Step:
+    """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``."""
+
+    def __init__(self, tokens: int) -> None:
+        self.items: list[PlanItem] = []
+        self.tokens = tokens
+        self.ms = inf
+        self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Some tokens get in even where the decodes alone take all the time, so that prompts move on."""
+        return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
+
+
+class Scheduler:
+    """Decides step by step: ``expire``, ``schedule``, run the plan, ``commit``. For one thread.
+
+    ``speed.observe`` is to be told how long each step took. ``preempted`` counts by policy.
+    """
+
+    def __init__(self, blocks: BlockManager, settings: SchedulerSettings | None = None) -> None:
+        self.blocks = blocks
+        self.settings = settings or SchedulerSettings()
+        self.speed = StepTime()
+        self.preempted = {"recompute": 0, "swap": 0}
+        self._entries: dict[int, _Entry] = {}
+        self._running: RankedList[_Entry] = RankedList()
+        self._waiting: RankedQueue[_Entry] = RankedQueue()
+        self._deadlines: RankedQueue[_Entry] = RankedQueue()
+        self._patience: RankedQueue[_Entry] = RankedQueue()  # of those that have not run yet
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks and take part in steps."""
+        return len(self._running.items)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their first step, or after preemption for their next."""
+        return len(self._waiting)
+
+    def sequence(self, seq_id: int) -> Sequence | None:
+        """The sequence; None once it has ended."""
+        entry = self._entries.get(seq_id)
+        return entry.seq if entry else None
+
+    def add(self, seq: Sequence) -> None:
+        """Take a new sequence in.
+
+        Raises CapacityError if it can never fit, BusyError if too many wait, RequestError for a
+        priority out of range.
+        """
+        self._check(seq)
+        entry = _Entry(seq, self.blocks.table(seq.salt), self.settings.ageing_s)
+        self._enter(entry)
+        self._patience.push((seq.arrival + self.settings.max_wait_s, seq.id), entry)
+        self._wait(entry)
+
+    def cancel(self, seq_id: int, reason: EndReason = "cancelled") -> Output | None:
+        """End a sequence now and free its blocks; None if it has ended already."""
+        entry = self._entries.get(seq_id)
+        return self._end(entry, reason) if entry else None
+
+    def expire(self, now: float) -> list[Output]:
+        """End the sequences whose deadline has come, or whose first step has not come in time."""
+        outputs = []
+        for queue in (self._deadlines, self._patience):
+            while (first := queue.first()) and first[0][0] <= now:
+                outputs.append(self._end(first[1], "timeout"))
+        return outputs
+
+    def schedule(self) -> Plan:
+        """The next step. It has no items only if there is nothing to do."""
+        step = _Step(self.settings.max_step_tokens)
+        behind = self._decode(step)
+        for entry in behind:
+            self._admit(step, entry.rank)
+            self._chunk(step, entry)
+        self._admit(step, _BEHIND_ALL)
+        swap_out, copies, swap_in = self.blocks.drain()
+        return Plan(
+            items=step.items,
+            num_blocks=self.blocks.capacity,
+            swap_out=swap_out,
+            copies=copies,
+            swap_in=swap_in,
+            decodes=step.decodes,
+            decode_context=step.decode_context,
+            chunk_tokens=step.chunk_tokens,
+            chunk_context=step.chunk_context,
+        )
+
+    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Output]:
+        """Take in what a step brought: an advance for each item with logit rows, in their order.
+
+        An item whose sequence has ended in the meantime is passed over.
+        """
+        outputs: list[Output] = []
+        entries, remaining = self._entries, iter(advances)
+        for item in plan.items:
+            advance = next(remaining) if item.logit_rows else None
+            entry = entries.get(item.seq_id)
+            if entry is None:
+                continue
+            seq, end = entry.seq, item.start + len(item.tokens)
+            if advance is not None:
+                assert advance.seq_id == item.seq_id
+                if advance.forks:
+                    outputs += self._fork(entry, advance.forks)
+                seq.tokens.extend(advance.tokens)
+                outputs.append(Output(item.seq_id, advance.tokens, advance.finish_reason))
+                end = min(end, len(seq.tokens) - 1)  # a draft's rejected tokens are not held
+            seq.computed = end
+            if end >= entry.table.full_at:
+                self.blocks.register(entry.table, seq.tokens, end)
+            if advance is not None and advance.finish_reason:
+                self._end(entry, advance.finish_reason)
+        return outputs
+
+    def abandon(self, plan: Plan) -> list[Output]:
+        """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
+        failed = [self.cancel(item.seq_id, "error") for item in plan.items]
+        for entry in self._entries.values():
+            self.blocks.free(entry.table)
+            entry.seq.computed = 0
+        for entry in list(self._running.items):
+            self._running.remove(entry.rank)
+            self._wait(entry)
+        self.blocks.clear()
+        return [output for output in failed if output]
+
+    def usage(self) -> Usage:
+        """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
+        return self.blocks.usage((entry.table, entry.seq.computed) for entry in self._running.items)
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is lost or held twice. Looks at everything."""
+        self.blocks.check_integrity(entry.table for entry in self._entries.values())
+        assert self.num_running + self.num_waiting == len(self._entries)
+        assert all(
+            (entry.seq.status == "running") == bool(entry.table.blocks) for entry in self._entries.values()
+        )
+
+    def _check(self, seq: Sequence) -> None:
+        assert seq.id not in self._entries and seq.tokens and not seq.computed
+        most = MAX_PRIORITY
+        if not -most <= seq.priority <= most:
+            raise RequestError(f"priority is {seq.priority}, but must be from {-most} to {most} (most urgent).")
+        answer = seq.params.max_tokens
+        needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
+        if needed > self.blocks.max_blocks:
+            raise CapacityError(
+                f"The request needs {needed} blocks of {self.blocks.block_size} tokens (prompt "
+                f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.max_blocks}: "
+                "shorten the prompt, lower max_tokens, or give more memory with --kv-memory."
+            )
+        if self.num_waiting >= self.settings.max_waiting:
+            raise BusyError(f"{self.num_waiting} requests are waiting, which is the most; try again later.")
+
+    def _decode(self, step: _Step) -> list[_Entry]:
+        """Put all that are one token behind into the step; return those that are further behind."""
+        items, behind, context = step.items, [], 0
+        for entry in self._running.items:  # _make_room takes from the end, never what is planned already
+            seq = entry.seq
+            tokens, start, table = seq.tokens, seq.computed, entry.table
+            if len(tokens) > table.writable and not self._make_room(entry):
+                break
+            if len(tokens) - start > 1:
+                behind.append(entry)
+            else:
+                items.append(PlanItem(seq.id, tokens[start:], start, table.blocks, 1))
+                context += start
+        if items:
+            step.decodes, step.decode_context = len(items), context
+            step.tokens = min(step.tokens - len(items), 2 * self.speed.largest_chunk)
+            step.ms = _MARGIN * self.settings.max_step_ms - self.speed.decode_ms(len(items), context)
+        return behind
+
+    def _chunk(self, step: _Step, entry: _Entry) -> None:
+        """Let a sequence catch up as far as the budget goes."""
+        if not step.has_room:
+            return
+        seq, start = entry.seq, entry.seq.computed
+        within = self.speed.tokens_within(step.ms, start)
+        if not step.chunk_tokens:
+            within = max(within, self.blocks.block_size)
+        count = int(min(len(seq.tokens) - start, step.tokens, within))
+        if count:
+            end = start + count
+            last = int(end == len(seq.tokens))
+            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, entry.table.blocks, last))
+            step.tokens -= count
+            step.ms -= self.speed.chunk_ms(start, count)
+            step.chunk_tokens += count
+            step.chunk_context += context_of(start, count)
+
+    def _admit(self, step: _Step, before: Rank) -> None:
+        """Start those that wait and rank before ``before``, in order: no one is overtaken for its size."""
+        while step.has_room and self.num_running < self.settings.max_running:
+            first = self._waiting.first()
+            if first is None or first[0] > before or not self._start(first[1]):
+                return
+            self._chunk(step, first[1])
+
+    def _start(self, entry: _Entry) -> bool:
+        """Give a waiting sequence its blocks, if there are enough."""
+        seq, available = entry.seq, self.blocks.available
+        if available <= entry.blocked_at:
+            return False
+        # A block is left for each that runs, so that it does not throw this one out at once.
+        known = self.blocks.allocate(entry.table, seq.tokens, spare=self.num_running)
+        if known is None:
+            entry.blocked_at = available
+            return False
+        seq.computed = known
+        seq.status = "running"
+        self._waiting.discard(entry)
+        self._running.add(entry.rank, entry)
+        if self._patience.discard(entry):
+            seq.cached_tokens = known
+            self.blocks.count(known, len(seq.tokens) - known)
+        return True
+
+    def _make_room(self, entry: _Entry) -> bool:
+        """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
+        seq = entry.seq
+        while not self.blocks.reserve(entry.table, seq.computed, len(seq.tokens)):
+            last = self._running.items[-1]
+            self._preempt(last)
+            if last is entry:
+                return False
+        return True
+
+    def _preempt(self, entry: _Entry) -> None:
+        """Take a running sequence's blocks; it goes on later, from the host or from its tokens."""
+        seq = entry.seq
+        swapped = self._is_swap_better(seq.computed) and self.blocks.swap_out(entry.table, seq.computed)
+        if not swapped:
+            self.blocks.free(entry.table, seq.tokens, seq.computed)
+            seq.computed = 0
+        self.preempted["swap" if swapped else "recompute"] += 1
+        self._running.remove(entry.rank)
+        self._wait(entry)
+
+    def _is_swap_better(self, computed: int) -> bool:
+        if self.settings.preemption != "auto":
+            return self.settings.preemption == "swap"
+        swap_ms = self.blocks.blocks_for(computed) * self.settings.swap_ms_per_block
+        return swap_ms < self.speed.chunk_ms(0, computed)
+
+    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> Iterable[Output]:
+        """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
+        seq = entry.seq
+        for fork in forks:
+            assert fork.seq_id not in self._entries
+            child = replace(seq, id=fork.seq_id, tokens=[*seq.tokens, *fork.tokens], cached_tokens=0)
+            table = self.blocks.fork(entry.table, len(seq.tokens))
+            branch = _Entry(child, table, self.settings.ageing_s)
+            child.computed = len(seq.tokens)
+            self._enter(branch)
+            if self.num_running < self.settings.max_running or fork.finish_reason:
+                self._running.add(branch.rank, branch)
+            else:  # it waits like any other, and finds most of what it needs in the prefix cache
+                self.blocks.free(table, child.tokens, child.computed)
+                child.computed = 0
+                self._wait(branch)
+            if fork.finish_reason:
+                self._end(branch, fork.finish_reason)
+            yield Output(fork.seq_id, fork.tokens, fork.finish_reason)
+
+    def _enter(self, entry: _Entry) -> None:
+        self._entries[entry.seq.id] = entry
+        if entry.seq.deadline < inf:
+            self._deadlines.push((entry.seq.deadline, entry.seq.id), entry)
+
+    def _wait(self, entry: _Entry) -> None:
+        entry.seq.status = "waiting"
+        entry.blocked_at = -1
+        self._waiting.push(entry.rank, entry)
+
+    def _end(self, entry: _Entry, reason: EndReason) -> Output:
+        seq = entry.seq
+        if seq.status == "running":
+            self._running.remove(entry.rank)
+        self._waiting.discard(entry)
+        self._deadlines.discard(entry)
+        self._patience.discard(entry)
+        self.blocks.free(entry.table, seq.tokens, seq.computed)
+        del self._entries[seq.id]
+        seq.status = "finished"
+        seq.finish_reason = reason
+        return Output(seq.id, (), reason)
