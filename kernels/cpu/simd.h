@@ -39,7 +39,7 @@ typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t vh __attribute__((vector_size(2 * kWidth)));  // half-width words: bf16 and f16
 
-static inline vf splat(float x) { return vf{} + x; }
+static inline vf splat(float x) { return x - vf{}; }  // 0 + x would be an addition: it turns -0 into 0
 static inline vi splat_int(int32_t x) { return vi{} + x; }
 
 static inline vf load(const float* p) {
@@ -106,6 +106,32 @@ static inline vf load(const f16* p) {
     vf v;
     for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
     return v;
+#endif
+}
+
+// Round to nearest even; what is too large becomes infinity, a NaN stays one.
+static inline uint16_t round_f16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    const uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and more
+    if (magnitude < 0x38800000) {                                   // subnormal: adding 0.5 rounds to 2^-24
+        float f;
+        memcpy(&f, &magnitude, 4);
+        f += 0.5f;
+        memcpy(&u, &f, 4);
+        return (uint16_t)(sign | (u - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+static inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < kWidth; ++i) p[i].bits = round_f16(v[i]);
 #endif
 }
 

@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/pair.h>
 
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -22,19 +23,23 @@ ptrdiff_t header_bytes() {
     return static_cast<char*>(mx::allocator::Buffer(anywhere).raw_ptr()) - anywhere;
 }
 
-// Two axes, because one of more than 2^31 bytes has no room in a shape.
-mx::array arena_array(int64_t count, int64_t bytes) {
-    Block block = allocate_weights(count * bytes);
-    const mx::allocator::Buffer buffer(static_cast<char*>(block.data) - header_bytes());
-    auto release = [release = std::move(block.release)](mx::allocator::Buffer) { release(); };
-    return mx::array(mx::allocator::Data(buffer, std::move(release)), 
-                     {static_cast<int>(count), static_cast<int>(bytes)}, mx::uint8);
-}
-
 }  // namespace
 
+mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes) {
+    constexpr ptrdiff_t kRoom = 64;  // for the header, so that MLX may read it too
+    Block block = allocate_weights(bytes + kRoom);
+    char* data = static_cast<char*>(block.data) + kRoom;
+    const size_t size = bytes;
+    if (header_bytes() == sizeof size) std::memcpy(data - sizeof size, &size, sizeof size);
+    auto release = [release = std::move(block.release)](mx::allocator::Buffer) { release(); };
+    mx::allocator::Data owned(mx::allocator::Buffer(data - header_bytes()), std::move(release));
+    return mx::array(std::move(owned), std::move(shape), dtype);
+}
+
 PackedMatrix make_matrix(Matrix layout, int64_t bytes_of_tile) {
-    mx::array data = arena_array(tiles(layout), bytes_of_tile);
+    // Two axes, because one of more than 2^31 bytes has no room in a shape.
+    const mx::Shape shape{static_cast<int>(tiles(layout)), static_cast<int>(bytes_of_tile)};
+    mx::array data = arena_array(shape, mx::uint8, tiles(layout) * bytes_of_tile);
     layout.data = data.data<char>();
     return {std::move(data), layout};
 }

@@ -13,6 +13,9 @@ struct PackedMatrix {
     Matrix layout;   // its `data` points into the array's
 };
 
+// An array of zeros in the arena. What nobody has written to takes no memory.
+mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes);
+
 // Memory for `layout`, zeroed and writable until it is given to Python.
 PackedMatrix make_matrix(Matrix layout, int64_t bytes_of_tile);
 

@@ -47,6 +47,8 @@ NB_MODULE(_cpu, m) {
     bind_matrix(m);
     bind_linear(m);  // first: other signatures name its class
     bind_embedding(m);
+    bind_attention(m);
+    bind_pages(m);
     bind_rms_norm(m);
     bind_rope(m);
     bind_softmax(m);
