@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from tiny_llm.ops import backend
+from tiny_llm.ops.backend import VARIABLE, use, works
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,8 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     Hypothesis draws the same examples in every run, and looks at no clock. Without CPU kernels the
     tests run on ``ref``.
     """
-    if not backend.works():  # nobody need be warned in each test that this is slow
-        os.environ.setdefault(backend.VARIABLE, "ref")
+    if not works():  # nobody need be warned in each test that this is slow
+        os.environ.setdefault(VARIABLE, "ref")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     settings.load_profile("repeatable")
     config.addinivalue_line("markers", "chapter(id): the chapter of the course that this test checks")
@@ -71,6 +71,22 @@ def _off(got: mx.array, expected: mx.array) -> float:
 def off() -> Callable[[mx.array, mx.array], float]:
     """``off(got, expected)``: the largest difference, relative to the largest expected value."""
     return _off
+
+
+@pytest.fixture(scope="module", params=["ref", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that computes in float32, in turn; the CPU kernels where they were built."""
+    if request.param == "cpu" and not works():
+        pytest.skip("the CPU kernels were not built: no C++ compiler")
+    with use(request.param) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def ref() -> Iterator[None]:
+    """Plain MLX, whose matrices are arrays that a test can look at."""
+    with use("ref"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models import registry
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.registry import load_model
+from tiny_llm.ops.backend import use
 from tiny_llm.weights.checkpoint import load_weights
 
 PROMPT = [5, 17, 44, 3, 29, 8, 60, 31, 2, 9, 51]
@@ -25,6 +26,7 @@ def unpack(w: QuantizedTensor) -> mx.array:
     return mx.dequantize(w.packed, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.chapter("1.5")
 @pytest.mark.parametrize("case", KINDS)
 def test_sequences_in_one_batch_do_not_see_each_other(golden: Path, make_batch, case: str, off) -> None:
@@ -34,6 +36,7 @@ def test_sequences_in_one_batch_do_not_see_each_other(golden: Path, make_batch, 
     assert off(together, mx.concatenate(alone)) < 1e-5, "a row saw another sequence"
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.chapter("1.6")
 @pytest.mark.parametrize("case", KINDS)
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(
@@ -49,6 +52,7 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(
     assert greedy(model, PROMPT, 20) == answer
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.chapter("1.6")
 def test_a_real_model_gives_its_published_tokens(stories260k: Path, greedy) -> None:
     """200 greedy ids of the 260K-parameter LLaMA, from BOS, in float32."""
@@ -59,6 +63,7 @@ def test_a_real_model_gives_its_published_tokens(stories260k: Path, greedy) -> N
     assert got == ids, f"the first {same} ids are right"
 
 
+@pytest.mark.usefixtures("ref")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_near_float32(golden: Path, make_batch, dtype: str, off) -> None:
     got = load_model(golden / "qwen3", dtype=dtype)(make_batch(PROMPT), NoCache())
@@ -67,6 +72,7 @@ def test_half_precision_stays_near_float32(golden: Path, make_batch, dtype: str,
     assert off(got.astype(mx.float32), expected) < (0.05 if dtype == "bfloat16" else 0.006)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_model_is_the_model_of_its_unpacked_matrices(
     golden: Path, make_batch, bits: int, off
@@ -82,14 +88,16 @@ def test_a_quantized_model_is_the_model_of_its_unpacked_matrices(
         quantizable=registry.quantizable_tensors(config),
     )
     unpacked = {name: unpack(w) if isinstance(w, QuantizedTensor) else w for name, w in weights.items()}
-    expected = registry.build(config, unpacked)(make_batch(PROMPT), NoCache())
-    model = load_model(folder, dtype="float32", quantize=bits)
+    with use("ref"):
+        expected = registry.build(config, unpacked)(make_batch(PROMPT), NoCache())
+    model = load_model(folder, dtype="float32", quantize=bits, activations="exact")
     assert off(model(make_batch(PROMPT), NoCache()), expected) < 1e-5
     cache = DenseCache(config.num_layers)
     steps = [model(make_batch([token], start=i), cache) for i, token in enumerate(PROMPT)]
     assert off(mx.concatenate(steps), expected) < 1e-5
 
 
+@pytest.mark.usefixtures("ref")
 def test_groups_of_64_fall_to_32_where_they_do_not_fit(golden: Path) -> None:
     model = load_model(golden / "llama_linear", dtype="float32", quantize=4)
     assert isinstance(model, Decoder)

@@ -14,12 +14,12 @@ from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.registry import load_model
 
-pytestmark = pytest.mark.chapter("1.5")
+pytestmark = [pytest.mark.chapter("1.5"), pytest.mark.usefixtures("backend")]
 TOLERANCE = 1e-4  # relative to the largest value; on a CPU we are within 2e-6
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Decoder:
+def model(backend: str, folder: Path) -> Decoder:
     loaded = load_model(folder, dtype="float32")
     assert isinstance(loaded, Decoder)
     return loaded

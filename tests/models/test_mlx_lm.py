@@ -17,6 +17,7 @@ from tiny_llm.models.registry import load_model
 
 PROMPT = [1, 17, 44, 3, 29, 8, 60, 31]
 COUNT = 40
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def respelled(folder: Path, copy: Path) -> Path:
@@ -52,7 +53,7 @@ def assert_same(make_batch, greedy, off) -> Callable[..., None]:
     """``assert_same(model, folder, prompt)``: our loader on ``folder`` answers as mlx-lm's ``model`` does."""
 
     def check(model: nn.Module, folder: Path, prompt: list[int] = PROMPT) -> None:
-        ours = load_model(folder, dtype="float32")
+        ours = load_model(folder, dtype="float32", activations="exact")
         answer, logits = peer_answer(model, prompt, COUNT)
         error = off(ours(make_batch(prompt), NoCache()), logits)
         assert error < 1e-4, f"the prompt's logits are off by {error:.2g} of the largest"

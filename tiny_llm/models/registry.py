@@ -25,7 +25,7 @@ from tiny_llm.config import (
     built_in_family,
     load_config,
 )
-from tiny_llm.data import Batch, KVCache
+from tiny_llm.data import Batch, KVCache, Matrix
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
@@ -60,11 +60,15 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A kind of model: how its config reads, which tensors it has, and how it is built of them."""
+    """A kind of model: how its config reads, which tensors it has, and how it is built of them.
+
+    ``packed``: it gives its matrices to nothing but layers, so that they may come packed for the CPU kernels.
+    """
 
     family: Family
     shapes: Callable[[ModelConfig], Shapes] = Decoder.shapes
     build: Callable[[ModelConfig, Weights], Model] = Decoder.take
+    packed: bool = False
 
 
 def find(model_type: str) -> Architecture:
@@ -75,7 +79,7 @@ def find(model_type: str) -> Architecture:
             if not isinstance(architecture, Architecture):
                 raise ConfigError(f"plug-in {plugin.value} is {architecture!r}, expected an Architecture.")
             return architecture
-    return Architecture(built_in_family(model_type))
+    return Architecture(built_in_family(model_type), packed=True)
 
 
 def expected_tensors(config: ModelConfig) -> Shapes:
@@ -115,17 +119,22 @@ def load_model(
     """
     config = load_config(folder, lambda model_type: find(model_type).family)
     _check_options(dtype, quantize, activations)
+    packed = find(config.model_type).packed
     weights = load_weights(
         folder,
         expected_tensors(config),
-        dtype=_stored_dtype(dtype, quantize),
+        dtype=_stored_dtype(dtype, quantize, packed),
         quantization=config.quantization,
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         quantizable=quantizable_tensors(config),
-        finish=partial(pack, exact=activations == "exact"),
+        finish=partial(pack, exact=activations == "exact") if packed else _as_it_is,
         progress=progress,
     )
     return build(config, weights)
+
+
+def _as_it_is(weight: Matrix) -> Matrix:
+    return weight
 
 
 def load_dummy(
@@ -139,7 +148,7 @@ def load_dummy(
     _check_options(dtype, quantize, activations)
     weights = dummy_weights(
         expected_tensors(config),
-        dtype=_stored_dtype(dtype, quantize) or _MLX_DTYPES[config.dtype],
+        dtype=_stored_dtype(dtype, quantize, packed=True) or _MLX_DTYPES[config.dtype],
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         quantizable=quantizable_tensors(config),
         finish=partial(pack, exact=activations == "exact"),
@@ -167,9 +176,9 @@ def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) ->
     return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
 
 
-def _stored_dtype(dtype: str | None, quantize: int | None) -> mx.Dtype | None:
+def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.Dtype | None:
     """What floats become on loading; None: nothing else."""
-    if packs():  # the kernels widen as they read: wider in memory would be slower, not finer
+    if packed and packs():  # the kernels widen as they read: wider in memory would be slower, not finer
         name = None if dtype == "float32" and quantize is None else dtype
     else:
         name = dtype or ("float32" if mx.default_device().type == mx.cpu else None)
