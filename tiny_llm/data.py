@@ -7,7 +7,7 @@ logit rows, ``H`` query heads, ``K`` key/value heads, ``D`` head dim, ``V`` voca
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # the scheduler's side of the house reads this file without m
     from tiny_llm._cpu import Matrix as PackedMatrix
 
 FinishReason = Literal["stop", "length"]
+EndReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
+"""Why a sequence ended: a FinishReason, or what happened to it on the way."""
+LogitsProcessor: TypeAlias = "Callable[[list[int], mx.array], mx.array]"
+"""(tokens so far, prompt included; logits float32 [V]) -> logits [V] to choose from."""
 
 
 def _require(ok: bool, name: str, given: object, expected: str) -> None:
@@ -32,7 +36,13 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
     ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
-    ``logprobs`` n reports the chosen token's log-probability and the n likeliest.
+    ``logprobs`` n reports the chosen token's log-probability and the n likeliest. ``n`` answers
+    are drawn for one prompt. No end before ``min_tokens``.
+
+    ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
+    multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
+    for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
+    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other.
 
     Raises RequestError for a value out of range, NaN and infinity included.
     """
@@ -47,11 +57,18 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "processors"):
             given = getattr(self, name)
             _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
             object.__setattr__(self, name, tuple(given))
@@ -74,6 +91,20 @@ def _check_params(p: SamplingParams) -> None:
     _require(p.logprobs is None or whole(p.logprobs, 0), "logprobs", p.logprobs, "a whole number, or None")
     _require(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "strings that are not empty")
     _require(all(whole(i, 0) for i in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "token ids")
+    _require(whole(p.n, 1), "n", p.n, "a whole number of at least 1")
+    _require(whole(p.min_tokens, 0), "min_tokens", p.min_tokens, "a whole number, 0 meaning none")
+    factor = p.repetition_penalty
+    _require(between(factor, 0, 100) and factor > 0, "repetition_penalty", factor, "above 0, 1 meaning off")
+    for name in ("presence_penalty", "frequency_penalty"):
+        _require(between(getattr(p, name), -2, 2), name, getattr(p, name), "a number from -2 to 2")
+    biases = p.logit_bias or {}
+    _require(
+        isinstance(biases, Mapping) and all(whole(i, 0) and between(b, -1e4, 1e4) for i, b in biases.items()),
+        "logit_bias",
+        p.logit_bias,
+        "a mapping of token ids to numbers",
+    )
+    _require(all(callable(f) for f in p.processors), "processors", p.processors, "callables")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +120,31 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. ``logprobs`` has, for each token, {token id: log-probability} or is None."""
+    """One answer. ``logprobs`` has, for each token, {token id: log-probability} or is None.
+
+    ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
+    cache. ``error`` says what went wrong where ``finish_reason`` is "error".
+    """
 
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: EndReason
     prompt_token_ids: list[int]
     logprobs: list[dict[int, float]] | None
     timing: Timing
+    index: int = 0
+    cached_tokens: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer; the last one carries the whole in ``completion``."""
+    """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``."""
 
     text: str
     token_ids: list[int] = field(default_factory=list)
     completion: Completion | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +166,34 @@ Matrix: TypeAlias = "mx.array | QuantizedTensor | PackedMatrix"
 
 
 @dataclass(frozen=True, slots=True)
+class Pages:
+    """Where a paged cache keeps a batch's keys and values; all int32.
+
+    ``slots`` [T]: for each new row, block * block_size + place in the block. ``tables`` [B, W]: each
+    sequence's blocks in order, filled up with 0. ``starts`` [B + 1]: as ``Batch.starts``.
+    ``context_lens`` [B]: tokens of each sequence, the new ones included.
+    """
+
+    slots: mx.array
+    tables: mx.array
+    starts: mx.array
+    context_lens: mx.array
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's input: flat and ragged, never padded.
 
     ``tokens`` and ``positions`` int32 [T]; sequence ``b`` owns rows
-    ``starts[b]:starts[b + 1]`` (B + 1 offsets); ``logit_rows`` int32 [R].
+    ``starts[b]:starts[b + 1]`` (B + 1 offsets); ``logit_rows`` int32 [R]. ``pages`` is for a
+    cache that has blocks.
     """
 
     tokens: mx.array
     positions: mx.array
     starts: tuple[int, ...]
     logit_rows: mx.array
+    pages: Pages | None = None
 
 
 class KVCache(Protocol):
@@ -148,8 +204,6 @@ class KVCache(Protocol):
         ...
 
 
-EndReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
-"""Why a sequence ended: a FinishReason, or what happened to it on the way."""
 Status = Literal["waiting", "running", "finished"]
 
 

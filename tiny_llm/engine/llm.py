@@ -7,18 +7,19 @@ HTTP, and where a checkpoint comes from.
 from __future__ import annotations
 
 import secrets
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from tiny_llm.config import load_end_ids
-from tiny_llm.data import Chunk, Completion, SamplingParams, Timing
-from tiny_llm.decoding.generate import generate
-from tiny_llm.decoding.stop import Answer
+from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.engine.engine import Engine, EngineSettings
 from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.registry import kv_dtype, load_model
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.checkpoint import Progress
@@ -38,6 +39,7 @@ class LLM:
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
     ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
+    ``kv_memory`` is how many bytes keys and values may take; ``engine`` sets more of the kind.
     ``progress`` is called with (bytes read, bytes to read) while the weights load.
 
     Raises ConfigError or WeightError with what is wrong with the model or an option.
@@ -54,6 +56,8 @@ class LLM:
         backend: str | None = None,
         threads: int | None = None,
         activations: str = "int8",
+        kv_memory: int | None = None,
+        engine: EngineSettings | None = None,
         progress: Progress | None = None,
     ) -> None:
         set_threads(threads)
@@ -66,24 +70,51 @@ class LLM:
             )
         self.config = self._model.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
+        with use(self.backend):
+            kept = kv_dtype(self.config, dtype=dtype, quantize=quantize) or mx.float32
+        self._kept = kept
         self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
+        self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory))
+
+    def _use_engine(self, settings: EngineSettings) -> None:
+        self.engine = Engine(
+            self._model,
+            self.tokenizer,
+            settings,
+            backend=self.backend,
+            kv_dtype=self._kept,
+            end_ids=self._end_ids,
+            max_context=self.max_context,
+        )
+        self._chunks: dict[int, deque[Chunk]] = {}
+
+    def with_engine(self, settings: EngineSettings) -> LLM:
+        """The same model behind an engine of its own, with other settings; the weights are shared."""
+        other = copy(self)
+        other._use_engine(settings)
+        return other
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Answer each prompt (a string, or a list of token ids); one prompt may stand alone.
+        """Answer each prompt (a string, or a list of token ids), all at once; one prompt may stand alone.
+
+        The completions come in the order of the prompts, ``params.n`` for each.
 
         Raises RequestError before anything runs if any of them is invalid.
         """
         requests = [self._check(prompt, params) for prompt in _as_list(prompts)]
-        return [_last(self._answer(ids, checked)) for ids, checked in requests]
+        begun = [(self._begin(ids, checked), checked.n) for ids, checked in requests]
+        answers = [list(self._answer(number, n)) for number, n in begun]
+        return [done for chunks in answers for done in _completions(chunks)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answer one prompt, a chunk a token; the last chunk carries the Completion.
 
         Raises RequestError at once, not at the first chunk, if the request is invalid.
         """
-        return self._answer(*self._check(prompt, params))
+        ids, checked = self._check(prompt, params)
+        return self._answer(self._begin(ids, checked), checked.n)
 
     def chat(
         self,
@@ -93,7 +124,7 @@ class LLM:
         tools: Sequence[Mapping[str, object]] | None = None,
     ) -> Completion:
         """Answer a conversation: messages like {"role": "user", "content": "..."}."""
-        return _last(self.stream_chat(messages, params, tools=tools))
+        return _completions(self.stream_chat(messages, params, tools=tools))[0]
 
     def stream_chat(
         self,
@@ -137,53 +168,36 @@ class LLM:
         bos = self.tokenizer.bos_id
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
-    def _answer(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
-        limit = min(params.max_tokens, self.max_context - len(ids))
-        answer = Answer(self.tokenizer.stream(), params, self._end_ids, limit)
-        tokens = generate(self._model, DenseCache(self.config.num_layers), ids, params)
-        seconds: list[float] = []
-        logprobs: list[dict[int, float]] = []
-        while answer.finish_reason is None:
-            began = time.perf_counter()  # around our work only, not the reader's between chunks
-            with use(self.backend):
-                token = next(tokens)
-            seconds.append(time.perf_counter() - began)
-            logprobs += [token.logprobs] if token.logprobs is not None else []
-            piece = answer.push(token.id)
-            done = _completion(answer, ids, params, logprobs, seconds) if answer.finish_reason else None
-            yield Chunk(piece, [token.id], done)
+    def _begin(self, ids: list[int], params: SamplingParams) -> int:
+        number = self.engine.add(ids, params)
+        self._chunks[number] = deque()
+        return number
+
+    def _answer(self, number: int, answers: int) -> Iterator[Chunk]:
+        """Step the engine until this request has ended; what others get meanwhile is kept for them."""
+        mine = self._chunks[number]
+        try:
+            while answers:
+                while not mine:
+                    self._step()
+                chunk = mine.popleft()
+                answers -= chunk.completion is not None
+                if chunk.completion is not None and chunk.completion.error is not None:
+                    raise RequestError(chunk.completion.error)
+                yield chunk
+        finally:
+            self.engine.cancel(number)  # nobody reads on; nothing if it has ended
+            del self._chunks[number]
+
+    def _step(self) -> None:
+        for number, chunk in self.engine.step():
+            if number in self._chunks:
+                self._chunks[number].append(chunk)
 
 
-def _completion(
-    answer: Answer,
-    prompt: list[int],
-    params: SamplingParams,
-    logprobs: list[dict[int, float]],
-    seconds: list[float],
-) -> Completion:
-    assert answer.finish_reason is not None
-    first, later = seconds[0], sum(seconds[1:])
-    timing = Timing(
-        prompt_tokens=len(prompt),
-        completion_tokens=len(seconds),
-        ttft_s=first,
-        prefill_tok_s=len(prompt) / first,
-        decode_tok_s=(len(seconds) - 1) / later if later else 0.0,
-    )
-    return Completion(
-        text=answer.text,
-        token_ids=answer.token_ids,
-        finish_reason=answer.finish_reason,
-        prompt_token_ids=prompt,
-        logprobs=logprobs if params.logprobs is not None else None,
-        timing=timing,
-    )
-
-
-def _last(chunks: Iterator[Chunk]) -> Completion:
-    *_, final = chunks
-    assert final.completion is not None
-    return final.completion
+def _completions(chunks: Iterable[Chunk]) -> list[Completion]:
+    ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
+    return sorted(ended, key=lambda completion: completion.index)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,7 +1,8 @@
-"""Owns one figure: the most memory that this process has held."""
+"""Owns two figures: the most memory that this process has held, and what the machine has left."""
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -9,11 +10,25 @@ from pathlib import Path
 import mlx.core as mx
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 
 
 def peak_memory_bytes() -> int:
     """Peak resident set of the process, or MLX's own peak where that is larger (a discrete GPU)."""
     return max(_peak_resident_bytes(), mx.get_peak_memory())
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping; on a GPU what it recommends, less what is in use."""
+    if mx.default_device().type == mx.gpu:
+        info = mx.device_info()
+        recommended = info.get("max_recommended_working_set_size") or info.get("memory_size", 0)
+        return max(0, int(recommended) - mx.get_active_memory())
+    if _MEMORY.exists() and (
+        found := re.search(r"^MemAvailable:\s+(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
+    ):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _peak_resident_bytes() -> int:

@@ -195,7 +195,9 @@ class Scheduler:
         assert seq.id not in self._entries and seq.tokens and not seq.computed
         most = MAX_PRIORITY
         if not -most <= seq.priority <= most:
-            raise RequestError(f"priority is {seq.priority}, but must be from {-most} to {most} (most urgent).")
+            raise RequestError(
+                f"priority is {seq.priority}, but must be from {-most} to {most} (most urgent)."
+            )
         answer = seq.params.max_tokens
         needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
         if needed > self.blocks.max_blocks:

@@ -1,0 +1,272 @@
+"""Owns the step loop: requests in, chunks out, many at a time. Chapter 3.4.
+
+One step: the scheduler plans, the plan becomes a batch, the model makes logits, each row gets
+a token, text is made of it, the scheduler commits. All of it on one thread, the caller's.
+A fault in one request ends that request; a fault of the step ends those in it, and the
+engine goes on. Knows no HTTP and no terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.data import Advance, Chunk, EndReason, Output, Plan, SamplingParams
+from tiny_llm.data import Sequence as TokenSequence
+from tiny_llm.engine.batch import build_batch
+from tiny_llm.engine.memory import available_memory_bytes
+from tiny_llm.engine.request import Choice, Request
+from tiny_llm.engine.sample_step import Drawn, draw
+from tiny_llm.engine.stats import EngineStats, StepClock
+from tiny_llm.errors import ConfigError
+from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.registry import Model
+from tiny_llm.ops.backend import use
+from tiny_llm.scheduler.scheduler import Scheduler
+from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+KV_SLAB_BYTES = 2**26
+"""The pool grows by this much at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens."""
+
+    kv_blocks: int
+    block_size: int = 16
+    slab_blocks: int = 256
+    host_blocks: int = 0
+    prefix_cache: bool = True
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+
+    @classmethod
+    def fitting(cls, config: ModelConfig, kv_dtype: mx.Dtype, kv_memory: int | None = None) -> EngineSettings:
+        """Settings for ``kv_memory`` bytes of keys and values; None: half of what the machine has free."""
+        block_size = 16
+        block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * kv_dtype.size
+        memory = available_memory_bytes() // 2 if kv_memory is None else kv_memory
+        if memory < block:
+            raise ConfigError(
+                f"kv_memory is {memory} bytes, but one block of {block_size} tokens takes {block}."
+            )
+        slab = max(1, KV_SLAB_BYTES // block)
+        return cls(kv_blocks=memory // block, block_size=block_size, slab_blocks=slab)
+
+
+class Event(NamedTuple):
+    """A chunk of an answer, and whose."""
+
+    request_id: int
+    chunk: Chunk
+
+
+class Engine:
+    """Serves requests on one model. ``healthy`` is whether the last step worked."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        settings: EngineSettings,
+        *,
+        backend: str,
+        kv_dtype: mx.Dtype,
+        end_ids: Collection[int],
+        max_context: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config = model.config
+        self.settings = settings
+        self.healthy = True
+        self.stats = EngineStats()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._end_ids = end_ids
+        self._max_context = max_context
+        self._clock = clock
+        self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
+        self._requests: dict[int, Request] = {}
+        self._choices: dict[int, Choice] = {}  # by sequence
+        self.cache = PagedCache(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            block_size=settings.block_size,
+            max_blocks=settings.kv_blocks,
+            dtype=kv_dtype,
+        )
+        blocks = BlockManager(
+            settings.block_size,
+            settings.kv_blocks,
+            slab=settings.slab_blocks,
+            host_blocks=settings.host_blocks,
+            prefix_cache=settings.prefix_cache,
+        )
+        self.scheduler = Scheduler(blocks, settings.scheduler)
+
+    def __len__(self) -> int:
+        """Requests that are waiting or running."""
+        return len(self._requests)
+
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        salt: str = "",
+    ) -> int:
+        """Take a request in and return its id. ``params`` has a seed; the prompt fits the context.
+
+        Raises CapacityError if it can never fit the KV memory, BusyError if too many wait,
+        RequestError for a priority out of range.
+        """
+        now = self._clock()
+        limit = min(params.max_tokens, self._max_context - len(prompt))
+        number = next(self._numbers)
+        request = Request.of(number, prompt, params, self._tokenizer, self._end_ids, limit, now)
+        deadline = now + timeout_s if timeout_s is not None else float("inf")
+        own = replace(params, max_tokens=limit)
+        self.scheduler.add(
+            TokenSequence(number, list(prompt), own, priority, now, deadline=deadline, salt=salt)
+        )
+        self._requests[number] = request
+        self._choices[number] = request.choices[0]
+        return number
+
+    def cancel(self, request_id: int) -> list[Event]:
+        """End a request now; its blocks are free when this returns. Nothing if it has ended."""
+        ended = [number for number, choice in self._choices.items() if choice.request.id == request_id]
+        outputs = [self.scheduler.cancel(number) for number in ended]
+        return self._ended([output for output in outputs if output])
+
+    def step(self) -> list[Event]:
+        """Run one step and return what came of it; nothing to do is no step."""
+        events = self._ended(self.scheduler.expire(self._clock()))
+        clock = StepClock(self.stats, self._clock)
+        plan = self.scheduler.schedule()
+        clock.lap("schedule")
+        if not plan.items:
+            return events
+        try:
+            drawn, rows = self._run(plan, clock)
+        except Exception as error:  # whatever it was, those who are not in this step must not pay for it
+            self.healthy = False
+            return events + self._failed(plan, error)
+        self.healthy = True
+        events += self._commit(plan, rows, drawn)
+        clock.lap("commit")
+        self.scheduler.speed.observe(plan, clock.done(plan))
+        return events
+
+    def _run(self, plan: Plan, clock: StepClock) -> tuple[list[Drawn], list[list[Choice]]]:
+        """From a plan to a token a row; ``rows`` has the choices that draw from each row of logits."""
+        rows = [self._drawing(item.seq_id) for item in plan.items if item.logit_rows]
+        with use(self._backend):
+            batch = build_batch(plan, self.settings.block_size)
+            self.cache.prepare(plan)
+            clock.lap("build")
+            logits = self._model(batch, self.cache)
+            if not rows:
+                mx.eval(logits)
+                clock.lap("forward")
+                return [], rows
+            choices = [choice for row in rows for choice in row]
+            if len(choices) > len(rows):  # several answers begin from one prompt's last row
+                logits = logits[mx.array([r for r, row in enumerate(rows) for _ in row])]
+            mx.eval(logits)
+            clock.lap("forward")
+            drawn = draw(logits, choices)
+            clock.lap("sample")
+            return drawn, rows
+
+    def _drawing(self, seq_id: int) -> list[Choice]:
+        choice = self._choices[seq_id]
+        begins = choice.index == 0 and not choice.answer.token_ids
+        return choice.request.choices if begins else [choice]
+
+    def _commit(self, plan: Plan, rows: Sequence[list[Choice]], drawn: Sequence[Drawn]) -> list[Event]:
+        events: list[Event] = []
+        advances: list[Advance] = []
+        remaining, now = iter(drawn), self._clock()
+        seq_ids = [item.seq_id for item in plan.items if item.logit_rows]
+        for seq_id, choices in zip(seq_ids, rows, strict=True):
+            numbers = [seq_id] + [next(self._numbers) for _ in choices[1:]]
+            own = [
+                self._advance(number, choice, next(remaining), now, events)
+                for number, choice in zip(numbers, choices, strict=True)
+            ]
+            advances.append(own[0]._replace(forks=tuple(own[1:])))
+        self._note_hits(seq_ids)
+        self.scheduler.commit(plan, advances)
+        for seq_id, choices in zip(seq_ids, rows, strict=True):
+            self._forget(seq_id, choices[0].request)
+        return events
+
+    def _advance(self, number: int, choice: Choice, drawn: Drawn, now: float, events: list[Event]) -> Advance:
+        """One token for one answer, or its end by an error of its own."""
+        request = choice.request
+        self._choices[number] = choice
+        if drawn.error is not None:
+            events.append(Event(request.id, choice.ended("error", now, drawn.error)))
+            self.stats.count_end("error")
+            return Advance(number, (), "error")
+        self.stats.count_token(choice, now)
+        chunk = choice.push(drawn.token, drawn.logprobs, now)
+        events.append(Event(request.id, chunk))
+        reason: EndReason | None = choice.answer.finish_reason
+        if reason:
+            self.stats.count_end(reason)
+        return Advance(number, (drawn.token,), reason)
+
+    def _note_hits(self, seq_ids: Sequence[int]) -> None:
+        for seq_id in seq_ids:
+            sequence = self.scheduler.sequence(seq_id)
+            if sequence is not None and sequence.id in self._requests:
+                self._requests[sequence.id].cached_tokens = sequence.cached_tokens
+
+    def _forget(self, seq_id: int, request: Request) -> None:
+        """Drop what has ended: sequences, and the request with its last answer."""
+        ended = [n for n in (seq_id, *self._numbers_of(request)) if self.scheduler.sequence(n) is None]
+        for number in ended:
+            self._choices.pop(number, None)
+        if not self._numbers_of(request):
+            self._requests.pop(request.id, None)
+
+    def _numbers_of(self, request: Request) -> list[int]:
+        if len(request.choices) == 1:
+            return [request.id] if request.id in self._choices else []
+        return [number for number, choice in self._choices.items() if choice.request is request]
+
+    def _ended(self, outputs: Sequence[Output], error: str | None = None) -> list[Event]:
+        """The chunks of sequences that the scheduler ended. One that had not begun ends all its answers."""
+        events: list[Event] = []
+        now = self._clock()
+        for output in outputs:
+            assert output.finish_reason is not None
+            for choice in self._drawing(output.seq_id):
+                chunk = choice.ended(output.finish_reason, now, error)
+                events.append(Event(choice.request.id, chunk))
+                self.stats.count_end(output.finish_reason)
+            request = self._choices.pop(output.seq_id).request
+            if not self._numbers_of(request):
+                self._requests.pop(request.id, None)
+        return events
+
+    def _failed(self, plan: Plan, error: Exception) -> list[Event]:
+        """The step broke: its requests end with the error, the pool is made anew, the others start over."""
+        self.stats.failed_steps += 1
+        outputs = self.scheduler.abandon(plan)
+        self.cache.clear()
+        return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")

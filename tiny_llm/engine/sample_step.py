@@ -1,0 +1,98 @@
+"""Owns a step's way from logits to tokens: one call for all rows; a fault stays in its row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from tiny_llm.engine.request import Choice
+from tiny_llm.sampling.logprobs import log_probabilities
+from tiny_llm.sampling.penalties import changes_logits, penalize
+from tiny_llm.sampling.sampler import sample
+
+NOT_FINITE = "The model's logits are not finite: the weights or the precision cannot carry this prompt."
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a row got: a token and its log-probabilities, or an error."""
+
+    token: int
+    logprobs: dict[int, float] | None
+    error: str | None
+
+
+def draw(logits: mx.array, choices: Sequence[Choice]) -> list[Drawn]:
+    """Choose a token for each choice from its row of logits [R, V]. The step's one evaluation."""
+    errors: list[str | None] = [None] * len(choices)
+    finite = mx.isfinite(mx.sum(logits.astype(mx.float32), axis=-1))
+    scores = _changed(logits, choices, errors)
+    positions = [len(c.request.prompt) + len(c.answer.token_ids) for c in choices]
+    tokens = sample(scores, [c.params for c in choices], positions)
+    asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
+    reported = _logprobs(logits, tokens, asked, choices) if asked else ()
+    mx.eval(tokens, finite, *reported)
+    logprobs = dict(zip(asked, _named(tokens, asked, choices, reported), strict=True)) if asked else {}
+    ids, good = cast(list[int], tokens.tolist()), cast(list[bool], finite.tolist())
+    return [
+        Drawn(token, logprobs.get(row), errors[row] or (None if ok else NOT_FINITE))
+        for row, (token, ok) in enumerate(zip(ids, good, strict=True))
+    ]
+
+
+def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | None]) -> mx.array:
+    """Penalties for the rows that ask for them, then each row's processors; a fault goes to ``errors``."""
+    rows = [r for r, c in enumerate(choices) if changes_logits(c.params, len(c.answer.token_ids))]
+    if rows:
+        own = [choices[r] for r in rows]
+        logits = penalize(logits, rows, [c.params for c in own], [c.history for c in own])
+    changed = {r: _processed(logits[r], c, errors, r) for r, c in enumerate(choices) if c.params.processors}
+    if changed:
+        logits = mx.stack([changed[r] if r in changed else logits[r] for r in range(len(choices))])
+    return logits
+
+
+def _processed(row: mx.array, choice: Choice, errors: list[str | None], number: int) -> mx.array:
+    """The row after its processors. They are the caller's code: what they raise is that request's fault."""
+    tokens = choice.request.prompt + choice.answer.token_ids
+    scores = row.astype(mx.float32)
+    try:
+        for processor in choice.params.processors:
+            given = processor(list(tokens), scores)
+            if not isinstance(given, mx.array) or given.shape != row.shape:
+                raise TypeError(f"expected an mx.array of shape {row.shape}, got {given!r:.60}")
+            scores = given.astype(mx.float32)
+        mx.eval(scores)
+    except Exception as error:
+        errors[number] = f"A logits processor failed: {type(error).__name__}: {error}"
+        return row.astype(mx.float32)
+    return scores
+
+
+def _logprobs(
+    logits: mx.array, tokens: mx.array, asked: list[int], choices: Sequence[Choice]
+) -> tuple[mx.array, mx.array, mx.array]:
+    """For rows that ask: the chosen token's log-probability [n], and the likeliest: ids, values [n, k]."""
+    at = mx.array(asked)
+    logp = log_probabilities(logits[at])
+    chosen = mx.take_along_axis(logp, tokens[at][:, None].astype(mx.int32), axis=-1)[:, 0]
+    most = max(cast(int, choices[row].params.logprobs) for row in asked)
+    best = mx.argpartition(-logp, min(most, logp.shape[-1] - 1), axis=-1)[:, :most]
+    return chosen, best, mx.take_along_axis(logp, best, axis=-1)
+
+
+def _named(
+    tokens: mx.array, asked: list[int], choices: Sequence[Choice], reported: Sequence[mx.array]
+) -> list[dict[int, float]]:
+    """{token id: log-probability} a row: the chosen one first, then as many of the best as it asked for."""
+    ids = cast(list[int], tokens.tolist())
+    chosen, best, values = (cast(list[list[float]], array.tolist()) for array in reported)
+    named = []
+    for row, own, row_ids, row_values in zip(asked, chosen, best, values, strict=True):
+        ranked = sorted(zip(row_ids, row_values, strict=True), key=lambda entry: (-entry[1], entry[0]))
+        few = ranked[: cast(int, choices[row].params.logprobs)]
+        named.append({ids[row]: cast(float, own)} | {cast(int, i): v for i, v in few})
+    return named

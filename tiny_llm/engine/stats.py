@@ -1,0 +1,96 @@
+"""Owns the engine's figures: what was done, how long each part took, what users felt. Chapter 3.6."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tiny_llm.data import EndReason, Plan
+from tiny_llm.engine.request import Choice
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+PARTS = ("schedule", "build", "forward", "sample", "commit")
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Histogram:
+    """Counts of values by upper bound, as Prometheus has them; the last count has no bound."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def mean(self) -> float:
+        """The mean of all values, 0 of none."""
+        number = sum(self.counts)
+        return self.total / number if number else 0.0
+
+
+def _seconds() -> Histogram:
+    return Histogram(SECONDS)
+
+
+def _sizes() -> Histogram:
+    return Histogram(SIZES)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine began. ``parts`` are seconds of steps by part."""
+
+    steps: int = 0
+    failed_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    ttft_s: Histogram = field(default_factory=_seconds)
+    inter_token_s: Histogram = field(default_factory=_seconds)
+    step_s: Histogram = field(default_factory=_seconds)
+    step_tokens: Histogram = field(default_factory=_sizes)
+    step_sequences: Histogram = field(default_factory=_sizes)
+
+    def count_token(self, choice: Choice, now: float) -> None:
+        """An answer gets a token: its first, or one after another."""
+        self.generation_tokens += 1
+        if choice.answer.token_ids:
+            self.inter_token_s.add(now - choice.last_s)
+        else:
+            self.ttft_s.add(now - choice.request.arrival)
+
+    def count_end(self, reason: EndReason) -> None:
+        """An answer ended."""
+        self.ends[reason] += 1
+
+
+class StepClock:
+    """Times one step's parts: ``lap`` after each of them. Counts the step when it is ``done``."""
+
+    def __init__(self, stats: EngineStats, clock: Callable[[], float]) -> None:
+        self._stats = stats
+        self._clock = clock
+        self._began = self._last = clock()
+
+    def lap(self, part: str) -> None:
+        """What was done since the last lap was ``part``."""
+        now = self._clock()
+        self._stats.parts[part] += now - self._last
+        self._last = now
+
+    def done(self, plan: Plan) -> float:
+        """Count the step; return its milliseconds."""
+        stats, seconds = self._stats, self._last - self._began
+        stats.steps += 1
+        stats.step_s.add(seconds)
+        stats.step_tokens.add(plan.decodes + plan.chunk_tokens)
+        stats.step_sequences.add(len(plan.items))
+        stats.prompt_tokens += plan.chunk_tokens
+        return seconds * 1e3

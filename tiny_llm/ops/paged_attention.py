@@ -1,0 +1,103 @@
+"""Attention over pages: keys and values lie in blocks of a pool, found through block tables. Chapter 3.2.
+
+Letters: ``T`` new tokens, ``B`` sequences, ``H`` query heads, ``K`` key/value heads, ``D`` head
+dim, ``N`` blocks, ``S`` tokens a block, ``W`` blocks in the longest table.
+
+A pool is keys [N, K, D, S] and values [N, K, S, D]: the S keys of a block lie side by side for
+each d, so that a kernel scores all of them at once. (Kwon et al. 2023, PagedAttention.)
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import mlx.core as mx
+
+from tiny_llm.data import Pages
+from tiny_llm.ops.attention import attention_ref
+from tiny_llm.ops.backend import active, cpu, on_cpu
+
+Pool = tuple[mx.array, mx.array]
+
+
+def empty_pool(shape: tuple[int, int, int], blocks: int, max_blocks: int, dtype: mx.Dtype) -> Pool:
+    """A pool of K, D, S = ``shape`` with ``blocks`` blocks, all 0.
+
+    Backend "cpu" maps ``max_blocks`` at once: memory that was never written to costs nothing there.
+    """
+    heads, dim, size = shape
+    if active() == "cpu":
+        return (
+            cpu.untouched_zeros((max_blocks, heads, dim, size), dtype),
+            cpu.untouched_zeros((max_blocks, heads, size, dim), dtype),
+        )
+    return mx.zeros((blocks, heads, dim, size), dtype), mx.zeros((blocks, heads, size, dim), dtype)
+
+
+def resize_pool(pool: Pool, blocks: int) -> Pool:
+    """The same pool with more blocks."""
+    keys, values = pool
+    more = blocks - keys.shape[0]
+    keys = mx.concatenate([keys, mx.zeros((more, *keys.shape[1:]), keys.dtype)])
+    values = mx.concatenate([values, mx.zeros((more, *values.shape[1:]), values.dtype)])
+    mx.eval(keys, values)  # a layer at a time, so that only one is in memory twice
+    return keys, values
+
+
+def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
+    """``target`` with ``source``'s blocks ``pairs[:, 0]`` in its blocks ``pairs[:, 1]``; perhaps in place."""
+    if active() == "cpu":
+        return (
+            cpu.copy_blocks(source[0], target[0], pairs),
+            cpu.copy_blocks(source[1], target[1], pairs),
+        )
+    for old, new in zip(source, target, strict=True):
+        new[pairs[:, 1]] = old[pairs[:, 0]]
+    return target
+
+
+def paged_attention(
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Write k, v [T, K, D] to ``pages.slots``, then attend: return out [T, H, D] and the pool.
+
+    Query row t of sequence b stands at position ``context_lens[b] - starts[b + 1] + t`` and sees its
+    own sequence up to there. See ``paged_attention_ref``.
+    """
+    rows = pages.slots.shape[0]
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
+        shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slots.shape}"
+        raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
+    scale = q.shape[-1] ** -0.5
+    if on_cpu("paged_attention", q, k, v):
+        out, keys, values = cpu.attend(
+            q, k, v, pool[0], pool[1], pages.slots, pages.tables, pages.starts, pages.context_lens, scale
+        )
+        return out, keys, values
+    return paged_attention_ref(q, k, v, pool, pages, scale)
+
+
+def paged_attention_ref(
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
+    keys, values = pool
+    size = keys.shape[3]
+    block, place = pages.slots // size, pages.slots % size
+    keys = keys.swapaxes(2, 3)  # [N, K, S, D]
+    keys[block, :, place] = k.astype(keys.dtype)
+    values[block, :, place] = v.astype(values.dtype)
+    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    outs = []
+    for b, (start, end) in enumerate(pairwise(starts)):
+        table = pages.tables[b, : -(-lens[b] // size)]
+        own_k, own_v = (_tokens(pages_of[table])[: lens[b]].astype(q.dtype) for pages_of in (keys, values))
+        outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=lens[b] - (end - start)))
+    return mx.concatenate(outs), keys.swapaxes(2, 3), values
+
+
+def _tokens(blocks: mx.array) -> mx.array:
+    """Blocks [W, K, S, D] as the tokens in them [W * S, K, D]."""
+    count, heads, size, dim = blocks.shape
+    return blocks.swapaxes(1, 2).reshape(count * size, heads, dim)
