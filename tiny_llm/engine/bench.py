@@ -20,7 +20,7 @@ from tiny_llm.decoding.generate import PREFILL_CHUNK, generate, prefill
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.errors import RequestError
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import Model, load_dummy, load_model
+from tiny_llm.models.registry import Model, kv_dtype, load_dummy, load_model
 from tiny_llm.ops.backend import isa, num_threads, set_threads, use
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.weights.hub import resolve
@@ -106,8 +106,9 @@ def measure(model: Model, task: Task) -> Speed:
     chance = random.Random(0)
     vocab = model.config.vocab_size
     prompts = [[chance.randrange(vocab) for _ in range(task.prompt_tokens)] for _ in range(task.batch)]
-    _round(model, [prompt[:WARM_UP_TOKENS] for prompt in prompts], 2)
-    runs = [_round(model, prompts, task.new_tokens) for _ in range(task.rounds)]
+    kept = kv_dtype(model.config, dtype=task.dtype, quantize=task.quantize)
+    _round(model, [prompt[:WARM_UP_TOKENS] for prompt in prompts], 2, kept)
+    runs = [_round(model, prompts, task.new_tokens, kept) for _ in range(task.rounds)]
     first, later = (statistics.median(run[i] for run in runs) for i in (0, 1))
     return Speed(
         prefill_tok_s=task.batch * task.prompt_tokens / first,
@@ -116,10 +117,12 @@ def measure(model: Model, task: Task) -> Speed:
     )
 
 
-def _round(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+def _round(
+    model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, kept: mx.Dtype | None
+) -> tuple[float, float]:
     """Seconds until the first tokens, and seconds for all others."""
     began = time.perf_counter()
-    steps = _one(model, prompts[0]) if len(prompts) == 1 else _together(model, prompts)
+    steps = _one(model, prompts[0], kept) if len(prompts) == 1 else _together(model, prompts, kept)
     next(steps)
     first = time.perf_counter()
     for _ in islice(steps, new_tokens - 1):
@@ -127,14 +130,14 @@ def _round(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> t
     return first - began, time.perf_counter() - first
 
 
-def _one(model: Model, prompt: Sequence[int]) -> Iterator[object]:
-    return generate(model, DenseCache(model.config.num_layers), prompt, GREEDY)
+def _one(model: Model, prompt: Sequence[int], kept: mx.Dtype | None) -> Iterator[object]:
+    return generate(model, DenseCache(model.config.num_layers, kept), prompt, GREEDY)
 
 
-def _together(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[object]:
+def _together(model: Model, prompts: Sequence[Sequence[int]], kept: mx.Dtype | None) -> Iterator[object]:
     """Prompts one after the other, then a flat batch of all sequences a step."""
     size, start = len(prompts), len(prompts[0])
-    caches = [DenseCache(model.config.num_layers) for _ in prompts]
+    caches = [DenseCache(model.config.num_layers, kept) for _ in prompts]
     logits = [prefill(model, kv, prompt, PREFILL_CHUNK) for kv, prompt in zip(caches, prompts, strict=True)]
     tokens = sample(mx.concatenate(logits), [GREEDY] * size, [start] * size)
     for position in count(start):

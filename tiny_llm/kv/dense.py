@@ -1,23 +1,33 @@
-"""A dense cache for one sequence: one growing array of keys and one of values a layer."""
+"""A dense cache for one sequence: one growing array of keys and one of values a layer.
+
+The CPU kernels read keys and values in blocks; there the arrays are pools whose blocks lie in order.
+"""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from tiny_llm.data import Batch
+from tiny_llm.data import Batch, Pages
 from tiny_llm.ops.attention import attention
+from tiny_llm.ops.backend import active
+from tiny_llm.ops.paged_attention import Pool, empty_pool, paged_attention, resize_pool
 
 _FIRST_CAPACITY = 256  # tokens; then it doubles, so that a token is copied about once in its life
+_BLOCK_SIZE = 32
 
 
 class DenseCache:
     """Keys and values of one sequence. Satisfies ``data.KVCache``.
 
     A step's rows continue the sequence: its first row is position ``length``.
+    ``dtype`` is what they are kept in; None: as they come.
     Callers may drop the newest tokens with ``truncate``, after a rejected draft or a failed step.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, dtype: mx.Dtype | None = None) -> None:
+        self._dtype = dtype
+        self._pools: list[Pool | None] = [None] * num_layers
+        self._pages: tuple[Batch, Pages] | None = None  # of the step under way, the same for all layers
         self._keys: list[mx.array | None] = [None] * num_layers  # [capacity, K, D]
         self._values: list[mx.array | None] = [None] * num_layers
         self._lengths = [0] * num_layers
@@ -37,20 +47,57 @@ class DenseCache:
         assert len(batch.starts) == 2, f"DenseCache holds one sequence, got {len(batch.starts) - 1}"
         start = self._lengths[layer]
         end = start + q.shape[0]
-        keys = self._keys[layer] = _written(self._keys[layer], k, start, end)
-        values = self._values[layer] = _written(self._values[layer], v, start, end)
         self._lengths[layer] = end
-        return attention(q, keys[:end], values[:end], scale=q.shape[-1] ** -0.5, offset=start)
+        if active() == "cpu":
+            return self._attend_pool(layer, q, k, v, batch, end)
+        keys = self._keys[layer] = _written(self._keys[layer], self._kept(k), start, end)
+        values = self._values[layer] = _written(self._values[layer], self._kept(v), start, end)
+        seen = [kept[:end].astype(q.dtype) for kept in (keys, values)]
+        return attention(q, *seen, scale=q.shape[-1] ** -0.5, offset=start)
+
+    def _kept(self, new: mx.array) -> mx.array:
+        return new if self._dtype is None else new.astype(self._dtype)
+
+    def _attend_pool(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, end: int
+    ) -> mx.array:
+        pool = self._pools[layer]
+        blocks = -(-_capacity(end) // _BLOCK_SIZE)
+        if pool is None:
+            shape = (k.shape[1], k.shape[2], _BLOCK_SIZE)
+            pool = empty_pool(shape, blocks, blocks, self._dtype or k.dtype)
+        elif pool[0].shape[0] < blocks:
+            pool = resize_pool(pool, blocks)
+        if self._pages is None or self._pages[0] is not batch:
+            self._pages = batch, _in_order(end - q.shape[0], end)
+        out, keys, values = paged_attention(q, k, v, pool, self._pages[1])
+        self._pools[layer] = keys, values
+        return out
+
+
+def _in_order(start: int, end: int) -> Pages:
+    """Rows ``start:end`` of one sequence whose blocks are 0, 1, 2 and on."""
+    used = -(-end // _BLOCK_SIZE)
+    return Pages(
+        slots=mx.arange(start, end, dtype=mx.int32),
+        tables=mx.arange(used, dtype=mx.int32)[None],
+        starts=mx.array([0, end - start], mx.int32),
+        context_lens=mx.array([end], mx.int32),
+    )
+
+
+def _capacity(tokens: int) -> int:
+    grown = _FIRST_CAPACITY
+    while grown < tokens:
+        grown *= 2
+    return grown
 
 
 def _written(store: mx.array | None, new: mx.array, start: int, end: int) -> mx.array:
     """Return ``store`` [capacity, K, D] with ``new`` at rows start:end, doubled until it fits."""
     capacity = 0 if store is None else store.shape[0]
     if end > capacity:
-        grown = max(capacity, _FIRST_CAPACITY)
-        while grown < end:
-            grown *= 2
-        room = mx.zeros((grown - capacity, *new.shape[1:]), dtype=new.dtype)
+        room = mx.zeros((_capacity(end) - capacity, *new.shape[1:]), dtype=new.dtype)
         store = room if store is None else mx.concatenate([store, room])
     assert store is not None
     store[start:end] = new
