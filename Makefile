@@ -44,8 +44,9 @@ kernels-test:
 asan:
 	$(call kernel_tests,-DTINY_LLM_SANITIZE=address$(comma)undefined)
 
+# Older thread sanitizers do not know how far newer kernels scatter a process's memory.
 tsan:
-	$(call kernel_tests,-DTINY_LLM_SANITIZE=thread)
+	$(call kernel_tests,-DTINY_LLM_SANITIZE=thread,$(shell setarch -R true 2>/dev/null && echo setarch -R))
 
 arm64:
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \

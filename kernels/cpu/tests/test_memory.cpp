@@ -70,7 +70,7 @@ TEST(weights_come_in_any_thread) {
     for (auto& thread : threads) thread.join();
 }
 
-#if !defined(TINY_EMULATED)
+#if !defined(TINY_NO_HUGE_PAGES)
 TEST(weights_lie_in_huge_pages) {
     const size_t bytes = size_t{64} << 20;
     const Block block = allocate_weights(bytes);

@@ -143,7 +143,7 @@ TEST(pool_uses_no_time_when_idle) {
 }
 
 // The thread sanitizer allows no threads after a fork, and emulators have none.
-#if !defined(__SANITIZE_THREAD__) && !defined(TINY_EMULATED)
+#if !defined(TINY_NO_FORK)
 TEST(pool_works_in_a_forked_child) {
     const Threads set(3);
     CHECK(each_item_once(1000, 3));
