@@ -3,7 +3,7 @@ python := .venv/bin/python
 setup_from := pyproject.toml tools/setup_env.sh
 kernels := $(wildcard $(addprefix kernels/cpu/,CMakeLists.txt *.cpp *.h binding/*.cpp binding/*.h))
 # A compiler that came later than the environment: set it up again.
-retry := $(if $(wildcard tiny_llm/_cpu*.so),,$(if $(shell command -v c++ 2>/dev/null),again))
+retry := $(and $(wildcard .venv/run.stamp),$(if $(wildcard tiny_llm/_cpu*.so),,$(shell command -v c++ 2>/dev/null)),again)
 
 # Kernels alone, without Python or MLX: $(call kernel_tests,CMake's options,what runs them)
 cores := $(shell getconf _NPROCESSORS_ONLN)
@@ -13,6 +13,8 @@ kernel_tests = PATH="$(CURDIR)/.venv/bin:$$PATH" && \
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
+# One environment: not to be set up twice at once.
+.NOTPARALLEL:
 .PHONY: help run test bench kernels-test asan tsan arm64 fuzz clean again
 
 help:
