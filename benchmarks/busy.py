@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from measure.comparison import Ask, trials
+from measure.ceiling import ceilings_or_none
+from measure.comparison import Ask, cores_given, machine_trials, shared_cores, trials
 from measure.machine import foreign_share_now, warning
 from measure.rounds import interleave
 from measure.sides import is_slow, parser, start
@@ -64,20 +65,23 @@ def main() -> None:
     def ask(worker: Worker, setting: str) -> float:
         return worker.decode(setting, context, steps_of(worker))
 
-    with start(options) as sides, spinner() as pid:
+    with start(options) as sides, spinner() as pid, ceilings_or_none() as ceilings:
         sides.open(1, context + options.steps)
         quiet = trials(sides, steps_of, ask, "quiet")
         busy = trials(sides, steps_of, beside(pid, ask), "busy")
-        rates = interleave([*quiet, *busy], options.rounds)
+        rates = interleave([*quiet, *busy, *machine_trials(ceilings, options.threads)], options.rounds)
+    cores = cores_given(rates)
     results = []
     print(f"{f'{options.shape}, decode at {context}':<34}{'quiet':>10}{'one busy':>10}{'slowdown':>10}")
-    for name, setting, state in rates:
-        if state == "quiet":
-            free, taken = (rates[name, setting, word].median for word in ("quiet", "busy"))
-            results.append({"side": name, "setting": setting, "quiet_tok_s": free, "busy_tok_s": taken})
-            print(f"{f'{name}, {setting}':<34}{free:>10.2f}{taken:>10.2f}{free / taken:>9.2f}x")
+    for key in [trial.key for trial in quiet]:
+        name, setting, _ = key
+        free, taken = rates[key].median, rates[name, setting, "busy"].median
+        results.append({"side": name, "setting": setting, "quiet_tok_s": free, "busy_tok_s": taken})
+        print(f"{f'{name}, {setting}':<34}{free:>10.2f}{taken:>10.2f}{free / taken:>9.2f}x")
+    if said := shared_cores(cores, options.threads):
+        print(said)
     facts = {"benchmark": "busy", "shape": options.shape, "threads": options.threads, "context": context}
-    print(json.dumps(facts | {"results": results, "missing": sides.missing}))
+    print(json.dumps(facts | {"results": results, "cores": cores, "missing": sides.missing}))
 
 
 if __name__ == "__main__":

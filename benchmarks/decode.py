@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 
-from measure.ceiling import Ceilings, CeilingsMissing
+from measure.ceiling import Ceilings, ceilings_or_none
 from measure.comparison import Answer, as_json, ask_all, show
 from measure.machine import foreign_share_now, warning
 from measure.sides import OURS, Sides, is_slow, numbers, parser, start
@@ -28,13 +28,8 @@ def main() -> None:
     options = options_of.parse_args()
     if said := warning(foreign_share_now(), "before the start"):
         print(said)
-    try:
-        ceilings = Ceilings()
-    except CeilingsMissing as missing:
-        print(missing)
-        ceilings = None
     results = []
-    with start(options) as sides:
+    with start(options) as sides, ceilings_or_none() as ceilings:
         for rows, context in itertools.product(options.rows, options.context):
             sides.open(rows, context + options.steps)
             answer = decode(sides, rows, context, options.steps, options.rounds, ceilings)
@@ -43,11 +38,8 @@ def main() -> None:
             if share is not None:
                 print(f"{'ours reads weights at':<34}{share:>10.1%} of that")
             results.append({"rows": rows, "context": context, "bandwidth_share": share, **as_json(answer)})
-        missing_sides = sides.missing
-    if ceilings is not None:
-        ceilings.close()
     facts = {"benchmark": "decode", "shape": options.shape, "threads": options.threads}
-    print(json.dumps(facts | {"results": results, "missing": missing_sides}))
+    print(json.dumps(facts | {"results": results, "missing": sides.missing}))
 
 
 def decode(

@@ -15,12 +15,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
-from measure.ceiling import KINDS, Ceilings, CeilingsMissing
+from measure.ceiling import KINDS, ceilings_or_none
 from measure.machine import Watch, foreign_share_now, warning
 from measure.op_cases import FOUR_BITS, Case, cases
 from measure.sides import numbers
@@ -43,12 +42,10 @@ STEPS = 32
 
 def peaks(threads: int) -> Mapping[str, float] | None:
     """Units a second of each kind of ceiling; None, said aloud, without a compiler."""
-    try:
-        with closing(Ceilings()) as ceilings:
-            return {kind: statistics.median(ceilings.rate(kind, threads) for _ in range(3)) for kind in KINDS}
-    except CeilingsMissing as missing:
-        print(missing)
-        return None
+    with ceilings_or_none() as ceilings:
+        if ceilings is None:
+            return None
+        return {kind: statistics.median(ceilings.rate(kind, threads) for _ in range(3)) for kind in KINDS}
 
 
 def seconds_a_call(calls: Sequence[Callable[[], object]], rounds: int) -> float:

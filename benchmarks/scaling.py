@@ -9,7 +9,8 @@ import argparse
 import json
 from contextlib import ExitStack
 
-from measure.comparison import trials
+from measure.ceiling import ceilings_or_none
+from measure.comparison import cores_given, machine_trials, shared_cores, trials
 from measure.machine import foreign_share_now, warning
 from measure.rounds import Trial, interleave
 from measure.sides import Sides, is_slow, parser, start
@@ -42,18 +43,22 @@ def main() -> None:
             sides = stack.enter_context(start(argparse.Namespace(**vars(options) | {"threads": threads})))
             asked += questions(sides, threads, options.context[0], options.steps)
             missing |= sides.missing
-        rates = interleave(asked, options.rounds)
+        ceilings = stack.enter_context(ceilings_or_none())
+        rates = interleave([*asked, *machine_trials(ceilings, options.threads)], options.rounds)
+    cores = cores_given(rates)
     results = []
     print(f"{options.shape + ', tok/s':<34}{'1 thread':>10}{f'{options.threads} threads':>12}{'gain':>8}")
-    for name, setting, what, threads in rates:
+    for name, setting, what, threads in (trial.key for trial in asked):
         both = rates.get((name, setting, what, str(options.threads)))
         if threads == "1" and both is not None:
             one = rates[name, setting, what, threads].median
             results.append({"side": name, "setting": setting, "what": what, "1": one, "n": both.median})
             label = f"{name}, {setting}: {what}"
             print(f"{label:<34}{one:>10.2f}{both.median:>12.2f}{both.median / one:>7.2f}x")
+    if said := shared_cores(cores, options.threads):
+        print(said)
     facts = {"benchmark": "scaling", "shape": options.shape, "threads": [1, options.threads]}
-    print(json.dumps(facts | {"results": results, "missing": missing}))
+    print(json.dumps(facts | {"results": results, "cores": cores, "missing": missing}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
@@ -58,3 +60,16 @@ class Ceilings:
         """End the process and remove what was compiled."""
         self._process.communicate()
         self._folder.cleanup()
+
+
+@contextmanager
+def ceilings_or_none() -> Iterator[Ceilings | None]:
+    """The running program for a block; where there can be none, says why and yields None."""
+    try:
+        ceilings = Ceilings()
+    except CeilingsMissing as missing:
+        print(missing)
+        yield None
+        return
+    with closing(ceilings):
+        yield ceilings

@@ -41,6 +41,14 @@ void keep(const T& value) {
     asm volatile("" : : "r"(&value) : "memory");
 }
 
+// Their sum, in a register: an array whose address is asked for would be stored at every step.
+template <class T, int N>
+T total(const T (&sums)[N]) {
+    T all = sums[0];
+    for (int i = 1; i < N; ++i) all = all + sums[i];
+    return all;
+}
+
 // The compiler may not know what a register holds after this.
 template <class T>
 void hide(T& value) {
@@ -84,12 +92,9 @@ double read_rate(int threads) {
     double seconds = seconds_of(threads, [=](int thread) {
         const char* from = base + share * thread;
         Longs sums[8] = {};
-        for (size_t i = 0; i + 8 * kVectorBytes <= share; i += 8 * kVectorBytes) {
-            __builtin_prefetch(from + i + 4096);
-            if (kVectorBytes > 16) __builtin_prefetch(from + i + 4096 + 4 * kVectorBytes);
+        for (size_t i = 0; i + 8 * kVectorBytes <= share; i += 8 * kVectorBytes)
             for (int j = 0; j < 8; ++j) sums[j] += *reinterpret_cast<const Longs*>(from + i + j * kVectorBytes);
-        }
-        keep(sums);
+        keep(total(sums));
     });
     return double(share) * threads / seconds;
 }
@@ -100,7 +105,7 @@ double fma_rate(int threads) {
         for (auto& sum : sums) hide(sum = Floats{});  // known to be alike, they would be one sum
         for (int64_t step = 0; step < kSteps; ++step)
             for (auto& sum : sums) sum = sum * factor + term;
-        keep(sums);
+        keep(total(sums));
     });
     return 2.0 * kSteps * kChains * (kVectorBytes / sizeof(float)) * threads / seconds;
 }
@@ -138,9 +143,7 @@ double int8_rate(int threads) {
             for (auto& sum : sums) sum = dot(sum, a, b);
             hide(a);  // or the products would be made once, before the loop
         }
-        Dots total = sums[0];
-        for (auto& sum : sums) total = total + sum;
-        keep(total);
+        keep(total(sums));
     });
     return 2.0 * kSteps * kChains * sizeof(Dots) * threads / seconds;
 #endif

@@ -12,17 +12,23 @@ from measure.rounds import Key, Rate, Trial, interleave
 from measure.sides import OURS, Sides, is_slow
 from measure.worker import Worker, WorkerError
 
-READ = ("memory read",)
+READ, CORES = ("memory read",), ("cores",)
+LEAST_CORES = 0.9  # of a thread: below, a host shares what it gave us
 Ask = Callable[[Worker, str], float]
 Amounts = Callable[[Worker], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Tokens a second of every side's every setting, and the memory bandwidth in the same rounds."""
+    """Tokens a second of every side's every setting, and what the machine gave in the same rounds.
+
+    ``cores`` is how much faster multiply-adds are on all threads than on one; None without a compiler.
+    """
 
     rates: Mapping[Key, Rate]
+    threads: int
     read_gb_s: float | None
+    cores: float | None
     foreign_share: float | None
 
     def best(self, side: str) -> float | None:
@@ -59,18 +65,36 @@ def trials(sides: Sides, amounts: Amounts, ask: Ask, *more: str) -> list[Trial]:
     ]
 
 
-def ask_all(
-    sides: Sides, amounts: Amounts, ask: Ask, rounds: int, ceilings: Ceilings | None = None
-) -> Answer:
+def machine_trials(ceilings: Ceilings | None, threads: int) -> list[Trial]:
+    """What the machine gives while others are measured: memory read in GB/s, and how many cores."""
+    if ceilings is None:
+        return []
+    return [
+        Trial(READ, 1.0, lambda: 1e9 / ceilings.rate("read", threads)),
+        Trial(CORES, 1.0, lambda: ceilings.rate("fma", 1) / ceilings.rate("fma", threads)),
+    ]
+
+
+def ask_all(sides: Sides, amounts: Amounts, ask: Ask, rounds: int, ceilings: Ceilings | None) -> Answer:
     """Ask every side in turn. ``ask`` returns the seconds for a worker's ``amounts`` of tokens."""
     asked = trials(sides, amounts, ask)
-    if ceilings is not None and sides.ready:
-        threads = sides.ready[0].threads
-        asked.append(Trial(READ, 1.0, lambda: 1e9 / ceilings.rate("read", threads)))
     watch = Watch(sides.pids + ([ceilings.pid] if ceilings else []))
-    rates = interleave(asked, rounds)
-    read = rates.pop(READ, None)
-    return Answer(rates, None if read is None else read.median, watch.foreign_share())
+    rates = interleave([*asked, *machine_trials(ceilings, sides.threads)], rounds)
+    cores, read = cores_given(rates), rates[READ].median if READ in rates else None
+    tokens = {trial.key: rates[trial.key] for trial in asked}
+    return Answer(tokens, sides.threads, read, cores, watch.foreign_share())
+
+
+def cores_given(rates: Mapping[Key, Rate]) -> float | None:
+    """The median of the rounds that ``machine_trials`` had part in; None where it had none."""
+    return rates[CORES].median if CORES in rates else None
+
+
+def shared_cores(cores: float | None, threads: int) -> str:
+    """A line to print where the machine had less than a core for each thread; empty where it had."""
+    if cores is None or cores >= LEAST_CORES * threads:
+        return ""
+    return f"warning: {threads} threads were given {cores:.1f} cores; figures may be off"
 
 
 def show(title: str, answer: Answer) -> None:
@@ -83,8 +107,9 @@ def show(title: str, answer: Answer) -> None:
         print(f"{label:<34}{rate.median:>10.2f}{rate.least:>10.2f}{rate.most:>10.2f}{ratio:>10}")
     if answer.read_gb_s is not None:
         print(f"{'memory read, GB/s':<34}{answer.read_gb_s:>10.1f}")
-    if said := warning(answer.foreign_share, "meanwhile"):
-        print(said)
+    for said in (warning(answer.foreign_share, "meanwhile"), shared_cores(answer.cores, answer.threads)):
+        if said:
+            print(said)
 
 
 def as_json(answer: Answer) -> dict[str, object]:
@@ -94,5 +119,6 @@ def as_json(answer: Answer) -> dict[str, object]:
         "tok_s": rates,
         "ours_over": answer.ratios,
         "read_gb_s": answer.read_gb_s,
+        "cores": answer.cores,
         "foreign_share": answer.foreign_share,
     }

@@ -41,6 +41,7 @@ def parser(about: str, *, context: int, rounds: int) -> argparse.ArgumentParser:
 class Sides:
     """The workers that are ready, ours first if it is, and the reason for each that is missing."""
 
+    threads: int
     ready: list[Worker] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -69,7 +70,7 @@ def start(options: argparse.Namespace) -> Iterator[Sides]:
     """Start ours and the peers of ``options`` and load their weights; end them with the block."""
     names = [*([] if options.peers_only else [OURS]), *filter(None, options.against.split(","))]
     with ExitStack() as stack:
-        sides = Sides()
+        sides = Sides(options.threads)
         for name in names:
             try:
                 worker = Worker(name, _command(name, options.folder), options.threads)
