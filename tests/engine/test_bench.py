@@ -18,7 +18,9 @@ from tiny_llm.models.registry import load_dummy
 class Watched:
     """A model of no layers that writes down the rows of each pass."""
 
-    config = SimpleNamespace(vocab_size=7, num_layers=0, max_position_embeddings=100)
+    config = SimpleNamespace(
+        vocab_size=7, num_layers=0, max_position_embeddings=100, quantization=None, dtype="float32"
+    )
 
     def __init__(self) -> None:
         self.passes: list[tuple[tuple[int, ...], list[int]]] = []

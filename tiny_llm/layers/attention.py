@@ -11,7 +11,7 @@ from tiny_llm.data import Batch, KVCache
 from tiny_llm.layers.linear import Linear, together
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import RMSNorm
-from tiny_llm.ops.rope import rope
+from tiny_llm.ops.rope import rope_qk
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,12 @@ class Attention:
         T = x.shape[0]
         rows = together(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (row.reshape(T, -1, self.head_dim) for row in rows)
-        q = self._rotated(q, self.q_norm, batch.positions)
-        k = self._rotated(k, self.k_norm, batch.positions)
+        q, k = self._rotated(q, k, batch.positions)
         out = kv.attend(self.layer, q, k, v, batch)
         return self.o_proj(out.reshape(T, -1))
 
-    def _rotated(self, heads: mx.array, norm: RMSNorm | None, positions: mx.array) -> mx.array:
-        return rope(heads if norm is None else norm(heads), positions, self.inv_freq)
+    def _rotated(self, q: mx.array, k: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        if self.q_norm is None or self.k_norm is None:
+            return rope_qk(q, k, positions, self.inv_freq, None, None, 0.0)
+        norms = self.q_norm.weight, self.k_norm.weight
+        return rope_qk(q, k, positions, self.inv_freq, *norms, self.q_norm.eps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.layers.named import Weights, vector
-from tiny_llm.ops.rms_norm import rms_norm
+from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +24,7 @@ class RMSNorm:
 
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
+        """Return ``x + residual`` and its norm."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

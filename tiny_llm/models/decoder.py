@@ -52,8 +52,9 @@ class DecoderLayer:
         )
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), batch, kv)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), batch, kv)
+        x, normed = self.post_attention_layernorm.after(x, attended)
+        return x + self.mlp(normed)
 
 
 @dataclass(frozen=True, slots=True)
