@@ -103,9 +103,12 @@ static inline vf load(const f16* p) {
 #elif defined(__AVX2__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-    vf v;
-    for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
-    return v;
+    vh half;
+    memcpy(&half, p, sizeof half);
+    const vu u = __builtin_convertvector(half, vu), magnitude = (u & 0x7fff) << 13;
+    const vu special = (vu)(magnitude >= 0x0f800000) & 0x7f800000;  // infinity, NaN
+    const vf number = (vf)magnitude * 5.192296858534828e33f;        // 2^112: right for subnormal ones too
+    return (vf)((vu)number | special | (u & 0x8000) << 16);
 #endif
 }
 
