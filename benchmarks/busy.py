@@ -65,7 +65,7 @@ def main() -> None:
     def ask(worker: Worker, setting: str) -> float:
         return worker.decode(setting, context, steps_of(worker))
 
-    with start(options) as sides, spinner() as pid, ceilings_or_none() as ceilings:
+    with start(options) as sides, spinner() as pid, ceilings_or_none(bool(sides.ready)) as ceilings:
         sides.open(1, context + options.steps)
         quiet = trials(sides, steps_of, ask, "quiet")
         busy = trials(sides, steps_of, beside(pid, ask), "busy")

@@ -29,7 +29,7 @@ def main() -> None:
     if said := warning(foreign_share_now(), "before the start"):
         print(said)
     results = []
-    with start(options) as sides, ceilings_or_none() as ceilings:
+    with start(options) as sides, ceilings_or_none(bool(sides.ready)) as ceilings:
         for rows, context in itertools.product(options.rows, options.context):
             sides.open(rows, context + options.steps)
             answer = decode(sides, rows, context, options.steps, options.rounds, ceilings)

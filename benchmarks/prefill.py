@@ -35,7 +35,7 @@ def main() -> None:
     if said := warning(foreign_share_now(), "before the start"):
         print(said)
     results = []
-    with start(options) as sides, ceilings_or_none() as ceilings:
+    with start(options) as sides, ceilings_or_none(bool(sides.ready)) as ceilings:
         sides.open(1, max(options.context))
         for tokens in options.context:
             answer = prefill(sides, tokens, options.rounds, ceilings)

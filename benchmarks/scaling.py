@@ -43,7 +43,7 @@ def main() -> None:
             sides = stack.enter_context(start(argparse.Namespace(**vars(options) | {"threads": threads})))
             asked += questions(sides, threads, options.context[0], options.steps)
             missing |= sides.missing
-        ceilings = stack.enter_context(ceilings_or_none())
+        ceilings = stack.enter_context(ceilings_or_none(bool(asked)))
         rates = interleave([*asked, *machine_trials(ceilings, options.threads)], options.rounds)
     cores = cores_given(rates)
     results = []

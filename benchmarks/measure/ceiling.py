@@ -63,8 +63,11 @@ class Ceilings:
 
 
 @contextmanager
-def ceilings_or_none() -> Iterator[Ceilings | None]:
-    """The running program for a block; where there can be none, says why and yields None."""
+def ceilings_or_none(wanted: bool = True) -> Iterator[Ceilings | None]:
+    """The running program for a block, if it is wanted; where there can be none, says why and yields None."""
+    if not wanted:
+        yield None
+        return
     try:
         ceilings = Ceilings()
     except CeilingsMissing as missing:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def make(name: str, folder: Path) -> Path:
     here.mkdir(parents=True, exist_ok=True)
     for old in (MADE, REASON):
         (here / old).unlink(missing_ok=True)
-    install = [_python(here), "-m", "pip", "install", "--upgrade", *peer.requirements]
+    install: list[str | Path] = [_python(here), "-m", "pip", "install", *peer.requirements]
     if peer.from_source:  # a cached build may have been for other settings
         install += ["--no-cache-dir", "--no-binary", ",".join(peer.from_source)]
     try:
@@ -120,7 +120,7 @@ def _python(here: Path) -> Path:
     return here / "bin" / "python"
 
 
-def _run(command: list[str | Path], log: Path, variables: Mapping[str, str]) -> None:
+def _run(command: Sequence[str | Path], log: Path, variables: Mapping[str, str]) -> None:
     """Run it with its output in ``log``. Raises PeerMissing, with the last lines, where it fails."""
     with log.open("w") as output:
         try:

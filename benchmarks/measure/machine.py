@@ -26,7 +26,8 @@ class Watch:
         if self._began is None or (now := self._read()) is None:
             return None
         busy, own, wall = (after - before for after, before in zip(now, self._began, strict=True))
-        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if wall > 0 else 0.0
+        all_cores = wall * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, busy - own) / all_cores) if wall > 0 else 0.0
 
     def _read(self) -> tuple[float, float, float] | None:
         """Seconds: all cores busy (a hypervisor's theft included), our processes, the clock."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from protocol import Config, serve
 
-from tiny_llm.data import Batch, SamplingParams
+from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import PREFILL_CHUNK, choose, prefill
 from tiny_llm.engine.bench import Separate
 from tiny_llm.kv.dense import DenseCache
@@ -48,14 +48,14 @@ class Ours:
 
     def decode(self, setting: str, context: int, steps: int) -> float:
         """A flat batch of all sequences a step."""
-        for kv in self._caches:
-            kept = min(kv.length, context)
-            kv.truncate(kept)
+        for cache in self._caches:
+            kept = min(cache.length, context)
+            cache.truncate(kept)
             if kept < context:
-                mx.eval(prefill(self._model, kv, self._prompt(kept, context), PREFILL_CHUNK))
+                mx.eval(prefill(self._model, cache, self._prompt(kept, context), PREFILL_CHUNK))
         size = len(self._caches)
         tokens = mx.array(self._prompt(context, context + size), mx.int32)
-        kv = self._caches[0] if size == 1 else Separate(self._caches)
+        kv: KVCache = self._caches[0] if size == 1 else Separate(self._caches)
         starts, rows = tuple(range(size + 1)), mx.arange(size)
         began = time.perf_counter()
         for position in range(context, context + steps):
