@@ -185,11 +185,8 @@ class Engine:
             choices = [choice for row in rows for choice in row]
             if len(choices) > len(rows):  # several answers begin from one prompt's last row
                 logits = logits[mx.array([r for r, row in enumerate(rows) for _ in row])]
-            mx.eval(logits)
             clock.lap("forward")
-            drawn = draw(logits, choices)
-            clock.lap("sample")
-            return drawn, rows
+            return draw(logits, choices, clock), rows
 
     def _drawing(self, seq_id: int) -> list[Choice]:
         choice = self._choices[seq_id]

@@ -9,6 +9,7 @@ from typing import cast
 import mlx.core as mx
 
 from tiny_llm.engine.request import Choice
+from tiny_llm.engine.stats import StepClock
 from tiny_llm.sampling.logprobs import log_probabilities
 from tiny_llm.sampling.penalties import changes_logits, penalize
 from tiny_llm.sampling.sampler import sample
@@ -25,7 +26,7 @@ class Drawn:
     error: str | None
 
 
-def draw(logits: mx.array, choices: Sequence[Choice]) -> list[Drawn]:
+def draw(logits: mx.array, choices: Sequence[Choice], clock: StepClock) -> list[Drawn]:
     """Choose a token for each choice from its row of logits [R, V]. The step's one evaluation."""
     errors: list[str | None] = [None] * len(choices)
     finite = mx.isfinite(mx.sum(logits.astype(mx.float32), axis=-1))
@@ -34,13 +35,17 @@ def draw(logits: mx.array, choices: Sequence[Choice]) -> list[Drawn]:
     tokens = sample(scores, [c.params for c in choices], positions)
     asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
     reported = _logprobs(logits, tokens, asked, choices) if asked else ()
+    clock.lap("sample")
     mx.eval(tokens, finite, *reported)
+    clock.lap("forward")  # and the drawing itself, which is a part of the same evaluation
     logprobs = dict(zip(asked, _named(tokens, asked, choices, reported), strict=True)) if asked else {}
     ids, good = cast(list[int], tokens.tolist()), cast(list[bool], finite.tolist())
-    return [
+    drawn = [
         Drawn(token, logprobs.get(row), errors[row] or (None if ok else NOT_FINITE))
         for row, (token, ok) in enumerate(zip(ids, good, strict=True))
     ]
+    clock.lap("sample")
+    return drawn
 
 
 def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | None]) -> mx.array:
