@@ -8,6 +8,7 @@ engine goes on. Knows no HTTP and no terminal.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,13 +128,15 @@ class Engine:
         timeout_s: float | None = None,
         salt: str = "",
     ) -> int:
-        """Take a request in and return its id. ``params`` has a seed; the prompt fits the context.
+        """Take a request in and return its id; the prompt fits the context. Without a seed it draws one.
 
         Raises CapacityError if it can never fit the KV memory, BusyError if too many wait,
         RequestError for a priority out of range.
         """
         now = self._clock()
         limit = min(params.max_tokens, self._max_context - len(prompt))
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(64))
         number = next(self._numbers)
         request = Request.of(number, prompt, params, self._tokenizer, self._end_ids, limit, now)
         deadline = now + timeout_s if timeout_s is not None else float("inf")

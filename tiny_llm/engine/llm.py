@@ -6,11 +6,9 @@ HTTP, and where a checkpoint comes from.
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -159,8 +157,7 @@ class LLM:
                 f"The prompt has {len(ids)} tokens, but the context holds {self.max_context}, "
                 "the answer included; shorten the prompt."
             )
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return ids, replace(params, seed=seed)
+        return ids, params
 
     def _encode(self, text: str) -> list[int]:
         """Plain text to ids; a BOS that the text writes out is not doubled by the tokenizer's own."""
