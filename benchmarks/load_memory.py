@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, Quantization
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.models.registry import expected_tensors, quantizable_tensors
+from tiny_llm.ops.pack import pack
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.names import config_of
 
@@ -47,7 +49,7 @@ def write_checkpoint(folder: Path, model: str, shards: int = 2) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def nbytes(weight: mx.array | QuantizedTensor) -> int:
+def nbytes(weight: Matrix) -> int:
     """Bytes of the arrays that one entry is made of."""
     if isinstance(weight, QuantizedTensor):
         return weight.packed.nbytes + weight.scales.nbytes + weight.biases.nbytes
@@ -67,6 +69,7 @@ def load_once(folder: Path, model: str, row: str) -> None:
         quantization=None,
         quantize=Quantization(bits, 64) if bits else None,
         quantizable=quantizable_tensors(config),
+        finish=partial(pack, exact=False),
     )
     seconds = time.perf_counter() - began
     figures = {

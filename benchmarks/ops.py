@@ -30,7 +30,7 @@ from tiny_llm.decoding.generate import choose, one_sequence
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.layers.linear import together
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import Model, build, expected_tensors, load_dummy, quantizable_tensors
+from tiny_llm.models.registry import Model, build, expected_tensors, kv_dtype, load_dummy, quantizable_tensors
 from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.ops.pack import pack
 from tiny_llm.weights.dummy import dummy_weights
@@ -90,7 +90,8 @@ def linear_layers(model: Decoder, x: mx.array) -> mx.array:
 
 def decode_step_s(model: Model) -> float:
     """The median time of one greedy token after a short prompt."""
-    kv, token, taken = DenseCache(model.config.num_layers), 0, []
+    kept = kv_dtype(model.config, dtype=None, quantize=4)
+    kv, token, taken = DenseCache(model.config.num_layers, kept), 0, []
     mx.eval(model(one_sequence(range(16), 0), kv))
     for position in range(16, 16 + STEPS):
         began = time.perf_counter()

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import Matrix, SamplingParams
+from tiny_llm.decoding.generate import one_sequence
+from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import kv_dtype
-from tiny_llm.ops.attention import attention
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.linear import gated, linear
 from tiny_llm.ops.pack import pack
@@ -91,16 +92,24 @@ def _matrices(shape: tuple[int, int], rows: int, exact: bool) -> list[Matrix]:
 
 
 def _attention(config: ModelConfig, rows: int, context: int) -> Case:
-    """Queries at the end of ``context`` keys; layers' keys take turns."""
-    H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    """Queries at the end of ``context`` keys, through the cache; its layers take turns."""
+    H, K, D, layers = config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers
     dtype = kv_dtype(config, dtype=None, quantize=4) or mx.float32
-    q = mx.random.normal((rows, H, D))
-    stores = [mx.random.normal((2, context, K, D)).astype(dtype) for _ in range(config.num_layers)]
-    mx.eval(q, stores)
     pairs = rows * (context - rows) + rows * (rows + 1) / 2
-    run = partial(attention, q, scale=D**-0.5, offset=context - rows)
-    most = max(1, int(MOST_OPERATIONS / (4 * H * D * pairs)))
-    calls = [partial(run, k=k, v=v) for k, v in stores[:most]]
+    layers = max(1, min(layers, int(MOST_OPERATIONS / (4 * H * D * pairs))))
+    kv, before = DenseCache(layers, dtype), context - rows
+
+    def step(layer: int, start: int, end: int) -> mx.array:
+        if layer == 0:
+            kv.truncate(start)
+        q, k, v = (mx.random.normal((end - start, heads, D), key=key) for heads in (H, K, K))
+        mx.eval(q, k, v)
+        return kv.attend(layer, q, k, v, one_sequence([0] * (end - start), start))
+
+    key = mx.random.key(0)
+    if before:
+        mx.eval([step(layer, 0, before) for layer in range(layers)])
+    calls = [partial(step, layer, before, context) for layer in range(layers)]
     return Case(f"attention over {context}", calls, 2.0 * context * K * D * dtype.size, 4.0 * H * D * pairs)
 
 

@@ -13,11 +13,12 @@ from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import PREFILL_CHUNK, choose, prefill
 from tiny_llm.engine.bench import Separate
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import load_dummy
+from tiny_llm.models.registry import kv_dtype, load_dummy
 from tiny_llm.ops.backend import active, isa, set_threads
 from tiny_llm.sampling.sampler import sample
 
 GREEDY = SamplingParams()
+BITS = 4
 STRIDE = 7919  # prompts' tokens are this far apart: all over the vocabulary, the same every time
 
 
@@ -28,7 +29,7 @@ class Ours:
 
     def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         set_threads(threads)
-        self._model = load_dummy(shape, quantize=4)
+        self._model = load_dummy(shape, quantize=BITS)
         self._caches: list[DenseCache] = []
         self.about = {
             "version": f"{active()} {isa()}",
@@ -65,7 +66,8 @@ class Ours:
         return time.perf_counter() - began
 
     def _cache(self) -> DenseCache:
-        return DenseCache(self._model.config.num_layers)
+        config = self._model.config
+        return DenseCache(config.num_layers, kv_dtype(config, dtype=None, quantize=BITS))
 
     def _prompt(self, start: int, end: int) -> list[int]:
         vocab = self._model.config.vocab_size
