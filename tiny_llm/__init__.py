@@ -6,12 +6,14 @@ for completion in LLM("demo").generate(["What is a KV cache?"], SamplingParams(m
 """
 
 from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.conversation import Conversation
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import CapacityError, ConfigError, RequestError, TinyLLMError, WeightError
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CapacityError",
     "Chunk",
     "Completion",

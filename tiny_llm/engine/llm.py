@@ -101,7 +101,7 @@ class LLM:
 
         Raises RequestError before anything runs if any of them is invalid.
         """
-        requests = [self._check(prompt, params) for prompt in _as_list(prompts)]
+        requests = [self.check(prompt, params) for prompt in _as_list(prompts)]
         begun = [(self._begin(ids, checked), checked.n) for ids, checked in requests]
         answers = [list(self._answer(number, n)) for number, n in begun]
         return [done for chunks in answers for done in _completions(chunks)]
@@ -111,7 +111,7 @@ class LLM:
 
         Raises RequestError at once, not at the first chunk, if the request is invalid.
         """
-        ids, checked = self._check(prompt, params)
+        ids, checked = self.check(prompt, params)
         return self._answer(self._begin(ids, checked), checked.n)
 
     def chat(
@@ -144,7 +144,8 @@ class LLM:
         text = self.tokenizer.render_chat(messages, tools=tools)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _check(self, prompt: Prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams]:
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[list[int], SamplingParams]:
+        """A prompt as ids, and its params; RequestError for what cannot be answered."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}, but must be a SamplingParams.")
