@@ -188,6 +188,14 @@ def generate(
             "--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            help='Many prompts: {"prompt": "..."} a line, and a line back.',
+            rich_help_panel="Prompt",
+        ),
+    ] = None,
     raw: Annotated[
         bool,
         typer.Option(
@@ -215,19 +223,26 @@ def generate(
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Answer one prompt.
+    """Answer one prompt, or each of a file's.
 
     The answer goes to stdout as it is made, its figures to stderr at the end.
     """
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
-    if prompt is None:
+    if file is not None and prompt is not None:
+        raise RequestError("--file and --prompt were both given; give one of them.")
+    if file is None and prompt is None:
         if sys.stdin.isatty():
             raise RequestError("There is no prompt; give --prompt TEXT, or pipe a text in.")
         prompt = _read_stdin()
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out; give one of them.")
-    messages = [] if raw else _messages(system, prompt)
     options = _Options(dtype, quantize, offline, backend, threads, activations)
+    if file is not None:
+        from tiny_llm.engine.offline import answer_file
+
+        return answer_file(_load(model, options), file, params, system=system, raw=raw)
+    assert prompt is not None
+    messages = [] if raw else _messages(system, prompt)
     llm = _load(model, options)
     chunks = llm.stream(prompt, params) if raw else llm.stream_chat(messages, params)
     if json:

@@ -24,6 +24,7 @@ from tiny_llm.weights.checkpoint import Progress
 from tiny_llm.weights.hub import resolve
 
 Prompt = str | Sequence[int]
+_AHEAD = 64  # requests that wait in the engine; the others wait here, and cost no memory there
 Message = Mapping[str, object]
 
 
@@ -102,9 +103,49 @@ class LLM:
         Raises RequestError before anything runs if any of them is invalid.
         """
         requests = [self.check(prompt, params) for prompt in _as_list(prompts)]
-        begun = [(self._begin(ids, checked), checked.n) for ids, checked in requests]
-        answers = [list(self._answer(number, n)) for number, n in begun]
-        return [done for chunks in answers for done in _completions(chunks)]
+        ended = sorted(self.answers(requests), key=lambda one: (one[0], one[1].index))
+        return [completion for _, completion in ended]
+
+    def answers(
+        self, requests: Iterable[tuple[list[int], SamplingParams]]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer checked requests, as many at a time as fit; yield each as it ends, with its number.
+
+        A request that fails on the way has its reason in ``Completion.error``. Raises CapacityError for
+        one that can never fit, and ends the others.
+        """
+        waiting = enumerate(requests)
+        following = next(waiting, None)
+        begun: dict[int, tuple[int, int]] = {}  # engine's number: ours, and answers still to come
+        try:
+            while begun or following:
+                while following and self.engine.scheduler.num_waiting < _AHEAD:
+                    index, (ids, params) = following
+                    begun[self._begin(ids, params)] = index, params.n
+                    following = next(waiting, None)
+                self._step()
+                for number in list(begun):
+                    for chunk in self._taken(number):
+                        if chunk.completion is not None:
+                            index, left = begun.pop(number)
+                            if left > 1:
+                                begun[number] = index, left - 1
+                            else:
+                                del self._chunks[number]
+                            yield index, chunk.completion
+        finally:
+            for number in begun:
+                self._drop(number)
+
+    def _taken(self, number: int) -> list[Chunk]:
+        taken = list(self._chunks[number])
+        self._chunks[number].clear()
+        return taken
+
+    def _drop(self, number: int) -> None:
+        """Nobody reads on: end the request, if it has not ended."""
+        self.engine.cancel(number)
+        del self._chunks[number]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answer one prompt, a chunk a token; the last chunk carries the Completion.
@@ -184,8 +225,7 @@ class LLM:
                     raise RequestError(chunk.completion.error)
                 yield chunk
         finally:
-            self.engine.cancel(number)  # nobody reads on; nothing if it has ended
-            del self._chunks[number]
+            self._drop(number)
 
     def _step(self) -> None:
         for number, chunk in self.engine.step():

@@ -1,0 +1,60 @@
+"""A file of prompts through the command line: a line each, and clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.cli import main
+
+
+def run(path: Path, *options: str) -> int:
+    return main(["generate", "--file", str(path), "--max-tokens", "12", *options])
+
+
+def test_each_line_is_answered_as_if_alone(
+    llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    questions = [f"What is {i} + {i + 3}?" for i in range(10, 40)]
+    lines = [json.dumps({"prompt": question}) for question in questions]
+    lines.append(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "n": 2, "seed": 1})
+    )
+    path.write_text("\n\n".join(lines))
+    assert run(path) == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert "31 prompts" in err and "tok/s" in err
+    answered = {row["line"]: row for row in rows}
+    for index, question in enumerate(questions):
+        expected = llm.chat([{"role": "user", "content": question}], SamplingParams(max_tokens=12))
+        assert answered[2 * index + 1]["text"] == expected.text
+    last = [row for row in rows if row["line"] == 61]
+    assert sorted(row["index"] for row in last) == [0, 1]
+    assert all(row["completion_tokens"] == 2 for row in last)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 2: Expecting property name"),
+        ("[1]", 'line 2: expected an object with "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', 'line 2: expected an object with "prompt" or "messages"'),
+        ('{"prompt": "a", "temprature": 1}', "line 2: 'temprature' is unknown; a line may set max_tokens"),
+        ('{"prompt": "a", "max_tokens": 0}', "line 2: max_tokens is 0"),
+        ('{"prompt": ""}', "line 2: "),
+    ],
+)
+def test_a_bad_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, complaint: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line)
+    assert run(path, *(["--raw"] if '""' in line else [])) == 2
+    out, err = capsys.readouterr()
+    assert out == "", "nothing ran"
+    assert complaint in err

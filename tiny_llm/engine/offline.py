@@ -1,0 +1,92 @@
+"""Owns answering a file of prompts: a JSON object a line in, one a line out, as each is done.
+
+Input keys: ``prompt`` (text) or ``messages``, and any of ``SETTABLE`` for that line alone. Output
+keys: ``line`` (from 1), and those of a completion.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tiny_llm.data import Completion, SamplingParams
+from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import RequestError
+
+SETTABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "n", "logprobs")
+Asked = tuple[int, list[int], SamplingParams]
+"""A line's number, its prompt as ids, and its params."""
+
+
+def answer_file(llm: LLM, path: Path, params: SamplingParams, *, system: str | None, raw: bool) -> None:
+    """Print an answer for each line of ``path``, as they end; a progress bar on stderr in a terminal.
+
+    Raises RequestError with the line's number before anything runs if one of them is invalid.
+    """
+    asked = list(_read(llm, path, params, system, raw))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    began, tokens = time.perf_counter(), 0
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=sum(own.n for _, _, own in asked), speed="")
+        for index, completion in llm.answers((ids, own) for _, ids, own in asked):
+            tokens += len(completion.token_ids)
+            print(_as_line(asked[index][0], completion), flush=True)
+            bar.update(task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
+    seconds = time.perf_counter() - began
+    print(
+        f"{len(asked)} prompts · {tokens} tokens in {seconds:.1f} s · {tokens / seconds:.0f} tok/s",
+        file=sys.stderr,
+    )
+
+
+def _read(llm: LLM, path: Path, params: SamplingParams, system: str | None, raw: bool) -> Iterator[Asked]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, *_request(llm, line, params, system, raw)
+            except (RequestError, json.JSONDecodeError, TypeError) as error:
+                raise RequestError(f"{path}, line {number}: {error}") from error
+
+
+def _request(
+    llm: LLM, line: str, params: SamplingParams, system: str | None, raw: bool
+) -> tuple[list[int], SamplingParams]:
+    given = json.loads(line)
+    if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
+        raise RequestError('expected an object with "prompt" or "messages".')
+    unknown = given.keys() - {"prompt", "messages", *SETTABLE}
+    if unknown:
+        raise RequestError(f"{min(unknown)!r} is unknown; a line may set {', '.join(SETTABLE)}.")
+    own = replace(params, **{name: given[name] for name in SETTABLE if name in given})
+    if raw and "prompt" in given:
+        return llm.check(given["prompt"], own)
+    messages = given.get("messages") or [{"role": "user", "content": given["prompt"]}]
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    return llm.check(llm.chat_prompt(messages), own)
+
+
+def _as_line(number: int, completion: Completion) -> str:
+    timing = completion.timing
+    return json.dumps(
+        {
+            "line": number,
+            "index": completion.index,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "error": completion.error,
+            "prompt_tokens": timing.prompt_tokens,
+            "completion_tokens": timing.completion_tokens,
+            "cached_tokens": completion.cached_tokens,
+            "ttft_s": round(timing.ttft_s, 6),
+        }
+    )
