@@ -35,6 +35,9 @@ words, scales, biases = mx.quantize(f(8, 64), group_size=32, bits=4)
 dense, wide = cpu.pack_dense(f(8, 64)), cpu.pack_dense(f(4, 16, dtype=mx.bfloat16))
 packed = cpu.pack_quantized(words, scales, biases, 32, 4, False)
 exact = cpu.pack_quantized(*mx.quantize(f(20, 128), group_size=128, bits=8), 128, 8, True)
+pool, tables = (f(4, 1, 8, 16), f(4, 1, 16, 8)), mx.array([[0], [2]], dtype=mx.int32)
+starts, lens = mx.array([0, 2, 3], dtype=mx.int32), mx.array([2, 4], dtype=mx.int32)
+slots = mx.array([0, 1, 35], dtype=mx.int32)
 RIGHT = {
     "rms_norm": (f(3, 16), f(16), 1e-6),
     "add_rms_norm": (f(3, 16), f(3, 16), f(16), 1e-6),
@@ -47,10 +50,14 @@ RIGHT = {
     "rope_qk": (f(3, 2, 8), f(3, 1, 8), ids, f(4), None, f(8), 1e-6),
     "softmax": (f(3, 16),),
     "swiglu": (f(3, 16), f(3, 16)),
+    "untouched_zeros": ((2, 3, 4), mx.float16),
+    "copy_blocks": (f(4, 2, 8), f(3, 2, 8), mx.array([[0, 2], [3, 1]], dtype=mx.int32)),
+    "attend": (f(3, 2, 8), f(3, 1, 8), f(3, 1, 8), *pool, slots, tables, starts, lens, 0.3),
 }
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.int64, mx.uint32, mx.uint8, mx.bool_, mx.complex64)
 SHAPES = ((), (0,), (1,), (3,), (16,), (64,), (3, 16), (0, 16), (3, 0), (3, 64), (0, 64), (16, 3), (8, 64),
-          (3, 2, 8), (3, 1, 8), (0, 2, 8), (3, 2, 7), (2, 0, 8), (1, 3, 64), (8, 8))
+          (3, 2, 8), (3, 1, 8), (0, 2, 8), (3, 2, 7), (2, 0, 8), (1, 3, 64), (8, 8), (2,), (2, 1), (3, 1),
+          (2, 2), (4, 1, 8, 16), (4, 1, 16, 8), (0, 1, 8, 16))
 
 def wrong(choice):
     if choice.random() < 0.6:

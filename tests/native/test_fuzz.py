@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops import backend
+from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.pack import pack
+from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.softmax import softmax, softmax_ref
@@ -263,6 +265,64 @@ def draw_gated(d: Draw) -> Case:
     )
 
 
+def pooled(tokens: Sequence[mx.array], tables: Sequence[Sequence[int]], blocks: int, size: int) -> mx.array:
+    """Sequences of tokens [S, K, D] as blocks [N, K, S, D]; what no sequence has is NaN."""
+    _, heads, dim = tokens[0].shape
+    pool = mx.full((blocks, heads, size, dim), mx.nan)
+    for sequence, table in zip(tokens, tables, strict=True):
+        for number, block in enumerate(table):
+            part = sequence[number * size : (number + 1) * size]
+            pool[block, :, : part.shape[0]] = part.swapaxes(0, 1)
+    return pool
+
+
+def draw_attention(d: Draw) -> Case:
+    """Some sequences, whose last tokens are new, in blocks that lie anywhere."""
+    kv_heads, share, dim = d.size(3), d.size(4), d.choice.choice([8, 20, 32, 64, 80, 128])
+    size, dtype = d.choice.choice([16, 32, 64]), d.choice.choice([mx.float32, mx.bfloat16, mx.float16])
+    lengths = [d.size(d.choice.choice([40, 700])) for _ in range(d.choice.randint(1, 4))]
+    news = [d.choice.randint(1, min(length, d.choice.choice([1, 40]))) for length in lengths]
+    spare = d.choice.randint(0, 3)
+    free = list(range(spare + sum(-(-length // size) for length in lengths)))
+    d.choice.shuffle(free)
+    tables = [[free.pop() for _ in range(-(-length // size))] for length in lengths]
+    blocks = spare + sum(map(len, tables))
+    keys = [d.normal(length, kv_heads, dim).astype(dtype).astype(mx.float32) for length in lengths]
+    values = [d.normal(length, kv_heads, dim).astype(dtype).astype(mx.float32) for length in lengths]
+    q = d.array(sum(news), kv_heads * share, dim)
+    pool = (
+        pooled(keys, tables, blocks, size).astype(dtype).swapaxes(2, 3),
+        pooled(values, tables, blocks, size).astype(dtype),
+    )
+    places = [(b, p) for b in range(len(news)) for p in range(lengths[b] - news[b], lengths[b])]
+
+    def run(at: slice) -> Sequence[mx.array]:
+        """The sequences that have rows there, as far as those rows."""
+        rows = places[at]
+        if not rows:
+            return [mx.zeros((0, *q.shape[1:]))]
+        batch = sorted({b for b, _ in rows})
+        counts = [sum(b == own for b, _ in rows) for own in batch]
+        width = max(len(tables[b]) for b in batch)
+        pages = Pages(
+            slots=mx.array([tables[b][p // size] * size + p % size for b, p in rows], mx.int32),
+            tables=mx.array([tables[b] + [0] * (width - len(tables[b])) for b in batch], mx.int32),
+            starts=mx.array([sum(counts[:n]) for n in range(len(counts) + 1)], mx.int32),
+            context_lens=mx.array([max(p for own, p in rows if own == b) + 1 for b in batch], mx.int32),
+        )
+        k, v = (mx.stack([source[b][p] for b, p in rows]) for source in (keys, values))
+        copies = mx.contiguous(pool[0]), mx.contiguous(pool[1])
+        return [paged_attention(q[at], k, v, copies, pages)[0]]
+
+    begins = [sum(news[:b]) for b in range(len(news))]
+    expected = [
+        attention_ref(q[begin : begin + new], k, v, scale=dim**-0.5, offset=k.shape[0] - new)
+        for begin, new, k, v in zip(begins, news, keys, values, strict=True)
+    ]
+    what = f"attention {q.shape} by {kv_heads} heads of {dtype}, {news} new of {lengths} in blocks of {size}"
+    return Case(what, len(places), run, [mx.concatenate(expected)], [1e-5 * max(map(largest, values))])
+
+
 DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "rms_norm": draw_rms_norm,
     "swiglu": draw_swiglu,
@@ -271,6 +331,7 @@ DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "rope": draw_rope,
     "linear": draw_linear,
     "gated": draw_gated,
+    "attention": draw_attention,
 }
 
 

@@ -34,10 +34,14 @@ public:
         std::vector<void*> out;
         for (size_t i = 0; i < outputs.size(); ++i) {
             const int source = specs_[i].in_place;
-            if (source >= 0) {
+            if (source >= 0 && inputs[source].flags().row_contiguous) {
                 outputs[i].copy_shared_buffer(inputs[source]);
             } else {
                 outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+                if (source >= 0)  // not in row order where it lies: change a copy
+                    encoder.dispatch([to = outputs[i].data<char>(), from = in[source], bytes = outputs[i].nbytes()] {
+                        std::memcpy(to, from, bytes);
+                    });
             }
             out.push_back(outputs[i].data<char>());
         }

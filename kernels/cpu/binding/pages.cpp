@@ -26,8 +26,10 @@ mx::array untouched_zeros(const std::vector<int>& shape, mx::Dtype dtype) {
 // target[pairs[i, 1]] = source[pairs[i, 0]], in target's own memory. Pairs out of range are left out.
 mx::array copy_blocks(const mx::array& source, const mx::array& target, const mx::array& pairs) {
     const char* op = "copy_blocks";
-    expect(source.ndim() > 1 && source.dtype() == target.dtype() && source.strides() == target.strides(), op,
-           "pools of one dtype and block", source);
+    const auto block = [](const mx::array& pool) { return mx::Shape(pool.shape().begin() + 1, pool.shape().end()); };
+    expect(source.ndim() > 1 && source.shape(0) > 0, op, "a pool of at least one block", source);
+    expect(target.ndim() > 1 && target.dtype() == source.dtype() && block(target) == block(source), op,
+           "a pool with the source's dtype and block", target);
     expect(pairs.ndim() == 2 && pairs.shape(1) == 2 && pairs.dtype() == mx::int32, op, "pairs int32 [n, 2]", pairs);
     const int64_t from_blocks = source.shape(0), to_blocks = target.shape(0), count = pairs.shape(0);
     const int64_t bytes = source.nbytes() / from_blocks;
