@@ -25,6 +25,7 @@ from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
 from tiny_llm.scheduler.speed import StepTime, context_of
 
 _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
+_LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time
 _BEHIND_ALL: Rank = (inf, 0)
 
 
@@ -55,7 +56,7 @@ class _Step:
 
     @property
     def has_room(self) -> bool:
-        """Some tokens get in even where the decodes alone take all the time, so that prompts move on."""
+        """Whether a chunk may start. The first one always may, so that prompts move on."""
         return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
 
 
@@ -193,10 +194,9 @@ class Scheduler:
 
     def _check(self, seq: Sequence) -> None:
         assert seq.id not in self._entries and seq.tokens and not seq.computed
-        most = MAX_PRIORITY
-        if not -most <= seq.priority <= most:
+        if abs(seq.priority) > MAX_PRIORITY:
             raise RequestError(
-                f"priority is {seq.priority}, but must be from {-most} to {most} (most urgent)."
+                f"priority is {seq.priority}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}."
             )
         answer = seq.params.max_tokens
         needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
@@ -235,7 +235,7 @@ class Scheduler:
         seq, start = entry.seq, entry.seq.computed
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
-            within = max(within, self.blocks.block_size)
+            within = max(within, _LEAST_CHUNK)
         count = int(min(len(seq.tokens) - start, step.tokens, within))
         if count:
             end = start + count

@@ -3,18 +3,19 @@
 A step costs: so much for itself (the weights are read once), for each decode and each token of
 context it looks back on, for each token of a chunk and each of its context. The five costs
 are corrected after each step in proportion to what each had to do with it (normalised least mean
-squares; Widrow and Hoff 1960). A step that took longer than expected counts more than one that was
-quicker, so that the guess is on the safe side of a bound.
+squares; Widrow and Hoff 1960). Of three steps the middle one is believed, so that one hiccup
+changes nothing; being too slow is corrected sooner than too quick, to be on a bound's safe side.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from math import inf, sqrt
 
 from tiny_llm.data import Plan
 
 _TYPICAL = (1.0, 16.0, 16_384.0, 256.0, 131_072.0)  # brings the five quantities to one scale
-_UP, _DOWN = 0.5, 0.1  # how much of an error is corrected at once
+_UP, _DOWN = 0.5, 0.2  # how much of an error is corrected at once
 
 
 class StepTime:
@@ -23,11 +24,14 @@ class StepTime:
     def __init__(self) -> None:
         self.largest_chunk = 16
         self._costs = [0.0] * len(_TYPICAL)  # ms for the typical amount of each
+        self._ratios: deque[float] = deque((1.0, 1.0, 1.0), maxlen=3)  # taken / expected, of the last steps
 
     def observe(self, plan: Plan, ms: float) -> None:
         """A step took ``ms``."""
         amounts = _amounts(plan)
-        error = ms - sum(c * a for c, a in zip(self._costs, amounts, strict=True))
+        expected = sum(c * a for c, a in zip(self._costs, amounts, strict=True))
+        self._ratios.append(ms / expected if expected else 1.0)
+        error = expected * (sorted(self._ratios)[1] - 1) if expected else ms
         share = (_UP if error > 0 else _DOWN) * error / sum(a * a for a in amounts)
         self._costs = [max(0.0, c + share * a) for c, a in zip(self._costs, amounts, strict=True)]
         self.largest_chunk = max(self.largest_chunk, plan.chunk_tokens)

@@ -1,0 +1,345 @@
+"""Random traffic through the scheduler, with a model that answers at once from what its cache really holds.
+
+The model's next token is a function of every token before it, read through the block table. So a block
+that was lost, mixed up, overwritten or not copied changes an answer, and every answer is compared
+with the one that the request gets alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import inf
+from typing import Any, ClassVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from tiny_llm.data import Advance, Output, Plan, PlanItem, SamplingParams, Sequence
+from tiny_llm.errors import BusyError, CapacityError
+from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.scheduler.scheduler import Scheduler
+from tiny_llm.scheduler.settings import Preemption, SchedulerSettings
+
+SIZE = 4
+AGEING_S = 5.0
+EVENTS = ("answered", "refused", "busy", "cancelled", "timeout", "failed", "forks", "copies", "hits")
+EVENTS += ("recompute", "swap", "back")
+
+
+def following(state: int, token: int) -> int:
+    """What the cache holds at a position: a digest of all tokens up to there."""
+    return hash((state, token))
+
+
+def answer(state: int, branch: int) -> tuple[int, bool]:
+    """The next token, and whether it ends the answer."""
+    drawn = hash((state, branch, 5)) % 1009
+    return drawn % 3, drawn % 53 == 0
+
+
+def alone(seq: Sequence, branch: int) -> list[int]:
+    """The answer that the request must get, whatever the traffic."""
+    state = len(seq.salt)
+    for token in seq.tokens[: seq.prompt_len]:
+        state = following(state, token)
+    made: list[int] = []
+    ended = False
+    while not ended and len(made) < seq.params.max_tokens:
+        token, ended = answer(state, branch)
+        made.append(token)
+        state = following(state, token)
+    return made
+
+
+class Model:
+    """A paged cache of digests, and answers read from it."""
+
+    def __init__(self, host_blocks: int) -> None:
+        self.slots: list[int | None] = []
+        self.host: list[int | None] = [None] * (host_blocks * SIZE)
+
+    def move(self, plan: Plan) -> None:
+        self.slots += [None] * (plan.num_blocks * SIZE - len(self.slots))
+        del self.slots[plan.num_blocks * SIZE :]
+        for pairs, source, target in (
+            (plan.swap_out, self.slots, self.host),
+            (plan.copies, self.slots, self.slots),
+            (plan.swap_in, self.host, self.slots),
+        ):
+            assert len({new for _, new in pairs}) == len(pairs), "two moves to one place"
+            for old, new in pairs:
+                target[new * SIZE : (new + 1) * SIZE] = source[old * SIZE : (old + 1) * SIZE]
+
+    def compute(self, item: PlanItem, seq: Sequence) -> int:
+        """Check the item's whole context, then add its tokens; returns the last state."""
+        state = len(seq.salt)
+        for position, token in enumerate(seq.tokens[: item.start]):
+            state = following(state, token)
+            found = self.slots[item.blocks[position // SIZE] * SIZE + position % SIZE]
+            assert found == state, f"sequence {seq.id} has lost position {position} of {item.start}"
+        for position, token in enumerate(item.tokens, item.start):
+            state = following(state, token)
+            self.slots[item.blocks[position // SIZE] * SIZE + position % SIZE] = state
+        return state
+
+
+class Traffic(RuleBasedStateMachine):
+    """Arrivals, forks, priorities, cancels, time-outs and failures, in pools that are too small."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(
+        limit=st.integers(6, 40),
+        slab=st.integers(1, 8),
+        host=st.sampled_from([0, 8, 40]),
+        caching=st.booleans(),
+        running=st.integers(1, 8),
+        extra_tokens=st.integers(0, 24),
+        step_ms=st.sampled_from([3.0, 30.0, inf]),
+        preemption=st.sampled_from(["auto", "recompute", "swap", "swap"]),
+        swap_ms=st.sampled_from([0.01, 1.0, inf]),
+    )
+    def start(
+        self,
+        limit: int,
+        slab: int,
+        host: int,
+        caching: bool,
+        running: int,
+        extra_tokens: int,
+        step_ms: float,
+        preemption: Preemption,
+        swap_ms: float,
+    ) -> None:
+        blocks = BlockManager(SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching)
+        self.settings = SchedulerSettings(
+            max_running=running,
+            max_step_tokens=running + extra_tokens,
+            max_step_ms=step_ms,
+            max_waiting=12,
+            max_wait_s=60.0,
+            ageing_s=AGEING_S,
+            preemption=preemption,
+            swap_ms_per_block=swap_ms,
+        )
+        self.scheduler = Scheduler(blocks, self.settings)
+        self.model = Model(host)
+        self.now = 0.0
+        self.ids = iter(range(10**9))
+        self.live: dict[int, Sequence] = {}
+        self.branch: dict[int, int] = {}
+        self.forks_to_come: dict[int, int] = {}
+        self.ever_ran: set[int] = set()
+
+    @rule(
+        count=st.integers(1, 5),
+        length=st.integers(1, 40),
+        odd=st.integers(0, 40),
+        most=st.integers(1, 40),
+        priority=st.integers(-2, 2),
+        patience=st.sampled_from([5.0, inf, inf]),
+        salt=st.sampled_from(["", "", "key"]),
+        forks=st.sampled_from([0, 0, 0, 1, 3]),
+    )
+    def arrive(self, count: int, odd: int, forks: int, priority: int, **kind: Any) -> None:
+        for number in range(count):  # they differ in where, and whether, their prompts part
+            self._arrive(
+                odd=odd * (number + 1), forks=forks * (number == 0), priority=priority - number % 2, **kind
+            )
+
+    def _arrive(
+        self, length: int, odd: int, most: int, priority: int, patience: float, salt: str, forks: int
+    ) -> None:
+        seq = Sequence(
+            next(self.ids),
+            [int(i == odd) for i in range(length)],
+            SamplingParams(max_tokens=most),
+            priority=priority,
+            arrival=self.now,
+            deadline=self.now + patience,
+            salt=salt,
+        )
+        fits = -(-(length + most - 1) // SIZE) <= self.scheduler.blocks.max_blocks
+        try:
+            self.scheduler.add(seq)
+        except CapacityError:
+            assert not fits
+            self.seen["refused"] += 1
+        except BusyError:
+            assert self.scheduler.num_waiting >= self.settings.max_waiting
+            self.seen["busy"] += 1
+        else:
+            assert fits
+            self.live[seq.id] = seq
+            self.branch[seq.id] = 0
+            self.forks_to_come[seq.id] = forks
+
+    @rule(steps=st.integers(1, 16))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._step()
+
+    @rule(pick=st.integers(0, 99), seconds=st.floats(0, 20))
+    def disturb(self, pick: int, seconds: float) -> None:
+        """What may happen between steps; a step that fails is rare."""
+        if pick < 60:
+            self._cancel(pick)
+        elif pick < 80:
+            self._pass_time(seconds)
+        elif pick < 96:
+            self.scheduler.blocks.shrink()
+        else:
+            self._fail()
+        self.scheduler.check_integrity()
+
+    def _cancel(self, pick: int) -> None:
+        if self.live:
+            seq_id = list(self.live)[pick % len(self.live)]
+            output = self.scheduler.cancel(seq_id)
+            assert output == Output(seq_id, (), "cancelled") and self.scheduler.cancel(seq_id) is None
+            assert self.live.pop(seq_id).finish_reason == "cancelled"
+            self.seen["cancelled"] += 1
+
+    def _pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        late = {output.seq_id for output in self.scheduler.expire(self.now)}
+        for seq in list(self.live.values()):
+            new = seq.id not in self.ever_ran and not self.branch[seq.id]
+            waited = new and seq.arrival + self.settings.max_wait_s <= self.now
+            assert (seq.id in late) == (seq.deadline <= self.now or waited)
+            if seq.id in late:
+                assert self.live.pop(seq.id).finish_reason == "timeout"
+                self.seen["timeout"] += 1
+
+    def _fail(self) -> None:
+        plan = self._schedule()
+        self.model.slots = []
+        ended = {output.seq_id for output in self.scheduler.abandon(plan)}
+        assert ended == {item.seq_id for item in plan.items}
+        for seq_id in ended:
+            assert self.live.pop(seq_id).finish_reason == "error"
+        self.seen["failed"] += 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        work = sum(
+            len(s.tokens) + s.params.max_tokens * (1 + self.forks_to_come[s.id]) for s in self.live.values()
+        )
+        for _ in range(10 * work):
+            if not self.live:
+                break
+            self._step()
+        assert not self.live, f"{len(self.live)} requests never ended"
+        assert len(self.scheduler) == 0 and not self.scheduler.schedule().items
+        self.scheduler.check_integrity()
+        usage = self.scheduler.usage()
+        assert usage.used == usage.host_used == usage.wasted_slots == 0
+        self.seen += Counter(self.scheduler.preempted)
+        if prefix := self.scheduler.blocks.prefix:
+            self.seen["hits"] += prefix.hit_tokens
+
+    def _step(self) -> None:
+        plan = self._schedule()
+        self.model.move(plan)
+        advances = list(self._advances(plan))
+        for output in self.scheduler.commit(plan, advances):
+            if child := self.scheduler.sequence(output.seq_id):
+                self.live[output.seq_id] = child
+            if output.finish_reason:
+                self._ended(output)
+        self.scheduler.speed.observe(plan, 0.5 + 0.1 * plan.decodes + 0.3 * plan.chunk_tokens)
+        self.scheduler.check_integrity()
+        self.seen["steps"] += 1
+        self.seen["copies"] += len(plan.copies)
+        self.seen["back"] += len(plan.swap_in)
+
+    def _schedule(self) -> Plan:
+        """A plan, checked to be within its budget and fair."""
+        waiting = {seq.id for seq in self.live.values() if seq.status == "waiting"}
+        plan = self.scheduler.schedule()
+        running = [seq for seq in self.live.values() if seq.status == "running"]
+        assert sum(len(item.tokens) for item in plan.items) <= self.settings.max_step_tokens
+        assert len(running) == self.scheduler.num_running <= self.settings.max_running
+        assert plan.items or not self.live
+        self._check_items(plan)
+        self._check_time(plan)
+        decoded = {item.seq_id for item in plan.items[: plan.decodes]}
+        due = {seq.id for seq in running if seq.id not in waiting and len(seq.tokens) - seq.computed == 1}
+        assert due == decoded, "each sequence that may decode does so in every step"
+        if running:
+            assert min(running, key=rank).id in {item.seq_id for item in plan.items}, "the first goes on"
+        started = [rank(seq) for seq in running if seq.id in waiting]
+        left = [rank(seq) for seq in self.live.values() if seq.status == "waiting"]
+        assert not started or not left or max(started) < min(left), "someone was overtaken"
+        self.ever_ran |= {seq.id for seq in running}
+        return plan
+
+    def _check_items(self, plan: Plan) -> None:
+        assert len({item.seq_id for item in plan.items}) == len(plan.items)
+        for index, item in enumerate(plan.items):
+            seq, end = self.live[item.seq_id], item.start + len(item.tokens)
+            assert item.start == seq.computed and item.tokens == seq.tokens[item.start : end] != []
+            assert item.logit_rows == (end == len(seq.tokens))
+            assert len(item.blocks) * SIZE >= end and max(item.blocks) < plan.num_blocks
+            assert index >= plan.decodes or len(item.tokens) == 1
+        decodes, chunks = plan.items[: plan.decodes], plan.items[plan.decodes :]
+        assert plan.decode_context == sum(item.start for item in decodes)
+        assert plan.chunk_tokens == sum(len(item.tokens) for item in chunks)
+        assert plan.chunk_context == sum(i.start + n for i in chunks for n in range(len(i.tokens)))
+
+    def _check_time(self, plan: Plan) -> None:
+        speed = self.scheduler.speed
+        guess = speed.decode_ms(plan.decodes, plan.decode_context)
+        guess += sum(speed.chunk_ms(item.start, len(item.tokens)) for item in plan.items[plan.decodes :])
+        within = guess <= self.settings.max_step_ms
+        assert within or not plan.decodes or plan.chunk_tokens <= 8, "chunks took more than their time"
+
+    def _advances(self, plan: Plan) -> Iterator[Advance]:
+        for item in plan.items:
+            seq = self.live[item.seq_id]
+            state = self.model.compute(item, seq)
+            if item.logit_rows:
+                forks = tuple(
+                    self._forked(seq, state, n + 1) for n in range(self.forks_to_come.pop(seq.id, 0))
+                )
+                self.forks_to_come[seq.id] = 0
+                yield self._advance(seq, seq.id, state, forks)
+
+    def _advance(self, seq: Sequence, seq_id: int, state: int, forks: tuple[Advance, ...] = ()) -> Advance:
+        token, ended = answer(state, self.branch[seq_id])
+        full = len(seq.tokens) + 1 - seq.prompt_len == seq.params.max_tokens
+        return Advance(seq_id, (token,), "stop" if ended else "length" if full else None, forks)
+
+    def _forked(self, seq: Sequence, state: int, branch: int) -> Advance:
+        self.seen["forks"] += 1
+        seq_id = next(self.ids)
+        self.branch[seq_id] = branch
+        self.forks_to_come[seq_id] = 0
+        return self._advance(seq, seq_id, state)
+
+    def _ended(self, output: Output) -> None:
+        seq = self.live.pop(output.seq_id, None)
+        if seq is not None:  # else a fork that ended with its first token
+            assert seq.tokens[seq.prompt_len :] == alone(seq, self.branch[seq.id]), (
+                "another answer than alone"
+            )
+            assert seq.finish_reason == output.finish_reason
+        assert self.scheduler.sequence(output.seq_id) is None
+        self.seen["answered"] += 1
+
+
+def rank(seq: Sequence) -> tuple[float, int]:
+    """Who goes first: a level of priority is worth AGEING_S seconds of waiting."""
+    return seq.arrival - seq.priority * AGEING_S, seq.id
+
+
+def test_random_traffic_gets_the_answers_that_each_request_gets_alone() -> None:
+    Traffic.seen.clear()
+    Traffic.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
+    Traffic.TestCase("runTest").runTest()
+    assert Traffic.seen["steps"] >= 10_000, Traffic.seen
+    rare = {name: times for name in EVENTS if (times := Traffic.seen[name]) < 20}
+    assert not rare, f"hardly ever seen: {rare}"
