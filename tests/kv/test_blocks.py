@@ -130,6 +130,16 @@ def test_a_fork_copies_only_what_it_writes() -> None:
     assert manager.usage([(parent, 6), (child, 6)]).wasted_slots == 4
 
 
+def test_what_a_table_has_ahead_is_not_shared_with_its_fork() -> None:
+    manager, pool = BlockManager(SIZE, 10), Pool()
+    parent = filled(manager, pool, list(range(6)))
+    assert manager.reserve(parent, 6, 12)
+    child = manager.fork(parent, 6)
+    assert manager.reserve(child, 6, 12) and manager.reserve(parent, 6, 12)
+    assert child.blocks[0] == parent.blocks[0] and not set(child.blocks[1:]) & set(parent.blocks[1:])
+    assert len(manager.drain().copies) == 1
+
+
 def test_the_least_recently_used_block_goes_first_and_a_prefix_outlives_its_end() -> None:
     manager, pool = BlockManager(SIZE, 6), Pool()
     old, new = list(range(12)), list(range(20, 32))

@@ -127,6 +127,16 @@ def test_who_was_preempted_goes_on_before_who_came_later() -> None:
     assert [seq_id for seq_id, *_ in shape(step(scheduler))] == [1, 2]
 
 
+def test_a_block_is_left_for_each_that_runs() -> None:
+    scheduler = make(blocks=5, max_running=2)
+    scheduler.add(request(0, length=8, most=2))
+    step(scheduler)
+    scheduler.add(request(1, length=12, most=2))
+    assert len(step(scheduler).items) == 1, "three blocks were free, but then none would be left"
+    scheduler.cancel(0)
+    assert shape(step(scheduler)) == [(1, 12, 1)]
+
+
 @pytest.mark.parametrize(
     ("policy", "swap_ms", "expected"),
     [

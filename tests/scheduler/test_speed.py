@@ -69,6 +69,27 @@ def test_a_long_prompt_keeps_the_gap_between_tokens_under_the_bound(machine: Mac
         assert sum(gaps) / len(gaps) > 0.75 * BOUND_MS, "and the time there is gets used"
 
 
+def test_many_short_prompts_at_once_share_the_time() -> None:
+    scheduler = Scheduler(BlockManager(16, 20_000), SchedulerSettings(max_step_ms=BOUND_MS))
+    noise = random.Random(1)
+    decoding(scheduler, 16, laptop, noise)
+    for number in range(100, 200):
+        scheduler.add(Sequence(number, [number] * 20, arrival=1.0))
+    taken = [step(scheduler, laptop, noise) for _ in range(40)]
+    assert max(sum(len(i.tokens) > 1 for i in plan.items) for plan, _ in taken) > 1, "several in a step"
+    assert sorted(ms for _, ms in taken)[37] <= BOUND_MS
+
+
+def test_the_first_chunks_beside_decodes_are_small() -> None:
+    scheduler = Scheduler(BlockManager(16, 20_000), SchedulerSettings(max_step_ms=inf))
+    scheduler.add(Sequence(0, [1], SamplingParams(max_tokens=100)))
+    noise = random.Random(1)
+    step(scheduler, laptop, noise)
+    scheduler.add(Sequence(1, [7] * 1000, arrival=1.0))
+    chunks = [step(scheduler, laptop, noise)[0].chunk_tokens for _ in range(4)]
+    assert chunks == [32, 64, 128, 256], "twice the largest that was measured"
+
+
 def test_a_machine_that_gets_slow_is_noticed_within_a_few_steps() -> None:
     scheduler = Scheduler(BlockManager(16, 20_000), SchedulerSettings(max_step_ms=BOUND_MS))
     noise = random.Random(1)

@@ -93,7 +93,6 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # in no table, but registered; oldest first
         self._host_blocks = host_blocks
         self._host_free = list(reversed(range(host_blocks)))
-        self._host_leaving: list[int] = []  # read by a swap-in that is noted but not done
         self._moves = Moves([], [], [])
 
     @property
@@ -216,10 +215,12 @@ class BlockManager:
             self.prefix.miss_tokens += misses
 
     def drain(self) -> Moves:
-        """What is to be done to the arrays since last asked, before anything else is written to them."""
+        """What is to be done to the arrays since last asked, before anything else is written to them.
+
+        Between two drains, what takes blocks from tables comes before ``allocate``: swapping out and in
+        at once would otherwise meet in a block or a slot.
+        """
         moves, self._moves = self._moves, Moves([], [], [])
-        self._host_free += self._host_leaving
-        self._host_leaving = []
         return moves
 
     def grow(self, count: int) -> None:
@@ -260,7 +261,7 @@ class BlockManager:
             cached=len(self._cached),
             free=len(self._free),
             wasted_slots=sum(size - max(0, tokens) for tokens in filled.values()),
-            host_used=self._host_blocks - len(self._host_free) - len(self._host_leaving),
+            host_used=self._host_blocks - len(self._host_free),
         )
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
@@ -270,7 +271,7 @@ class BlockManager:
         assert counted == Counter({b: n for b, n in enumerate(self._refs) if n}), "reference counts"
         kept = [*counted, *self._cached, *self._free]
         assert sorted(kept) == list(range(self.capacity)), "a block is used, cached or free: one of them"
-        host = [slot for table in tables for slot in table.host] + self._host_free + self._host_leaving
+        host = [slot for table in tables for slot in table.host] + self._host_free
         assert sorted(host) == list(range(self._host_blocks)), "a host slot is lost or doubled"
         registered = {block for block in range(self.capacity) if self.prefix and block in self.prefix}
         assert len(registered) == len(self.prefix or ()), "registered beyond the pool"
@@ -321,7 +322,7 @@ class BlockManager:
         """Bring back what the prefix cache did not have; return how many tokens are there now."""
         back = zip(table.host[hits:], table.blocks[hits:], strict=False)
         self._moves.swap_in.extend(back)
-        self._host_leaving += table.host
+        self._host_free += table.host
         table.host = []
         return max(table.host_tokens, hits * self.block_size)
 

@@ -236,7 +236,8 @@ class Scheduler:
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
             within = max(within, _LEAST_CHUNK)
-        count = int(min(len(seq.tokens) - start, step.tokens, within))
+        wanted = len(seq.tokens) - start
+        count = int(min(wanted, step.tokens, within))
         if count:
             end = start + count
             last = int(end == len(seq.tokens))
@@ -245,6 +246,8 @@ class Scheduler:
             step.ms -= self.speed.chunk_ms(start, count)
             step.chunk_tokens += count
             step.chunk_context += context_of(start, count)
+        if count < wanted:  # what may be left of the time is a crumb
+            step.tokens = 0
 
     def _admit(self, step: _Step, before: Rank) -> None:
         """Start those that wait and rank before ``before``, in order: no one is overtaken for its size."""

@@ -30,9 +30,13 @@ class StepTime:
         """A step took ``ms``."""
         amounts = _amounts(plan)
         expected = sum(c * a for c, a in zip(self._costs, amounts, strict=True))
-        self._ratios.append(ms / expected if expected else 1.0)
-        error = expected * (sorted(self._ratios)[1] - 1) if expected else ms
-        share = (_UP if error > 0 else _DOWN) * error / sum(a * a for a in amounts)
+        if expected:
+            self._ratios.append(ms / expected)
+            error = expected * (sorted(self._ratios)[1] - 1)
+            error *= _UP if error > 0 else _DOWN
+        else:
+            error = ms
+        share = error / sum(a * a for a in amounts)
         self._costs = [max(0.0, c + share * a) for c, a in zip(self._costs, amounts, strict=True)]
         self.largest_chunk = max(self.largest_chunk, plan.chunk_tokens)
 
