@@ -35,13 +35,7 @@ struct Rows {
     Records total, part;
 };
 
-// ---- where a span's keys and values come from: a few at a time, a matrix with this many floats a row
-
-template <class T>
-struct Panel {
-    const T* data;
-    int64_t stride;
-};
+// ---- where a span's keys and values come from: `unit` of them at a time
 
 template <class T>
 struct Source {
@@ -59,8 +53,12 @@ struct Source {
 template <class T>
 struct Direct : Source<T> {
     int64_t unit() const { return this->a.pool.block_size; }
-    Panel<T> keys_at(int64_t key, int64_t) const { return {this->keys(key / unit()), unit()}; }
-    Panel<T> values_at(int64_t key, int64_t) const { return {this->values(key / unit()), this->a.pool.dim}; }
+    Right<T> keys_at(int64_t key, int64_t, const T* next) const { return {this->keys(key / unit()), unit(), next}; }
+    Right<T> values_at(int64_t key, int64_t, const T* next) const {
+        return {this->values(key / unit()), this->a.pool.dim, next};
+    }
+    const T* peek_keys(int64_t key) const { return this->keys(key / unit()); }
+    const T* peek_values(int64_t key) const { return this->values(key / unit()); }
 };
 
 template <class T>
@@ -78,19 +76,21 @@ struct Widened : Source<T> {
     float* tile;
     int64_t padded;
     int64_t unit() const { return kTile; }
-    Panel<float> keys_at(int64_t key, int64_t count) const {
+    Right<float> keys_at(int64_t key, int64_t count, const float*) const {
         const int64_t size = this->a.pool.block_size, dim = this->a.pool.dim;
         for (int64_t i = 0; i < count; i += size)
             widen(this->keys((key + i) / size), dim, size, tile + i, kTile);
-        return {tile, kTile};
+        return {tile, kTile, nullptr};
     }
-    Panel<float> values_at(int64_t key, int64_t count) const {
+    Right<float> values_at(int64_t key, int64_t count, const float*) const {
         const int64_t size = this->a.pool.block_size, dim = this->a.pool.dim;
         if (padded != dim) memset(tile, 0, kTile * padded * sizeof(float));
         for (int64_t i = 0; i < count; i += size)
             widen(this->values((key + i) / size), least(size, count - i), dim, tile + i * padded, padded);
-        return {tile, padded};
+        return {tile, padded, nullptr};
     }
+    const float* peek_keys(int64_t) const { return nullptr; }
+    const float* peek_values(int64_t) const { return nullptr; }
 };
 
 // ---- one span
@@ -115,10 +115,11 @@ template <class From>
 void score_span(const Rows& rows, int64_t from, int64_t first, int64_t dim, const From& source) {
     const int64_t keys = seen(rows, rows.count - 1, first, kSpan), unit = source.unit();
     for (int64_t at = 0; at < keys; at += unit) {
-        const auto panel = source.keys_at(first + at, least(unit, keys - at));
+        const auto* next = at + unit < keys ? source.peek_keys(first + at + unit) : source.peek_values(first);
+        const auto panel = source.keys_at(first + at, least(unit, keys - at), next);
         each_block(from, rows.count, [&](int64_t row, int64_t size) {
             const int64_t columns = round_up(seen(rows, row + size - 1, first + at, unit), kWidth);
-            product<false>(size, {rows.q + row * dim, dim}, dim, panel.data, panel.stride,
+            product<false>(size, {rows.q + row * dim, dim}, dim, panel,
                            rows.scores + row * kSpan + at, kSpan, columns);
         });
     }
@@ -152,18 +153,19 @@ float soften(float* scores, int64_t count, float* most) {
 template <class From>
 void weigh_span(const Rows& rows, int64_t from, int64_t first, const From& source, const Records& out) {
     const int64_t keys = seen(rows, rows.count - 1, first, kSpan), unit = source.unit();
+    const auto* after = rows.limits[rows.count - 1] > first + kSpan ? source.peek_keys(first + kSpan) : nullptr;
     for (int64_t at = 0; at < keys; at += unit) {
-        const auto panel = source.values_at(first + at, least(unit, keys - at));
+        const auto* next = at + unit < keys ? source.peek_values(first + at + unit) : after;
+        const auto panel = source.values_at(first + at, least(unit, keys - at), next);
         each_block(from, rows.count, [&](int64_t row, int64_t size) {
             const int64_t common = seen(rows, row, first + at, unit);
-            product<true>(size, {rows.scores + row * kSpan + at, kSpan}, common, panel.data, panel.stride,
+            product<true>(size, {rows.scores + row * kSpan + at, kSpan}, common, panel,
                           out.at(row), out.stride(), out.padded);
             for (int64_t r = row + 1; r < row + size; ++r) {
                 const int64_t more = seen(rows, r, first + at, unit) - common;
                 if (more > 0)
                     product<true>(1, {rows.scores + r * kSpan + at + common, kSpan}, more,
-                                  panel.data + common * panel.stride, panel.stride, out.at(r), out.stride(),
-                                  out.padded);
+                                  panel.below(common), out.at(r), out.stride(), out.padded);
             }
         });
     }

@@ -23,43 +23,115 @@ struct Left {
     int64_t stride;
 };
 
-// c[R, V vectors] (+)= left[R, inner] b[inner, V vectors]
+template <class T>
+struct Right {
+    const T* data;
+    int64_t stride;
+    const T* next;  // what will be read next, brought near in the same order; or null
+    Right below(int64_t rows) const { return {data + rows * stride, stride, nullptr}; }
+};
+
+// ---- bf16 is widened two vectors at once: the even columns by a shift, the odd ones by a mask, where in
+// ---- order it would take twice the work. Sums are put in that order when they are loaded, and back.
+
+#if defined(__AVX512F__)
+#define TINY_SHUFFLE(a, b, f)                                                                                      \
+    __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), \
+                            f(13), f(14), f(15))
+#elif defined(__AVX2__)
+#define TINY_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+#else
+#define TINY_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3))
+#endif
+#define TINY_EVEN(i) 2 * (i)
+#define TINY_ODD(i) 2 * (i) + 1
+#define TINY_LOW(i) (i) / 2 + (i) % 2 * kWidth
+#define TINY_HIGH(i) (kWidth + (i)) / 2 + (i) % 2 * kWidth
+
+template <int V, class T>
+[[gnu::always_inline]] inline void load_row(const T* from, vf (&row)[V]) {
+    for (int v = 0; v < V; ++v) row[v] = load(from + v * kWidth);
+}
+template <int V, class T>
+[[gnu::always_inline]] inline void load_sums(const float* from, vf (&sums)[V], const T*) {
+    load_row(from, sums);
+}
+template <int V, class T>
+[[gnu::always_inline]] inline void store_sums(float* to, const vf (&sums)[V], const T*) {
+    for (int v = 0; v < V; ++v) store(to + v * kWidth, sums[v]);
+}
+
+template <int V>
+[[gnu::always_inline]] inline void load_row(const bf16* from, vf (&row)[V]) {
+    if constexpr (V == 1) {
+        row[0] = load(from);
+    } else {
+        for (int v = 0; v < V; v += 2) {
+            vu words;
+            memcpy(&words, from + v * kWidth, sizeof words);
+            row[v] = (vf)(words << 16), row[v + 1] = (vf)(words & 0xffff0000u);
+        }
+    }
+}
+template <int V>
+[[gnu::always_inline]] inline void load_sums(const float* from, vf (&sums)[V], const bf16*) {
+    load_row(from, sums);
+    if constexpr (V > 1)
+        for (int v = 0; v < V; v += 2) {
+            const vf first = sums[v], second = sums[v + 1];
+            sums[v] = TINY_SHUFFLE(first, second, TINY_EVEN), sums[v + 1] = TINY_SHUFFLE(first, second, TINY_ODD);
+        }
+}
+template <int V>
+[[gnu::always_inline]] inline void store_sums(float* to, const vf (&sums)[V], const bf16*) {
+    if constexpr (V == 1) {
+        store(to, sums[0]);
+    } else {
+        for (int v = 0; v < V; v += 2) {
+            store(to + v * kWidth, TINY_SHUFFLE(sums[v], sums[v + 1], TINY_LOW));
+            store(to + (v + 1) * kWidth, TINY_SHUFFLE(sums[v], sums[v + 1], TINY_HIGH));
+        }
+    }
+}
+
+// ---- c[rows, columns] (+)= left[rows, inner] b[inner, columns]
+
 template <int R, int V, bool kAdd, class T>
-[[gnu::always_inline]] inline void product_tile(Left left, int64_t inner, const T* b, int64_t b_stride, float* c,
+[[gnu::always_inline]] inline void product_tile(Left left, int64_t inner, Right<T> b, int64_t at, float* c,
                                                 int64_t c_stride) {
-    vf sums[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = kAdd ? load(c + r * c_stride + v * kWidth) : vf{};
-    for (int64_t k = 0; k < inner; ++k) {
+    vf sums[R][V] = {};
+    if (kAdd)
+        for (int r = 0; r < R; ++r) load_sums(c + r * c_stride, sums[r], b.data);
+    const T *from = b.data + at, *ahead = (b.next ? b.next : b.data) + at;
+    for (int64_t k = 0; k < inner; ++k, from += b.stride, ahead += b.stride) {
         vf row[V];
-        for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * kWidth);
+        load_row(from, row);
+        for (int v = 0; v < V * kWidth; v += 64 / (int)sizeof(T)) __builtin_prefetch(ahead + v);
         for (int r = 0; r < R; ++r) {
             const vf factor = splat(left.data[r * left.stride + k]);
             for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kWidth, sums[r][v]);
+    for (int r = 0; r < R; ++r) store_sums(c + r * c_stride, sums[r], b.data);
 }
 
 template <int R, bool kAdd, class T>
-void product_rows(Left left, int64_t inner, const T* b, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {
-    constexpr int kWide = R * 4 + 5 <= kRegisters ? 4 : R * 2 + 3 <= kRegisters ? 2 : 1;
+void product_rows(Left left, int64_t inner, Right<T> b, float* c, int64_t c_stride, int64_t columns) {
+    constexpr int kWide = R * 4 + 4 <= kRegisters ? 4 : R * 2 + 3 <= kRegisters ? 2 : 1;
     int64_t at = 0;
     for (; at + kWide * kWidth <= columns; at += kWide * kWidth)
-        product_tile<R, kWide, kAdd>(left, inner, b + at, b_stride, c + at, c_stride);
+        product_tile<R, kWide, kAdd>(left, inner, b, at, c + at, c_stride);
     if (kWide > 2 && at + 2 * kWidth <= columns) {
-        product_tile<R, 2, kAdd>(left, inner, b + at, b_stride, c + at, c_stride);
+        product_tile<R, 2, kAdd>(left, inner, b, at, c + at, c_stride);
         at += 2 * kWidth;
     }
-    if (kWide > 1 && at < columns) product_tile<R, 1, kAdd>(left, inner, b + at, b_stride, c + at, c_stride);
+    if (kWide > 1 && at < columns) product_tile<R, 1, kAdd>(left, inner, b, at, c + at, c_stride);
 }
 
 // rows: 1 ... kMostRows; columns: whole vectors
 template <bool kAdd, class T>
-inline void product(int64_t rows, Left left, int64_t inner, const T* b, int64_t b_stride, float* c, int64_t c_stride,
-                    int64_t columns) {
-    using Function = void (*)(Left, int64_t, const T*, int64_t, float*, int64_t, int64_t);
+inline void product(int64_t rows, Left left, int64_t inner, Right<T> b, float* c, int64_t c_stride, int64_t columns) {
+    using Function = void (*)(Left, int64_t, Right<T>, float*, int64_t, int64_t);
     static constexpr Function kFunctions[] = {
         product_rows<1, kAdd, T>, product_rows<2, kAdd, T>, product_rows<3, kAdd, T>, product_rows<4, kAdd, T>,
 #if defined(__AVX2__) || defined(__ARM_NEON)
@@ -69,7 +141,7 @@ inline void product(int64_t rows, Left left, int64_t inner, const T* b, int64_t 
         product_rows<7, kAdd, T>, product_rows<8, kAdd, T>,
 #endif
     };
-    kFunctions[rows - 1](left, inner, b, b_stride, c, c_stride, columns);
+    kFunctions[rows - 1](left, inner, b, c, c_stride, columns);
 }
 
 }  // namespace tiny_llm::TINY_ISA

@@ -58,9 +58,15 @@ static inline vf load_part(const float* p, int64_t n, float rest) {
 static inline void store_part(float* p, vf v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
 
 static inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     vh half;
     memcpy(&half, p, sizeof half);
     return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 
 // Round to nearest even; a NaN stays one.
