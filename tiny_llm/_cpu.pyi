@@ -12,6 +12,17 @@ def add_rms_norm(
     x: mx.array, residual: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]: ...
 
+def argmax(x: mx.array) -> mx.array: ...
+def sample(
+    logits: mx.array,
+    temperature: list[float],
+    top_k: list[int],
+    top_p: list[float],
+    min_p: list[float],
+    seeds: list[int],
+    positions: list[int],
+) -> mx.array: ...
+
 class Matrix:
     @property
     def data(self) -> mx.array: ...

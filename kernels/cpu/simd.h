@@ -157,6 +157,18 @@ static inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// Whether a lane of a comparison's result is set.
+static inline bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < kWidth; ++i) all |= mask[i];
+    return all != 0;
+#endif
+}
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
 // b where one of the two is a NaN.
@@ -199,6 +211,19 @@ static inline vf exp(vf x) {
     const vi power = (vi)shifted - 0x4b400000, half = power >> 1;  // 2^n in two steps: n can be -150 or 128
     return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
 #endif
+}
+
+// ln x to 3 ulp for positive, finite, normal x. x = m 2^n with m from 0.7 to 1.4;
+// ln m = 2 artanh t with t = (m - 1) / (m + 1), whose series in t^2 < 0.03 is short.
+static inline vf log(vf x) {
+    const vi n = ((vi)x - 0x3f3504f3) >> 23;  // 0x3f3504f3 is the square root of 1/2
+    const vf m = (vf)((vi)x - (n << 23));
+    const vf t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
+    vf p = fma(t2, splat(2.0f / 9), splat(2.0f / 7));
+    p = fma(p, t2, splat(2.0f / 5));
+    p = fma(p, t2, splat(2.0f / 3));
+    const vf tail = fma(p * t2, t, t + t);
+    return fma(__builtin_convertvector(n, vf), splat(0.69314718f), tail);
 }
 
 static inline vf silu(vf x) { return x / (exp(-x) + 1.0f); }

@@ -16,28 +16,55 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from tiny_llm.data import SamplingParams
+from tiny_llm.ops.argmax import argmax
+from tiny_llm.ops.backend import cpu, on_cpu
 
 _LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
+_LEAST_NOISE = -4.0
 
 
 def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
     """Choose one token a row: logits [R, V] -> token ids uint32 [R].
 
     ``params`` has R entries and ``positions`` the place each new token will take in
-    its sequence. Temperature 0 takes the largest logit, the lowest id among equals.
-    Otherwise the draw is ``argmax(filtered / temperature + gumbel noise)``, which is
-    a draw from the softmax (Maddison et al. 2014, "A* Sampling", section 2), with
-    noise that follows from (seed, position) alone. Each sampled row needs its seed.
+    its sequence. Each sampled row needs its seed. See ``sample_ref`` for what is drawn;
+    the kernel draws the same token, but for rounding at the edge of top-p.
     """
     assert logits.ndim == 2 and logits.shape[0] == len(params) == len(positions)
+    scores = logits.astype(mx.float32)
+    if all(p.temperature == 0 for p in params):
+        return argmax(scores)
+    if not on_cpu("sample", scores):
+        return sample_ref(scores, params, positions)
+    return cpu.sample(
+        scores,
+        [p.temperature for p in params],
+        [p.top_k for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+        [_seed_of(p) for p in params],
+        list(positions),
+    )
+
+
+def sample_ref(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
+    """Draw with plain mlx.core: logits float32 [R, V] -> token ids uint32 [R].
+
+    Temperature 0 takes the largest logit, the lowest id among equals. Otherwise the
+    draw is ``argmax(filtered / temperature + gumbel noise)``, which is a draw from the
+    softmax (Maddison et al. 2014, "A* Sampling", section 2), with noise that follows
+    from (seed, position) alone. A row whose largest logit is not finite is drawn as at
+    temperature 0.
+    """
     tokens = mx.argmax(logits, axis=-1)
     rows = [r for r, p in enumerate(params) if p.temperature > 0]
     if not rows:
         return tokens
-    drawn = [params[r] for r in rows]
-    scores = filter_logits(logits[mx.array(rows)], drawn)
-    noise = gumbel_noise([p.seed for p in drawn], [positions[r] for r in rows], logits.shape[1])
-    tokens[mx.array(rows)] = mx.argmax(scores + noise, axis=-1)
+    at, drawn = mx.array(rows), [params[r] for r in rows]
+    scores = filter_logits(logits[at], drawn)
+    noise = gumbel_noise([_seed_of(p) for p in drawn], [positions[r] for r in rows], logits.shape[1])
+    finite = mx.isfinite(mx.max(logits[at], axis=-1))
+    tokens[at] = mx.where(finite, mx.argmax(scores + noise, axis=-1), tokens[at])
     return tokens
 
 
@@ -79,21 +106,27 @@ def top_k_top_p_mask(scores: mx.array, params: Sequence[SamplingParams]) -> mx.a
     return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, keep, axis=-1)
 
 
-def gumbel_noise(seeds: Sequence[int | None], positions: Sequence[int], vocab: int) -> mx.array:
+def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocab: int) -> mx.array:
     """Standard Gumbel noise [R, V], row r from (seeds[r], positions[r]) and nothing else.
 
     The row's key is a hash of the seed, exclusive-or the position: two rows share a
     key only if both agree. (Without the hash, seed 1 at 0 would repeat seed 0 at 1.)
+    A value is above -3.2, but for one in 2^32 that would be -inf, with which a token
+    that is alone could not win.
     """
-    assert None not in seeds, "whoever adds a request gives it a seed"
 
     def row(seed_key: mx.array, position_key: mx.array) -> mx.array:
         key = mx.random.split(seed_key)[0] ^ position_key
-        return mx.random.gumbel((vocab,), key=key)
+        return mx.maximum(mx.random.gumbel((vocab,), key=key), _LEAST_NOISE)
 
-    seed_keys = mx.stack([mx.random.key(seed) for seed in seeds if seed is not None])
+    seed_keys = mx.stack([mx.random.key(seed) for seed in seeds])
     position_keys = mx.stack([mx.random.key(position) for position in positions])
     return mx.vmap(row)(seed_keys, position_keys)
+
+
+def _seed_of(params: SamplingParams) -> int:
+    assert params.seed is not None or params.temperature == 0, "whoever adds a request gives it a seed"
+    return params.seed or 0
 
 
 def _column(values: list[float] | list[int]) -> mx.array:

@@ -5,6 +5,7 @@
 
 namespace tiny_llm {
 
+void bind_argmax(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_embedding(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
@@ -12,6 +13,7 @@ void bind_matrix(nanobind::module_& m);
 void bind_pages(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 void bind_rope(nanobind::module_& m);
+void bind_sampling(nanobind::module_& m);
 void bind_softmax(nanobind::module_& m);
 void bind_swiglu(nanobind::module_& m);
 

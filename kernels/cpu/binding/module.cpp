@@ -60,11 +60,13 @@ NB_MODULE(_cpu, m) {
     }, nb::arg("threads"), "Change their number.");
     bind_matrix(m);
     bind_linear(m);  // first: other signatures name its class
+    bind_argmax(m);
     bind_embedding(m);
     bind_attention(m);
     bind_pages(m);
     bind_rms_norm(m);
     bind_rope(m);
+    bind_sampling(m);
     bind_softmax(m);
     bind_swiglu(m);
 }
