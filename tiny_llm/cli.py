@@ -85,6 +85,22 @@ OfflineOption = Annotated[
     bool,
     typer.Option("--offline", help="Use what is on disk; never ask the network.", rich_help_panel="Model"),
 ]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        help='Many prompts: {"prompt": "..."} a line, and a line back.',
+        rich_help_panel="Prompt",
+    ),
+]
+RawOption = Annotated[
+    bool,
+    typer.Option("--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"),
+]
 SystemOption = Annotated[
     str | None, typer.Option(help="How the model is to behave.", rich_help_panel="Prompt")
 ]
@@ -182,26 +198,9 @@ def chat(
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            help='Many prompts: {"prompt": "..."} a line, and a line back.',
-            rich_help_panel="Prompt",
-        ),
-    ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"
-        ),
-    ] = False,
+    prompt: PromptOption = None,
+    file: FileOption = None,
+    raw: RawOption = False,
     system: SystemOption = None,
     model: ModelOption = "demo",
     max_tokens: MaxTokensOption = ANSWER_TOKENS,
