@@ -97,6 +97,12 @@ FileOption = Annotated[
         rich_help_panel="Prompt",
     ),
 ]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --file: write a timeline that Perfetto (ui.perfetto.dev) opens.", rich_help_panel="Output"
+    ),
+]
 RawOption = Annotated[
     bool,
     typer.Option("--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"),
@@ -200,6 +206,7 @@ def chat(
 def generate(
     prompt: PromptOption = None,
     file: FileOption = None,
+    trace: TraceOption = None,
     raw: RawOption = False,
     system: SystemOption = None,
     model: ModelOption = "demo",
@@ -239,7 +246,7 @@ def generate(
     if file is not None:
         from tiny_llm.engine.offline import answer_file
 
-        return answer_file(_load(model, options), file, params, system=system, raw=raw)
+        return answer_file(_load(model, options), file, params, system=system, raw=raw, trace=trace)
     assert prompt is not None
     messages = [] if raw else _messages(system, prompt)
     llm = _load(model, options)

@@ -25,7 +25,7 @@ def test_each_line_is_answered_as_if_alone(
         json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "n": 2, "seed": 1})
     )
     path.write_text("\n\n".join(lines))
-    assert run(path) == 0
+    assert run(path, "--trace", str(tmp_path / "trace.json")) == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert "31 prompts" in err and "tok/s" in err
@@ -33,6 +33,12 @@ def test_each_line_is_answered_as_if_alone(
     for index, question in enumerate(questions):
         expected = llm.chat([{"role": "user", "content": question}], SamplingParams(max_tokens=12))
         assert answered[2 * index + 1]["text"] == expected.text
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {event["tid"] for event in events if event["name"] == "decode"}
+    assert len(tracks) == 32, "one for each sequence that was decoded"
+    by_name = {name: [e for e in events if e["name"] == name] for name in ("step", "prefill", "waiting")}
+    assert sum(e["args"]["tokens"] for e in by_name["prefill"]) <= sum(row["prompt_tokens"] for row in rows)
+    assert len(by_name["waiting"]) == 31 and all(event["dur"] >= 0 for event in events if event["ph"] == "X")
     last = [row for row in rows if row["line"] == 61]
     assert sorted(row["index"] for row in last) == [0, 1]
     assert all(row["completion_tokens"] == 2 for row in last)

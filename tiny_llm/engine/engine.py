@@ -25,6 +25,7 @@ from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.engine.request import Choice, Request
 from tiny_llm.engine.sample_step import Drawn, draw
 from tiny_llm.engine.stats import EngineStats, StepClock
+from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.paged import PagedCache
@@ -89,6 +90,7 @@ class Engine:
         self.settings = settings
         self.healthy = True
         self.stats = EngineStats()
+        self.trace: Trace | None = None  # give it one, and it is written to
         self._model = model
         self._tokenizer = tokenizer
         self._backend = backend
@@ -146,6 +148,8 @@ class Engine:
         )
         self._requests[number] = request
         self._choices[number] = request.choices[0]
+        if self.trace is not None:
+            self.trace.arrived(number, now)
         return number
 
     def cancel(self, request_id: int) -> list[Event]:
@@ -170,7 +174,11 @@ class Engine:
         self.healthy = True
         events += self._commit(plan, rows, drawn)
         clock.lap("commit")
-        self.scheduler.speed.observe(plan, clock.done(plan))
+        ms = clock.done(plan)
+        self.scheduler.speed.observe(plan, ms)
+        if self.trace is not None:
+            now = self._clock()
+            self.trace.step(plan, now - ms / 1e3, now)
         return events
 
     def _run(self, plan: Plan, clock: StepClock) -> tuple[list[Drawn], list[list[Choice]]]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tiny_llm.data import Completion, SamplingParams
 from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import RequestError
 
 SETTABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "n", "logprobs")
@@ -25,8 +26,18 @@ Asked = tuple[int, list[int], SamplingParams]
 """A line's number, its prompt as ids, and its params."""
 
 
-def answer_file(llm: LLM, path: Path, params: SamplingParams, *, system: str | None, raw: bool) -> None:
+def answer_file(
+    llm: LLM,
+    path: Path,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    raw: bool,
+    trace: Path | None = None,
+) -> None:
     """Print an answer for each line of ``path``, as they end; a progress bar on stderr in a terminal.
+
+    ``trace``: where a timeline of all steps is written.
 
     Raises RequestError with the line's number before anything runs if one of them is invalid.
     """
@@ -34,6 +45,7 @@ def answer_file(llm: LLM, path: Path, params: SamplingParams, *, system: str | N
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
     console = Console(stderr=True)
     began, tokens = time.perf_counter(), 0
+    llm.engine.trace = Trace() if trace is not None else None
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=sum(own.n for _, _, own in asked), speed="")
         for index, completion in llm.answers((ids, own) for _, ids, own in asked):
@@ -41,6 +53,8 @@ def answer_file(llm: LLM, path: Path, params: SamplingParams, *, system: str | N
             print(_as_line(asked[index][0], completion), flush=True)
             bar.update(task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
     seconds = time.perf_counter() - began
+    if llm.engine.trace is not None and trace is not None:
+        llm.engine.trace.save(trace)
     print(
         f"{len(asked)} prompts · {tokens} tokens in {seconds:.1f} s · {tokens / seconds:.0f} tok/s",
         file=sys.stderr,

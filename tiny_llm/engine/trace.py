@@ -1,0 +1,69 @@
+"""Owns the record of who was computed when, in the format that Perfetto and chrome://tracing open.
+
+One track a sequence: waiting, chunks of its prompt, decodes; and one for the steps themselves.
+Source: the Trace Event Format ("complete" events, microseconds).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny_llm.data import Plan
+
+_STEPS = 0  # the track of the steps; sequences are numbered from 1
+
+
+class Trace:
+    """Collects events; ``save`` writes them. Times are seconds of the engine's clock."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, object]] = []
+        self._waits: dict[int, float] = {}
+
+    def arrived(self, seq_id: int, at: float) -> None:
+        """A sequence began to wait: it has just come, or was preempted."""
+        self._waits[seq_id] = at
+
+    def step(self, plan: Plan, began: float, ended: float) -> None:
+        """A step was run."""
+        self._add(
+            "step", _STEPS, began, ended, sequences=len(plan.items), tokens=plan.decodes + plan.chunk_tokens
+        )
+        for number, item in enumerate(plan.items):
+            since = self._waits.pop(item.seq_id, None)
+            if since is not None:
+                self._add("waiting", item.seq_id, since, began)
+            name = "decode" if number < plan.decodes else "prefill"
+            self._add(name, item.seq_id, began, ended, start=item.start, tokens=len(item.tokens))
+        for name, moved in (("swap out", plan.swap_out), ("swap in", plan.swap_in)):
+            if moved:
+                self._add(name, _STEPS, began, ended, blocks=len(moved))
+
+    def save(self, path: Path) -> None:
+        """Write the trace. Raises OSError if the file cannot be written."""
+        tracks = sorted({int(str(event["tid"])) for event in self._events})
+        names = [
+            {
+                "name": "thread_name",
+                "ph": "M",
+                "pid": 1,
+                "tid": track,
+                "args": {"name": "steps" if track == _STEPS else f"sequence {track}"},
+            }
+            for track in tracks
+        ]
+        path.write_text(json.dumps({"traceEvents": names + self._events}), encoding="utf-8")
+
+    def _add(self, name: str, track: int, began: float, ended: float, **details: int) -> None:
+        self._events.append(
+            {
+                "name": name,
+                "ph": "X",
+                "pid": 1,
+                "tid": track,
+                "ts": round(began * 1e6, 1),
+                "dur": round((ended - began) * 1e6, 1),
+                "args": details,
+            }
+        )
