@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from tiny_llm.data import SamplingParams
+from tiny_llm.ops import backend
 from tiny_llm.sampling.sampler import filter_logits, gumbel_noise, sample
 
 pytestmark = pytest.mark.chapter("1.7")
+
+
+@pytest.fixture(params=backend.BACKENDS, autouse=True)
+def on_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file, once on each backend."""
+    if request.param == "cpu" and not backend.works():
+        pytest.skip("the CPU kernels are not built")
+    with backend.use(request.param):
+        yield
 
 
 def kept(logits: list[float], **options: float) -> list[int]:
