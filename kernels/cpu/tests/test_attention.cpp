@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "../attention_plan.h"
@@ -29,11 +30,14 @@ struct Case {
     std::vector<int32_t> contexts, fresh;  // keys of each sequence, and how many of them are this step's
     int64_t heads, kv_heads, dim, block_size;
     KvType type = KvType::f32;
-    uint32_t shuffle = 0;  // another order of blocks
+    std::vector<uint32_t> names = {0, 1, 2, 3, 4, 5, 6, 7};  // whose numbers each sequence has
+    uint32_t shuffle = 0;                                    // another order of blocks
 
     int64_t rows() const { return std::accumulate(fresh.begin(), fresh.end(), int64_t{0}); }
     int64_t width() const { return (*std::max_element(contexts.begin(), contexts.end()) + block_size - 1) / block_size; }
-    // Element d of head h at position p of sequence b, the same in whatever batch.
+    float scale() const { return 1 / std::sqrt(float(dim)); }
+
+    // Element i at position p of a sequence, the same in whatever batch.
     static float draw(uint32_t seed, int64_t p, int64_t i) {
         uint32_t x = seed * 0x9e3779b9u + uint32_t(p) * 0x85ebca6bu + uint32_t(i) * 0xc2b2ae35u;
         x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
@@ -41,81 +45,104 @@ struct Case {
     }
 };
 
-struct Result {
-    std::vector<float> out;
-    std::string fault;
+struct Inputs {
+    std::vector<float> q, k, v;  // k and v of whole contexts
 };
 
-std::vector<float> rows_of(const Case& c, uint32_t what, int64_t width, const std::vector<uint32_t>& names, bool all) {
+std::vector<float> rows_of(const Case& c, uint32_t what, int64_t width, bool all) {
     std::vector<float> rows;
     for (size_t b = 0; b < c.contexts.size(); ++b)
         for (int64_t p = all ? 0 : c.contexts[b] - c.fresh[b]; p < c.contexts[b]; ++p)
-            for (int64_t i = 0; i < width; ++i) rows.push_back(Case::draw(what + 10 * names[b], p, i));
+            for (int64_t i = 0; i < width; ++i) rows.push_back(Case::draw(what + 10 * c.names[b], p, i));
     return rows;
 }
 
-Result run(const Case& c, const std::vector<uint32_t>& names) {
-    const int64_t B = c.contexts.size(), S = c.block_size, M = c.width(), N = B * M + 1, K = c.kv_heads;
-    std::vector<int32_t> order(N), tables(B * M, -7), starts{0}, slots;
-    std::iota(order.begin(), order.end(), 0);
-    if (c.shuffle) std::shuffle(order.begin(), order.end(), std::mt19937(c.shuffle));
-    for (int64_t b = 0; b < B; ++b) {
-        starts.push_back(starts.back() + c.fresh[b]);
-        for (int64_t i = 0; i * S < c.contexts[b]; ++i) tables[b * M + i] = order[b * M + i];
-        for (int64_t p = 0; p < c.contexts[b]; ++p) slots.push_back(tables[b * M + p / S] * S + p % S);
+Inputs inputs_of(const Case& c) {
+    return {rows_of(c, 3, c.heads * c.dim, false), rows_of(c, 1, c.kv_heads * c.dim, true),
+            rows_of(c, 2, c.kv_heads * c.dim, true)};
+}
+
+// A pool with a case's keys and values in it, and the step that attends to them.
+struct Pool {
+    const Case& c;
+    const Inputs& in;
+    int64_t width, blocks;
+    std::vector<int32_t> tables, starts, contexts, slots;
+    std::vector<char> keys, values;
+    std::string fault = "";
+
+    Pool(const Case& c, const Inputs& in) : c(c), in(in), width(c.width()), blocks(c.contexts.size() * width + 1) {
+        const int64_t B = c.contexts.size(), S = c.block_size;
+        std::vector<int32_t> order(blocks);
+        std::iota(order.begin(), order.end(), 0);
+        if (c.shuffle) std::shuffle(order.begin(), order.end(), std::mt19937(c.shuffle));
+        tables.assign(B * width, -7), starts = {0}, contexts = c.contexts;
+        for (int64_t b = 0; b < B; ++b) {
+            starts.push_back(starts.back() + c.fresh[b]);
+            for (int64_t i = 0; i * S < c.contexts[b]; ++i) tables[b * width + i] = order[b * width + i];
+            for (int64_t p = 0; p < c.contexts[b]; ++p) slots.push_back(tables[b * width + p / S] * S + p % S);
+        }
+        const size_t bytes = blocks * c.kv_heads * c.dim * S * (c.type == KvType::f32 ? 4 : 2);
+        keys.assign(bytes, char(0xff)), values.assign(bytes, char(0xff));
     }
-    const size_t bytes = N * K * c.dim * S * 4;
-    std::vector<char> keys(bytes, char(0xff)), values(bytes, char(0xff));
-    const KvPool pool{keys.data(), values.data(), c.type, N, K, c.dim, S};
-    const auto k = rows_of(c, 1, K * c.dim, names, true), v = rows_of(c, 2, K * c.dim, names, true);
-    const auto q = rows_of(c, 3, c.heads * c.dim, names, false);
-    kv_write({k.data(), v.data(), slots.data(), int64_t(slots.size()), pool});
-    Result result{std::vector<float>(c.rows() * c.heads * c.dim, -1), ""};
-    const AttendPlan plan = plan_attend({slots.data(), tables.data(), starts.data(), c.contexts.data(),
-                                         int64_t(slots.size()), B, M, c.rows(), N, S, K, c.heads}, num_threads());
-    result.fault = plan.fault;
-    attend({q.data(), result.out.data(), pool, tables.data(), M, c.heads, 0.3f, plan.items.data(), plan.merges.data(),
-            int64_t(plan.items.size()), int64_t(plan.merges.size()), plan.records});
-    return result;
+
+    std::vector<float> run() {
+        const KvPool pool{keys.data(), values.data(), c.type, blocks, c.kv_heads, c.dim, c.block_size};
+        kv_write({in.k.data(), in.v.data(), slots.data(), int64_t(slots.size()), pool});
+        std::vector<float> out(in.q.size(), -1);
+        const AttendPlan plan = plan_attend({slots.data(), tables.data(), starts.data(), contexts.data(),
+                                             int64_t(slots.size()), int64_t(contexts.size()), width, c.rows(), blocks,
+                                             c.block_size, c.kv_heads, c.heads}, num_threads());
+        fault = plan.fault;
+        attend({in.q.data(), out.data(), pool, tables.data(), width, c.heads, c.scale(), plan.items.data(),
+                plan.merges.data(), int64_t(plan.items.size()), int64_t(plan.merges.size()), plan.records});
+        return out;
+    }
+};
+
+// One row's attention over its first `keys` keys, from a sequence's k and v.
+void add_row(const Case& c, const float* q, const float* k, const float* v, int64_t keys, std::vector<double>& out) {
+    const int64_t stride = c.kv_heads * c.dim;
+    std::vector<double> weights(keys), sums(c.dim);
+    double most = -1e300, total = 0;
+    for (int64_t s = 0; s < keys; ++s) {
+        for (int64_t d = 0; d < c.dim; ++d) weights[s] += double(q[d]) * k[s * stride + d];
+        most = std::max(most, weights[s] *= c.scale());
+    }
+    for (int64_t s = 0; s < keys; ++s) {
+        total += weights[s] = std::exp(weights[s] - most);
+        for (int64_t d = 0; d < c.dim; ++d) sums[d] += weights[s] * v[s * stride + d];
+    }
+    for (double sum : sums) out.push_back(sum / total);
 }
 
-std::vector<uint32_t> names_of(const Case& c) {
-    std::vector<uint32_t> names(c.contexts.size());
-    std::iota(names.begin(), names.end(), 0);
-    return names;
-}
-
-std::vector<double> expected(const Case& c) {
+std::vector<double> expected(const Case& c, Inputs in) {
+    for (auto* stored : {&in.k, &in.v})
+        for (float& x : *stored) x = as_stored(x, c.type);
     std::vector<double> out;
-    for (size_t b = 0; b < c.contexts.size(); ++b)
+    const float *q = in.q.data(), *k = in.k.data(), *v = in.v.data();
+    for (size_t b = 0; b < c.contexts.size(); ++b) {
         for (int64_t p = c.contexts[b] - c.fresh[b]; p < c.contexts[b]; ++p)
-            for (int64_t h = 0; h < c.heads; ++h) {
-                const int64_t g = h / (c.heads / c.kv_heads) * c.dim;
-                std::vector<double> weights(p + 1), sums(c.dim);
-                double most = -1e300, total = 0;
-                for (int64_t s = 0; s <= p; ++s) {
-                    for (int64_t d = 0; d < c.dim; ++d)
-                        weights[s] += double(Case::draw(3 + 10 * b, p, h * c.dim + d)) *
-                                      as_stored(Case::draw(1 + 10 * b, s, g + d), c.type);
-                    most = std::max(most, weights[s] *= 0.3f);
-                }
-                for (int64_t s = 0; s <= p; ++s) {
-                    total += weights[s] = std::exp(weights[s] - most);
-                    for (int64_t d = 0; d < c.dim; ++d)
-                        sums[d] += weights[s] * as_stored(Case::draw(2 + 10 * b, s, g + d), c.type);
-                }
-                for (double sum : sums) out.push_back(sum / total);
+            for (int64_t h = 0; h < c.heads; ++h, q += c.dim) {
+                const int64_t at = h / (c.heads / c.kv_heads) * c.dim;
+                add_row(c, q, k + at, v + at, p + 1, out);
             }
+        k += c.contexts[b] * c.kv_heads * c.dim, v += c.contexts[b] * c.kv_heads * c.dim;
+    }
     return out;
 }
 
 void check_case(const Case& c) {
-    const Result got = run(c, names_of(c));
-    const auto wanted = expected(c);
-    CHECK(got.fault.empty(), "%s", got.fault.c_str());
-    CHECK(off(got.out.data(), wanted.data(), wanted.size()) < 2e-5, "off by %g: contexts %d.. fresh %d.. heads %d/%d dim %d S %d type %d",
-          off(got.out.data(), wanted.data(), wanted.size()), c.contexts[0], c.fresh[0], int(c.heads), int(c.kv_heads),
-          int(c.dim), int(c.block_size), int(c.type));
+    const Inputs in = inputs_of(c);
+    const auto wanted = expected(c, in);
+    on_each_isa([&] {
+        Pool pool(c, in);
+        const auto got = pool.run();
+        const double error = off(got.data(), wanted.data(), wanted.size());
+        CHECK(pool.fault.empty(), "%s", pool.fault.c_str());
+        CHECK(error < 2e-6, "off by %g: contexts %d.. fresh %d.. heads %d/%d dim %d S %d type %d", error, c.contexts[0],
+              c.fresh[0], int(c.heads), int(c.kv_heads), int(c.dim), int(c.block_size), int(c.type));
+    });
 }
 
 const KvType kTypes[] = {KvType::f32, KvType::bf16, KvType::f16};
@@ -123,41 +150,90 @@ const KvType kTypes[] = {KvType::f32, KvType::bf16, KvType::f16};
 }  // namespace
 
 TEST(attention_matches_float64) {
-    on_each_isa([] {
-        for (int64_t dim : {1, 8, 12, 33, 64, 80, 128, 256})
-            for (auto [heads, kv_heads] : {std::pair{1, 1}, {14, 2}, {3, 3}, {20, 1}})
-                check_case({{70, 1, 300}, {3, 1, 33}, heads, kv_heads, dim, dim % 3 ? 16 : 32, kTypes[dim % 3]});
-        for (KvType type : kTypes)
-            for (int64_t size : {16, 32, 64}) {
-                check_case({{1, 15, 16, 17, 255, 256, 257, 600}, {1, 1, 1, 1, 1, 1, 1, 1}, 14, 2, 64, size, type});
-                check_case({{255, 256, 257, 600}, {255, 256, 2, 20}, 4, 4, 32, size, type});
-                check_case({{150}, {150}, 80, 1, 16, size, type});
-            }
-    });
+    for (int64_t dim : {1, 8, 12, 33, 64, 80, 128, 256})
+        for (auto [heads, kv_heads] : {std::pair{1, 1}, {14, 2}, {3, 3}, {20, 1}})
+            check_case({{40, 1, 290}, {3, 1, 23}, heads, kv_heads, dim, dim % 3 ? 16 : 32, kTypes[dim % 3]});
+    for (KvType type : kTypes)
+        for (int64_t size : {16, 32, 64}) {
+            check_case({{1, 15, 16, 17, 255, 256, 257, 600}, {1, 1, 1, 1, 1, 1, 1, 1}, 7, 1, 64, size, type});
+            check_case({{255, 256, 257, 600}, {20, 256, 2, 20}, 2, 2, 32, size, type});
+            check_case({{100}, {100}, 80, 1, 16, size, type});
+        }
 }
 
 // One row at a time against all at once, alone against in company, blocks in another order and of another
 // size, more threads: the same bits.
 TEST(attention_bits_are_a_rows_own) {
     const int threads = num_threads();
-    on_each_isa([] {
-        for (KvType type : kTypes)
-            for (int64_t dim : {24, 64}) {
-                const Case whole{{700}, {700}, 14, 2, dim, 32, type};
-                set_num_threads(1);
-                const auto want = run(whole, {5}).out;
-                const size_t row = 14 * dim;
-                for (auto [context, fresh] : {std::pair{700, 1}, {700, 2}, {700, 37}, {700, 444}, {512, 512}, {513, 1}, {257, 3}, {40, 7}})
-                    for (int64_t size : {16, 32, 64})
-                        for (int many : {1, 2, 3, 64}) {
-                            set_num_threads(many);
-                            const Case c{{300, context, 1, 90}, {4, fresh, 1, 90}, 14, 2, dim, size, type, uint32_t(many)};
-                            const auto got = run(c, {1, 5, 2, 3}).out;
-                            CHECK(!std::memcmp(&got[4 * row], &want[(context - fresh) * row], fresh * row * 4),
-                                  "context %d, %d rows, S %d, %d threads, dim %d, type %d", context, fresh, int(size), many,
-                                  int(dim), int(type));
-                        }
+    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 14}, {KvType::f16, 40, 6}}) {
+        const Case whole{{600}, {600}, heads, 2, dim, 32, type, {5}};
+        const Inputs whole_in = inputs_of(whole);
+        const size_t row = heads * dim;
+        for (auto [context, fresh] : {std::pair{600, 1}, {600, 2}, {600, 37}, {600, 344}, {512, 512}, {513, 1}, {257, 3}, {40, 7}})
+            for (auto [size, many] : {std::pair{16, 1}, {32, 2}, {64, 3}, {16, 64}}) {
+                const Case c{{300, context, 1, 90}, {4, fresh, 1, 9}, heads, 2, dim, size, type, {1, 5, 2, 3}, uint32_t(many)};
+                const Inputs in = inputs_of(c);
+                on_each_isa([&] {
+                    set_num_threads(1);
+                    const auto want = Pool(whole, whole_in).run();
+                    set_num_threads(many);
+                    const auto got = Pool(c, in).run();
+                    CHECK(!std::memcmp(&got[4 * row], &want[(context - fresh) * row], fresh * row * 4),
+                          "context %d, %d rows, S %d, %d threads, dim %d, type %d", context, fresh, int(size), many,
+                          int(dim), int(type));
+                });
             }
-    });
+    }
     set_num_threads(threads);
+}
+
+// Numbers that cannot be: that sequence's rows are NaN, the others as ever, and nothing is read or written
+// outside of the pool.
+TEST(attention_survives_wrong_integers) {
+    const Case c{{50, 20, 300}, {3, 1, 7}, 4, 2, 16, 16, KvType::f32};
+    const Inputs in = inputs_of(c);
+    const int64_t row = c.heads * c.dim;
+    struct Wrong {
+        std::vector<int32_t> Pool::*list;
+        int64_t at;
+        int32_t value;
+        int64_t first, last;  // rows that become NaN
+    };
+    const int32_t most = 0x7fffffff;
+    on_each_isa([&] {
+        const auto right = Pool(c, in).run();
+        for (const Wrong& wrong : {Wrong{&Pool::contexts, 1, 0, 3, 4}, {&Pool::contexts, 1, -5, 3, 4},
+                                   {&Pool::contexts, 1, most, 3, 4}, {&Pool::contexts, 2, 6, 4, 11},
+                                   {&Pool::tables, 0, -1, 0, 3}, {&Pool::tables, 3, 1000000, 0, 3},
+                                   {&Pool::tables, 3, most, 0, 3}, {&Pool::starts, 1, 5, 0, 11},
+                                   {&Pool::starts, 1, -1, 0, 11}, {&Pool::starts, 3, most, 0, 11},
+                                   {&Pool::starts, 0, 1, 0, 11}, {&Pool::slots, 7, -2, 0, 11},
+                                   {&Pool::slots, 7, most, 0, 11}}) {
+            Pool pool(c, in);
+            (pool.*wrong.list)[wrong.at] = wrong.value;
+            const auto got = pool.run();
+            CHECK(!pool.fault.empty(), "value %d at %d", wrong.value, int(wrong.at));
+            for (int64_t i = 0; i < int64_t(got.size()); ++i) {
+                const bool hit = i / row >= wrong.first && i / row < wrong.last;
+                CHECK(hit ? std::isnan(got[i]) : got[i] == right[i], "%s: row %d", pool.fault.c_str(), int(i / row));
+            }
+        }
+    });
+}
+
+// A slot of -1 is a row that is not kept; no rows, no sequences and no writes are fine too.
+TEST(attention_of_nothing) {
+    on_each_isa([] {
+        const Case c{{20}, {2}, 4, 2, 16, 16, KvType::f32};
+        const Inputs in = inputs_of(c);
+        Pool pool(c, in);
+        const auto out = pool.run();
+        pool.slots.assign(pool.slots.size(), -1);
+        CHECK(pool.run() == out && pool.fault.empty(), "rows at slot -1 were written");
+        const Case none{{17}, {0}, 4, 2, 16, 16, KvType::f32};
+        const Inputs only_keys = inputs_of(none);
+        CHECK(Pool(none, only_keys).run().empty());
+        const AttendPlan plan = plan_attend({nullptr, nullptr, pool.starts.data(), nullptr, 0, 0, 0, 0, 0, 16, 2, 4}, 2);
+        CHECK(plan.items.empty() && plan.fault.empty(), "%s", plan.fault.c_str());
+    });
 }
