@@ -34,6 +34,7 @@ KEYS = [
     "peak_memory_bytes",
 ]
 RAMBLE = ["--temperature", "4", "--seed", "1"]
+SLOW = ["--backend", "ref"]  # so that there is time to stop an answer
 
 
 BENCH_KEYS = [
@@ -183,7 +184,9 @@ def test_help_teaches(call: Output) -> None:
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     child = subprocess.Popen(
-        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE, *SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout is not None and child.stderr is not None
     child.stdout.read(1)
@@ -223,7 +226,9 @@ def test_a_full_disk_is_not_a_bug_of_ours(arguments: list[str]) -> None:
 
 def test_ctrl_c_ends_generate_with_130() -> None:
     child = subprocess.Popen(
-        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE, *SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout is not None
     child.stdout.read(1)
@@ -235,7 +240,7 @@ def test_ctrl_c_ends_generate_with_130() -> None:
 @contextmanager
 def opened_terminal(most_tokens: int) -> Iterator[pexpect.spawn[str]]:
     """``python main.py`` in a pseudo-terminal, after its first prompt."""
-    arguments = [COMMAND[1], *RAMBLE, "--max-tokens", str(most_tokens)]
+    arguments = [COMMAND[1], *RAMBLE, *SLOW, "--max-tokens", str(most_tokens)]
     environment = {**os.environ, "TERM": "dumb"}
     child = pexpect.spawn(COMMAND[0], arguments, env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60)
     child.expect("> ")

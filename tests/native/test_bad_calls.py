@@ -49,6 +49,8 @@ RIGHT = {
     "rope": (f(3, 2, 8), ids, f(4)),
     "rope_qk": (f(3, 2, 8), f(3, 1, 8), ids, f(4), None, f(8), 1e-6),
     "softmax": (f(3, 16),),
+    "argmax": (f(3, 16),),
+    "sample": (f(2, 16), [0.0, 1.0], [0, 5], [1.0, 0.9], [0.0, 0.1], [1, 2], [7, 8]),
     "swiglu": (f(3, 16), f(3, 16)),
     "untouched_zeros": ((2, 3, 4), mx.float16),
     "copy_blocks": (f(4, 2, 8), f(3, 2, 8), mx.array([[0, 2], [3, 1]], dtype=mx.int32)),
