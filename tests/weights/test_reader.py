@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +12,7 @@ import pytest
 
 from tiny_llm.errors import WeightError
 from tiny_llm.weights.header import read_header
-from tiny_llm.weights.reader import read_tensor
+from tiny_llm.weights.reader import Piece, read_ahead
 
 TENSORS = {
     "words": mx.arange(12, dtype=mx.uint32).reshape(4, 3),
@@ -28,22 +30,46 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def test_whole_tensors(path: Path) -> None:
+def read(path: Path, rows: dict[str, range | None]) -> dict[str, mx.array]:
     header = read_header(path)
     with path.open("rb", buffering=0) as file:
-        for name, expected in TENSORS.items():
-            got = read_tensor(file, header[name])
-            assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
-            assert mx.array_equal(got, expected), name
+        pieces = [Piece(file, header[name], some) for name, some in rows.items()]
+        return dict(zip(rows, read_ahead(pieces), strict=True))
+
+
+def test_whole_tensors(path: Path) -> None:
+    for name, got in read(path, dict.fromkeys(TENSORS)).items():
+        assert (got.dtype, got.shape) == (TENSORS[name].dtype, TENSORS[name].shape), name
+        assert mx.array_equal(got, TENSORS[name]), name
 
 
 @pytest.mark.parametrize("rows", [range(4), range(1), range(1, 3), range(3, 4), range(2, 2)])
 def test_some_rows(path: Path, rows: range) -> None:
+    for name, got in read(path, dict.fromkeys(("words", "float", "bfloat"), rows)).items():
+        assert mx.array_equal(got, TENSORS[name][rows.start : rows.stop]), name
+
+
+def test_each_is_read_while_the_one_before_is_used(path: Path) -> None:
+    """Asked for as few as possible, but one ahead; an array that was given stays as it is."""
+    asked: list[str] = []
     header = read_header(path)
+
+    def pieces(file: FileIO) -> Iterator[Piece]:
+        for name in TENSORS:
+            asked.append(name)
+            yield Piece(file, header[name])
+
     with path.open("rb", buffering=0) as file:
-        for name in ("words", "float", "bfloat"):
-            got = read_tensor(file, header[name], rows)
-            assert mx.array_equal(got, TENSORS[name][rows.start : rows.stop]), name
+        arrays = read_ahead(pieces(file))
+        first = next(arrays)
+        assert len(asked) == 2
+        rest = list(arrays)
+    for got, expected in zip([first, *rest], TENSORS.values(), strict=True):
+        assert mx.array_equal(got, expected)
+
+
+def test_nothing_to_read() -> None:
+    assert list(read_ahead([])) == []
 
 
 def test_a_file_that_shrinks_meanwhile(path: Path) -> None:
@@ -52,4 +78,4 @@ def test_a_file_that_shrinks_meanwhile(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         os.truncate(path, last.start + 1)
         with pytest.raises(WeightError, match=r"x\.safetensors became shorter while it was read"):
-            read_tensor(file, last)
+            list(read_ahead([Piece(file, last)] * 3))

@@ -20,7 +20,7 @@ from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.tokenizer.tokenizer import Tokenizer
-from tiny_llm.weights.checkpoint import Progress
+from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
 Prompt = str | Sequence[int]

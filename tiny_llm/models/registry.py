@@ -30,7 +30,8 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.ops.pack import pack, packs
-from tiny_llm.weights.checkpoint import Progress, load_weights
+from tiny_llm.weights.assemble import Progress
+from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.dummy import dummy_weights
 from tiny_llm.weights.names import config_of
 

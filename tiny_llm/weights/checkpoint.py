@@ -1,44 +1,27 @@
 """From a checkpoint folder to exactly the named arrays that a model expects.
 
-Owns the strict comparison of what is stored with what is wanted, and the loading, a tensor at
-a time so that the source of one is gone before the next is read. Refuses to know models: the
+Owns the strict comparison of what is stored with what is wanted. Refuses to know models: the
 caller says which names and shapes it wants. Never unpickles, never runs a checkpoint's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import mlx.core as mx
 
 from tiny_llm.config import Quantization
-from tiny_llm.data import Matrix, QuantizedTensor
+from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
-from tiny_llm.weights.header import TensorInfo
-from tiny_llm.weights.quantize import (
-    fit_group,
-    format_of,
-    is_explicit,
-    joined,
-    part_names,
-    part_shapes,
-    quantize_matrix,
-)
-from tiny_llm.weights.reader import read_tensor
+from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
+from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names, part_shapes
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
 FLOATS = ("F32", "BF16", "F16")
 PACKED = ("U32",)
 SHOWN_PROBLEMS = 8
-BLOCK_BYTES = 2**24
-"""As much of a float matrix is read at a time where it is to be quantized."""
-
-Progress = Callable[[int, int], None]
-Finish = Callable[[Matrix], Matrix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +62,7 @@ def load_weights(
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
     Peak memory is the result plus one source tensor (a block of its rows, if that is to be quantized);
-    the largest are read first.
+    large ones are read first.
     Raises WeightError that lists every tensor missing, left over, of wrong shape or dtype, and
     for a checkpoint that is quantized already when ``quantize`` is given.
     """
@@ -95,7 +78,10 @@ def load_weights(
     problems = list(_problems(jobs, stored, expected))
     if problems:
         raise WeightError(_report(folder, problems))
-    weights = dict(_load(jobs, stored, dtype, finish, progress))
+    entries = [
+        Entry(job.name, [stored[part] for part in job.parts], job.stored_as, job.quantize) for job in jobs
+    ]
+    weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected}
 
 
@@ -170,65 +156,3 @@ def _report(folder: Path, problems: list[str]) -> str:
     more = len(problems) - len(shown)
     lines = [f"The weights in {folder} do not fit its config.json, {len(problems)} problems:", *shown]
     return "\n  ".join(lines + ([f"and {more} more"] if more else []))
-
-
-def _load(
-    jobs: list[_Job],
-    stored: Mapping[str, StoredTensor],
-    dtype: mx.Dtype | None,
-    finish: Finish,
-    progress: Progress | None,
-) -> Iterator[tuple[str, Matrix]]:
-    """Largest first: its source is then in memory while little else is."""
-
-    def size(job: _Job) -> int:
-        return sum(stored[name].info.nbytes for name in job.parts)
-
-    done, total = 0, sum(map(size, jobs))
-    with ExitStack() as files:
-        opened = {
-            path: files.enter_context(path.open("rb", buffering=0))
-            for path in {stored[name].path for job in jobs for name in job.parts}
-        }
-        for job in sorted(jobs, key=size, reverse=True):
-            sources = [_Source(opened[stored[name].path], stored[name].info, dtype) for name in job.parts]
-            yield job.name, finish(_made(job, sources))
-            done += size(job)
-            if progress is not None:
-                progress(done, total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor in an open file, and the dtype that its floats become."""
-
-    file: FileIO
-    info: TensorInfo
-    dtype: mx.Dtype | None
-
-    def read(self, rows: range | None = None) -> mx.array:
-        array = read_tensor(self.file, self.info, rows)
-        is_float = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(self.dtype) if self.dtype is not None and is_float else array
-
-
-def _made(job: _Job, sources: list[_Source]) -> Matrix:
-    """Read, cast and quantize one entry now, so that its source can go."""
-    if job.quantize is not None:
-        return _quantized(sources[0], job.quantize)
-    parts = [source.read() for source in sources]
-    mx.eval(parts)
-    if job.stored_as is None:
-        return parts[0]
-    return QuantizedTensor(parts[0], parts[1], parts[2], job.stored_as.group_size, job.stored_as.bits)
-
-
-def _quantized(source: _Source, quantization: Quantization) -> QuantizedTensor:
-    """A block of rows at a time, so that no more of a float matrix is in memory than that."""
-    rows = source.info.shape[0]
-    block = max(1, rows * BLOCK_BYTES // max(source.info.nbytes, 1))
-    parts = []
-    for start in range(0, rows, block):
-        parts.append(quantize_matrix(source.read(range(start, min(start + block, rows))), quantization))
-        mx.eval(parts[-1].packed, parts[-1].scales, parts[-1].biases)
-    return joined(parts)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
-from tiny_llm.weights.checkpoint import Finish
+from tiny_llm.weights.assemble import Finish
 from tiny_llm.weights.quantize import fit_group, part_shapes
 
 PIECE = 2**20 + 7

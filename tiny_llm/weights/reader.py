@@ -1,12 +1,14 @@
-"""A stored tensor, or some of its rows, as an array. Owns the way from a file's bytes to an array.
+"""Stored tensors, or some of their rows, as arrays. Owns the way from a file's bytes to an array.
 
-Trusts the header, which was checked. Bytes are read where the array lies: nothing is held twice.
+Trusts the header, which was checked. Bytes are read where the array lies, so nothing is held twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from io import FileIO
 
 import mlx.core as mx
@@ -22,25 +24,64 @@ DTYPES: Mapping[str, mx.Dtype] = {
 }
 
 
-def read_tensor(file: FileIO, info: TensorInfo, rows: range | None = None) -> mx.array:
-    """Read the tensor, or only ``rows`` of its first axis, in its stored dtype (one of DTYPES).
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor of an open file, or only ``rows`` of its first axis; its dtype is one of DTYPES."""
 
-    Raises WeightError if the file ends before the tensor, having changed since its header was read.
+    file: FileIO
+    info: TensorInfo
+    rows: range | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        return self.info.shape if self.rows is None else (len(self.rows), *self.info.shape[1:])
+
+    @property
+    def start(self) -> int:
+        """Where its bytes begin in the file."""
+        if self.rows is None:
+            return self.info.start
+        return self.info.start + self.rows.start * self.info.nbytes // self.info.shape[0]
+
+
+def read_ahead(pieces: Iterable[Piece]) -> Iterator[mx.array]:
+    """Yield each piece's array, in order and in its stored dtype; the next is read meanwhile.
+
+    Raises WeightError if a file ends too early, having changed since its header was read.
     """
-    shape, start = info.shape, info.start
-    if rows is not None:
-        shape, start = (len(rows), *shape[1:]), start + rows.start * info.nbytes // max(shape[0], 1)
-    words = mx.zeros(math.prod(shape), mx.uint16 if DTYPES[info.dtype].size == 2 else mx.uint32)
+    before: tuple[Piece, mx.array, Future[None]] | None = None
+    with ThreadPoolExecutor(1, "weights") as reader:
+        for piece in pieces:
+            words = _room(piece)  # made in this thread, since MLX's streams belong to theirs
+            reading = reader.submit(_fill, piece, words)
+            if before is not None:
+                yield _finished(*before)
+            before = piece, words, reading
+        if before is not None:
+            yield _finished(*before)
+
+
+def _room(piece: Piece) -> mx.array:
+    words = mx.zeros(math.prod(piece.shape), mx.uint16 if DTYPES[piece.info.dtype].size == 2 else mx.uint32)
     mx.eval(words)
-    if words.size:
-        _fill(file, start, memoryview(words).cast("B"))  # type: ignore[arg-type]  # MLX's stubs lack it
-    return words.view(DTYPES[info.dtype]).reshape(shape)
+    return words
 
 
-def _fill(file: FileIO, start: int, space: memoryview) -> None:
-    file.seek(start)
+def _fill(piece: Piece, words: mx.array) -> None:
+    if not words.size:
+        return
+    space = memoryview(words).cast("B")  # type: ignore[arg-type]  # MLX's stubs lack the protocol
+    piece.file.seek(piece.start)
     while space:
-        count = file.readinto(space)
+        count = piece.file.readinto(space)
         if not count:
-            raise WeightError(f"{file.name} became shorter while it was read. Copy or download it again.")
+            raise WeightError(
+                f"{piece.file.name} became shorter while it was read. Copy or download it again."
+            )
         space = space[count:]
+
+
+def _finished(piece: Piece, words: mx.array, reading: Future[None]) -> mx.array:
+    reading.result()
+    return words.view(DTYPES[piece.info.dtype]).reshape(piece.shape)
