@@ -1,98 +1,142 @@
-// A block of rows of x as the quantized kernels read them. Kernel files only.
+// The rows of x as the quantized kernels read them. Owns rounding to int8 and the order in memory. Kernel files only.
+//
+// Rows go in even blocks, side by side, so that a kernel of R rows reads one stream:
+//   words   [k / 4][R]  four int8 of a row; within each 8 inputs k = 0 2 4 6, then 1 3 5 7 (matrix.h)
+//   values  [k][R]      floats in their place, where activations are exact
+//   scales, sums  [group][R]
+// A row's numbers depend on that row alone.
 #pragma once
 
+#include <math.h>
+
+#include "matrix.h"
 #include "pool.h"
 #include "simd.h"
 
 namespace tiny_llm::TINY_ISA {
 
-struct Activations {
-    const float* x;        // [rows, columns]
-    const int8_t* values;  // [rows, columns]; null where activations are exact
-    const float* scales;   // [rows, groups]; NaN for a group with a number that is not finite
-    const float* sums;     // [rows, groups], of values times scale, or of x where activations are exact
-    int64_t columns, groups;
+struct Block {
+    const int32_t* words;
+    const float* values;
+    const float* scales;  // x = scale * int8; NaN for a group with a number that is not finite
+    const float* sums;    // of a group's x, as they are after rounding
+    int64_t first;        // row
+    int rows;             // R
+};
 
-    Activations from(int64_t row) const {
-        return {x + row * columns, values ? values + row * columns : nullptr, scales + row * groups,
-                sums + row * groups, columns, groups};
+struct Activations {
+    int64_t rows, columns, groups, blocks;
+    char* values;  // of 1 or 4 bytes
+    float* scales;
+    float* sums;
+    bool exact;
+
+    Block block(int64_t b) const {
+        const int64_t first = rows * b / blocks, at = first * columns, part = first * groups;
+        const int count = (int)(rows * (b + 1) / blocks - first);
+        return {(const int32_t*)(values + at), (const float*)values + at, scales + part, sums + part, first, count};
     }
 };
 
-constexpr int64_t kGrain = 8192;  // values that one thread quantizes at a time
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
-// Sixteen whole floats of at most 127 in size, as bytes.
-static inline void store_bytes(int8_t* to, const vf* rounded, bool nibble_order) {
-    typedef int8_t Bytes __attribute__((vector_size(16)));
-    Bytes all;
-    int8_t bytes[16];
-    for (int v = 0; v < 16 / kWidth; ++v) {
-        typedef int8_t Part __attribute__((vector_size(kWidth)));
-        const Part part = __builtin_convertvector((vi)rounded[v] - 0x4b400000, Part);
-        memcpy(bytes + v * kWidth, &part, kWidth);
-    }
-    memcpy(&all, bytes, 16);
-    if (nibble_order) all = __builtin_shufflevector(all, all, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    memcpy(to, &all, 16);
+// Sixteen integers of at most 127 in size as bytes; what GCC makes of a conversion takes four times as long.
+static inline Bytes narrow(const vi* integers) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)integers[0]);
+#elif defined(__SSE2__)
+    __m128i part[4];
+    memcpy(part, integers, sizeof part);
+    return (Bytes)_mm_packs_epi16(_mm_packs_epi32(part[0], part[1]), _mm_packs_epi32(part[2], part[3]));
+#else
+    Bytes bytes;
+    for (int i = 0; i < 16; ++i) bytes[i] = (int8_t)integers[i / kWidth][i % kWidth];
+    return bytes;
+#endif
 }
 
-// One group: x = scale * values, all to nearest. `nibble_order`: within each 8 inputs 0 2 4 6 1 3 5 7, as the low and
-// then the high nibbles of a 4-bit line have them.
-static inline void quantize_group(const float* x, int group, bool nibble_order, int8_t* values, float* scale,
-                                  float* sum) {
+// In the kernels' order, as four words.
+static inline void store_bytes(int32_t* to, Bytes bytes) {
+    bytes = __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    memcpy(to, &bytes, 16);
+}
+
+static inline float largest_size(const float* x, int count) {
     vi largest = {};
-    for (int i = 0; i < group; i += kWidth) {
+    for (int i = 0; i < count; i += kWidth) {
         const vi bits = (vi)load(x + i) & 0x7fffffff;  // sizes order as integers do, NaN above all
-        largest = (vi)select(bits > largest, (vf)bits, (vf)largest);
+        largest = bits > largest ? bits : largest;
     }
-    int32_t most = 0;
-    for (int i = 0; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
+    const int32_t most = max_of(largest);
     float size;
     memcpy(&size, &most, 4);
-    const bool finite = most < 0x7f800000;
+    return size;
+}
+
+// One group of a row: x = scale * bytes, each to nearest. Sizes below 1e-30 count as 0.
+static inline void round_group(const float* x, int group, int32_t* words, float* scale, float* sum) {
+    const float size = largest_size(x, group);
+    const bool finite = size <= 3.4028235e38f;
     const float inverse = finite && size > 1e-30f ? 127.0f / size : 0.0f;
     vi total = {};
     for (int i = 0; i < group; i += 16) {
-        vf rounded[16 / kWidth];
+        vi integers[16 / kWidth];
         for (int v = 0; v < 16 / kWidth; ++v) {
             const vf scaled = finite ? load(x + i + v * kWidth) * splat(inverse) : vf{};
-            rounded[v] = scaled + splat(12582912.0f);  // 1.5 * 2^23: the low bits are now the nearest integer
-            total += (vi)rounded[v] - 0x4b400000;
+            // 1.5 * 2^23 more, and the low bits are the nearest integer.
+            integers[v] = (vi)(scaled + splat(12582912.0f)) - 0x4b400000;
+            total += integers[v];
         }
-        store_bytes(values + i, rounded, nibble_order);
+        store_bytes(words + i / 4, narrow(integers));
     }
-    int32_t whole = 0;
-    for (int i = 0; i < kWidth; ++i) whole += total[i];
     *scale = finite ? size / 127.0f : (float)NAN;
-    *sum = *scale * (float)whole;
+    *sum = *scale * (float)sum_of(total);
 }
 
-static inline float sum_group(const float* x, int group) {
-    vf total = {};
-    for (int i = 0; i < group; i += kWidth) total += load(x + i);
-    return sum(total);
+// Item `from[i]` of row r goes to to[i][r].
+template <class T>
+static inline void interleave(const T* from, int count, int rows, T* to) {
+    if (rows == 1) {
+        memcpy(to, from, count * sizeof(T));
+        return;
+    }
+    for (int i = 0; i < count; ++i) to[(int64_t)i * rows] = from[i];
 }
 
-// Reads `rows` rows of x for matrices of this group size. The result lies in this thread's scratch.
-static inline Activations read_activations(const float* x, int64_t rows, int64_t columns, int group, int bits,
-                                           bool exact) {
-    const int64_t groups = columns / group;
-    const size_t bytes = (size_t)(rows * columns + 63) / 64 * 64;
-    char* memory = (char*)scratch(0, (exact ? 0 : bytes) + 2 * sizeof(float) * rows * groups);
-    float* scales = (float*)(memory + (exact ? 0 : bytes));
-    float* sums = scales + rows * groups;
-    int8_t* values = exact ? nullptr : (int8_t*)memory;
-    parallel_for(rows * groups, kGrain / group, [=](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const float* from = x + i * group;
-            if (exact) {
-                sums[i] = sum_group(from, group);
-            } else {
-                quantize_group(from, group, bits == 4, values + i * group, scales + i, sums + i);
-            }
+// Group g of all rows of a block.
+static inline void read_group(const float* x, const Activations& a, const Block& to, int64_t g) {
+    const int group = (int)(a.columns / a.groups);
+    for (int r = 0; r < to.rows; ++r) {
+        const float* from = x + (to.first + r) * a.columns + g * group;
+        const int64_t at = g * group * to.rows, part = g * to.rows + r;
+        if (a.exact) {
+            vf total = {};
+            for (int i = 0; i < group; i += kWidth) total += load(from + i);
+            const_cast<float*>(to.sums)[part] = sum(total);
+            interleave(from, group, to.rows, const_cast<float*>(to.values) + at + r);
+        } else {
+            int32_t words[32];
+            round_group(from, group, words, const_cast<float*>(to.scales) + part, const_cast<float*>(to.sums) + part);
+            interleave(words, group / 4, to.rows, const_cast<int32_t*>(to.words) + at / 4 + r);
         }
+    }
+}
+
+// Reads all rows of x for matrices of this group size, in blocks of at most `most` rows. The result lies in this
+// thread's scratch.
+static inline Activations read_activations(const float* x, int64_t rows, int64_t columns, int group, bool exact,
+                                           int most) {
+    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, exact};
+    const size_t bytes = (size_t)(rows * columns * (exact ? 4 : 1) + 63) / 64 * 64;
+    a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * rows * a.groups);
+    a.scales = (float*)(a.values + bytes);
+    a.sums = a.scales + rows * a.groups;
+    constexpr int64_t kGrain = 8192;  // values that are worth another thread
+    const int64_t grain = 1 + kGrain / (group * (rows < most ? rows + 1 : most));
+    parallel_for(a.blocks * a.groups, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) read_group(x, a, a.block(i / a.groups), i % a.groups);
     });
-    return {x, values, scales, sums, columns, groups};
+    return a;
 }
 
 }  // namespace tiny_llm::TINY_ISA

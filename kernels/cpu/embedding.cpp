@@ -28,8 +28,11 @@ void quantized_row(const Matrix& m, const char* group, int64_t lane, float* out)
         const float scale = number(group, m.scales, lane), bias = number(group, m.scales, kTile + lane);
         const uint32_t* words = (const uint32_t*)(group + head) + lane;
         for (int w = 0; w < m.group_size / kWeights; ++w)
-            for (int i = 0; i < kWeights; ++i)
-                *out++ = scale * (float)(words[w * kTile] >> (i * Bits) & ((1 << Bits) - 1)) + bias;
+            for (int i = 0; i < kWeights; ++i) {
+                const int k = Bits == 4 ? 8 * w + i : 8 * (w / 2) + 2 * i + w % 2;
+                out[k] = scale * (float)(words[w * kTile] >> (i * Bits) & ((1 << Bits) - 1)) + bias;
+            }
+        out += m.group_size;
     }
 }
 

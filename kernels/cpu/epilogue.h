@@ -25,8 +25,14 @@ static inline void finish_tile(const Linear& a, int at, int64_t index, int64_t r
         add_bias(a.biases[1], first, outputs, rows, other);
         for (int r = 0; r < rows; ++r) gate_tile(tile + r * kTile, other + r * kTile);
     }
-    for (int r = 0; r < rows; ++r)
-        memcpy(a.out[at] + (row + r) * all + first, tile + r * kTile, outputs * sizeof(float));
+    for (int r = 0; r < rows; ++r) {
+        float* to = a.out[at] + (row + r) * all + first;
+        if (outputs == kTile) {
+            memcpy(to, tile + r * kTile, kTile * sizeof(float));
+        } else {
+            memcpy(to, tile + r * kTile, outputs * sizeof(float));
+        }
+    }
 }
 
 }  // namespace tiny_llm::TINY_ISA

@@ -6,7 +6,8 @@
 // A quantized tile (q4, q8) is its groups along I, in order. A group is 16 scales, 16 biases, then lines of
 // 64 bytes, one 32-bit word for each output, in order of k:
 //   q4  a word is 8 weights: k = 0, 1 ... 7 from the lowest 4 bits up, as MLX stores them
-//   q8  a word is 4 weights: k = 0, 1, 2, 3 from the lowest byte up
+//   q8  a word is 4 weights, from the lowest byte up: of each 8 first k = 0, 2, 4, 6, then k = 1, 3, 5, 7, as the
+//       low and the high halves of a q4 word's bytes are
 // The weight is scale * q + bias.
 //
 // A dense tile is [I][16], or for bf16 [I / 2][16][2], an odd I filled up with a zero; then zeros up to 64 bytes.
@@ -20,6 +21,7 @@ namespace tiny_llm {
 enum class Kind : uint8_t { q4, q8, f32, bf16, f16 };
 
 constexpr int kTile = 16;  // outputs of a tile
+constexpr int kLine = 64;  // bytes: a word of each
 
 struct Matrix {
     const char* data;       // tiles(*this) * tile_bytes(*this)

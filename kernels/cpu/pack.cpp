@@ -8,57 +8,62 @@
 namespace tiny_llm {
 namespace {
 
+constexpr int64_t kStep = 256 * 1024;  // bytes of tiles that a thread takes at a time
+
 template <class Body>
 void for_tiles(const Matrix& matrix, const Body& body) {
-    parallel_chunks(tiles(matrix), 1 + (1 << 18) / (1 + tile_bytes(matrix)), [](void* context, int64_t begin, int64_t end) {
+    parallel_chunks(tiles(matrix), 1 + kStep / (1 + tile_bytes(matrix)), [](void* context, int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) (*static_cast<const Body*>(context))(tile);
     }, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Copies the outputs' `size`-byte items number `item` side by side.
-template <class T>
-void interleave(const uint8_t* from, int64_t stride, int64_t outputs, int64_t item, uint8_t* to) {
-    for (int64_t o = 0; o < outputs; ++o) std::memcpy(to + o * sizeof(T), from + o * stride + item * sizeof(T), sizeof(T));
+// Eight weights as a q4 word or as the two words of q8.
+template <int Bits>
+uint64_t octet(const uint8_t* from) {
+    uint64_t all = 0, out = 0;
+    std::memcpy(&all, from, Bits);
+    if (Bits == 4) return all;
+    for (int k = 0; k < 8; ++k) {
+        const uint64_t q = all >> (Bits * k) & ((1u << Bits) - 1);
+        out |= q << (Bits < 4 ? 4 * k : 8 * (k / 2) + 32 * (k % 2));
+    }
+    return out;
 }
 
-void interleave(const uint8_t* from, int64_t stride, int64_t outputs, int64_t item, int64_t size, uint8_t* to) {
-    if (size == 4) return interleave<uint32_t>(from, stride, outputs, item, to);
-    interleave<uint16_t>(from, stride, outputs, item, to);
-}
-
-// Row by row from a width that no kernel reads to the next wider one that one does.
-void widen(const uint8_t* from, int64_t columns, int bits, int to_bits, uint8_t* to) {
-    uint32_t held = 0;
-    int count = 0;
-    for (int64_t i = 0; i < columns; ++i) {
-        for (; count < bits; count += 8) held |= static_cast<uint32_t>(*from++) << count;
-        const uint32_t value = held & ((1u << bits) - 1);
-        held >>= bits, count -= bits;
-        if (to_bits == 8) {
-            to[i] = static_cast<uint8_t>(value);
-        } else {
-            to[i / 2] = static_cast<uint8_t>(i % 2 ? to[i / 2] | value << 4 : value);
+// One group of all outputs: lines from rows of `stride` bytes.
+template <int Bits>
+void pack_lines(const uint8_t* from, int64_t stride, int64_t outputs, int group, uint32_t* line) {
+    for (int k = 0; k < group; k += 8, from += Bits, line += Bits > 4 ? 2 * kTile : kTile)
+        for (int64_t o = 0; o < outputs; ++o) {
+            const uint64_t words = octet<Bits>(from + o * stride);
+            line[o] = static_cast<uint32_t>(words);
+            if (Bits > 4) line[kTile + o] = static_cast<uint32_t>(words >> 32);
         }
+}
+
+auto lines_of(int bits) {
+    return bits == 2 ? pack_lines<2> : bits == 3 ? pack_lines<3> : bits == 4 ? pack_lines<4> :
+           bits == 5 ? pack_lines<5> : bits == 6 ? pack_lines<6> : pack_lines<8>;
+}
+
+// One number of `size` bytes of each output, `stride` bytes apart, side by side.
+void pack_numbers(const uint8_t* from, int64_t stride, int64_t outputs, int64_t size, uint8_t* to) {
+    for (int64_t o = 0; o < outputs; ++o) {
+        if (size == 2) std::memcpy(to + o * 2, from + o * stride, 2);
+        if (size == 4) std::memcpy(to + o * 4, from + o * stride, 4);
     }
 }
 
 void pack_tile(const QuantizedSource& source, const Matrix& m, int64_t index, uint8_t* out) {
     const int64_t first = index * kTile, outputs = std::min<int64_t>(kTile, m.rows - first);
-    const int64_t size = bits_of(m.scales) / 8, scale_row = m.columns / m.group_size * size, lines = m.group_size * bits_of(m.kind) / 32;
-    const int64_t wide_row = m.columns * bits_of(m.kind) / 8, source_row = m.columns * source.bits / 8;
-    const uint8_t* values = source.values + first * source_row;
-    if (source.bits != bits_of(m.kind)) {
-        auto* wide = static_cast<uint8_t*>(scratch(0, kTile * wide_row));
-        for (int64_t o = 0; o < outputs; ++o)
-            widen(values + o * source_row, m.columns, source.bits, bits_of(m.kind), wide + o * wide_row);
-        values = wide;
-    }
-    for (int64_t g = 0; g < m.columns / m.group_size; ++g, out += group_bytes(m)) {
-        interleave(source.scales + first * scale_row, scale_row, outputs, g, size, out);
-        interleave(source.biases + first * scale_row, scale_row, outputs, g, size, out + kTile * size);
-        uint8_t* line = out + 2 * kTile * size;
-        for (int64_t l = 0; l < lines; ++l, line += 4 * kTile)
-            interleave<uint32_t>(values, wide_row, outputs, g * lines + l, line);
+    const int64_t groups = m.columns / m.group_size, size = bits_of(m.scales) / 8;
+    const int64_t row = m.columns * source.bits / 8, numbers = groups * size;
+    const uint8_t* values = source.values + first * row;
+    const auto pack_lines = lines_of(source.bits);
+    for (int64_t g = 0; g < groups; ++g, out += group_bytes(m), values += m.group_size * source.bits / 8) {
+        pack_numbers(source.scales + first * numbers + g * size, numbers, outputs, size, out);
+        pack_numbers(source.biases + first * numbers + g * size, numbers, outputs, size, out + kTile * size);
+        pack_lines(values, row, outputs, m.group_size, reinterpret_cast<uint32_t*>(out + 2 * kTile * size));
     }
 }
 

@@ -9,7 +9,7 @@ struct QuantizedSource {
     const uint8_t* values;  // MLX's: [rows] of columns * bits / 8 bytes, values from the low bits up
     const uint8_t* scales;  // [rows, columns / group] of the matrix's scales' kind
     const uint8_t* biases;
-    int bits;  // 2, 3, 4, 6 or 8; a matrix holds 2 and 3 in 4, and 6 in 8: the same q, so the same weights
+    int bits;  // 2 to 6 or 8; the matrix is q4 for at most 4, else q8: the same q, so the same weights
 };
 
 // `out` is where matrix.data lies, zeroed.

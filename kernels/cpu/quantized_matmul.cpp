@@ -1,196 +1,132 @@
 #include "quantized_matmul.h"
 
-#include <math.h>
-
 #include "activations.h"
 #include "epilogue.h"
+#include "exact_dot.h"
+#include "int8_dot.h"
 
 namespace tiny_llm::TINY_ISA {
 namespace {
 
-constexpr int kVectors = kTile / kWidth;  // registers that hold a tile's 16 outputs
-constexpr int kLine = 64;                 // bytes
-constexpr int kAhead = 1024;              // bytes ahead of use that a line is asked for
+constexpr int kExactRows = kMostRows < 6 ? 2 : 6;
 
-#if defined(__AVX512F__)
-constexpr int kBlock = 12;  // rows that share one decoding of the weights: 12 sums and what a line needs, of 32 registers
-constexpr int kExactBlock = 6;
-#else
-constexpr int kBlock = 4;
-constexpr int kExactBlock = 2;
-#endif
+// Registers of outputs that a kernel of R rows takes at a time: all of a tile's, if there are registers enough.
+constexpr int vectors_at_once(int rows) { return kWidth == kTile || rows > 2 ? 1 : 2; }
 
-inline vu load_words(const uint8_t* p) {
-    vu v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
+struct Groups {
+    int64_t count, bytes;  // of a tile; of one group
+    int size;              // inputs
+    Kind scales;
+};
 
-inline vf load_any(const uint8_t* p, Kind kind, int64_t i) {
+inline vf load_any(const char* p, Kind kind, int64_t i) {
     if (kind == Kind::bf16) return load((const bf16*)p + i);
     if (kind == Kind::f16) return load((const f16*)p + i);
     return load((const float*)p + i);
 }
 
-// acc + the dot products of each lane's four unsigned bytes with four signed ones. kSmall: bytes are below 16.
-template <bool kSmall>
-inline vi dot4(vi acc, vu w, const int8_t* x) {
-#if defined(__AVX512VNNI__)
-    int32_t four;
-    memcpy(&four, x, 4);
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(four));
-#elif defined(__AVX2__)
-    int32_t four;
-    memcpy(&four, x, 4);
-    const __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    // Pairs of full bytes overflow 16 bits; pairs of half bytes do not.
-    const vu low = kSmall ? w : w & 0x0f0f0f0f;
-    acc += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)low, xs), ones);
-    if (kSmall) return acc;
-    const vu high = (w >> 4) & 0x0f0f0f0f;
-    return acc + ((vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)high, xs), ones) << 4);
-#else
-    for (int j = 0; j < 4; ++j) acc += (vi)((w >> (8 * j)) & 0xff) * (int32_t)x[j];
-    return acc;
-#endif
-}
-
-// One group of a tile's dot products with R rows, exact.
-template <int Bits, int R>
-inline void dot_group(const uint8_t* line, int lines, const int8_t* x, int64_t stride, vi (&dot)[R][kVectors]) {
-    for (int l = 0; l < lines; ++l, line += kLine, x += 32 / Bits) {
-        __builtin_prefetch(line + kAhead);
-        for (int v = 0; v < kVectors; ++v) {
-            const vu words = load_words(line + v * 4 * kWidth);
-            if constexpr (Bits == 4) {
-                const vu low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r)
-                    dot[r][v] = dot4<true>(dot4<true>(dot[r][v], low, x + r * stride), high, x + r * stride + 4);
-            } else {
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) dot[r][v] = dot4<false>(dot[r][v], words, x + r * stride);
-            }
-        }
-    }
-}
-
-// A tile times R rows of int8 activations: out [R][16].
-template <int Bits, int R>
-void multiply(const Matrix& m, const uint8_t* tile, const Activations& x, float* out) {
-    vf y[R][kVectors] = {};
-    const int64_t head = 2 * kTile * bits_of(m.scales) / 8;
-    for (int64_t g = 0; g < x.groups; ++g, tile += group_bytes(m)) {
-        vi dot[R][kVectors] = {};
-        dot_group<Bits, R>(tile + head, m.group_size * Bits / 32, x.values + g * m.group_size, x.columns, dot);
-        for (int v = 0; v < kVectors; ++v) {
-            const vf scale = load_any(tile, m.scales, v * kWidth), bias = load_any(tile, m.scales, kTile + v * kWidth);
+// W registers of a tile's outputs, from number v on, times R rows of int8: to out [R][16].
+template <Kind K, int R, int W>
+void multiply(const char* tile, const Groups& groups, const Block& x, int v, float* out) {
+    vf y[R][W];
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) y[r][w] = vf{};
+    const char* line = tile + 2 * kTile * bits_of(groups.scales) / 8 + v * 4 * kWidth;
+    const int32_t* words = x.words;
+    for (int64_t g = 0; g < groups.count; ++g, line += groups.bytes, tile += groups.bytes) {
+        vi dot[R][W] = {};
+        dot_group<K, R, W>(line, groups.size, words, dot);
+        words += groups.size / 4 * R;
+        for (int w = 0; w < W; ++w) {
+            const vf scale = load_any(tile, groups.scales, (v + w) * kWidth);
+            const vf bias = load_any(tile, groups.scales, kTile + (v + w) * kWidth);
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
-                const vf scaled = __builtin_convertvector(dot[r][v], vf) * splat(x.scales[r * x.groups + g]);
-                y[r][v] = fma(bias, splat(x.sums[r * x.groups + g]), fma(scaled, scale, y[r][v]));
+                const vf scaled = __builtin_convertvector(dot[r][w], vf) * splat(x.scales[g * R + r]);
+                y[r][w] = fma(bias, splat(x.sums[g * R + r]), fma(scaled, scale, y[r][w]));
             }
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) store(out + r * kTile + v * kWidth, y[r][v]);
+        for (int w = 0; w < W; ++w) store(out + r * kTile + (v + w) * kWidth, y[r][w]);
 }
 
-// One register of a tile times R rows of float activations. Four sums, since one would wait for itself.
-template <int Bits, int R>
-void multiply_exact(const Matrix& m, const uint8_t* tile, const Activations& x, float* out) {
-    constexpr int kInputs = 32 / Bits;
-    const int64_t head = 2 * kTile * bits_of(m.scales) / 8;
-    for (int v = 0; v < kVectors; ++v) {
-        vf y[R] = {};
-        const uint8_t* at = tile;
-        for (int64_t g = 0; g < x.groups; ++g, at += group_bytes(m)) {
-            vf dot[R][4] = {};
-            for (int k = 0; k < m.group_size; k += kInputs) {
-                const vu words = load_words(at + head + k / kInputs * kLine + v * 4 * kWidth);
-                const float* inputs = x.x + g * m.group_size + k;
-#pragma GCC unroll 8
-                for (int j = 0; j < kInputs; ++j) {
-                    const vf q = __builtin_convertvector((vi)((words >> (j * Bits)) & ((1 << Bits) - 1)), vf);
-#pragma GCC unroll 6
-                    for (int r = 0; r < R; ++r) dot[r][j % 4] = fma(q, splat(inputs[r * x.columns + j]), dot[r][j % 4]);
-                }
-            }
-            const vf scale = load_any(at, m.scales, v * kWidth), bias = load_any(at, m.scales, kTile + v * kWidth);
-            for (int r = 0; r < R; ++r) {
-                const vf total = (dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3]);
-                y[r] = fma(bias, splat(x.sums[r * x.groups + g]), fma(total, scale, y[r]));
-            }
-        }
-        for (int r = 0; r < R; ++r) store(out + r * kTile + v * kWidth, y[r]);
+template <Kind K, int R>
+void multiply_exact(const char* tile, const Groups& groups, const Block& x, int v, float* out) {
+    vf y[R] = {};
+    const char* line = tile + 2 * kTile * bits_of(groups.scales) / 8 + v * 4 * kWidth;
+    for (int64_t g = 0; g < groups.count; ++g, line += groups.bytes, tile += groups.bytes) {
+        vf dot[R];
+        exact_group<K, R>(line, groups.size, x.values + g * groups.size * R, dot);
+        const vf scale = load_any(tile, groups.scales, v * kWidth);
+        const vf bias = load_any(tile, groups.scales, kTile + v * kWidth);
+        for (int r = 0; r < R; ++r) y[r] = fma(bias, splat(x.sums[g * R + r]), fma(dot[r], scale, y[r]));
     }
+    for (int r = 0; r < R; ++r) store(out + r * kTile + v * kWidth, y[r]);
 }
 
-// Calls the kernel that is made for this number of rows, at most R.
-template <int Bits, bool Exact, int R>
-void multiply_rows(const Matrix& m, const uint8_t* tile, const Activations& x, int rows, float* out) {
+// Calls the kernel that is made for the block's number of rows, at most R.
+template <Kind K, bool Exact, int R>
+void multiply_rows(const char* tile, const Groups& groups, const Block& x, float* out) {
     if constexpr (R > 1) {
-        if (rows < R) return multiply_rows<Bits, Exact, R - 1>(m, tile, x, rows, out);
+        if (x.rows < R) return multiply_rows<K, Exact, R - 1>(tile, groups, x, out);
     }
-    if constexpr (Exact) {
-        multiply_exact<Bits, R>(m, tile, x, out);
-    } else {
-        multiply<Bits, R>(m, tile, x, out);
-    }
-}
-
-void multiply_tile(const Matrix& m, int64_t index, const Activations& x, int rows, float* out) {
-    const uint8_t* tile = (const uint8_t*)m.data + index * tile_bytes(m);
-    if (m.exact && bits_of(m.kind) == 4) return multiply_rows<4, true, kExactBlock>(m, tile, x, rows, out);
-    if (m.exact) return multiply_rows<8, true, kExactBlock>(m, tile, x, rows, out);
-    if (bits_of(m.kind) == 4) return multiply_rows<4, false, kBlock>(m, tile, x, rows, out);
-    multiply_rows<8, false, kBlock>(m, tile, x, rows, out);
-}
-
-// Tile `index` of matrix `at` (with its up tile, if gated) times all rows of x.
-void run_tile(const Linear& a, int at, int64_t index, const Activations& x, int64_t first, int64_t rows) {
-    float tile[kBlock * kTile], other[kBlock * kTile];
-    const int block = a.matrices[at].exact ? kExactBlock : kBlock;
-    for (int64_t row = 0; row < rows; row += block) {
-        const int count = rows - row < block ? (int)(rows - row) : block;
-        multiply_tile(a.matrices[at], index, x.from(row), count, tile);
-        if (a.gated) multiply_tile(a.matrices[1], index, x.from(row), count, other);
-        finish_tile(a, at, index, first + row, count, tile, other);
-    }
-}
-
-// Rows few enough for x to stay in cache while all tiles pass by. Matrices [begin, end) read x alike.
-void run_rows(const Linear& a, int begin, int end, int64_t first, int64_t rows) {
-    const Matrix& m = a.matrices[begin];
-    const Activations x = read_activations(a.x + first * m.columns, rows, m.columns, m.group_size, bits_of(m.kind), m.exact);
-    int64_t count = 0;
-    for (int i = begin; i < end; ++i) count += tiles(a.matrices[i]);
-    const int64_t work = tile_bytes(m) * (a.gated ? 2 : 1) * (1 + rows / 4);
-    parallel_for(count, 1 + 65536 / work, [&](int64_t from, int64_t to) {
-        for (int64_t tile = from; tile < to; ++tile) {
-            int at = begin;
-            int64_t index = tile;
-            while (index >= tiles(a.matrices[at])) index -= tiles(a.matrices[at++]);
-            run_tile(a, at, index, x, first, rows);
+    constexpr int W = Exact ? 1 : vectors_at_once(R);
+    for (int v = 0; v < kTile / kWidth; v += W) {
+        if constexpr (Exact) {
+            multiply_exact<K, R>(tile, groups, x, v, out);
+        } else {
+            multiply<K, R, W>(tile, groups, x, v, out);
         }
-    });
+    }
+}
+
+void multiply_tile(const Matrix& m, const Groups& groups, int64_t index, const Block& x, float* out) {
+    const char* tile = m.data + index * groups.count * groups.bytes;
+    if (m.exact && m.kind == Kind::q4) return multiply_rows<Kind::q4, true, kExactRows>(tile, groups, x, out);
+    if (m.exact) return multiply_rows<Kind::q8, true, kExactRows>(tile, groups, x, out);
+    if (m.kind == Kind::q4) return multiply_rows<Kind::q4, false, kMostRows>(tile, groups, x, out);
+    multiply_rows<Kind::q8, false, kMostRows>(tile, groups, x, out);
+}
+
+Groups groups_of(const Matrix& m) {
+    return {m.columns / m.group_size, group_bytes(m), m.group_size, m.scales};
+}
+
+// Tile `index` of matrix `at` (with its up tile, if gated) times blocks [begin, end) of x.
+void run_tile(const Linear& a, int at, int64_t index, const Activations& x, int64_t begin, int64_t end) {
+    float tile[kMostRows * kTile], other[kMostRows * kTile];
+    const Groups groups = groups_of(a.matrices[at]), up = groups_of(a.matrices[a.gated ? 1 : at]);
+    for (int64_t b = begin; b < end; ++b) {
+        const Block block = x.block(b);
+        multiply_tile(a.matrices[at], groups, index, block, tile);
+        if (a.gated) multiply_tile(a.matrices[1], up, index, block, other);
+        finish_tile(a, at, index, block.first, block.rows, tile, other);
+    }
 }
 
 }  // namespace
 
 void quantized_matmul(const Linear& a) {
-    constexpr int64_t kCache = 512 * 1024;  // bytes
-    const int64_t row_bytes = a.matrices[0].columns * (a.matrices[0].exact ? 4 : 1);
-    const int64_t most = kCache / row_bytes / kBlock * kBlock;
-    const int64_t chunk = most > kBlock ? most : kBlock;
-    for (int64_t first = 0; first < a.rows; first += chunk) {
-        const int64_t rows = a.rows - first < chunk ? a.rows - first : chunk;
-        for (int begin = 0, end = 0; begin < (a.gated ? 1 : a.count); begin = end) {
-            // Another width of weights wants the nibbles' order of x otherwise.
-            while (end < a.count && a.matrices[end].kind == a.matrices[begin].kind) ++end;
-            run_rows(a, begin, a.gated ? 1 : end, first, rows);
+    constexpr int64_t kCache = 256 * 1024;   // bytes of x that stay near while tiles pass by
+    constexpr int64_t kStep = 64 * 1024;     // bytes of weights that one row takes at a time
+    const Matrix& m = a.matrices[0];
+    if (a.rows == 0) return;
+    const Activations x = read_activations(a.x, a.rows, m.columns, m.group_size, m.exact, m.exact ? kExactRows : kMostRows);
+    const int64_t block_bytes = m.columns * (m.exact ? 4 : 1) * a.rows / x.blocks;
+    const int64_t some = kCache / block_bytes > 1 ? kCache / block_bytes : 1, chunks = (x.blocks + some - 1) / some;
+    int64_t count = 0;
+    for (int i = 0; i < (a.gated ? 1 : a.count); ++i) count += tiles(a.matrices[i]);
+    const int64_t work = tile_bytes(m) * (a.gated ? 2 : 1) * (1 + a.rows / chunks / 4);
+    parallel_for(count * chunks, 1 + kStep / work, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t chunk = i / count;
+            int64_t index = i % count;
+            int at = 0;
+            while (index >= tiles(a.matrices[at])) index -= tiles(a.matrices[at++]);
+            run_tile(a, at, index, x, x.blocks * chunk / chunks, x.blocks * (chunk + 1) / chunks);
         }
-    }
+    });
 }
 
 }  // namespace tiny_llm::TINY_ISA

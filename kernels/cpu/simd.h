@@ -15,6 +15,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -242,6 +244,24 @@ static inline float max_of(vf v) {
     float most = lanes[0];
     for (int i = 1; i < kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
     return most;
+}
+static inline int32_t sum_of(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < kWidth; ++i) total += v[i];
+    return total;
+#endif
+}
+static inline int32_t max_of(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
 }
 
 }  // namespace TINY_ISA

@@ -8,6 +8,7 @@
 #include "../dense_matmul.h"
 #include "../pack.h"
 #include "../quantized_matmul.h"
+#include "../swiglu.h"
 #include "bindings.h"
 #include "matrix.h"
 #include "op.h"
@@ -32,13 +33,29 @@ void check(const char* op, const mx::array& x, const std::vector<PackedMatrix>& 
     }
 }
 
-// Dense and quantized matrices have a kernel each: runs of one or the other.
+// Whether one kernel call takes both: it reads x once, in one way.
+bool together(const Matrix& a, const Matrix& b) {
+    if (!is_quantized(a.kind) || !is_quantized(b.kind)) return a.kind == b.kind;
+    return a.group_size == b.group_size && a.exact == b.exact;
+}
+
+void run(const Linear& all);
+
+// Gate and up that no one kernel takes: each by itself, then what joins them.
+void run_apart(const Linear& all) {
+    const int64_t count = all.rows * all.matrices[0].rows;
+    std::vector<float> up(count);
+    float* to[2] = {all.out[0], up.data()};
+    run({all.x, all.rows, 2, all.matrices, all.biases, to, false});
+    swiglu({all.out[0], up.data(), all.out[0], count});
+}
+
 void run(const Linear& all) {
+    if (all.gated && !together(all.matrices[0], all.matrices[1])) return run_apart(all);
     for (int begin = 0, end = 0; begin < all.count; begin = end) {
-        const bool quantized = is_quantized(all.matrices[begin].kind);
-        while (end < all.count && is_quantized(all.matrices[end].kind) == quantized) ++end;
+        while (end < all.count && together(all.matrices[begin], all.matrices[end])) ++end;
         const Linear part{all.x, all.rows, end - begin, all.matrices + begin, all.biases + begin, all.out + begin, all.gated};
-        quantized ? quantized_matmul(part) : dense_matmul(part);
+        is_quantized(part.matrices[0].kind) ? quantized_matmul(part) : dense_matmul(part);
     }
 }
 
@@ -76,13 +93,10 @@ std::vector<mx::array> linear(const mx::array& x, const std::vector<PackedMatrix
     return multiply("linear", x, matrices, biases, false);
 }
 
-bool alike(const Matrix& a, const Matrix& b) {
-    return a.rows == b.rows && a.kind == b.kind && a.group_size == b.group_size && a.exact == b.exact;
-}
-
 mx::array gated(const mx::array& x, const PackedMatrix& gate, const PackedMatrix& up, const Bias& gate_bias, const Bias& up_bias) {
-    if (!alike(gate.layout, up.layout))
-        throw std::invalid_argument("[gated] expected gate and up of one shape and format");
+    if (gate.layout.rows != up.layout.rows)
+        throw std::invalid_argument("[gated] expected gate and up of one shape, got " + std::to_string(gate.layout.rows) +
+                                    " and " + std::to_string(up.layout.rows) + " rows");
     return multiply("gated", x, {gate, up}, {gate_bias, up_bias}, true)[0];
 }
 
@@ -98,16 +112,19 @@ PackedMatrix quantized(const mx::array& packed, const mx::array& scales, const m
                        int bits, bool exact) {
     const char* op = "pack_quantized";
     expect(packed.ndim() == 2 && packed.dtype() == mx::uint32, op, "packed uint32 [O, words]", packed);
-    if (bits != 2 && bits != 3 && bits != 4 && bits != 6 && bits != 8)
-        throw std::invalid_argument("[pack_quantized] expected 2, 3, 4, 6 or 8 bits, got " + std::to_string(bits));
+    if (bits < 2 || bits > 8 || bits == 7)
+        throw std::invalid_argument("[pack_quantized] expected 2, 3, 4, 5, 6 or 8 bits, got " + std::to_string(bits));
     if (group_size != 32 && group_size != 64 && group_size != 128)
         throw std::invalid_argument("[pack_quantized] expected groups of 32, 64 or 128, got " + std::to_string(group_size));
     const int64_t columns = int64_t{packed.shape(1)} * 32 / bits;
     const mx::Shape groups{packed.shape(0), static_cast<int>(columns / group_size)};
-    const std::string expected = "scales and biases of one dtype, [" + std::to_string(groups[0]) + ", " +
-                                 std::to_string(groups[1]) + "] and columns a multiple of the group";
-    expect(scales.shape() == groups && columns % group_size == 0 && columns > 0, op, expected, scales);
-    expect(biases.shape() == groups && biases.dtype() == scales.dtype(), op, expected, biases);
+    const std::string group = std::to_string(group_size);
+    expect(packed.size() > 0 && packed.shape(1) * 32 % bits == 0 && columns % group_size == 0, op,
+           "rows, and columns a multiple of the group of " + group + " at " + std::to_string(bits) + " bits", packed);
+    const std::string numbers = "scales and biases of one dtype, [" + std::to_string(groups[0]) + ", " +
+                                std::to_string(groups[1]) + "]";
+    expect(scales.shape() == groups, op, numbers, scales);
+    expect(biases.shape() == groups && biases.dtype() == scales.dtype(), op, numbers, biases);
     Matrix matrix{nullptr, packed.shape(0), columns, bits <= 4 ? Kind::q4 : Kind::q8, kind_of(op, scales), group_size, exact};
     PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
     const mx::array p = ready(packed), s = ready(scales), b = ready(biases);
