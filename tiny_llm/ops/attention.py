@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.softmax import softmax
+
+_BLOCK_SIZE = 64  # tokens a block of the pool that the CPU kernel is given
 
 
 def causal_mask(T: int, S: int, *, offset: int) -> mx.array:
@@ -42,7 +45,29 @@ def attention_ref(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
     """Attention of q [T, H, D], at positions from ``offset``, over k, v [S, K, D]; see ``attention_ref``."""
     _check(q, k, v, offset)
+    if on_cpu("attention", q, k, v):
+        return _attention_cpu(q, k, v, scale, offset)
     return attention_ref(q, k, v, scale=scale, offset=offset)
+
+
+def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int) -> mx.array:
+    """The kernel reads keys and values from a pool of blocks; here they lie in one for this call alone."""
+    T, _, D = q.shape
+    seen, K = offset + T, k.shape[1]
+    blocks = -(-seen // _BLOCK_SIZE)
+    out, _, _ = cpu.attend(
+        q,
+        k[:seen],
+        v[:seen],
+        mx.zeros((blocks, K, D, _BLOCK_SIZE)),
+        mx.zeros((blocks, K, _BLOCK_SIZE, D)),
+        mx.arange(seen, dtype=mx.int32),
+        mx.arange(blocks, dtype=mx.int32)[None],
+        mx.array([0, T], mx.int32),
+        mx.array([seen], mx.int32),
+        scale,
+    )
+    return out
 
 
 def _check(q: mx.array, k: mx.array, v: mx.array, offset: int) -> None:
