@@ -56,14 +56,12 @@ class Pages:
         self.texts, self.size = texts, size
         self.tables = [order[end - n : end] for n, end in zip(counts, ends, strict=True)]
         self.done = [0] * len(texts)
-        blank = mx.full(
-            (len(order), kv_heads, dim, size), mx.nan, dtype
-        )  # what nobody wrote must not be read
+        blank = mx.full((len(order), kv_heads, dim, size), mx.nan, dtype)  # unwritten: not to be read
         self.keys, self.values = blank, mx.contiguous(blank.swapaxes(2, 3))
 
     def step(self, news: dict[int, int], **wrong: mx.array) -> mx.array:
         """Take in the next ``news[b]`` rows of each text b, in the order given; return their attention."""
-        rows = {b: range(self.done[b], self.done[b] + n) for b, n in news.items()}
+        size, rows = self.size, {b: range(self.done[b], self.done[b] + n) for b, n in news.items()}
         for b, n in news.items():
             self.done[b] += n
         width = max(len(self.tables[b]) for b in news)
@@ -113,7 +111,7 @@ def test_as_ref_has_it(
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_a_rows_bits_are_its_own(isa: str, dtype: mx.Dtype) -> None:
-    """In chunks of any size, in any company, from blocks of any size in any order, on any number of threads."""
+    """In chunks of any size, in any company, from any blocks in any order, on any number of threads."""
     mine, others = text(530), [text(290, seed=1), text(17, seed=2)]
     cpu.set_num_threads(1)
     whole = Pages([mine], dtype=dtype).step({0: 530})
@@ -181,7 +179,7 @@ def test_a_slot_of_minus_one_is_not_written() -> None:
 
 
 def run_steps(pages: Pages, steps: int, ahead: int) -> int:
-    """Peak bytes beyond the start's over ``steps`` single rows, ``ahead`` of them built before one is done."""
+    """Peak bytes beyond the start's over ``steps`` single rows, built ``ahead`` of those that are done."""
     waiting: list[mx.array] = []
     mx.eval(pages.keys, pages.values)
     before = mx.get_active_memory()
