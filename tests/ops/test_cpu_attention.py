@@ -66,9 +66,7 @@ class Pages:
             self.done[b] += n
         width = max(len(self.tables[b]) for b in news)
         numbers = {
-            "slots": [
-                self.tables[b][p // self.size] * self.size + p % self.size for b in news for p in rows[b]
-            ],
+            "slots": [self.tables[b][p // size] * size + p % size for b in news for p in rows[b]],
             "block_tables": [(self.tables[b] + [-1] * width)[:width] for b in news],
             "starts": [sum(list(news.values())[:i]) for i in range(len(news) + 1)],
             "context_lens": [self.done[b] for b in news],
