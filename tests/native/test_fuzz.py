@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
 from tiny_llm.ops import backend
+from tiny_llm.ops.argmax import argmax, argmax_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.linear import gated, linears
@@ -27,6 +28,7 @@ from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.softmax import softmax, softmax_ref
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+from tiny_llm.sampling.sampler import sample, sample_ref
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
 CASES = int(os.environ.get("TINY_LLM_FUZZ") or 1000)
@@ -323,6 +325,36 @@ def draw_attention(d: Draw) -> Case:
     return Case(what, len(places), run, [mx.concatenate(expected)], [1e-5 * max(map(largest, values))])
 
 
+def draw_argmax(d: Draw) -> Case:
+    """With equals among the values, now and then."""
+    x = d.array(max(1, d.rows()), d.size(3000))
+    x = mx.round(x) if d.choice.random() < 0.5 else x
+    return Case(f"argmax {x.shape}", x.shape[0], lambda at: [argmax(x[at])], [argmax_ref(x)], [0.0])
+
+
+def draw_sampling(d: Draw) -> Case:
+    """Rows with filters of their own, some of them greedy: the very tokens of ``ref``."""
+    logits = d.array(max(1, d.rows()), d.size(3000), scale=d.choice.choice([0.5, 3.0, 10.0]))
+    params = [
+        SamplingParams(
+            temperature=d.choice.choice([0.0, 0.3, 1.0, 2.0]),
+            top_k=d.choice.choice([0, 0, 1, 5, 50, 5000]),
+            top_p=d.choice.choice([1.0, 1.0, 0.9, 0.5, 0.01]),
+            min_p=d.choice.choice([0.0, 0.0, 0.05]),
+            seed=d.choice.getrandbits(32),
+        )
+        for _ in range(logits.shape[0])
+    ]
+    positions = [d.choice.randrange(100000) for _ in params]
+    return Case(
+        f"sample {logits.shape} {params}",
+        len(params),
+        lambda at: [sample(logits[at], params[at], positions[at])],
+        [sample_ref(logits, params, positions)],
+        [0.0],
+    )
+
+
 DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "rms_norm": draw_rms_norm,
     "swiglu": draw_swiglu,
@@ -332,6 +364,8 @@ DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "linear": draw_linear,
     "gated": draw_gated,
     "attention": draw_attention,
+    "argmax": draw_argmax,
+    "sampling": draw_sampling,
 }
 
 
@@ -353,7 +387,8 @@ def problem(case: Case, got: Sequence[mx.array]) -> str | None:
     for number, (result, expected, bound) in enumerate(zip(got, case.expected, case.bounds, strict=True)):
         if result.shape != expected.shape or result.dtype != expected.dtype:
             return f"output {number} is {result.dtype} {result.shape}, not {expected.dtype} {expected.shape}"
-        beyond = mx.max(mx.abs(result - expected) - bound).item() if result.size else 0.0
+        apart = mx.abs(result.astype(mx.float32) - expected.astype(mx.float32))
+        beyond = mx.max(apart - bound).item() if result.size else 0.0
         if not beyond <= 0:  # or NaN
             return f"output {number} is {beyond:.3g} further off than it may be"
     return None
