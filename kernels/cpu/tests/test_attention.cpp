@@ -20,7 +20,10 @@ float as_stored(float x, KvType type) {
         u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
         std::memcpy(&x, &u, 4);
     } else if (type == KvType::f16) {
-        x = float(_Float16(x));
+        int exponent;  // of eleven bits' last: older compilers have no half type for every processor
+        std::frexp(x, &exponent);
+        const float unit = std::ldexp(1.f, std::max(exponent, -13) - 11);
+        x = std::nearbyint(x / unit) * unit;
     }
     return x;
 }
