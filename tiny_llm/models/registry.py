@@ -29,7 +29,8 @@ from tiny_llm.data import Batch, KVCache, Matrix
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.ops.pack import pack, packs
+from tiny_llm.ops.backend import active
+from tiny_llm.ops.pack import pack
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.dummy import dummy_weights
@@ -171,7 +172,7 @@ def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) ->
 
     Backend "cpu" computes in float32. It keeps 16 bits of that where the weights have no more either.
     """
-    if not packs():
+    if active() != "cpu":
         return None
     packed = quantize is not None or config.quantization is not None
     return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
@@ -179,7 +180,7 @@ def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) ->
 
 def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.Dtype | None:
     """What floats become on loading; None: nothing else."""
-    if packed and packs():  # the kernels widen as they read: wider in memory would be slower, not finer
+    if packed and active() == "cpu":  # they widen as they read: wider in memory would be slower, not finer
         name = None if dtype == "float32" and quantize is None else dtype
     else:
         name = dtype or ("float32" if mx.default_device().type == mx.cpu else None)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
 
 import mlx.core as mx
 
@@ -35,7 +34,6 @@ __all__ = [
     "active",
     "choose",
     "cpu",
-    "cpu_kernels",
     "isa",
     "num_threads",
     "on_cpu",
@@ -152,8 +150,3 @@ def on_cpu(op: str, *arrays: mx.array) -> bool:
             fallbacks().add(op)
             return False
     return True
-
-
-def cpu_kernels(*arrays: mx.array) -> ModuleType | None:
-    """Give way to ``on_cpu`` and ``cpu``, whose calls mypy can check."""
-    return cpu if on_cpu("other", *arrays) else None

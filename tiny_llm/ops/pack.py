@@ -8,18 +8,13 @@ from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.ops.backend import active, cpu
 
 
-def packs() -> bool:
-    """Whether the backend in use has kernels of its own for matrices, and so a layout of its own."""
-    return active() == "cpu" and all(hasattr(cpu, name) for name in ("linear", "pack_dense", "embedding"))
-
-
 def pack(weight: Matrix, *, exact: bool) -> Matrix:
     """Return ``weight`` as the backend in use wants it, made now: its source is needed no more.
 
     ``cpu`` packs matrices and widens vectors to float32; ``ref`` takes all as it is. Without
     ``exact`` a quantized matrix meets activations of 8 bits, which is faster and a little off.
     """
-    if not packs():
+    if active() != "cpu":
         return weight
     if isinstance(weight, QuantizedTensor):
         parts = (weight.packed, weight.scales, weight.biases)
