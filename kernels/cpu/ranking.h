@@ -23,6 +23,13 @@ struct Bucket {
 constexpr int kBuckets = 1024, kShift = 17, kFirst = (127 - 6) << 6;
 constexpr int kBins = kBuckets + 1;  // the last bin, which nobody reads, takes -inf
 
+// Which of kWidth tokens, from id i on, are kept.
+static inline vi keeps(Cut cut, vf scores, int64_t i) {
+    vi lanes;
+    for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
+    return (scores > cut.score) | ((scores == cut.score) & (lanes + (int32_t)i <= cut.id));
+}
+
 struct Token {
     uint32_t distance;  // the bits of -score, which order as integers do
     int32_t id;
@@ -95,6 +102,19 @@ static inline Token* sort_tokens(Token* tokens, Token* spare, int64_t count) {
         tokens = sorted;
     }
     return tokens;
+}
+
+// A row ready to be ranked: scores are (logit - largest) / temperature. In this thread's scratch.
+static inline Row row_of(const float* logits, int64_t vocab, float largest, float temperature) {
+    const size_t bins = (chunks_of(vocab) + 1) * kBins;
+    Bucket* buckets = (Bucket*)scratch(1, bins * sizeof(Bucket) + vocab * sizeof(float));
+    float* scores = (float*)(buckets + bins);
+    for_chunks(vocab, [=](int64_t, int64_t begin, int64_t end) {
+        int64_t i = begin;
+        for (; i + kWidth <= end; i += kWidth) store(scores + i, (load(logits + i) - largest) / temperature);
+        for (; i < end; ++i) scores[i] = (logits[i] - largest) / temperature;
+    });
+    return {scores, vocab, buckets};
 }
 
 // The tokens of one bucket, best first; in this thread's scratch.

@@ -9,14 +9,6 @@ namespace {
 constexpr float kLeastTemperature = 1e-30f;  // still a normal float, and as good as greedy
 constexpr double kLeastTopP = 1e-30;
 
-void scale(const float* logits, int64_t vocab, float largest, float temperature, float* scores) {
-    for_chunks(vocab, [=](int64_t, int64_t begin, int64_t end) {
-        int64_t i = begin;
-        for (; i + kWidth <= end; i += kWidth) store(scores + i, (load(logits + i) - largest) / temperature);
-        for (; i < end; ++i) scores[i] = (logits[i] - largest) / temperature;
-    });
-}
-
 Cut filter(const Draw& draw, const Row& row) {
     const bool top_k = draw.top_k > 0 && draw.top_k < row.vocab, top_p = draw.top_p < 1;
     Cut cut{-INFINITY, -1};
@@ -36,12 +28,9 @@ struct Winner {
 // few of these to need it to the last bit, which a C library gives the same on every instruction set.
 Winner winner_of(const Row& row, Cut cut, Key key, int64_t begin, int64_t end) {
     Winner best{-INFINITY, 0};
-    vi lanes;
-    for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
     for (int64_t i = begin; i < end; i += kWidth) {
         const vf scores = logits_at(row.scores, i, end);
-        vi kept = (scores > cut.score) | ((scores == cut.score) & (lanes + (int32_t)i <= cut.id));
-        kept &= scores + kMostNoise > best.value;
+        vi kept = keeps(cut, scores, i) & (scores + kMostNoise > best.value);
         if (!any(kept)) continue;
         const vf u = uniform(random_words(key, i, row.vocab));
         kept &= scores + gumbel_nearly(u) > best.value - kNoiseError;
@@ -60,20 +49,15 @@ uint32_t draw_token(const float* logits, int64_t vocab, const Draw& draw) {
     // Where the largest is no finite number there is no distribution to draw from.
     if (!(draw.temperature > 0) || !(fabsf(largest.value) < INFINITY)) return place_of(logits, vocab, largest);
 
-    const int64_t chunks = chunks_of(vocab);
-    const size_t bytes = (chunks + 1) * kBins * sizeof(Bucket) + chunks * sizeof(Winner) + vocab * sizeof(float);
-    Bucket* buckets = (Bucket*)scratch(1, bytes);
-    Winner* winners = (Winner*)(buckets + (chunks + 1) * kBins);
-    float* scores = (float*)(winners + chunks);
-    const Row row{scores, vocab, buckets};
-    scale(logits, vocab, largest.value, fmaxf(draw.temperature, kLeastTemperature), scores);
+    const Row row = row_of(logits, vocab, largest.value, fmaxf(draw.temperature, kLeastTemperature));
     const Cut cut = filter(draw, row);
     const Key key = key_of(draw.seed, draw.position);
+    Winner* winners = (Winner*)scratch(3, row.chunks() * sizeof(Winner));
     for_chunks(vocab, [&](int64_t chunk, int64_t begin, int64_t end) {
         winners[chunk] = winner_of(row, cut, key, begin, end);
     });
     Winner best = winners[0];
-    for (int64_t i = 1; i < chunks; ++i)
+    for (int64_t i = 1; i < row.chunks(); ++i)
         if (winners[i].value > best.value) best = winners[i];
     return best.id;
 }

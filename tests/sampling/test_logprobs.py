@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
 
-from tiny_llm.sampling.logprobs import log_probabilities, top_logprobs
+from tiny_llm.ops import backend
+from tiny_llm.sampling.logprobs import log_probabilities, reported, reported_ref, top_logprobs
 
 pytestmark = pytest.mark.chapter("1.7")
+
+
+@pytest.fixture(params=backend.BACKENDS, autouse=True)
+def on_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file, once on each backend."""
+    if request.param == "cpu" and not backend.works():
+        pytest.skip("the CPU kernels are not built")
+    with backend.use(request.param):
+        yield
 
 
 def test_log_probabilities_are_a_log_softmax() -> None:
@@ -30,6 +41,31 @@ def test_chosen_token_first_then_the_likeliest() -> None:
 def test_values_agree_with_the_whole_row() -> None:
     logits = mx.random.normal((501,), key=mx.random.key(3)) * 3
     row = log_probabilities(logits[None])[0].tolist()
-    reported = top_logprobs(logits, 7, 5)
-    assert reported == {i: row[i] for i in reported}
-    assert list(reported.values())[1:] == sorted(row, reverse=True)[:5]
+    found = top_logprobs(logits, 7, 5)
+    assert found == pytest.approx({i: row[i] for i in found})
+    assert list(found.values())[1:] == pytest.approx(sorted(row, reverse=True)[:5])
+
+
+@pytest.mark.parametrize(("rows", "vocab", "count"), [(3, 1, 1), (40, 700, 20), (2, 40001, 5)])
+def test_rows_are_as_ref_has_them(rows: int, vocab: int, count: int) -> None:
+    """Many equal logits, so that the order of ids is seen; every third token cannot come."""
+    logits = mx.round(mx.random.normal((rows, vocab), key=mx.random.key(vocab)) * 3)
+    logits = mx.where(mx.arange(vocab) % 3 == 2, -mx.inf, logits)
+    logits = mx.where(mx.arange(vocab) < 2 * count, logits + 40, logits)  # so that none is left out by chance
+    tokens = (mx.arange(rows) * 7 % vocab).astype(mx.uint32)
+    chosen, ids, values = reported(logits, tokens, count)
+    own, best, theirs = reported_ref(logits, tokens, count)
+    assert (chosen.shape, ids.shape, values.shape) == ((rows,), (rows, count), (rows, count))
+    assert chosen.tolist() == pytest.approx(own.tolist(), rel=1e-6, abs=1e-6)
+    assert values.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-6) for row in theirs.tolist()]
+    if vocab < 1000:  # argpartition picks any of equals at its edge
+        assert ids.tolist() == best.tolist()
+
+
+def test_tokens_that_cannot_come_are_last_and_a_row_of_nan_is_nan() -> None:
+    logits = mx.array([[-math.inf, 1.0, -math.inf, 1.0], [0.0, math.nan, 2.0, 0.0]])
+    chosen, ids, values = reported(logits, mx.array([3, 0], mx.uint32), 4)
+    assert ids[0].tolist() == [1, 3, 0, 2]
+    assert values[0].tolist() == pytest.approx([-math.log(2), -math.log(2), -math.inf, -math.inf])
+    assert chosen[0].item() == pytest.approx(-math.log(2))
+    assert mx.all(mx.isnan(values[1])).item() and math.isnan(chosen[1].item())

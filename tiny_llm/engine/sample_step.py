@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from tiny_llm.engine.request import Choice
 from tiny_llm.engine.stats import StepClock
-from tiny_llm.sampling.logprobs import log_probabilities
+from tiny_llm.sampling.logprobs import Reported, named, reported
 from tiny_llm.sampling.penalties import changes_logits, penalize
 from tiny_llm.sampling.sampler import sample
 
@@ -34,11 +34,11 @@ def draw(logits: mx.array, choices: Sequence[Choice], clock: StepClock) -> list[
     positions = [len(c.request.prompt) + len(c.answer.token_ids) for c in choices]
     tokens = sample(scores, [c.params for c in choices], positions)
     asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
-    reported = _logprobs(logits, tokens, asked, choices) if asked else ()
+    report = _report(logits, tokens, asked, choices) if asked else ()
     clock.lap("sample")
-    mx.eval(tokens, finite, *reported)
+    mx.eval(tokens, finite, *report)
     clock.lap("forward")  # and the drawing itself, which is a part of the same evaluation
-    logprobs = dict(zip(asked, _named(tokens, asked, choices, reported), strict=True)) if asked else {}
+    logprobs = dict(zip(asked, _named(tokens, asked, choices, report), strict=True)) if asked else {}
     ids, good = cast(list[int], tokens.tolist()), cast(list[bool], finite.tolist())
     drawn = [
         Drawn(token, logprobs.get(row), errors[row] or (None if ok else NOT_FINITE))
@@ -77,27 +77,21 @@ def _processed(row: mx.array, choice: Choice, errors: list[str | None], number: 
     return scores
 
 
-def _logprobs(
-    logits: mx.array, tokens: mx.array, asked: list[int], choices: Sequence[Choice]
-) -> tuple[mx.array, mx.array, mx.array]:
-    """For rows that ask: the chosen token's log-probability [n], and the likeliest: ids, values [n, k]."""
-    at = mx.array(asked)
-    logp = log_probabilities(logits[at])
-    chosen = mx.take_along_axis(logp, tokens[at][:, None].astype(mx.int32), axis=-1)[:, 0]
-    most = max(cast(int, choices[row].params.logprobs) for row in asked)
-    best = mx.argpartition(-logp, min(most, logp.shape[-1] - 1), axis=-1)[:, :most]
-    return chosen, best, mx.take_along_axis(logp, best, axis=-1)
+def _report(logits: mx.array, tokens: mx.array, asked: list[int], choices: Sequence[Choice]) -> Reported:
+    """For rows that ask: as many of the likeliest as any of them wants."""
+    at, most = mx.array(asked), max(cast(int, choices[row].params.logprobs) for row in asked)
+    return reported(logits[at], tokens[at], most)
 
 
 def _named(
-    tokens: mx.array, asked: list[int], choices: Sequence[Choice], reported: Sequence[mx.array]
+    tokens: mx.array, asked: list[int], choices: Sequence[Choice], report: Sequence[mx.array]
 ) -> list[dict[int, float]]:
     """{token id: log-probability} a row: the chosen one first, then as many of the best as it asked for."""
     ids = cast(list[int], tokens.tolist())
-    chosen, best, values = (cast(list[list[float]], array.tolist()) for array in reported)
-    named = []
-    for row, own, row_ids, row_values in zip(asked, chosen, best, values, strict=True):
-        ranked = sorted(zip(row_ids, row_values, strict=True), key=lambda entry: (-entry[1], entry[0]))
-        few = ranked[: cast(int, choices[row].params.logprobs)]
-        named.append({ids[row]: cast(float, own)} | {cast(int, i): v for i, v in few})
-    return named
+    chosen, best, values = (cast(list[list[float]], array.tolist()) for array in report)
+    few = [cast(int, choices[row].params.logprobs) for row in asked]
+    rows = zip(asked, chosen, best, values, few, strict=True)
+    return [
+        named(ids[row], cast(float, own), cast(list[int], row_ids[:most]), row_values[:most])
+        for row, own, row_ids, row_values, most in rows
+    ]

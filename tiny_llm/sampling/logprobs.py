@@ -10,6 +10,10 @@ from typing import cast
 
 import mlx.core as mx
 
+from tiny_llm.ops.backend import cpu, on_cpu
+
+Reported = tuple[mx.array, mx.array, mx.array]
+
 
 def log_probabilities(logits: mx.array) -> mx.array:
     """Log-softmax over the vocabulary: [R, V] -> float32 [R, V], ``x - log(sum(exp(x)))``."""
@@ -18,15 +22,40 @@ def log_probabilities(logits: mx.array) -> mx.array:
     return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
 
 
+def reported(logits: mx.array, tokens: mx.array, count: int) -> Reported:
+    """Return what is reported of each row, lazily, for logits [R, V] and chosen tokens uint32 [R].
+
+    The tokens' own log-probabilities [R]; the ids [R, k] of the ``count`` likeliest, best first,
+    k being ``count`` or V; and their log-probabilities [R, k].
+    """
+    scores, count = logits.astype(mx.float32), min(count, logits.shape[-1])
+    if on_cpu("logprobs", scores):
+        return cpu.logprobs(scores, tokens, count)
+    return reported_ref(scores, tokens, count)
+
+
+def reported_ref(logits: mx.array, tokens: mx.array, count: int) -> Reported:
+    """Plain mlx.core: all log-probabilities, of which a few are taken."""
+    logp = log_probabilities(logits)
+    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+    best = mx.argpartition(-logp, min(count, logp.shape[-1] - 1), axis=-1)[:, :count]
+    best = mx.sort(best, axis=-1)  # so that the lower id is first among equals
+    order = mx.argsort(-mx.take_along_axis(logp, best, axis=-1), axis=-1)
+    best = mx.take_along_axis(best, order, axis=-1)
+    return chosen, best, mx.take_along_axis(logp, best, axis=-1)
+
+
+def named(token: int, chosen: float, ids: list[int], values: list[float]) -> dict[int, float]:
+    """One row's report as {token id: log-probability}: the chosen one first, and not repeated."""
+    return {token: chosen} | dict(zip(ids, values, strict=True))
+
+
 def top_logprobs(logits: mx.array, token: int, count: int) -> dict[int, float]:
     """The chosen token's log-probability, then the ``count`` likeliest, best first: logits [V].
 
     The chosen one is not repeated, so there are ``count`` or ``count + 1`` entries.
     Evaluates its arrays.
     """
-    logp = log_probabilities(logits[None])[0]
-    best = mx.argpartition(-logp, min(count, logp.size - 1))[:count]
-    ids = [token, *cast(list[int], best.tolist())]
-    values = cast(list[float], logp[mx.array(ids)].tolist())
-    chosen, *likeliest = zip(ids, values, strict=True)
-    return dict([chosen, *sorted(likeliest, key=lambda entry: (-entry[1], entry[0]))])
+    rows = reported(logits[None], mx.array([token], mx.uint32), count)
+    chosen, ids, values = (cast(list[list[float]], array.tolist()) for array in rows)
+    return named(token, cast(float, chosen[0]), cast(list[int], ids[0]), values[0])

@@ -9,6 +9,7 @@ void bind_argmax(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_embedding(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_logprobs(nanobind::module_& m);
 void bind_matrix(nanobind::module_& m);
 void bind_pages(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
