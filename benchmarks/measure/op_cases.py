@@ -122,6 +122,8 @@ def _small_cases(config: ModelConfig, rows: int, exact: bool) -> Iterator[Case]:
     tokens = mx.arange(rows, dtype=mx.int32)
     logits = mx.random.normal((min(rows, 16), config.vocab_size))
     greedy = [SamplingParams()] * logits.shape[0]
+    filtered = [SamplingParams(temperature=1, top_k=50, top_p=0.95, seed=0)] * len(greedy)
+    free = [SamplingParams(temperature=1, seed=0)] * len(greedy)
     table = _matrices((config.vocab_size, E), 1, exact)[0]
     mx.eval(x, y, ones, q, k, positions, turns, tokens, logits)
     heads = float(rows * (H + K) * D)
@@ -131,5 +133,11 @@ def _small_cases(config: ModelConfig, rows: int, exact: bool) -> Iterator[Case]:
         ("embedding", partial(embedding, tokens, table), float(rows * E)),
         ("softmax over the vocabulary", partial(softmax, logits), 2.0 * logits.size),
         ("greedy token", partial(sample, logits, greedy, [0] * len(greedy)), float(logits.size)),
+        (
+            "token of top 50 and 0.95",
+            partial(sample, logits, filtered, [0] * len(greedy)),
+            float(logits.size),
+        ),
+        ("token at temperature 1", partial(sample, logits, free, [0] * len(greedy)), float(logits.size)),
     ):
         yield Case(name, [call] * SMALL_CALLS, numbers * FLOAT, 0.0)

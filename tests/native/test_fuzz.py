@@ -28,6 +28,7 @@ from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.softmax import softmax, softmax_ref
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+from tiny_llm.sampling.logprobs import reported, reported_ref
 from tiny_llm.sampling.sampler import sample, sample_ref
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
@@ -355,6 +356,22 @@ def draw_sampling(d: Draw) -> Case:
     )
 
 
+def draw_logprobs(d: Draw) -> Case:
+    """The likeliest tokens' values; their ids may differ where two are equal."""
+    rows, vocab = max(1, d.rows()), d.size(1500)
+    logits, count = d.array(rows, vocab, scale=d.magnitude()), d.choice.randint(0, min(vocab, 40))
+    tokens = mx.array([d.choice.randrange(vocab) for _ in range(rows)], dtype=mx.uint32)
+    chosen, _, values = reported_ref(logits, tokens, count)
+    bound = 2e-6 * (1 + largest(logits))
+    return Case(
+        f"logprobs {logits.shape} of {count}",
+        rows,
+        lambda at: reported(logits[at], tokens[at], count)[::2],
+        [chosen, values],
+        [bound, bound],
+    )
+
+
 DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "rms_norm": draw_rms_norm,
     "swiglu": draw_swiglu,
@@ -366,6 +383,7 @@ DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "attention": draw_attention,
     "argmax": draw_argmax,
     "sampling": draw_sampling,
+    "logprobs": draw_logprobs,
 }
 
 

@@ -29,10 +29,11 @@ class Drawn:
 def draw(logits: mx.array, choices: Sequence[Choice], clock: StepClock) -> list[Drawn]:
     """Choose a token for each choice from its row of logits [R, V]. The step's one evaluation."""
     errors: list[str | None] = [None] * len(choices)
-    finite = mx.isfinite(mx.sum(logits.astype(mx.float32), axis=-1))
     scores = _changed(logits, choices, errors)
     positions = [len(c.request.prompt) + len(c.answer.token_ids) for c in choices]
     tokens = sample(scores, [c.params for c in choices], positions)
+    # A NaN or an infinity among a row's logits is what gets drawn, so not all need be looked at.
+    finite = mx.isfinite(mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
     asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
     report = _report(logits, tokens, asked, choices) if asked else ()
     clock.lap("sample")

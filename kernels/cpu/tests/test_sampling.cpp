@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "../argmax.h"
+#include "../logprobs.h"
 #include "../pool.h"
 #include "check.h"
 
@@ -194,4 +195,37 @@ TEST(argmax_is_the_first_of_the_largest_or_the_first_nan) {
     });
     argmax({nullptr, nullptr, 0, 5});
     sampling({nullptr, nullptr, nullptr, 0, 5});
+}
+
+TEST(logprobs_match_float64) {
+    on_each_isa([] {
+        for (int64_t vocab : kVocabularies)
+            for (int kind = 0; kind < 5; ++kind)
+                for (int64_t count : {int64_t(0), int64_t(1), std::min<int64_t>(vocab, 20), std::min<int64_t>(vocab, 3000)}) {
+                    const auto row = logits_like(kind, vocab);
+                    const float top = row[plain_argmax(row.data(), vocab)];
+                    if (top == -kInfinity) continue;
+                    double total = 0;
+                    for (float x : row) total += std::exp(double(x) - top);
+                    std::vector<uint32_t> order(vocab), tokens = {uint32_t(vocab / 2), uint32_t(vocab)};
+                    std::iota(order.begin(), order.end(), 0);
+                    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return row[a] > row[b]; });
+                    std::vector<float> two(row), chosen(2), values(2 * count);
+                    two.insert(two.end(), row.begin(), row.end());
+                    std::vector<uint32_t> ids(2 * count);
+                    logprobs({two.data(), tokens.data(), chosen.data(), ids.data(), values.data(), 2, vocab, count});
+                    std::vector<double> expected;
+                    for (int r = 0; r < 2; ++r)
+                        for (int64_t i = 0; i < count; ++i) expected.push_back(double(row[order[i]]) - top - std::log(total));
+                    for (int64_t i = 0; i < 2 * count; ++i) {
+                        const bool same = ids[i] == order[i % count] || row[ids[i]] - top == row[order[i % count]] - top;
+                        const double d = expected[i] == -kInfinity ? values[i] != -kInfinity : values[i] - expected[i];
+                        CHECK(same && std::fabs(d) <= 1e-6 * (1 + std::fabs(expected[i])), "vocab %d kind %d place %d: %u %g",
+                              int(vocab), kind, int(i), ids[i], values[i]);
+                    }
+                    const double own = double(row[vocab / 2]) - top - std::log(total);
+                    CHECK(own == -kInfinity ? chosen[0] == own : std::fabs(chosen[0] - own) <= 1e-6 * (1 + std::fabs(own)));
+                    CHECK(std::isnan(chosen[1]), "a token outside of the vocabulary");
+                }
+    });
 }
