@@ -7,6 +7,7 @@ logit rows, ``H`` query heads, ``K`` key/value heads, ``D`` head dim, ``V`` voca
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
@@ -211,6 +212,9 @@ Status = Literal["waiting", "running", "finished"]
 class Sequence:
     """One stream of tokens: a prompt and what was made of it. The Scheduler is its only writer.
 
+    ``tokens`` is an array("i"): half a list's memory, and Python's garbage collector, which would
+    look at each token of each list again and again (0.1 s for 1,000 long prompts), passes it by.
+
     ``tokens[:computed]`` have their keys and values in the cache, or in its host copy.
     ``priority`` is higher for the more urgent. ``arrival`` and ``deadline`` are seconds of one
     clock. Blocks are shared only between sequences of the same ``salt``. ``cached_tokens``
@@ -218,7 +222,7 @@ class Sequence:
     """
 
     id: int
-    tokens: list[int]
+    tokens: array[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     arrival: float = 0.0
@@ -244,9 +248,9 @@ class PlanItem(NamedTuple):
     """
 
     seq_id: int
-    tokens: list[int]
+    tokens: array[int]
     start: int
-    blocks: list[int]
+    blocks: array[int]
     logit_rows: int
 
 
@@ -286,8 +290,7 @@ class Advance(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a step, a time-out or a cancel did to a sequence: its new tokens, and whether it ended."""
+    """A sequence that ended otherwise than by an Advance: cancelled, too late, or in a step that failed."""
 
     seq_id: int
-    tokens: Collection[int]
-    finish_reason: EndReason | None = None
+    finish_reason: EndReason

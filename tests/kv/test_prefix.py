@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
-from tiny_llm.kv.prefix import Content, PrefixCache, chain, encode, root
+from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
 
 
-def content(parent: bytes, tokens: list[int]) -> Content:
-    return Content(chain(parent, encode(tokens)), parent, encode(tokens))
+def full(before: bytes, tokens: list[int]) -> bytes:
+    return content(before, encode(tokens), chain(before, encode(tokens)))
 
 
 def test_a_name_depends_on_salt_tokens_and_all_that_went_before() -> None:
@@ -29,7 +29,7 @@ def test_names_are_the_same_in_every_process() -> None:
 
 def test_a_block_is_found_until_it_is_forgotten() -> None:
     cache = PrefixCache()
-    held = content(root(""), [1, 2, 3])
+    held = full(root(""), [1, 2, 3])
     assert cache.find(held) is None
     cache.add(7, held)
     assert cache.find(held) == 7 and 7 in cache and len(cache) == 1
@@ -39,21 +39,22 @@ def test_a_block_is_found_until_it_is_forgotten() -> None:
 
 def test_equal_names_of_unequal_blocks_do_not_mix() -> None:
     cache = PrefixCache()
-    held = content(root(""), [1, 2, 3])
-    cache.add(7, held)
-    assert cache.find(held._replace(tokens=encode([1, 2, 4]))) is None, "tokens are compared"
-    assert cache.find(held._replace(parent=root("other"))) is None, "and what they follow"
+    before, name = root(""), b"n" * 32
+    cache.add(7, content(before, encode([1, 2, 3]), name))
+    assert cache.find(content(before, encode([1, 2, 3]), name)) == 7
+    assert cache.find(content(before, encode([1, 2, 4]), name)) is None, "tokens are compared"
+    assert cache.find(content(root("other"), encode([1, 2, 3]), name)) is None, "and what they follow"
 
 
 def test_the_part_that_begins_alike_is_found() -> None:
     cache = PrefixCache()
     start = root("")
-    cache.add(7, content(start, [1, 2, 3, 4]))
+    cache.add(7, full(start, [1, 2, 3, 4]))
     assert cache.find_part(start, encode([1, 2, 9])) == (7, 2)
     assert cache.find_part(start, encode([1, 2, 3, 4, 5])) == (7, 4)
     assert cache.find_part(start, encode([2, 2])) == (-1, 0)
     assert cache.find_part(root("other"), encode([1, 2])) == (-1, 0)
-    cache.add(8, Content(b"", start, encode([1, 2, 9])))
+    cache.add(8, content(start, encode([1, 2, 9])))
     assert cache.find_part(start, encode([1, 2, 9])) == (8, 3), "the newest that begins so"
     cache.forget(8)
     assert cache.find_part(start, encode([1, 2, 9])) == (-1, 0)
@@ -62,9 +63,9 @@ def test_the_part_that_begins_alike_is_found() -> None:
 def test_a_block_that_fills_up_replaces_what_it_was_found_by() -> None:
     cache = PrefixCache()
     start = root("")
-    cache.add(7, Content(b"", start, encode([1, 2])))
-    full = content(start, [1, 2, 3])
-    assert cache.find(full) is None
-    cache.add(7, full)
-    assert cache.find(full) == 7 and len(cache) == 1
+    cache.add(7, content(start, encode([1, 2])))
+    held = full(start, [1, 2, 3])
+    assert cache.find(held) is None
+    cache.add(7, held)
+    assert cache.find(held) == 7 and len(cache) == 1
     assert cache.find_part(start, encode([1, 2, 3])) == (7, 3)

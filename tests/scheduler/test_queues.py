@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 
-OPERATIONS = st.lists(st.tuples(st.sampled_from(["add", "take", "first"]), st.integers(0, 9)), max_size=300)
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["add", "take", "first"]), st.integers(0, 9)), min_size=60, max_size=300
+)
 
 
 @given(OPERATIONS)

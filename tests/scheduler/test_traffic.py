@@ -7,6 +7,7 @@ with the one that the request gets alone.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from math import inf
@@ -154,7 +155,7 @@ class Traffic(RuleBasedStateMachine):
     ) -> None:
         seq = Sequence(
             next(self.ids),
-            [int(i == odd) for i in range(length)],
+            array("i", [int(i == odd) for i in range(length)]),
             SamplingParams(max_tokens=most),
             priority=priority,
             arrival=self.now,
@@ -199,7 +200,7 @@ class Traffic(RuleBasedStateMachine):
         if self.live:
             seq_id = list(self.live)[pick % len(self.live)]
             output = self.scheduler.cancel(seq_id)
-            assert output == Output(seq_id, (), "cancelled") and self.scheduler.cancel(seq_id) is None
+            assert output == Output(seq_id, "cancelled") and self.scheduler.cancel(seq_id) is None
             assert self.live.pop(seq_id).finish_reason == "cancelled"
             self.seen["cancelled"] += 1
 
@@ -246,11 +247,11 @@ class Traffic(RuleBasedStateMachine):
         plan = self._schedule()
         self.model.move(plan)
         advances = list(self._advances(plan))
-        for output in self.scheduler.commit(plan, advances):
-            if child := self.scheduler.sequence(output.seq_id):
-                self.live[output.seq_id] = child
-            if output.finish_reason:
-                self._ended(output)
+        for advance in self.scheduler.commit(plan, advances):
+            if child := self.scheduler.sequence(advance.seq_id):
+                self.live[advance.seq_id] = child
+            if advance.finish_reason:
+                self._ended(advance)
         self.scheduler.speed.observe(plan, 0.5 + 0.1 * plan.decodes + 0.3 * plan.chunk_tokens)
         self.scheduler.check_integrity()
         self.seen["steps"] += 1
@@ -282,7 +283,7 @@ class Traffic(RuleBasedStateMachine):
         assert len({item.seq_id for item in plan.items}) == len(plan.items)
         for index, item in enumerate(plan.items):
             seq, end = self.live[item.seq_id], item.start + len(item.tokens)
-            assert item.start == seq.computed and item.tokens == seq.tokens[item.start : end] != []
+            assert item.start == seq.computed and item.tokens == seq.tokens[item.start : end] and item.tokens
             assert item.logit_rows == (end == len(seq.tokens))
             assert len(item.blocks) * SIZE >= end and max(item.blocks) < plan.num_blocks
             assert index >= plan.decodes or len(item.tokens) == 1
@@ -321,14 +322,14 @@ class Traffic(RuleBasedStateMachine):
         self.forks_to_come[seq_id] = 0
         return self._advance(seq, seq_id, state)
 
-    def _ended(self, output: Output) -> None:
-        seq = self.live.pop(output.seq_id, None)
+    def _ended(self, ended: Advance) -> None:
+        seq = self.live.pop(ended.seq_id, None)
         if seq is not None:  # else a fork that ended with its first token
-            assert seq.tokens[seq.prompt_len :] == alone(seq, self.branch[seq.id]), (
+            assert list(seq.tokens[seq.prompt_len :]) == alone(seq, self.branch[seq.id]), (
                 "another answer than alone"
             )
-            assert seq.finish_reason == output.finish_reason
-        assert self.scheduler.sequence(output.seq_id) is None
+            assert seq.finish_reason == ended.finish_reason
+        assert self.scheduler.sequence(ended.seq_id) is None
         self.seen["answered"] += 1
 
 

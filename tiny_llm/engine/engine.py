@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -144,7 +145,7 @@ class Engine:
         deadline = now + timeout_s if timeout_s is not None else float("inf")
         own = replace(params, max_tokens=limit)
         self.scheduler.add(
-            TokenSequence(number, list(prompt), own, priority, now, deadline=deadline, salt=salt)
+            TokenSequence(number, array("i", prompt), own, priority, now, deadline=deadline, salt=salt)
         )
         self._requests[number] = request
         self._choices[number] = request.choices[0]

@@ -13,13 +13,14 @@ Every operation costs O(1) a block; none looks at all blocks or all tables, but 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from sys import maxsize
 from typing import NamedTuple
 
 from tiny_llm.errors import ConfigError
-from tiny_llm.kv.prefix import Content, PrefixCache, chain, encode, root
+from tiny_llm.kv.prefix import DIGEST, PrefixCache, chain, content, encode, root
 
 
 class BlockTable:
@@ -29,12 +30,12 @@ class BlockTable:
     the next block is full, to be registered. ``host`` has the host slots while swapped out.
     """
 
-    __slots__ = ("blocks", "digests", "full_at", "host", "host_tokens", "root", "writable")
+    __slots__ = ("blocks", "full_at", "host", "host_tokens", "names", "root", "writable")
 
     def __init__(self, root: bytes) -> None:
         self.root = root
-        self.blocks: list[int] = []
-        self.digests: list[bytes] = []  # names of its full blocks, as far as they were needed
+        self.blocks = array("i")
+        self.names = bytearray()  # digests of its full blocks, one after the other, as far as needed
         self.full_at = maxsize
         self.writable = 0
         self.host: list[int] = []
@@ -88,8 +89,8 @@ class BlockManager:
         self.max_blocks = max_blocks
         self.prefix = PrefixCache() if prefix_cache else None
         self._slab = slab
-        self._refs: list[int] = []  # in how many tables each block is
-        self._free: list[int] = []
+        self._refs = array("i")  # in how many tables each block is
+        self._free = array("i")
         self._cached: OrderedDict[int, None] = OrderedDict()  # in no table, but registered; oldest first
         self._host_blocks = host_blocks
         self._host_free = list(reversed(range(host_blocks)))
@@ -130,7 +131,8 @@ class BlockManager:
         for block in hits:
             self._share(block)
         source, alike = (-1, 0) if table.host else self._part(table, tokens, len(hits))
-        table.blocks = hits + [self._take() for _ in range(fresh)]
+        table.blocks = array("i", hits)
+        table.blocks.extend(self._take() for _ in range(fresh))
         table.writable = len(table.blocks) * self.block_size
         known = len(hits) * self.block_size
         table.full_at = known + self.block_size if self.prefix is not None else maxsize
@@ -152,7 +154,7 @@ class BlockManager:
             self._moves.copies.append((blocks[first], copy))
             self._drop(blocks[first])
             blocks[first] = copy
-        blocks += [self._take() for _ in range(more)]
+        blocks.extend(self._take() for _ in range(more))
         table.writable = len(blocks) * self.block_size
         return True
 
@@ -164,10 +166,10 @@ class BlockManager:
         while table.full_at <= computed:
             assert self.prefix is not None
             index = table.full_at // self.block_size - 1
-            content = self._content(table, tokens, index)
-            block, known = table.blocks[index], self.prefix.find(content)
+            held = self._content(table, tokens, index)
+            block, known = table.blocks[index], self.prefix.find(held)
             if known is None:
-                self.prefix.add(block, content)
+                self.prefix.add(block, held)
             elif known != block:
                 self._share(known)
                 self._drop(block)
@@ -178,7 +180,7 @@ class BlockManager:
         """A second table of the same ``computed`` tokens, which shares every block."""
         child = BlockTable(table.root)
         child.blocks = table.blocks[: self.blocks_for(computed)]
-        child.digests = table.digests.copy()
+        child.names = table.names.copy()
         child.full_at = table.full_at
         for block in child.blocks:
             self._refs[block] += 1
@@ -192,7 +194,7 @@ class BlockManager:
             self._register_part(table, tokens, computed)
         for block in reversed(table.blocks):  # a prefix outlives what follows it
             self._drop(block)
-        table.blocks = []  # not cleared: the plan of a step may still refer to the old list
+        table.blocks = array("i")  # not cleared: the plan of a step may still refer to the old one
         table.writable = 0
         self._host_free += table.host
         table.host = []
@@ -227,8 +229,8 @@ class BlockManager:
         """Add ``count`` blocks to the pool, as far as ``max_blocks`` allows."""
         old = len(self._refs)
         new = min(old + count, self.max_blocks)
-        self._refs += [0] * (new - old)
-        self._free[:0] = reversed(range(old, new))  # the lowest are used first, so that slabs can go
+        self._refs.extend([0] * (new - old))
+        self._free[:0] = array("i", reversed(range(old, new)))  # lowest first, so that slabs can go
 
     def shrink(self) -> None:
         """Give back the slabs at the pool's end of which no block is used; what they cached is forgotten."""
@@ -236,7 +238,7 @@ class BlockManager:
         capacity = min(-(-(used + 1) // self._slab) * self._slab, len(self._refs))
         for block in [block for block in self._cached if block >= capacity]:
             self._evict(block)
-        self._free = [block for block in self._free if block < capacity]
+        self._free = array("i", (block for block in self._free if block < capacity))
         del self._refs[capacity:]
 
     def clear(self) -> None:
@@ -295,28 +297,28 @@ class BlockManager:
         rest = tokens[start : min(start + self.block_size, len(tokens) - 1)]
         if self.prefix is None or not rest:
             return -1, 0
-        return self.prefix.find_part(self._parent(table, index), encode(rest))
+        return self.prefix.find_part(self._before(table, index), encode(rest))
 
     def _register_part(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
         index = computed // self.block_size
         rest = encode(tokens[index * self.block_size : computed])
         if self.prefix is not None and rest:
-            parent, block = self._parent(table, index), table.blocks[index]
-            known, alike = self.prefix.find_part(parent, rest)
+            before, block = self._before(table, index), table.blocks[index]
+            known, alike = self.prefix.find_part(before, rest)
             if known != block and alike < computed % self.block_size:
-                self.prefix.add(block, Content(b"", parent, rest))
+                self.prefix.add(block, content(before, rest))
 
-    def _content(self, table: BlockTable, tokens: Sequence[int], index: int) -> Content:
+    def _content(self, table: BlockTable, tokens: Sequence[int], index: int) -> bytes:
         """What the table's full block ``index`` is to hold; each name is computed once."""
         start = index * self.block_size
         own = encode(tokens[start : start + self.block_size])
-        parent = self._parent(table, index)
-        if index == len(table.digests):
-            table.digests.append(chain(parent, own))
-        return Content(table.digests[index], parent, own)
+        before = self._before(table, index)
+        if len(table.names) == index * DIGEST:
+            table.names += chain(before, own)
+        return content(before, own, _name(table, index))
 
-    def _parent(self, table: BlockTable, index: int) -> bytes:
-        return table.digests[index - 1] if index else table.root
+    def _before(self, table: BlockTable, index: int) -> bytes:
+        return _name(table, index - 1) if index else table.root
 
     def _swap_in(self, table: BlockTable, hits: int) -> int:
         """Bring back what the prefix cache did not have; return how many tokens are there now."""
@@ -355,3 +357,7 @@ class BlockManager:
                 self._cached[block] = None
             else:
                 self._free.append(block)
+
+
+def _name(table: BlockTable, index: int) -> bytes:
+    return bytes(table.names[index * DIGEST : (index + 1) * DIGEST])

@@ -141,12 +141,13 @@ class Scheduler:
             chunk_context=step.chunk_context,
         )
 
-    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Output]:
+    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Advance]:
         """Take in what a step brought: an advance for each item with logit rows, in their order.
 
-        An item whose sequence has ended in the meantime is passed over.
+        Returns those that count, forks among them: an item whose sequence has ended in the meantime
+        is passed over.
         """
-        outputs: list[Output] = []
+        taken: list[Advance] = []
         entries, remaining = self._entries, iter(advances)
         for item in plan.items:
             advance = next(remaining) if item.logit_rows else None
@@ -156,17 +157,18 @@ class Scheduler:
             seq, end = entry.seq, item.start + len(item.tokens)
             if advance is not None:
                 assert advance.seq_id == item.seq_id
+                taken.append(advance)
                 if advance.forks:
-                    outputs += self._fork(entry, advance.forks)
+                    taken += advance.forks
+                    self._fork(entry, advance.forks)
                 seq.tokens.extend(advance.tokens)
-                outputs.append(Output(item.seq_id, advance.tokens, advance.finish_reason))
                 end = min(end, len(seq.tokens) - 1)  # a draft's rejected tokens are not held
             seq.computed = end
             if end >= entry.table.full_at:
                 self.blocks.register(entry.table, seq.tokens, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
-        return outputs
+        return taken
 
     def abandon(self, plan: Plan) -> list[Output]:
         """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
@@ -303,12 +305,13 @@ class Scheduler:
         swap_ms = self.blocks.blocks_for(computed) * self.settings.swap_ms_per_block
         return swap_ms < self.speed.chunk_ms(0, computed)
 
-    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> Iterable[Output]:
+    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> None:
         """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
         seq = entry.seq
         for fork in forks:
             assert fork.seq_id not in self._entries
-            child = replace(seq, id=fork.seq_id, tokens=[*seq.tokens, *fork.tokens], cached_tokens=0)
+            child = replace(seq, id=fork.seq_id, tokens=seq.tokens[:], cached_tokens=0)
+            child.tokens.extend(fork.tokens)
             table = self.blocks.fork(entry.table, len(seq.tokens))
             branch = _Entry(child, table, self.settings.ageing_s)
             child.computed = len(seq.tokens)
@@ -321,7 +324,6 @@ class Scheduler:
                 self._wait(branch)
             if fork.finish_reason:
                 self._end(branch, fork.finish_reason)
-            yield Output(fork.seq_id, fork.tokens, fork.finish_reason)
 
     def _enter(self, entry: _Entry) -> None:
         self._entries[entry.seq.id] = entry
@@ -344,4 +346,4 @@ class Scheduler:
         del self._entries[seq.id]
         seq.status = "finished"
         seq.finish_reason = reason
-        return Output(seq.id, (), reason)
+        return Output(seq.id, reason)
