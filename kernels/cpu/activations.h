@@ -1,9 +1,10 @@
 // The rows of x as the quantized kernels read them. Owns rounding to int8 and the order in memory. Kernel files only.
 //
-// Rows go in even blocks, side by side, so that a kernel of R rows reads one stream:
+// Rows go in even blocks. A block of R rows is in one of these orders:
 //   words   [k / 4][R]  four int8 of a row; within each 8 inputs k = 0 2 4 6, then 1 3 5 7 (matrix.h)
-//   values  [k][R]      floats in their place, where activations are exact
-//   scales, sums  [group][R]
+//   rows    [R][k / 4]  the same, for tile registers
+//   floats  [k][R]      in their place, where activations are exact
+// and with it are scales and sums [group][R].
 // A row's numbers depend on that row alone.
 #pragma once
 
@@ -14,6 +15,8 @@
 #include "simd.h"
 
 namespace tiny_llm::TINY_ISA {
+
+enum class Order : uint8_t { words, rows, floats };
 
 struct Block {
     const int32_t* words;
@@ -29,7 +32,7 @@ struct Activations {
     char* values;  // of 1 or 4 bytes
     float* scales;
     float* sums;
-    bool exact;
+    Order order;
 
     Block block(int64_t b) const {
         const int64_t first = rows * b / blocks, at = first * columns, part = first * groups;
@@ -109,7 +112,7 @@ static inline void read_group(const float* x, const Activations& a, const Block&
     for (int r = 0; r < to.rows; ++r) {
         const float* from = x + (to.first + r) * a.columns + g * group;
         const int64_t at = g * group * to.rows, part = g * to.rows + r;
-        if (a.exact) {
+        if (a.order == Order::floats) {
             vf total = {};
             for (int i = 0; i < group; i += kWidth) total += load(from + i);
             const_cast<float*>(to.sums)[part] = sum(total);
@@ -117,17 +120,22 @@ static inline void read_group(const float* x, const Activations& a, const Block&
         } else {
             int32_t words[32];
             round_group(from, group, words, const_cast<float*>(to.scales) + part, const_cast<float*>(to.sums) + part);
-            interleave(words, group / 4, to.rows, const_cast<int32_t*>(to.words) + at / 4 + r);
+            int32_t* const all = const_cast<int32_t*>(to.words);
+            if (a.order == Order::rows) {
+                memcpy(all + (r * a.columns + g * group) / 4, words, group);
+            } else {
+                interleave(words, group / 4, to.rows, all + at / 4 + r);
+            }
         }
     }
 }
 
 // Reads all rows of x for matrices of this group size, in blocks of at most `most` rows. The result lies in this
 // thread's scratch.
-static inline Activations read_activations(const float* x, int64_t rows, int64_t columns, int group, bool exact,
+static inline Activations read_activations(const float* x, int64_t rows, int64_t columns, int group, Order order,
                                            int most) {
-    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, exact};
-    const size_t bytes = (size_t)(rows * columns * (exact ? 4 : 1) + 63) / 64 * 64;
+    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, order};
+    const size_t bytes = (size_t)(rows * columns * (order == Order::floats ? 4 : 1) + 63) / 64 * 64;
     a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * rows * a.groups);
     a.scales = (float*)(a.values + bytes);
     a.sums = a.scales + rows * a.groups;

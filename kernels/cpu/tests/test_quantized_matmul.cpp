@@ -1,5 +1,6 @@
 #include "../pool.h"
 #include "../quantized_matmul.h"
+#include "../tile_matmul.h"
 #include "quantized.h"
 
 using namespace tiny_llm;
@@ -11,7 +12,8 @@ using Floats = std::vector<float>;
 
 // x W^T + bias for each matrix, each [rows, O].
 std::vector<Floats> multiply(const Floats& x, int64_t rows, const std::vector<const Quantized*>& weights,
-                             const std::vector<Floats>& biases = {}, bool gated = false) {
+                             const std::vector<Floats>& biases = {}, bool gated = false,
+                             void (*kernel)(const Linear&) = quantized_matmul) {
     std::vector<Matrix> matrices;
     std::vector<Floats> out;
     std::vector<const float*> bias;
@@ -22,7 +24,7 @@ std::vector<Floats> multiply(const Floats& x, int64_t rows, const std::vector<co
     }
     for (size_t i = 0; i < weights.size(); ++i) bias.push_back(biases.empty() ? nullptr : biases[i].data());
     for (Floats& y : out) to.push_back(y.data());
-    quantized_matmul({x.data(), rows, int(weights.size()), matrices.data(), bias.data(), to.data(), gated});
+    kernel({x.data(), rows, int(weights.size()), matrices.data(), bias.data(), to.data(), gated});
     return out;
 }
 
@@ -144,6 +146,33 @@ TEST(quantized_matmul_gives_each_row_the_bits_it_gets_alone) {
         });
     });
     set_num_threads(threads);
+}
+
+// By way of tile registers, or what stands in for them, a row has the same bits.
+TEST(tile_matmul_gives_each_row_the_same_bits) {
+    on_each_isa([] {
+        on_each_format([](int bits, int group, bool exact) {
+            if (exact) return;
+            const int64_t inputs = 3 * group;
+            const Quantized a(40, inputs, bits, group, false, 1), b(23, inputs, 12 - bits, group, false, 2, Kind::bf16);
+            const Quantized up(40, inputs, bits, group, false, 6, Kind::f16);
+            const std::vector<Floats> biases{random_floats(40, 4), random_floats(40, 5)};
+            auto x = random_floats(67 * inputs, 3);
+            x[5 * inputs] = NAN;
+            for (int64_t rows : {1, 7, 8, 16, 17, 25, 31, 67})
+                for (bool gated : {false, true}) {
+                    const auto with = [&](auto kernel) {
+                        return gated ? multiply(x, rows, {&a, &up}, biases, true, kernel)
+                                     : multiply(x, rows, {&a, &b}, biases, false, kernel);
+                    };
+                    const auto tiled = with(tile_matmul), plain = with(quantized_matmul);
+                    for (size_t i = 0; i < plain.size(); ++i)
+                        CHECK(!std::memcmp(tiled[i].data(), plain[i].data(), plain[i].size() * sizeof(float)),
+                              "%d rows, %d bits, group %d, gated %d", int(rows), bits, group, gated);
+                }
+        });
+    });
+    tile_matmul({nullptr, 0, 1, nullptr, nullptr, nullptr, false});
 }
 
 // Enough for x to be cut into pieces that stay in cache.

@@ -1,0 +1,17 @@
+// quantized_matmul for many rows, by AMX's tiles: int8 activations only, and the same bits, as the integers between
+// two float operations are exact. On other processors, where tiles are emulated, tests alone call it.
+#pragma once
+
+#include "isa.h"
+#include "matrix.h"
+
+namespace tiny_llm {
+
+constexpr int64_t kRowsForTiles = 8;  // with fewer, tiles are mostly empty
+
+TINY_KERNEL(tile_matmul, Linear)
+#if defined(__x86_64__)
+namespace amx { void tile_matmul(const Linear& args); }
+#endif
+
+}  // namespace tiny_llm
