@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,8 +34,8 @@ KEYS = [
     "decode_tok_s",
     "peak_memory_bytes",
 ]
-RAMBLE = ["--temperature", "4", "--seed", "9"]  # 464 tokens after "Hello"
-SLOW = ["--backend", "ref"]  # so that there is time to stop an answer
+DEMO = ROOT / "tiny_llm/demo"
+RAMBLE = ["--temperature", "4", "--seed", "9"]
 
 
 BENCH_KEYS = [
@@ -91,6 +92,20 @@ def test_published_200_tokens_from_bos(stories260k: Path, call: Output) -> None:
     assert answer["text"] == published["expected_text"]
     short = json.loads(call("generate", "--prompt", "", "--max-tokens", "3", *options)[1])
     assert short["token_ids"] == answer["token_ids"][:3], "this tokenizer begins an empty text with BOS"
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a slow model that knows no end: there is time to stop its answer."""
+    folder = tmp_path_factory.mktemp("endless")
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(DEMO / name, folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        facts = json.loads((DEMO / name).read_text())
+        ends = [facts.pop(key) for key in ("eos_token_id", "eos_token") if key in facts]
+        assert ends, name
+        (folder / name).write_text(json.dumps(facts))
+    return ["--model", str(folder), "--backend", "ref", *RAMBLE]
 
 
 def test_json_is_one_line_with_the_answer_and_its_figures() -> None:
@@ -182,9 +197,9 @@ def test_help_teaches(call: Output) -> None:
         assert option in out
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_is_no_error(endless: list[str]) -> None:
     child = subprocess.Popen(
-        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE, *SLOW],
+        [*COMMAND, "generate", "--prompt", "Hello", *endless],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -224,9 +239,9 @@ def test_a_full_disk_is_not_a_bug_of_ours(arguments: list[str]) -> None:
     assert done.returncode == 2 and "No space left" in line and "bug" not in line
 
 
-def test_ctrl_c_ends_generate_with_130() -> None:
+def test_ctrl_c_ends_generate_with_130(endless: list[str]) -> None:
     child = subprocess.Popen(
-        [*COMMAND, "generate", "--prompt", "Hello", *RAMBLE, *SLOW],
+        [*COMMAND, "generate", "--prompt", "Hello", *endless],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -238,9 +253,9 @@ def test_ctrl_c_ends_generate_with_130() -> None:
 
 
 @contextmanager
-def opened_terminal(most_tokens: int) -> Iterator[pexpect.spawn[str]]:
+def opened_terminal(*options: str) -> Iterator[pexpect.spawn[str]]:
     """``python main.py`` in a pseudo-terminal, after its first prompt."""
-    arguments = [COMMAND[1], *RAMBLE, *SLOW, "--max-tokens", str(most_tokens)]
+    arguments = [COMMAND[1], *options]
     environment = {**os.environ, "TERM": "dumb"}
     child = pexpect.spawn(COMMAND[0], arguments, env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60)
     child.expect("> ")
@@ -266,7 +281,7 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
         ("/reset", "forgotten"),
         (f"/save {tmp_path / 'reset.json'}", "Saved 1 messages"),
     ]
-    with opened_terminal(8) as terminal:
+    with opened_terminal("--max-tokens", "8") as terminal:
         for line, answer in turns:
             terminal.sendline(line)
             terminal.expect_exact(answer)
@@ -275,8 +290,8 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
     assert [m["role"] for m in json.loads(file.read_text())] == ["system", "user", "assistant"]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    with opened_terminal(1000) as terminal:
+def test_ctrl_c_stops_the_answer_and_not_the_program(endless: list[str]) -> None:
+    with opened_terminal(*endless) as terminal:
         terminal.sendline("Hello")
         terminal.expect_exact("Hello\r\n")
         terminal.expect(r"\S")  # the answer has begun
@@ -295,7 +310,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 
 
 def test_the_up_arrow_brings_a_line_back() -> None:
-    with opened_terminal(8) as terminal:
+    with opened_terminal("--max-tokens", "8") as terminal:
         terminal.sendline("/system Be kind.")
         terminal.expect("From the next")
         terminal.expect("> ")
