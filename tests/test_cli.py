@@ -239,11 +239,17 @@ def test_a_full_disk_is_not_a_bug_of_ours(arguments: list[str]) -> None:
     assert done.returncode == 2 and "No space left" in line and "bug" not in line
 
 
+def hear_ctrl_c() -> None:
+    """In the child: tests that run in the background of a script would have it ignored, as all else there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_generate_with_130(endless: list[str]) -> None:
     child = subprocess.Popen(
         [*COMMAND, "generate", "--prompt", "Hello", *endless],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     )
     assert child.stdout is not None
     child.stdout.read(1)
@@ -257,7 +263,15 @@ def opened_terminal(*options: str) -> Iterator[pexpect.spawn[str]]:
     """``python main.py`` in a pseudo-terminal, after its first prompt."""
     arguments = [COMMAND[1], *options]
     environment = {**os.environ, "TERM": "dumb"}
-    child = pexpect.spawn(COMMAND[0], arguments, env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60)
+    child = pexpect.spawn(
+        COMMAND[0],
+        arguments,
+        env=environment,
+        cwd=str(ROOT),
+        encoding="utf-8",
+        timeout=60,
+        preexec_fn=hear_ctrl_c,
+    )
     child.expect("> ")
     yield child
     child.expect(pexpect.EOF)
