@@ -28,7 +28,7 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.data import SamplingParams
 from tiny_llm.decoding.generate import choose, one_sequence
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.layers.linear import together
+from tiny_llm.layers.linear import heads_of
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.registry import Model, build, expected_tensors, kv_dtype, load_dummy, quantizable_tensors
 from tiny_llm.ops.backend import set_threads, use
@@ -83,7 +83,8 @@ def linear_layers(model: Decoder, x: mx.array) -> mx.array:
     """Every matrix of the model met once by each row of x, and nothing else."""
     for layer in model.layers:
         attention = layer.self_attn
-        query, *_ = together(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+        maps = attention.q_proj, attention.k_proj, attention.v_proj
+        query, *_ = heads_of(x, maps, attention.head_dim)
         x = layer.mlp(attention.o_proj(query))
     return model.lm_head(x)
 

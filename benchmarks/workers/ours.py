@@ -14,7 +14,7 @@ from tiny_llm.decoding.generate import PREFILL_CHUNK, choose, prefill
 from tiny_llm.engine.bench import Separate
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import kv_dtype, load_dummy
-from tiny_llm.ops.backend import active, isa, set_threads
+from tiny_llm.ops.backend import active, isa, set_threads, use
 from tiny_llm.sampling.sampler import sample
 
 GREEDY = SamplingParams()
@@ -87,4 +87,5 @@ def _bytes_of(part: object, seen: set[int]) -> int:
 
 
 if __name__ == "__main__":
-    serve(Ours)
+    with use(None):  # decided once, as in an engine
+        serve(Ours)

@@ -49,7 +49,8 @@ def test_layer_by_layer(model: Decoder, seen: dict[str, mx.array], off) -> None:
     attention = first.self_attn(first.input_layernorm(seen["hidden.0"]), batch, cache)
     assert off(attention, seen["layer0.attention"]) < TOLERANCE, "attention of layer 0 differs"
     for i, layer in enumerate(model.layers):
-        error = off(layer(seen[f"hidden.{i}"], batch, cache), seen[f"hidden.{i + 1}"])
+        x, residual = layer(seen[f"hidden.{i}"], None, batch, cache)
+        error = off(x + residual, seen[f"hidden.{i + 1}"])
         assert error < TOLERANCE, f"layer {i} is the first to differ, by {error:.2g}"
     logits = model.lm_head(model.norm(seen[f"hidden.{len(model.layers)}"]))
     assert off(logits, seen["logits"]) < TOLERANCE, "the last norm or the head differs"

@@ -50,6 +50,7 @@ RIGHT = {
     "rope_qk": (f(3, 2, 8), f(3, 1, 8), ids, f(4), None, f(8), 1e-6),
     "softmax": (f(3, 16),),
     "argmax": (f(3, 16),),
+    "all_float32": (f(3, 16), ids),
     "logprobs": (f(3, 16), mx.array([1, 0, 15], dtype=mx.uint32), 4),
     "sample": (f(2, 16), [0.0, 1.0], [0, 5], [1.0, 0.9], [0.0, 0.1], [1, 2], [7, 8]),
     "swiglu": (f(3, 16), f(3, 16)),

@@ -123,7 +123,9 @@ def test_what_does_not_fit_a_packed_matrix_is_refused() -> None:
     weight = cpu.pack_dense(mx.zeros((4, 8)))
     with pytest.raises(ValueError, match=r"\[linear\] expected x of 8 columns, got float32 \[1, 9\]"):
         cpu.linear(mx.zeros((1, 9)), [weight], [None])
-    with pytest.raises(ValueError, match=r"\[linear\] expected x float32 \[T, I\], got float16 \[1, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"\[linear\] expected x float32 \[T, I\] or \[T, H, D\], got float16 \[1, 8\]"
+    ):
         cpu.linear(mx.zeros((1, 8), mx.float16), [weight], [None])
     with pytest.raises(ValueError, match=r"\[gated\] expected gate and up of one shape, got"):
         cpu.gated(mx.zeros((1, 8)), weight, cpu.pack_dense(mx.zeros((5, 8))), None, None)

@@ -47,6 +47,6 @@ def test_squares_are_summed_in_float32() -> None:
     assert got.tolist() == [pytest.approx([1.0] * 64)], "300 squared is no float16: square in float32"
 
 
-def test_a_wrong_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[rms_norm\] expected weight \(4,\) for x \(2, 4\), got \(2,\)"):
+def test_a_wrong_weight_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"\[rms_norm\] expected weight .*[(\[]4.*, got .*[(\[]2"):
         rms_norm(mx.zeros((2, 4)), mx.ones(2), 1e-6)

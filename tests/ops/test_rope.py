@@ -105,8 +105,8 @@ def test_bfloat16_turns_by_exact_angles(assert_close) -> None:
     assert_close(got, rope(x.astype(mx.float32), mx.array([1001]), frequencies), tolerance=2**-7)
 
 
-def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[rope\] expected x \[T, H, D\] with even D"):
+def test_wrong_shapes_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"\[rope\] expected .*positions \[.*, got .*[(\[]1"):
         rope(mx.zeros((2, 1, 8)), mx.array([0]), mx.zeros(4))
-    with pytest.raises(ValueError, match=r"got \(2, 1, 8\), \(2,\), \(8,\)"):
+    with pytest.raises(ValueError, match=r"\[rope\] expected .*inv_freq .*, got .*[(\[]8"):
         rope(mx.zeros((2, 1, 8)), mx.array([0, 1]), mx.zeros(8))

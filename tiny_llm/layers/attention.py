@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
-from tiny_llm.layers.linear import Linear, together
+from tiny_llm.layers.linear import Linear, heads_of
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import RMSNorm
 from tiny_llm.ops.rope import rope_qk
@@ -59,12 +59,9 @@ class Attention:
         return cls(layer, config.head_dim, inv_freq, q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
-        T = x.shape[0]
-        rows = together(x, (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (row.reshape(T, -1, self.head_dim) for row in rows)
+        q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
         q, k = self._rotated(q, k, batch.positions)
-        out = kv.attend(self.layer, q, k, v, batch)
-        return self.o_proj(out.reshape(T, -1))
+        return self.o_proj(kv.attend(self.layer, q, k, v, batch))
 
     def _rotated(self, q: mx.array, k: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         if self.q_norm is None or self.k_norm is None:

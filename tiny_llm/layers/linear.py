@@ -14,7 +14,7 @@ from tiny_llm.ops.linear import gated, linear, linears
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``x weight^T + bias``: x [T, I] to [T, O]."""
+    """``x weight^T + bias``: x [T, I], or its heads [T, H, D], to [T, O]."""
 
     weight: Matrix
     bias: mx.array | None = None
@@ -34,9 +34,9 @@ class Linear:
         return linear(x, self.weight, self.bias)
 
 
-def together(x: mx.array, maps: Sequence[Linear]) -> list[mx.array]:
-    """Return each map's output [T, O] for one x [T, I]."""
-    return linears(x, [m.weight for m in maps], [m.bias for m in maps])
+def heads_of(x: mx.array, maps: Sequence[Linear], head_dim: int) -> list[mx.array]:
+    """Return each map's output for one x [T, I], as heads [T, O / head_dim, head_dim]."""
+    return linears(x, [m.weight for m in maps], [m.bias for m in maps], head_dim)
 
 
 def gated_by(x: mx.array, gate: Linear, up: Linear) -> mx.array:

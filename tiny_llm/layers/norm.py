@@ -25,6 +25,8 @@ class RMSNorm:
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
 
-    def after(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
-        """Return ``x + residual`` and its norm."""
+    def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
+        """Return ``x + residual`` and its norm; None adds nothing."""
+        if residual is None:
+            return x, self(x)
         return add_rms_norm(x, residual, self.weight, self.eps)

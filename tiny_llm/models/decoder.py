@@ -23,7 +23,10 @@ from tiny_llm.ops.rope import rope_frequencies
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Attention, then MLP, each of them on the normed input and added to it (pre-norm residual)."""
+    """Attention, then MLP, each of them on the normed input and added to it (pre-norm residual).
+
+    What is to be added waits for the norm that reads the sum next, so that one kernel does both.
+    """
 
     input_layernorm: RMSNorm
     self_attn: Attention
@@ -51,10 +54,13 @@ class DecoderLayer:
             MLP.take(weights, f"{prefix}.mlp", config),
         )
 
-    def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), batch, kv)
-        x, normed = self.post_attention_layernorm.after(x, attended)
-        return x + self.mlp(normed)
+    def __call__(
+        self, x: mx.array, residual: mx.array | None, batch: Batch, kv: KVCache
+    ) -> tuple[mx.array, mx.array]:
+        """Return x [T, E] with attention added, and what the MLP adds; ``residual`` is the last layer's."""
+        x, normed = self.input_layernorm.after(x, residual)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, batch, kv))
+        return x, self.mlp(normed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,8 @@ class Decoder:
         )
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
-        x = self.embed_tokens(batch.tokens)
+        x, residual = self.embed_tokens(batch.tokens), None
         for layer in self.layers:
-            x = layer(x, batch, kv)
+            x, residual = layer(x, residual, batch, kv)
+        x = x if residual is None else x + residual
         return self.lm_head(self.norm(x[batch.logit_rows]))

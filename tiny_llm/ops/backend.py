@@ -145,8 +145,7 @@ def on_cpu(op: str, *arrays: mx.array) -> bool:
     """
     if active() != "cpu":
         return False
-    for array in arrays:
-        if array.dtype != mx.float32:
-            fallbacks().add(op)
-            return False
-    return True
+    if cpu.all_float32(*arrays):
+        return True
+    fallbacks().add(op)
+    return False

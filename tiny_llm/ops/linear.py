@@ -27,9 +27,10 @@ def linear_ref(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> m
 
 
 def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.array:
-    """Map x [T, I] to [T, O]; a quantized weight goes through ``quantized_matmul``. See ``linear_ref``."""
+    """Map x [T, I], or [T, H, D] with H * D = I, to [T, O]; see ``linear_ref`` and ``quantized_matmul``."""
     if not isinstance(weight, (mx.array, QuantizedTensor)):
         return cpu.linear(x, [weight], [bias])[0]
+    x = x if x.ndim == 2 else x.reshape(x.shape[0], -1)
     if active() == "cpu":  # its kernels read packed matrices only
         fallbacks().add("linear")
     if isinstance(weight, QuantizedTensor):
@@ -40,11 +41,17 @@ def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.arra
     return linear_ref(x, weight, bias)
 
 
-def linears(x: mx.array, weights: Sequence[Matrix], biases: Sequence[mx.array | None]) -> list[mx.array]:
-    """Return ``linear(x, weight, bias)`` for each weight; the kernels make them in one pass over x [T, I]."""
+def linears(
+    x: mx.array, weights: Sequence[Matrix], biases: Sequence[mx.array | None], head_dim: int = 0
+) -> list[mx.array]:
+    """Return ``linear(x, weight, bias)`` for each weight; the kernels make them in one pass over x [T, I].
+
+    Each is [T, O], or with a ``head_dim`` its heads, [T, O / head_dim, head_dim].
+    """
     if _packed(weights):
-        return cpu.linear(x, list(weights), list(biases))
-    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return cpu.linear(x, list(weights), list(biases), head_dim)
+    rows = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [row.reshape(row.shape[0], -1, head_dim) for row in rows] if head_dim else rows
 
 
 def gated(

@@ -65,16 +65,15 @@ def paged_attention(
     Query row t of sequence b stands at position ``context_lens[b] - starts[b + 1] + t`` and sees its
     own sequence up to there. See ``paged_attention_ref``.
     """
+    scale = q.shape[-1] ** -0.5
+    if on_cpu("paged_attention", q, k, v):
+        return cpu.attend(
+            q, k, v, pool[0], pool[1], pages.slots, pages.tables, pages.starts, pages.context_lens, scale
+        )
     rows = pages.slots.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slots.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
-    scale = q.shape[-1] ** -0.5
-    if on_cpu("paged_attention", q, k, v):
-        out, keys, values = cpu.attend(
-            q, k, v, pool[0], pool[1], pages.slots, pages.tables, pages.starts, pages.context_lens, scale
-        )
-        return out, keys, values
     return paged_attention_ref(q, k, v, pool, pages, scale)
 
 

@@ -27,17 +27,19 @@ def add_rms_norm_ref(
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Normalise the last axis of x [..., E] and scale by weight [E]; see ``rms_norm_ref``."""
+    if on_cpu("rms_norm", x, weight):
+        return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
-    return cpu.rms_norm(x, weight, eps) if on_cpu("rms_norm", x, weight) else rms_norm_ref(x, weight, eps)
+    return rms_norm_ref(x, weight, eps)
 
 
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """Add residual to x, both [..., E], and normalise; return both, see ``add_rms_norm_ref``."""
+    if on_cpu("rms_norm", x, residual, weight):
+        return cpu.add_rms_norm(x, residual, weight, eps)
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"[add_rms_norm] expected a residual {x.shape} like x, got {residual.shape}")
-    if on_cpu("rms_norm", x, residual, weight):
-        return cpu.add_rms_norm(x, residual, weight, eps)
     return add_rms_norm_ref(x, residual, weight, eps)
 
 

@@ -62,9 +62,9 @@ def rope_qk_ref(
 
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     """Rotate x [T, H, D] by positions [T]; see ``rope_ref``."""
-    _check("rope", x, positions, inv_freq)
     if on_cpu("rope", x, inv_freq):
         return cpu.rope(x, positions, inv_freq)
+    _check("rope", x, positions, inv_freq)
     return rope_ref(x, positions, inv_freq)
 
 
@@ -79,12 +79,12 @@ def rope_qk(
 ) -> tuple[mx.array, mx.array]:
     """Norm the heads of q [T, H, D] and k [T, K, D] by [D] each, if given, and rotate; ``rope_qk_ref``."""
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    if on_cpu("rope", q, k, inv_freq, *norms):
+        return cpu.rope_qk(q, k, positions, inv_freq, q_norm, k_norm, eps)
     _check("rope_qk", q, positions, inv_freq)
     _check("rope_qk", k, positions, inv_freq)
     if any(norm.shape != q.shape[-1:] for norm in norms):
         raise ValueError(f"[rope_qk] expected norms {q.shape[-1:]}, got {[norm.shape for norm in norms]}")
-    if on_cpu("rope", q, k, inv_freq, *norms):
-        return cpu.rope_qk(q, k, positions, inv_freq, q_norm, k_norm, eps)
     return rope_qk_ref(q, k, positions, inv_freq, q_norm, k_norm, eps)
 
 

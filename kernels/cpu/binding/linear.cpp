@@ -21,15 +21,17 @@ namespace {
 using Bias = std::optional<mx::array>;
 
 void check(const char* op, const mx::array& x, const std::vector<PackedMatrix>& matrices, const std::vector<Bias>& biases) {
-    expect(x.ndim() == 2 && x.dtype() == mx::float32, op, "x float32 [T, I]", x);
+    expect(x.ndim() >= 2 && x.dtype() == mx::float32, op, "x float32 [T, I] or [T, H, D]", x);
+    int64_t columns = 1;
+    for (size_t i = 1; i < x.ndim(); ++i) columns *= x.shape(i);
     if (matrices.empty() || matrices.size() != biases.size())
         throw std::invalid_argument(std::string("[") + op + "] expected as many biases (or None) as matrices, at least one");
     for (size_t i = 0; i < matrices.size(); ++i) {
         const Matrix& m = matrices[i].layout;
-        expect(m.columns == x.shape(1), op, "x of " + std::to_string(m.columns) + " columns", x);
+        expect(m.columns == columns, op, [&] { return "x of " + std::to_string(m.columns) + " columns"; }, x);
         if (biases[i])
             expect(biases[i]->dtype() == mx::float32 && biases[i]->shape() == mx::Shape{static_cast<int>(m.rows)}, op,
-                   "a bias float32 [" + std::to_string(m.rows) + "]", *biases[i]);
+                   [&] { return "a bias float32 [" + std::to_string(m.rows) + "]"; }, *biases[i]);
     }
 }
 
@@ -59,9 +61,15 @@ void run(const Linear& all) {
     }
 }
 
+// [T, O], or with a head dim [T, O / head_dim, head_dim].
+mx::Shape shape_of(int rows, const Matrix& m, int head_dim) {
+    const int outputs = static_cast<int>(m.rows);
+    return head_dim ? mx::Shape{rows, outputs / head_dim, head_dim} : mx::Shape{rows, outputs};
+}
+
 // Inputs: x, the matrices' data, the biases that there are. Outputs: one a matrix, or one if gated.
 std::vector<mx::array> multiply(const char* op, const mx::array& x, const std::vector<PackedMatrix>& packed,
-                                const std::vector<Bias>& biases, bool gated) {
+                                const std::vector<Bias>& biases, bool gated, int head_dim = 0) {
     check(op, x, packed, biases);
     std::vector<mx::array> inputs{x};
     std::vector<Spec> outputs;
@@ -71,7 +79,7 @@ std::vector<mx::array> multiply(const char* op, const mx::array& x, const std::v
         inputs.push_back(matrix.data);
         matrices.push_back(matrix.layout);
         if (!gated || outputs.empty())
-            outputs.push_back({{x.shape(0), static_cast<int>(matrix.layout.rows)}, mx::float32});
+            outputs.push_back({shape_of(x.shape(0), matrix.layout, head_dim), mx::float32});
     }
     for (const auto& bias : biases) {
         bias_at.push_back(bias ? static_cast<int>(inputs.size()) : -1);
@@ -89,8 +97,13 @@ std::vector<mx::array> multiply(const char* op, const mx::array& x, const std::v
     });
 }
 
-std::vector<mx::array> linear(const mx::array& x, const std::vector<PackedMatrix>& matrices, const std::vector<Bias>& biases) {
-    return multiply("linear", x, matrices, biases, false);
+std::vector<mx::array> linear(const mx::array& x, const std::vector<PackedMatrix>& matrices, const std::vector<Bias>& biases,
+                              int head_dim) {
+    for (const auto& matrix : matrices)
+        if (head_dim < 0 || (head_dim && matrix.layout.rows % head_dim))
+            throw std::invalid_argument("[linear] expected a head dim that divides " + std::to_string(matrix.layout.rows) +
+                                        " outputs, or 0, got " + std::to_string(head_dim));
+    return multiply("linear", x, matrices, biases, false, head_dim);
 }
 
 mx::array gated(const mx::array& x, const PackedMatrix& gate, const PackedMatrix& up, const Bias& gate_bias, const Bias& up_bias) {
@@ -150,7 +163,8 @@ void bind_linear(nb::module_& m) {
     m.def("pack_quantized", &quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
           nb::arg("bits"), nb::arg("exact"));
     m.def("pack_dense", &dense, nb::arg("weight"));
-    m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("biases"));
+    m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("head_dim") = 0,
+          "Each weight's [T, O]; with a head dim each [T, O / head_dim, head_dim].");
     m.def("gated", &gated, nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("gate_bias").none(), nb::arg("up_bias").none());
 }
 

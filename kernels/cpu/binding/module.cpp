@@ -11,6 +11,7 @@
 #include "../isa.h"
 #include "../pool.h"
 #include "bindings.h"
+#include "mlx/array.h"
 #include "mlx/version.h"
 
 namespace nb = nanobind;
@@ -50,6 +51,11 @@ NB_MODULE(_cpu, m) {
             throw std::invalid_argument("isa is '" + name + "', expected portable, avx2, avx512 or amx, at most " +
                                         isa_name(best_isa()) + " on this machine");
     }, nb::arg("name"), "Use another instruction set; only while no kernel runs.");
+    m.def("all_float32", [](const nb::args& arrays) {
+        for (nb::handle array : arrays)
+            if (nb::cast<const mlx::core::array&>(array).dtype() != mlx::core::float32) return false;
+        return true;
+    }, "Whether the kernels can take all of these arrays.");
     m.def("num_threads", &num_threads, "Threads that a kernel uses.");
     m.def("set_num_threads", [](int threads) {
         if (threads < 1 || threads > kMostThreads)

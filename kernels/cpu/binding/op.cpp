@@ -95,8 +95,8 @@ std::string describe(const mx::array& a) {
     return text.str();
 }
 
-void expect(bool ok, const char* op, const std::string& expected, const mx::array& got) {
-    if (!ok) throw std::invalid_argument("[" + std::string(op) + "] expected " + expected + ", got " + describe(got));
+void refuse(const char* op, const std::string& expected, const mx::array& got) {
+    throw std::invalid_argument("[" + std::string(op) + "] expected " + expected + ", got " + describe(got));
 }
 
 }  // namespace tiny_llm

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -31,8 +32,19 @@ const T* get(const void* p) { return static_cast<const T*>(p); }
 template <class T>
 T* get(void* p) { return static_cast<T*>(p); }
 
-// Throw std::invalid_argument "[op] expected ..., got ..." unless ok.
-void expect(bool ok, const char* op, const std::string& expected, const mx::array& got);
 std::string describe(const mx::array& a);
+[[noreturn]] void refuse(const char* op, const std::string& expected, const mx::array& got);
+
+// Throw std::invalid_argument "[op] expected ..., got ..." unless ok. `expected` is text, or makes it when asked: a
+// step of a model comes here a thousand times.
+template <class Expected>
+void expect(bool ok, const char* op, const Expected& expected, const mx::array& got) {
+    if (ok) return;
+    if constexpr (std::is_invocable_v<Expected>) {
+        refuse(op, expected(), got);
+    } else {
+        refuse(op, expected, got);
+    }
+}
 
 }  // namespace tiny_llm

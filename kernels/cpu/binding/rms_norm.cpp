@@ -16,7 +16,7 @@ namespace {
 void check(const mx::array& x, const mx::array& weight) {
     expect(x.ndim() >= 1 && x.dtype() == mx::float32, "rms_norm", "x float32 [..., E]", x);
     expect(weight.shape() == mx::Shape{x.shape(-1)} && weight.dtype() == mx::float32, "rms_norm",
-           "weight float32 [" + std::to_string(x.shape(-1)) + "]", weight);
+           [&] { return "weight float32 [" + std::to_string(x.shape(-1)) + "]"; }, weight);
 }
 
 RmsNorm rows_of(const mx::array& x, float eps) {

@@ -21,15 +21,20 @@ void check(const char* op, const mx::array& x, const mx::array& positions, const
     const bool ok = x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(2) % 2 == 0;
     expect(ok, op, "x float32 [T, H, D] with even D", x);
     expect(positions.shape() == mx::Shape{x.shape(0)} && mx::issubdtype(positions.dtype(), mx::integer), op,
-           "integer positions [" + std::to_string(x.shape(0)) + "]", positions);
+           [&] { return "integer positions [" + std::to_string(x.shape(0)) + "]"; }, positions);
     expect(inv_freq.shape() == mx::Shape{x.shape(2) / 2} && inv_freq.dtype() == mx::float32, op,
-           "inv_freq float32 [" + std::to_string(x.shape(2) / 2) + "]", inv_freq);
+           [&] { return "inv_freq float32 [" + std::to_string(x.shape(2) / 2) + "]"; }, inv_freq);
 }
 
 void check_norm(const mx::array& x, const Norm& norm) {
     if (norm)
         expect(norm->shape() == mx::Shape{x.shape(2)} && norm->dtype() == mx::float32, "rope_qk",
-               "a norm float32 [" + std::to_string(x.shape(2)) + "]", *norm);
+               [&] { return "a norm float32 [" + std::to_string(x.shape(2)) + "]"; }, *norm);
+}
+
+// int32, which they are in a model: no other operation then.
+mx::array integers(const mx::array& positions) {
+    return positions.dtype() == mx::int32 ? positions : mx::astype(positions, mx::int32);
 }
 
 Rope arguments(const mx::array& x, float eps) {
@@ -41,7 +46,7 @@ Rope arguments(const mx::array& x, float eps) {
 
 mx::array turn(const mx::array& x, const mx::array& positions, const mx::array& inv_freq) {
     check("rope", x, positions, inv_freq);
-    return call("rope", {mx::astype(positions, mx::int32), inv_freq, x}, {{x.shape(), mx::float32}},
+    return call("rope", {integers(positions), inv_freq, x}, {{x.shape(), mx::float32}},
                 [args = arguments(x, 0)](auto& in, auto& out) mutable {
         args.positions = get<int32_t>(in[0]), args.inv_freq = get<float>(in[1]);
         args.parts[0].x = get<float>(in[2]), args.parts[0].out = get<float>(out[0]);
@@ -55,7 +60,7 @@ std::pair<mx::array, mx::array> turn_both(const mx::array& q, const mx::array& k
     check("rope_qk", q, positions, inv_freq);
     check("rope_qk", k, positions, inv_freq);
     check_norm(q, q_norm), check_norm(k, k_norm);
-    std::vector<mx::array> inputs{mx::astype(positions, mx::int32), inv_freq, q, k};
+    std::vector<mx::array> inputs{integers(positions), inv_freq, q, k};
     for (const Norm* norm : {&q_norm, &k_norm})
         if (*norm) inputs.push_back(**norm);
     Rope args = arguments(q, eps);
