@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -23,8 +23,9 @@ from typer.core import TyperGroup
 
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.engine.memory import parse_bytes, peak_memory_bytes
 from tiny_llm.errors import RequestError, TinyLLMError
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import BUNDLED, is_on_disk, resolve
 from tiny_llm.weights.names import SHORT_NAMES
 
@@ -80,6 +81,20 @@ ThreadsOption = Annotated[
 ActivationsOption = Annotated[
     Literal["int8", "exact"],
     typer.Option(help="What meets quantized weights; int8 is faster, a little off.", rich_help_panel="Speed"),
+]
+KvMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What keys and values may take, such as 4GB or 512MB; by default half of what is free.",
+        rich_help_panel="Speed",
+    ),
+]
+MaxStepOption = Annotated[
+    float,
+    typer.Option(
+        help="Milliseconds that answers under way may wait for each token while prompts are read.",
+        rich_help_panel="Speed",
+    ),
 ]
 OfflineOption = Annotated[
     bool,
@@ -222,6 +237,8 @@ def generate(
     backend: BackendOption = None,
     threads: ThreadsOption = None,
     activations: ActivationsOption = "int8",
+    kv_memory: KvMemoryOption = None,
+    max_step_ms: MaxStepOption = 100.0,
     offline: OfflineOption = False,
     json: Annotated[
         bool,
@@ -242,7 +259,9 @@ def generate(
         prompt = _read_stdin()
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out; give one of them.")
-    options = _Options(dtype, quantize, offline, backend, threads, activations)
+    scheduler = SchedulerSettings(max_step_ms=max_step_ms)
+    memory = None if kv_memory is None else parse_bytes(kv_memory)
+    options = _Options(dtype, quantize, offline, backend, threads, activations, memory, scheduler)
     if file is not None:
         from tiny_llm.engine.offline import answer_file
 
@@ -354,12 +373,14 @@ class _Options:
     backend: str | None
     threads: int | None
     activations: str
+    kv_memory: int | None = None
+    scheduler: SchedulerSettings | None = None
 
 
 def _load(model: str, options: _Options) -> LLM:
     bar = _LoadingBar()
     try:
-        return LLM(model, **asdict(options), progress=bar)
+        return LLM(model, **{f.name: getattr(options, f.name) for f in fields(options)}, progress=bar)
     finally:
         bar.close()
 

@@ -262,7 +262,8 @@ class Plan:
     ``swap_out`` (block, host slot), all of ``copies`` (from block, to block), all of ``swap_in``
     (host slot, block), in this order. ``items`` has ``decodes`` sequences of one new token first, with
     ``decode_context`` tokens before them; then ``chunk_tokens`` tokens of sequences that catch
-    up, with ``chunk_context`` tokens before them, summed over tokens.
+    up, with ``chunk_context`` tokens before them, summed over tokens. ``preempted`` had to make room:
+    (sequence, whether it was swapped out).
     """
 
     items: list[PlanItem]
@@ -274,6 +275,7 @@ class Plan:
     decode_context: int = 0
     chunk_tokens: int = 0
     chunk_context: int = 0
+    preempted: list[tuple[int, bool]] = field(default_factory=list)
 
 
 class Advance(NamedTuple):

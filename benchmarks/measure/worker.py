@@ -55,6 +55,10 @@ class Worker:
         """Make caches for ``rows`` sequences of ``room`` tokens."""
         self._ask("open", rows=rows, room=room)
 
+    def figures(self) -> Mapping[str, float]:
+        """What the engine says of its last decoding, perhaps nothing."""
+        return self._ask("figures")
+
     def prefill(self, setting: str, tokens: int) -> float:
         """Seconds for a prompt of ``tokens``."""
         return float(self._ask("prefill", setting=setting, tokens=tokens)["seconds"])

@@ -1,89 +1,101 @@
-"""tiny_llm as a side of a benchmark: random weights of 4 bits in groups of 64, the backend in use."""
+"""tiny_llm as a side of a benchmark: its engine, with random weights of 4 bits in groups of 64."""
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-import mlx.core as mx
 from protocol import Config, serve
 
-from tiny_llm.data import Batch, KVCache, SamplingParams
-from tiny_llm.decoding.generate import PREFILL_CHUNK, choose, prefill
-from tiny_llm.engine.bench import Separate
-from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import kv_dtype, load_dummy
+from tiny_llm.data import SamplingParams
+from tiny_llm.engine.engine import Engine, EngineSettings
+from tiny_llm.models.registry import kv_dtype, load_dummy, weight_bytes
 from tiny_llm.ops.backend import active, isa, set_threads, use
-from tiny_llm.sampling.sampler import sample
+from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+from tiny_llm.weights.hub import resolve
 
-GREEDY = SamplingParams()
 BITS = 4
+BLOCK = 16
 STRIDE = 7919  # prompts' tokens are this far apart: all over the vocabulary, the same every time
+SPARE = 64  # tokens that the first to begin may be ahead of the last
 
 
 class Ours:
-    """A model and a cache a sequence."""
+    """A model and an engine. Text is made of the tokens, by Qwen2's tokenizer if it is there."""
 
     settings: Sequence[str] = ("int8",)
 
     def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         set_threads(threads)
         self._model = load_dummy(shape, quantize=BITS)
-        self._caches: list[DenseCache] = []
-        self.about = {
-            "version": f"{active()} {isa()}",
-            "weight_bytes": _bytes_of(self._model, set()),
-        }
+        self._tokenizer = Tokenizer.from_folder(_tokenizer_folder())
+        self._rows, self._engine = 1, self._made(1, 1)
+        self.figures: dict[str, float] = {}  # microseconds of a step, by part
+        self.about = {"version": f"{active()} {isa()}", "weight_bytes": weight_bytes(self._model)}
 
     def open(self, rows: int, room: int) -> None:
-        """Make empty caches; they grow by themselves."""
-        self._caches = [self._cache() for _ in range(rows)]
+        """Make an engine for so many sequences."""
+        self._rows, self._engine = rows, self._made(rows, room + SPARE)
 
     def prefill(self, setting: str, tokens: int) -> float:
-        """A new sequence, in the pieces that a prompt is read in."""
-        kv, prompt = self._cache(), self._prompt(0, tokens)
+        """A request of one token, on an engine that has seen nothing."""
+        engine, prompt = self._made(1, tokens + 1), self._prompt(0, tokens)
         began = time.perf_counter()
-        choose(prefill(self._model, kv, prompt, PREFILL_CHUNK), GREEDY, tokens)
+        engine.add(prompt, SamplingParams(max_tokens=1))
+        while len(engine):
+            engine.step()
         return time.perf_counter() - began
 
     def decode(self, setting: str, context: int, steps: int) -> float:
-        """A flat batch of all sequences a step."""
-        for cache in self._caches:
-            kept = min(cache.length, context)
-            cache.truncate(kept)
-            if kept < context:
-                mx.eval(prefill(self._model, cache, self._prompt(kept, context), PREFILL_CHUNK))
-        size = len(self._caches)
-        tokens = mx.array(self._prompt(context, context + size), mx.int32)
-        kv: KVCache = self._caches[0] if size == 1 else Separate(self._caches)
-        starts, rows = tuple(range(size + 1)), mx.arange(size)
+        """Steps in which every sequence gets a token. Prompts are found again from the round before."""
+        engine = self._engine
+        params = SamplingParams(max_tokens=steps + SPARE, ignore_eos=True)
+        numbers = [engine.add(self._prompt(row, context), params) for row in range(self._rows)]
+        begun: set[int] = set()
+        while len(begun) < self._rows:
+            begun.update(number for number, _ in engine.step())
+        parts = dict(engine.totals.parts)
         began = time.perf_counter()
-        for position in range(context, context + steps):
-            batch = Batch(tokens, mx.full(size, position, mx.int32), starts, rows)
-            chosen = sample(self._model(batch, kv), [GREEDY] * size, [position + 1] * size)
-            tokens = mx.array(chosen.tolist(), mx.int32)
-        return time.perf_counter() - began
+        for _ in range(steps):
+            engine.step()
+        seconds = time.perf_counter() - began
+        self.figures = {
+            f"{part}_us": 1e6 * (now - parts[part]) / steps for part, now in engine.totals.parts.items()
+        }
+        self.figures["step_us"] = 1e6 * seconds / steps
+        for number in numbers:
+            engine.cancel(number)
+        return seconds
 
-    def _cache(self) -> DenseCache:
+    def _made(self, rows: int, room: int) -> Engine:
         config = self._model.config
-        return DenseCache(config.num_layers, kv_dtype(config, dtype=None, quantize=BITS))
+        kept = kv_dtype(config, dtype=None, quantize=BITS)
+        assert kept is not None
+        return Engine(
+            self._model,
+            self._tokenizer,
+            EngineSettings(
+                kv_blocks=rows * (2 * room // BLOCK + 4),
+                block_size=BLOCK,
+                scheduler=SchedulerSettings(max_step_ms=1e6),  # nobody is kept waiting by a prompt here
+            ),
+            backend=active(),
+            kv_dtype=kept,
+            end_ids=(),
+            max_context=config.max_position_embeddings,
+        )
 
-    def _prompt(self, start: int, end: int) -> list[int]:
+    def _prompt(self, row: int, tokens: int) -> list[int]:
         vocab = self._model.config.vocab_size
-        return [i * STRIDE % vocab for i in range(start, end)]
+        return [(row * tokens + i + 1) * STRIDE % vocab for i in range(tokens)]
 
 
-def _bytes_of(part: object, seen: set[int]) -> int:
-    """Bytes of all arrays and packed matrices in a tree of dataclasses, each counted once."""
-    if id(part) in seen:
-        return 0
-    seen.add(id(part))
-    if dataclasses.is_dataclass(part):
-        return sum(_bytes_of(getattr(part, field.name), seen) for field in dataclasses.fields(part))
-    if isinstance(part, tuple):
-        return sum(_bytes_of(one, seen) for one in part)
-    return int(getattr(part, "nbytes", 0))
+def _tokenizer_folder() -> Path:
+    data = Path(os.environ.get("TINY_LLM_DATA", "../shared/data")) / "tokenizers" / "qwen2"
+    return data if data.is_dir() else resolve("demo")
 
 
 if __name__ == "__main__":

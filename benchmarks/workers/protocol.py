@@ -8,12 +8,13 @@ interleaved. It runs in its engine's own environment, hence only the standard li
     {"do": "open", "rows": 1, "room": 640}                           -> {}
     {"do": "prefill", "setting": "...", "tokens": 512}               -> {"seconds": ...}
     {"do": "decode", "setting": "...", "context": 512, "steps": 16}  -> {"seconds": ...}
+    {"do": "figures"}                                                -> {...}
 
 ``shape`` is a short name of ours and ``config`` the facts of its config.json, ``folder`` where made weights
 may be kept. ``open`` says how many sequences there will be and how many tokens each may have. ``prefill`` is
 one sequence of so many tokens, from none to the last one's logits. ``decode`` is so many greedy steps of one
-token a sequence, after ``context`` tokens that are in the cache already (making them is not timed). A failure
-is {"error": "..."}.
+token a sequence, after ``context`` tokens that are in the cache already (making them is not timed).
+``figures`` is what an engine says of the last decoding, perhaps nothing. A failure is {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def _answer(engine: Engine, request: Mapping[str, object]) -> Mapping[str, objec
     if request["do"] == "open":
         engine.open(**arguments)  # type: ignore[arg-type]
         return {}
+    if request["do"] == "figures":
+        return dict(getattr(engine, "figures", {}))
     timed = {"prefill": engine.prefill, "decode": engine.decode}[str(request["do"])]
     return {"seconds": timed(**arguments)}  # type: ignore[operator]
 

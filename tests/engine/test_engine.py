@@ -112,9 +112,9 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(llm: LLM) -> 
     expected = llm.with_engine(SETTINGS).generate(prompt(llm, "What is decode?"), GREEDY)[0]
     engine = spoilt(llm, spoil)
     hit = [engine.add(prompt(llm, q), GREEDY) for q in ("What is prefill?", "What is paging?")]
-    while len(calls) < 5:
+    while engine.healthy:
         events = engine.step()
-    assert not engine.healthy and engine.stats.failed_steps == 1
+    assert len(calls) == 5 and engine.totals.failed_steps == 1
     ends = {number: chunk.completion for number, chunk in events if chunk.completion}
     assert {ends[number].finish_reason for number in hit} == {"error"}
     assert "MemoryError: by design" in (ends[hit[0]].error or "")
@@ -167,7 +167,7 @@ def test_n_answers_share_the_prompt_and_are_those_of_their_seeds(llm: LLM) -> No
     assert len({tuple(answer.token_ids) for answer in answers}) == 4
     alone = llm.generate(prompt(llm, "Tell me a story about a fox."), replace(drawn, n=1))[0]
     assert answers[0].token_ids == alone.token_ids
-    assert engine.stats.prompt_tokens == len(answers[0].prompt_token_ids), "the prompt was computed once"
+    assert engine.totals.prompt_tokens == len(answers[0].prompt_token_ids), "the prompt was computed once"
 
 
 def test_the_next_turn_finds_the_whole_conversation_in_the_cache(llm: LLM) -> None:

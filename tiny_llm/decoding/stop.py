@@ -53,6 +53,11 @@ class Answer:
         """What has been shown so far: all pieces that ``push`` returned, joined."""
         return "".join(self._pieces)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token ends the answer in any case."""
+        return len(self.token_ids) + 1 == self._limit
+
     def push(self, token_id: int) -> str:
         """Add the next token; return the text that may now be shown, perhaps ""."""
         assert self.finish_reason is None, "the answer has ended"

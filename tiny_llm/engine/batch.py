@@ -10,8 +10,11 @@ import mlx.core as mx
 from tiny_llm.data import Batch, Pages, Plan
 
 
-def build_batch(plan: Plan, block_size: int) -> Batch:
-    """Lay the plan's items out one after the other: flat, nothing padded but short block tables."""
+def build_batch(plan: Plan, block_size: int, known: mx.array | None = None) -> Batch:
+    """Lay the plan's items out one after the other: flat, nothing padded but short block tables.
+
+    ``known`` int32 [T] are the tokens, where the plan could not name them yet.
+    """
     items = plan.items
     starts = list(accumulate((len(item.tokens) for item in items), initial=0))
     tokens, positions, slots = array("i"), array("i"), array("i")
@@ -39,7 +42,8 @@ def build_batch(plan: Plan, block_size: int) -> Batch:
         starts=_ints(array("i", starts)),
         context_lens=_ints(array("i", ends)),
     )
-    return Batch(_ints(tokens), _ints(positions), tuple(starts), _ints(array("i", rows)), pages)
+    ids = _ints(tokens) if known is None else known
+    return Batch(ids, _ints(positions), tuple(starts), _ints(array("i", rows)), pages)
 
 
 def _tables(plan: Plan, used: list[int]) -> mx.array:

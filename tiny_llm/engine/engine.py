@@ -24,12 +24,13 @@ from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.engine.request import Choice, Request
-from tiny_llm.engine.sample_step import Drawn, draw
+from tiny_llm.engine.sample_step import Drawing, Drawn, begin, needs_history
 from tiny_llm.engine.stats import EngineStats, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.metrics import fallbacks
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
 from tiny_llm.scheduler.scheduler import Scheduler
@@ -38,21 +39,33 @@ from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 KV_SLAB_BYTES = 2**26
 """The pool grows by this much at a time."""
+BUFFER_POOL_BYTES = 2**29
+"""What MLX may keep of buffers that it has freed, to be used again."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens."""
+    """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens.
+
+    ``run_ahead``: where the next step is known but for its tokens, prepare it while this one runs.
+    """
 
     kv_blocks: int
     block_size: int = 16
     slab_blocks: int = 256
     host_blocks: int = 0
     prefix_cache: bool = True
+    run_ahead: bool = True
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     @classmethod
-    def fitting(cls, config: ModelConfig, kv_dtype: mx.Dtype, kv_memory: int | None = None) -> EngineSettings:
+    def fitting(
+        cls,
+        config: ModelConfig,
+        kv_dtype: mx.Dtype,
+        kv_memory: int | None = None,
+        scheduler: SchedulerSettings | None = None,
+    ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values; None: half of what the machine has free."""
         block_size = 16
         block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * kv_dtype.size
@@ -61,8 +74,36 @@ class EngineSettings:
             raise ConfigError(
                 f"kv_memory is {memory} bytes, but one block of {block_size} tokens takes {block}."
             )
-        slab = max(1, KV_SLAB_BYTES // block)
-        return cls(kv_blocks=memory // block, block_size=block_size, slab_blocks=slab)
+        return cls(
+            kv_blocks=memory // block,
+            block_size=block_size,
+            slab_blocks=max(1, KV_SLAB_BYTES // block),
+            scheduler=scheduler or SchedulerSettings(),
+        )
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step under way: ``rows`` has the choices that draw from each row of logits.
+
+    ``error`` came up while it was prepared, and is raised when its turn comes.
+    """
+
+    plan: Plan
+    rows: list[list[Choice]]
+    logits: mx.array | None = None
+    drawing: Drawing | None = None
+    error: Exception | None = None
+
+    def end(self, clock: StepClock) -> list[Drawn]:
+        """Wait for it. Raises whatever went wrong."""
+        if self.error is not None:
+            raise self.error
+        if self.drawing is not None:
+            return self.drawing.end(clock)
+        mx.eval(self.logits)
+        clock.lap("forward")
+        return []
 
 
 class Event(NamedTuple):
@@ -90,7 +131,7 @@ class Engine:
         config = model.config
         self.settings = settings
         self.healthy = True
-        self.stats = EngineStats()
+        self.totals = EngineStats()
         self.trace: Trace | None = None  # give it one, and it is written to
         self._model = model
         self._tokenizer = tokenizer
@@ -101,6 +142,7 @@ class Engine:
         self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
         self._requests: dict[int, Request] = {}
         self._choices: dict[int, Choice] = {}  # by sequence
+        self._ahead: _Flight | None = None
         self.cache = PagedCache(
             config.num_layers,
             config.num_kv_heads,
@@ -117,6 +159,7 @@ class Engine:
             prefix_cache=settings.prefix_cache,
         )
         self.scheduler = Scheduler(blocks, settings.scheduler)
+        mx.set_cache_limit(BUFFER_POOL_BYTES)
 
     def __len__(self) -> int:
         """Requests that are waiting or running."""
@@ -153,6 +196,28 @@ class Engine:
             self.trace.arrived(number, now)
         return number
 
+    def stats(self) -> dict[str, object]:
+        """All figures of the moment, as JSON holds them. Totals are since the engine began."""
+        totals, scheduler, usage = self.totals, self.scheduler, self.scheduler.usage()
+        prefix = scheduler.blocks.prefix
+        names = ("steps", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
+        histograms = ("queue_s", "ttft_s", "inter_token_s", "step_s", "step_tokens", "step_sequences")
+        return {
+            "healthy": self.healthy,
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            **{name: getattr(totals, name) for name in names},
+            **{name: getattr(totals, name).summary() for name in histograms},
+            "blocks": usage._asdict(),
+            "block_bytes": self.cache.block_bytes,
+            "prefix_hit_tokens": prefix.hit_tokens if prefix else 0,
+            "prefix_miss_tokens": prefix.miss_tokens if prefix else 0,
+            "preempted": dict(scheduler.preempted),
+            "fallbacks": fallbacks().read(),
+            "mlx_active_bytes": mx.get_active_memory(),
+            "mlx_cache_bytes": mx.get_cache_memory(),
+        }
+
     def cancel(self, request_id: int) -> list[Event]:
         """End a request now; its blocks are free when this returns. Nothing if it has ended."""
         ended = [number for number, choice in self._choices.items() if choice.request.id == request_id]
@@ -162,18 +227,25 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
-        clock = StepClock(self.stats, self._clock)
-        plan = self.scheduler.schedule()
-        clock.lap("schedule")
-        if not plan.items:
+        clock = StepClock(self.totals, self._clock)
+        flight, self._ahead = self._ahead or self._next(clock), None
+        if flight is None:
             return events
+        plan, now = flight.plan, self._clock()
+        for item in plan.items:
+            if (choice := self._choices.get(item.seq_id)) is not None:
+                self.totals.count_start(choice, now)
         try:
-            drawn, rows = self._run(plan, clock)
+            if flight.drawing is not None and self.settings.run_ahead:
+                self._ahead = self._following(flight, flight.drawing, clock)
+            drawn = flight.end(clock)
         except Exception as error:  # whatever it was, those who are not in this step must not pay for it
-            self.healthy = False
+            self.healthy, self._ahead = False, None
             return events + self._failed(plan, error)
         self.healthy = True
-        events += self._commit(plan, rows, drawn)
+        events += self._commit(plan, flight.rows, drawn)
+        if not len(self.scheduler):
+            self._ahead = None  # all of its sequences have ended
         clock.lap("commit")
         ms = clock.done(plan)
         self.scheduler.speed.observe(plan, ms)
@@ -182,23 +254,48 @@ class Engine:
             self.trace.step(plan, now - ms / 1e3, now)
         return events
 
-    def _run(self, plan: Plan, clock: StepClock) -> tuple[list[Drawn], list[list[Choice]]]:
-        """From a plan to a token a row; ``rows`` has the choices that draw from each row of logits."""
-        rows = [self._drawing(item.seq_id) for item in plan.items if item.logit_rows]
-        with use(self._backend):
-            batch = build_batch(plan, self.settings.block_size)
-            self.cache.prepare(plan)
-            clock.lap("build")
-            logits = self._model(batch, self.cache)
-            if not rows:
-                mx.eval(logits)
+    def _next(self, clock: StepClock) -> _Flight | None:
+        """Start the step that the scheduler plans; None if there is nothing to do."""
+        plan = self.scheduler.schedule()
+        clock.lap("schedule")
+        return self._launch(plan, None, clock) if plan.items else None
+
+    def _following(self, flight: _Flight, drawing: Drawing, clock: StepClock) -> _Flight | None:
+        """Start the step after one under way, if it is known but for the tokens that are being drawn."""
+        items = flight.plan.items
+        if len(drawing.choices) > len(items) or any(map(needs_history, drawing.choices)):
+            return None
+        ends = [choice.answer.is_last for choice in drawing.choices]
+        leaving = {item.seq_id for item, last in zip(items, ends, strict=False) if last}
+        plan = self.scheduler.follow(flight.plan, leaving)
+        clock.lap("schedule")
+        if plan is None:
+            return None
+        tokens = drawing.tokens.astype(mx.int32)
+        if leaving:
+            tokens = tokens[mx.array([row for row, last in enumerate(ends) if not last])]
+        return self._launch(plan, tokens, clock)
+
+    def _launch(self, plan: Plan, tokens: mx.array | None, clock: StepClock) -> _Flight:
+        """From a plan to tokens that are being drawn. ``tokens`` are those that the plan does not know."""
+        flight = _Flight(plan, [self._drawing(item.seq_id) for item in plan.items if item.logit_rows])
+        try:
+            with use(self._backend):
+                batch = build_batch(plan, self.settings.block_size, tokens)
+                self.cache.prepare(plan)
+                clock.lap("build")
+                flight.logits = logits = self._model(batch, self.cache)
                 clock.lap("forward")
-                return [], rows
-            choices = [choice for row in rows for choice in row]
-            if len(choices) > len(rows):  # several answers begin from one prompt's last row
-                logits = logits[mx.array([r for r, row in enumerate(rows) for _ in row])]
-            clock.lap("forward")
-            return draw(logits, choices, clock), rows
+                choices = [choice for row in flight.rows for choice in row]
+                if len(choices) > len(flight.rows):  # several answers begin from one prompt's last row
+                    logits = logits[mx.array([r for r, row in enumerate(flight.rows) for _ in row])]
+                if choices:
+                    flight.drawing = begin(logits, choices, ahead=int(tokens is not None))
+                    flight.logits = None
+                clock.lap("sample")
+        except Exception as error:
+            flight.error = error
+        return flight
 
     def _drawing(self, seq_id: int) -> list[Choice]:
         choice = self._choices[seq_id]
@@ -211,6 +308,11 @@ class Engine:
         remaining, now = iter(drawn), self._clock()
         seq_ids = [item.seq_id for item in plan.items if item.logit_rows]
         for seq_id, choices in zip(seq_ids, rows, strict=True):
+            if self.scheduler.sequence(seq_id) is None:  # it ended while this step was under way
+                for _ in choices:
+                    next(remaining)
+                advances.append(Advance(seq_id, ()))
+                continue
             numbers = [seq_id] + [next(self._numbers) for _ in choices[1:]]
             own = [
                 self._advance(number, choice, next(remaining), now, events)
@@ -229,14 +331,14 @@ class Engine:
         self._choices[number] = choice
         if drawn.error is not None:
             events.append(Event(request.id, choice.ended("error", now, drawn.error)))
-            self.stats.count_end("error")
+            self.totals.count_end("error")
             return Advance(number, (), "error")
-        self.stats.count_token(choice, now)
+        self.totals.count_token(choice, now)
         chunk = choice.push(drawn.token, drawn.logprobs, now)
         events.append(Event(request.id, chunk))
         reason: EndReason | None = choice.answer.finish_reason
         if reason:
-            self.stats.count_end(reason)
+            self.totals.count_end(reason)
         return Advance(number, (drawn.token,), reason)
 
     def _note_hits(self, seq_ids: Sequence[int]) -> None:
@@ -267,7 +369,7 @@ class Engine:
             for choice in self._drawing(output.seq_id):
                 chunk = choice.ended(output.finish_reason, now, error)
                 events.append(Event(choice.request.id, chunk))
-                self.stats.count_end(output.finish_reason)
+                self.totals.count_end(output.finish_reason)
             request = self._choices.pop(output.seq_id).request
             if not self._numbers_of(request):
                 self._requests.pop(request.id, None)
@@ -275,7 +377,7 @@ class Engine:
 
     def _failed(self, plan: Plan, error: Exception) -> list[Event]:
         """The step broke: its requests end with the error, the pool is made anew, the others start over."""
-        self.stats.failed_steps += 1
+        self.totals.failed_steps += 1
         outputs = self.scheduler.abandon(plan)
         self.cache.clear()
         return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")

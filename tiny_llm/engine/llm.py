@@ -17,8 +17,9 @@ from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.engine import Engine, EngineSettings
 from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.models.registry import kv_dtype, load_model
+from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, choose, set_threads, use
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
@@ -38,7 +39,8 @@ class LLM:
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
     ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
-    ``kv_memory`` is how many bytes keys and values may take; ``engine`` sets more of the kind.
+    ``kv_memory`` is how many bytes keys and values may take, ``scheduler`` who gets how much of a step;
+    ``engine`` sets both and more, and then neither of them counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load.
 
     Raises ConfigError or WeightError with what is wrong with the model or an option.
@@ -56,6 +58,7 @@ class LLM:
         threads: int | None = None,
         activations: str = "int8",
         kv_memory: int | None = None,
+        scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -73,7 +76,17 @@ class LLM:
             kept = kv_dtype(self.config, dtype=dtype, quantize=quantize) or mx.float32
         self._kept = kept
         self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
-        self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory))
+        self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
+
+    @property
+    def memory(self) -> str:
+        """What the weights take, and what keys and values may: for a line at the start."""
+        settings, block_bytes = self.engine.settings, self.engine.cache.block_bytes
+        return (
+            f"weights {weight_bytes(self._model) / 1e9:.2f} GB · keys and values up to "
+            f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
+            f"{settings.kv_blocks * settings.block_size:,} tokens"
+        )
 
     def _use_engine(self, settings: EngineSettings) -> None:
         self.engine = Engine(

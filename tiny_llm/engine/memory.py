@@ -1,4 +1,4 @@
-"""Owns two figures: the most memory that this process has held, and what the machine has left."""
+"""Owns how much memory: what this process has held at most, what the machine has left, what was asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import resource
 from pathlib import Path
 
 import mlx.core as mx
+
+from tiny_llm.errors import RequestError
 
 _STATUS = Path("/proc/self/status")
 _MEMORY = Path("/proc/meminfo")
@@ -29,6 +31,15 @@ def available_memory_bytes() -> int:
     ):
         return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def parse_bytes(text: str) -> int:
+    """Read "4GB", "512 MB", "1.5GiB" or a plain number of bytes. Raises RequestError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise RequestError(f"{text!r} is no amount of memory; write it like 4GB, 512MB or 1.5GiB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower()))
 
 
 def _peak_resident_bytes() -> int:

@@ -41,6 +41,7 @@ def answer_file(
 
     Raises RequestError with the line's number before anything runs if one of them is invalid.
     """
+    print(llm.memory, file=sys.stderr)
     asked = list(_read(llm, path, params, system, raw))
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
     console = Console(stderr=True)

@@ -76,6 +76,7 @@ class Request:
     prompt: list[int]
     arrival: float
     choices: list[Choice] = field(default_factory=list)
+    started_s: float = 0.0
     first_token_s: float = 0.0
     cached_tokens: int = 0
 

@@ -1,4 +1,8 @@
-"""Owns a step's way from logits to tokens: one call for all rows; a fault stays in its row."""
+"""Owns a step's way from logits to tokens: one call for all rows; a fault stays in its row.
+
+``begin`` says what is to be drawn and starts it; ``Drawing.end`` waits for it. Between the two the
+next step can be prepared, with tokens that nobody has seen.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +30,53 @@ class Drawn:
     error: str | None
 
 
-def draw(logits: mx.array, choices: Sequence[Choice], clock: StepClock) -> list[Drawn]:
-    """Choose a token for each choice from its row of logits [R, V]. The step's one evaluation."""
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """Rows of which tokens are being drawn. ``tokens`` uint32 [R] may be used before they are known."""
+
+    choices: Sequence[Choice]
+    tokens: mx.array
+    finite: mx.array
+    asked: list[int]
+    report: Sequence[mx.array]
+    errors: list[str | None]
+
+    def end(self, clock: StepClock) -> list[Drawn]:
+        """Wait for the tokens. The step's one synchronisation."""
+        mx.eval(self.tokens, self.finite, *self.report)
+        clock.lap("forward")  # and the drawing itself, which is a part of the same evaluation
+        named = _named(self.tokens, self.asked, self.choices, self.report) if self.asked else []
+        logprobs = dict(zip(self.asked, named, strict=True))
+        ids, good = cast(list[int], self.tokens.tolist()), cast(list[bool], self.finite.tolist())
+        drawn = [
+            Drawn(token, logprobs.get(row), self.errors[row] or (None if ok else NOT_FINITE))
+            for row, (token, ok) in enumerate(zip(ids, good, strict=True))
+        ]
+        clock.lap("sample")
+        return drawn
+
+
+def begin(logits: mx.array, choices: Sequence[Choice], ahead: int) -> Drawing:
+    """Start drawing a token for each choice from its row of logits [R, V].
+
+    ``ahead`` counts tokens of each answer that have been drawn and are not known yet.
+    """
     errors: list[str | None] = [None] * len(choices)
     scores = _changed(logits, choices, errors)
-    positions = [len(c.request.prompt) + len(c.answer.token_ids) for c in choices]
+    positions = [len(c.request.prompt) + len(c.answer.token_ids) + ahead for c in choices]
     tokens = sample(scores, [c.params for c in choices], positions)
     # A NaN or an infinity among a row's logits is what gets drawn, so not all need be looked at.
     finite = mx.isfinite(mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
     asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
     report = _report(logits, tokens, asked, choices) if asked else ()
-    clock.lap("sample")
-    mx.eval(tokens, finite, *report)
-    clock.lap("forward")  # and the drawing itself, which is a part of the same evaluation
-    logprobs = dict(zip(asked, _named(tokens, asked, choices, report), strict=True)) if asked else {}
-    ids, good = cast(list[int], tokens.tolist()), cast(list[bool], finite.tolist())
-    drawn = [
-        Drawn(token, logprobs.get(row), errors[row] or (None if ok else NOT_FINITE))
-        for row, (token, ok) in enumerate(zip(ids, good, strict=True))
-    ]
-    clock.lap("sample")
-    return drawn
+    mx.async_eval(tokens, finite, *report)  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+    return Drawing(choices, tokens, finite, asked, report, errors)
+
+
+def needs_history(choice: Choice) -> bool:
+    """Whether this answer's next logits are changed by what the token before them is."""
+    answered = len(choice.answer.token_ids) + 1
+    return bool(choice.params.processors) or changes_logits(choice.params, answered)
 
 
 def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | None]) -> mx.array:

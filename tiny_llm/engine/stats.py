@@ -33,6 +33,20 @@ class Histogram:
         number = sum(self.counts)
         return self.total / number if number else 0.0
 
+    def quantile(self, share: float) -> float:
+        """What ``share`` of the values are below, about: by line within a bound and the next. 0 of none."""
+        wanted, low = share * sum(self.counts), 0.0
+        for bound, count in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
+            if count and wanted <= count:
+                return low + (bound - low) * wanted / count
+            wanted, low = wanted - count, bound
+        return 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Count, mean, median, 95th and 99th percentile."""
+        quantiles = {f"p{round(100 * share)}": self.quantile(share) for share in (0.5, 0.95, 0.99)}
+        return {"count": sum(self.counts), "mean": self.mean(), **quantiles}
+
 
 def _seconds() -> Histogram:
     return Histogram(SECONDS)
@@ -52,6 +66,7 @@ class EngineStats:
     generation_tokens: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    queue_s: Histogram = field(default_factory=_seconds)
     ttft_s: Histogram = field(default_factory=_seconds)
     inter_token_s: Histogram = field(default_factory=_seconds)
     step_s: Histogram = field(default_factory=_seconds)
@@ -65,6 +80,13 @@ class EngineStats:
             self.inter_token_s.add(now - choice.last_s)
         else:
             self.ttft_s.add(now - choice.request.arrival)
+
+    def count_start(self, choice: Choice, now: float) -> None:
+        """A request takes part in its first step."""
+        request = choice.request
+        if not request.started_s:
+            request.started_s = now
+            self.queue_s.add(now - request.arrival)
 
     def count_end(self, reason: EndReason) -> None:
         """An answer ended."""

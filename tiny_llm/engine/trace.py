@@ -1,6 +1,7 @@
 """Owns the record of who was computed when, in the format that Perfetto and chrome://tracing open.
 
-One track a sequence: waiting, chunks of its prompt, decodes; and one for the steps themselves.
+One track a sequence: waiting, chunks of its prompt, decodes, time on the host while swapped out; and
+one for the steps themselves.
 Source: the Trace Event Format ("complete" events, microseconds).
 """
 
@@ -19,11 +20,11 @@ class Trace:
 
     def __init__(self) -> None:
         self._events: list[dict[str, object]] = []
-        self._waits: dict[int, float] = {}
+        self._waits: dict[int, tuple[str, float]] = {}  # as what, and since when
 
     def arrived(self, seq_id: int, at: float) -> None:
-        """A sequence began to wait: it has just come, or was preempted."""
-        self._waits[seq_id] = at
+        """A sequence began to wait for its first step."""
+        self._waits[seq_id] = "waiting", at
 
     def step(self, plan: Plan, began: float, ended: float) -> None:
         """A step was run."""
@@ -31,11 +32,13 @@ class Trace:
             "step", _STEPS, began, ended, sequences=len(plan.items), tokens=plan.decodes + plan.chunk_tokens
         )
         for number, item in enumerate(plan.items):
-            since = self._waits.pop(item.seq_id, None)
-            if since is not None:
-                self._add("waiting", item.seq_id, since, began)
+            wait = self._waits.pop(item.seq_id, None)
+            if wait is not None:
+                self._add(wait[0], item.seq_id, wait[1], began)
             name = "decode" if number < plan.decodes else "prefill"
             self._add(name, item.seq_id, began, ended, start=item.start, tokens=len(item.tokens))
+        for seq_id, swapped in plan.preempted:
+            self._waits[seq_id] = "swapped" if swapped else "waiting", began
         for name, moved in (("swap out", plan.swap_out), ("swap in", plan.swap_in)):
             if moved:
                 self._add(name, _STEPS, began, ended, blocks=len(moved))

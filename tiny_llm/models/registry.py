@@ -8,7 +8,7 @@ imported from a model's own folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -165,6 +165,22 @@ def _check_options(dtype: str | None, quantize: int | None, activations: str) ->
         raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
     if activations not in ACTIVATIONS:
         raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of a model's arrays and packed matrices, each counted once."""
+    return _bytes_of(model, set())
+
+
+def _bytes_of(part: object, seen: set[int]) -> int:
+    if id(part) in seen:
+        return 0
+    seen.add(id(part))
+    if is_dataclass(part):
+        return sum(_bytes_of(getattr(part, field.name), seen) for field in fields(part))
+    if isinstance(part, tuple):
+        return sum(_bytes_of(one, seen) for one in part)
+    return int(getattr(part, "nbytes", 0))
 
 
 def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype | None:

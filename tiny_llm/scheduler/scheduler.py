@@ -6,14 +6,14 @@ them up. The rest of the budget goes to chunks of whoever is further behind: new
 prefix hit left over, what was preempted. A draft to be checked would be more tokens in an item.
 
 Integers only: tokens are passed on and never looked at, no clock is read, and no array is known.
-To prepare a step ahead, ``computed`` would have to move when a plan is made instead of when it is
-committed, and something stand for the token that is not known yet; nothing else here minds.
+While all decode, a step can be planned before the last one is committed: ``follow``.
 Source of the idea: Agrawal et al. 2024, Sarathi-Serve (chunked prefills, stall-free batches).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from math import inf
 
@@ -27,6 +27,7 @@ from tiny_llm.scheduler.speed import StepTime, context_of
 _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time
 _BEHIND_ALL: Rank = (inf, 0)
+_UNKNOWN = array("i", (0,))
 
 
 class _Entry:
@@ -50,6 +51,7 @@ class _Step:
 
     def __init__(self, tokens: int) -> None:
         self.items: list[PlanItem] = []
+        self.preempted: list[tuple[int, bool]] = []
         self.tokens = tokens
         self.ms = inf
         self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = 0
@@ -139,7 +141,31 @@ class Scheduler:
             decode_context=step.decode_context,
             chunk_tokens=step.chunk_tokens,
             chunk_context=step.chunk_context,
+            preempted=step.preempted,
         )
+
+    def follow(self, plan: Plan, leaving: Collection[int]) -> Plan | None:
+        """The step after ``plan``, before that is committed; None where it cannot be told yet.
+
+        Every sequence of ``plan`` gets one more token, which is not known and for which 0 stands, but
+        for those ``leaving``. A sequence that turns out to have ended is passed over by ``commit``.
+        """
+        admits = self.num_waiting and self.num_running < self.settings.max_running
+        if plan.decodes != self.num_running or plan.chunk_tokens or admits:
+            return None
+        items, context = [], 0
+        for seq_id, _, last, _, _ in plan.items:
+            entry, start = self._entries[seq_id], last + 1
+            if seq_id in leaving:
+                continue
+            if start >= entry.table.writable and not self.blocks.reserve(entry.table, start, start + 1):
+                return None
+            items.append(PlanItem(seq_id, _UNKNOWN, start, entry.table.blocks, 1))
+            context += start
+        if not items:
+            return None
+        swap_out, copies, swap_in = self.blocks.drain()
+        return Plan(items, self.blocks.capacity, swap_out, copies, swap_in, len(items), context)
 
     def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Advance]:
         """Take in what a step brought: an advance for each item with logit rows, in their order.
@@ -217,7 +243,7 @@ class Scheduler:
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
             seq = entry.seq
             tokens, start, table = seq.tokens, seq.computed, entry.table
-            if len(tokens) > table.writable and not self._make_room(entry):
+            if len(tokens) > table.writable and not self._make_room(entry, step):
                 break
             if len(tokens) - start > 1:
                 behind.append(entry)
@@ -278,18 +304,18 @@ class Scheduler:
             self.blocks.count(known, len(seq.tokens) - known)
         return True
 
-    def _make_room(self, entry: _Entry) -> bool:
+    def _make_room(self, entry: _Entry, step: _Step) -> bool:
         """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
         seq = entry.seq
         while not self.blocks.reserve(entry.table, seq.computed, len(seq.tokens)):
             last = self._running.items[-1]
-            self._preempt(last)
+            step.preempted.append((last.seq.id, self._preempt(last)))
             if last is entry:
                 return False
         return True
 
-    def _preempt(self, entry: _Entry) -> None:
-        """Take a running sequence's blocks; it goes on later, from the host or from its tokens."""
+    def _preempt(self, entry: _Entry) -> bool:
+        """Take a running sequence's blocks; it goes on later, from the host (True) or from its tokens."""
         seq = entry.seq
         swapped = self._is_swap_better(seq.computed) and self.blocks.swap_out(entry.table, seq.computed)
         if not swapped:
@@ -298,6 +324,7 @@ class Scheduler:
         self.preempted["swap" if swapped else "recompute"] += 1
         self._running.remove(entry.rank)
         self._wait(entry)
+        return swapped
 
     def _is_swap_better(self, computed: int) -> bool:
         if self.settings.preemption != "auto":
