@@ -138,12 +138,12 @@ class Completion:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long
 class Chunk:
     """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``."""
 
     text: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: tuple[int, ...] = ()
     completion: Completion | None = None
     index: int = 0
 

@@ -79,6 +79,8 @@ class Answer:
         return piece
 
     def _release(self, new: str) -> str:
+        if not self._stops:
+            return new
         text = self._held + new
         shown = find_stop(text, self._stops)
         if shown is not None:

@@ -231,10 +231,7 @@ class Engine:
         flight, self._ahead = self._ahead or self._next(clock), None
         if flight is None:
             return events
-        plan, now = flight.plan, self._clock()
-        for item in plan.items:
-            if (choice := self._choices.get(item.seq_id)) is not None:
-                self.totals.count_start(choice, now)
+        plan = flight.plan
         try:
             if flight.drawing is not None and self.settings.run_ahead:
                 self._ahead = self._following(flight, flight.drawing, clock)
@@ -257,8 +254,19 @@ class Engine:
     def _next(self, clock: StepClock) -> _Flight | None:
         """Start the step that the scheduler plans; None if there is nothing to do."""
         plan = self.scheduler.schedule()
+        for item in plan.items:
+            request = self._choices[item.seq_id].request
+            if not request.started_s:
+                self._note_start(request, item.seq_id)
         clock.lap("schedule")
         return self._launch(plan, None, clock) if plan.items else None
+
+    def _note_start(self, request: Request, seq_id: int) -> None:
+        sequence = self.scheduler.sequence(seq_id)
+        assert sequence is not None, "it is in the plan"
+        request.started_s = self._clock()
+        request.cached_tokens = sequence.cached_tokens
+        self.totals.queue_s.add(request.started_s - request.arrival)
 
     def _following(self, flight: _Flight, drawing: Drawing, clock: StepClock) -> _Flight | None:
         """Start the step after one under way, if it is known but for the tokens that are being drawn."""
@@ -290,9 +298,8 @@ class Engine:
                 if len(choices) > len(flight.rows):  # several answers begin from one prompt's last row
                     logits = logits[mx.array([r for r, row in enumerate(flight.rows) for _ in row])]
                 if choices:
-                    flight.drawing = begin(logits, choices, ahead=int(tokens is not None))
+                    flight.drawing = begin(logits, choices, int(tokens is not None), clock)
                     flight.logits = None
-                clock.lap("sample")
         except Exception as error:
             flight.error = error
         return flight
@@ -313,16 +320,18 @@ class Engine:
                     next(remaining)
                 advances.append(Advance(seq_id, ()))
                 continue
-            numbers = [seq_id] + [next(self._numbers) for _ in choices[1:]]
-            own = [
-                self._advance(number, choice, next(remaining), now, events)
-                for number, choice in zip(numbers, choices, strict=True)
-            ]
-            advances.append(own[0]._replace(forks=tuple(own[1:])))
-        self._note_hits(seq_ids)
+            advance = self._advance(seq_id, choices[0], next(remaining), now, events)
+            if len(choices) > 1:
+                forks = [
+                    self._advance(next(self._numbers), choice, next(remaining), now, events)
+                    for choice in choices[1:]
+                ]
+                advance = advance._replace(forks=tuple(forks))
+            advances.append(advance)
         self.scheduler.commit(plan, advances)
-        for seq_id, choices in zip(seq_ids, rows, strict=True):
-            self._forget(seq_id, choices[0].request)
+        for advance, choices in zip(advances, rows, strict=True):
+            if advance.finish_reason or advance.forks:
+                self._forget(advance.seq_id, choices[0].request)
         return events
 
     def _advance(self, number: int, choice: Choice, drawn: Drawn, now: float, events: list[Event]) -> Advance:
@@ -340,12 +349,6 @@ class Engine:
         if reason:
             self.totals.count_end(reason)
         return Advance(number, (drawn.token,), reason)
-
-    def _note_hits(self, seq_ids: Sequence[int]) -> None:
-        for seq_id in seq_ids:
-            sequence = self.scheduler.sequence(seq_id)
-            if sequence is not None and sequence.id in self._requests:
-                self._requests[sequence.id].cached_tokens = sequence.cached_tokens
 
     def _forget(self, seq_id: int, request: Request) -> None:
         """Drop what has ended: sequences, and the request with its last answer."""

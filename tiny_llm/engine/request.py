@@ -37,12 +37,12 @@ class Choice:
             self.logprobs.append(logprobs)
         piece = self.answer.push(token)
         reason = self.answer.finish_reason
-        return Chunk(piece, [token], self.completion(reason, now) if reason else None, self.index)
+        return Chunk(piece, (token,), self.completion(reason, now) if reason else None, self.index)
 
     def ended(self, reason: EndReason, now: float, error: str | None = None) -> Chunk:
         """The chunk of an answer that something else ends."""
         self.error = error
-        return Chunk("", [], self.completion(reason, now), self.index)
+        return Chunk("", (), self.completion(reason, now), self.index)
 
     def completion(self, reason: EndReason, now: float) -> Completion:
         """The whole answer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -21,8 +21,7 @@ from tiny_llm.sampling.sampler import sample
 NOT_FINITE = "The model's logits are not finite: the weights or the precision cannot carry this prompt."
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What a row got: a token and its log-probabilities, or an error."""
 
     token: int
@@ -56,7 +55,7 @@ class Drawing:
         return drawn
 
 
-def begin(logits: mx.array, choices: Sequence[Choice], ahead: int) -> Drawing:
+def begin(logits: mx.array, choices: Sequence[Choice], ahead: int, clock: StepClock) -> Drawing:
     """Start drawing a token for each choice from its row of logits [R, V].
 
     ``ahead`` counts tokens of each answer that have been drawn and are not known yet.
@@ -69,7 +68,9 @@ def begin(logits: mx.array, choices: Sequence[Choice], ahead: int) -> Drawing:
     finite = mx.isfinite(mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
     asked = [row for row, choice in enumerate(choices) if choice.params.logprobs is not None]
     report = _report(logits, tokens, asked, choices) if asked else ()
+    clock.lap("sample")
     mx.async_eval(tokens, finite, *report)  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+    clock.lap("forward")  # MLX lets a CPU be a few operations behind, and waits for the others
     return Drawing(choices, tokens, finite, asked, report, errors)
 
 

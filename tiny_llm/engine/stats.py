@@ -81,13 +81,6 @@ class EngineStats:
         else:
             self.ttft_s.add(now - choice.request.arrival)
 
-    def count_start(self, choice: Choice, now: float) -> None:
-        """A request takes part in its first step."""
-        request = choice.request
-        if not request.started_s:
-            request.started_s = now
-            self.queue_s.add(now - request.arrival)
-
     def count_end(self, reason: EndReason) -> None:
         """An answer ended."""
         self.ends[reason] += 1
