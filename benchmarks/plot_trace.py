@@ -112,7 +112,7 @@ def main() -> None:
     try:
         events = json.loads(options.trace.read_text(encoding="utf-8"))["traceEvents"]
         options.picture.write_text(draw(bars_of(events), options.sequences), encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"{options.trace}: {error}")
     print(f"{options.picture}: {len({event['tid'] for event in events if event.get('ph') == 'X'})} tracks")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -197,6 +198,95 @@ def test_min_tokens_puts_off_the_end(llm: LLM) -> None:
     longer = llm.generate(ask, SamplingParams(max_tokens=60, min_tokens=len(short.token_ids) + 10))[0]
     assert short.finish_reason == "stop"
     assert len(longer.token_ids) > len(short.token_ids) + 9
+
+
+def test_the_next_step_is_under_way_before_a_token_is_known(llm: LLM) -> None:
+    steps: list[list[int]] = []
+
+    def spoil(batch: Batch, logits: mx.array) -> mx.array:
+        steps.append(batch.positions.tolist())
+        return logits
+
+    engine = spoilt(llm, spoil)
+    ask = prompt(llm, "What is decode?")
+    number = engine.add(ask, replace(GREEDY, max_tokens=6))
+    engine.step()
+    assert len(steps) == 1, "what follows a prompt is planned as ever"
+    engine.step()
+    assert steps[1:] == [[len(ask)], [len(ask) + 1]], "one step brought its token, and the next is on its way"
+    assert drain(engine)[number][0].token_ids == llm.generate(ask, replace(GREEDY, max_tokens=6))[0].token_ids
+    assert len(steps) == 6, "the length is known, so no step is made for nothing"
+
+
+def test_who_needs_the_last_token_is_not_run_ahead(llm: LLM) -> None:
+    for own in ({"presence_penalty": 1.0}, {"min_tokens": 9}, {"processors": (lambda _, row: row,)}):
+        engine = llm.with_engine(SETTINGS).engine
+        engine.add(prompt(llm, "What is decode?"), replace(GREEDY, **own))
+        for _ in range(4):
+            engine.step()
+        assert engine._ahead is None, own
+
+
+def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> None:
+    """By a cancel, by a time-out, by its own end: the others' tokens are theirs."""
+    now = [0.0]
+    engine = llm.with_engine(SETTINGS).engine
+    engine._clock = lambda: now[0]
+    asks = [prompt(llm, f"What is {what}?") for what in ("prefill", "decode", "paging", "34 + 25")]
+    expected = llm.generate(asks[1], replace(GREEDY, max_tokens=40))[0].token_ids
+    long = replace(GREEDY, max_tokens=40)
+    gone, stays = engine.add(asks[0], long), engine.add(asks[1], long)
+    late, ends = engine.add(asks[2], long, timeout_s=5), engine.add(asks[3], replace(long, ignore_eos=False))
+    for _ in range(4):
+        engine.step()
+    assert engine._ahead is not None
+    engine.cancel(gone)
+    now[0] = 6.0
+    done = drain(engine)
+    assert {number: own[0].finish_reason for number, own in done.items()} == {
+        late: "timeout",
+        ends: "stop",
+        stays: "length",
+    }
+    assert done[stays][0].token_ids == expected
+    assert used(engine) == 0 and engine._ahead is None
+
+
+def test_a_step_that_cannot_be_prepared_fails_alone(llm: LLM) -> None:
+    """The step before it, which was under way, still brings its tokens."""
+    calls: list[int] = []
+
+    def spoil(batch: Batch, logits: mx.array) -> mx.array:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("by design")
+        return logits
+
+    engine = spoilt(llm, spoil)
+    engine.add(prompt(llm, "What is decode?"), GREEDY)
+    engine.step()
+    (event,) = engine.step()
+    assert len(calls) == 3 and engine.healthy and event.chunk.completion is None
+    (event,) = engine.step()
+    assert not engine.healthy and event.chunk.completion is not None
+    assert len(event.chunk.completion.token_ids) == 2 and used(engine) == 0
+
+
+def test_stats_are_plain_and_add_up(llm: LLM) -> None:
+    engine = llm.with_engine(SETTINGS).engine
+    for what in ("prefill", "decode"):
+        engine.add(prompt(llm, f"What is {what}?"), GREEDY)
+    engine.step()
+    during = json.loads(json.dumps(engine.stats()))
+    assert during["running"] == 2 and during["blocks"]["used"] > 0 and during["blocks"]["wasted_slots"] > 0
+    drain(engine)
+    after = json.loads(json.dumps(engine.stats()))
+    assert (after["running"], after["waiting"], after["blocks"]["used"]) == (0, 0, 0)
+    assert after["generation_tokens"] == 24 and after["ends"] == {"length": 2}
+    assert (
+        after["ttft_s"]["count"] == after["queue_s"]["count"] == 2 and after["inter_token_s"]["count"] == 22
+    )
+    assert sum(after["parts"].values()) > 0 and after["blocks"]["cached"] > 0
 
 
 def test_memory_stays_flat_over_many_steps(llm: LLM) -> None:

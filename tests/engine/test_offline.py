@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_each_line_is_answered_as_if_alone(
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert "31 prompts" in err and "tok/s" in err
+    assert re.match(r"weights \d+\.\d\d GB · keys and values up to \d+\.\d\d GB, [\d,]+ tokens\n", err)
     answered = {row["line"]: row for row in rows}
     for index, question in enumerate(questions):
         expected = llm.chat([{"role": "user", "content": question}], SamplingParams(max_tokens=12))

@@ -26,7 +26,7 @@ from tiny_llm.scheduler.settings import Preemption, SchedulerSettings
 SIZE = 4
 AGEING_S = 5.0
 EVENTS = ("answered", "refused", "busy", "cancelled", "timeout", "failed", "forks", "copies", "hits")
-EVENTS += ("recompute", "swap", "back")
+EVENTS += ("recompute", "swap", "back", "ahead", "for nothing")
 
 
 def following(state: int, token: int) -> int:
@@ -72,6 +72,12 @@ class Model:
             assert len({new for _, new in pairs}) == len(pairs), "two moves to one place"
             for old, new in pairs:
                 target[new * SIZE : (new + 1) * SIZE] = source[old * SIZE : (old + 1) * SIZE]
+
+    def spoil(self, item: PlanItem) -> None:
+        """What a step writes for a sequence that has ended in the meantime."""
+        slot = item.blocks[item.start // SIZE] * SIZE + item.start % SIZE
+        if slot < len(self.slots):  # else the pool has shrunk
+            self.slots[slot] = None
 
     def compute(self, item: PlanItem, seq: Sequence) -> int:
         """Check the item's whole context, then add its tokens; returns the last state."""
@@ -133,6 +139,7 @@ class Traffic(RuleBasedStateMachine):
         self.branch: dict[int, int] = {}
         self.forks_to_come: dict[int, int] = {}
         self.ever_ran: set[int] = set()
+        self.ahead: Plan | None = None
 
     @rule(
         count=st.integers(1, 5),
@@ -216,6 +223,7 @@ class Traffic(RuleBasedStateMachine):
                 self.seen["timeout"] += 1
 
     def _fail(self) -> None:
+        self.ahead = None
         plan = self._schedule()
         self.model.slots = []
         ended = {output.seq_id for output in self.scheduler.abandon(plan)}
@@ -244,9 +252,14 @@ class Traffic(RuleBasedStateMachine):
             self.seen["hits"] += prefix.hit_tokens
 
     def _step(self) -> None:
-        plan = self._schedule()
+        """One step; sometimes the one after it is planned, and its blocks moved, before it is committed."""
+        plan, self.ahead = self.ahead or self._schedule(), None
         self.model.move(plan)
         advances = list(self._advances(plan))
+        if self.seen["steps"] % 3:
+            leaving = {advance.seq_id for advance in advances if advance.finish_reason == "length"}
+            self.ahead = self.scheduler.follow(plan, leaving)
+            self.seen["ahead"] += self.ahead is not None
         for advance in self.scheduler.commit(plan, advances):
             if child := self.scheduler.sequence(advance.seq_id):
                 self.live[advance.seq_id] = child
@@ -301,8 +314,14 @@ class Traffic(RuleBasedStateMachine):
 
     def _advances(self, plan: Plan) -> Iterator[Advance]:
         for item in plan.items:
-            seq = self.live[item.seq_id]
-            state = self.model.compute(item, seq)
+            seq = self.live.get(item.seq_id)
+            if seq is None:  # planned ahead, and ended since
+                self.model.spoil(item)
+                self.seen["for nothing"] += 1
+                yield Advance(item.seq_id, ())
+                continue
+            known = item._replace(tokens=seq.tokens[item.start : item.start + len(item.tokens)])
+            state = self.model.compute(known, seq)
             if item.logit_rows:
                 forks = tuple(
                     self._forked(seq, state, n + 1) for n in range(self.forks_to_come.pop(seq.id, 0))
