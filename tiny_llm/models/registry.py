@@ -29,7 +29,7 @@ from tiny_llm.data import Batch, KVCache, Matrix
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.ops.backend import active
+from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.checkpoint import load_weights
@@ -132,6 +132,7 @@ def load_model(
         finish=partial(pack, exact=activations == "exact") if packed else _as_it_is,
         progress=progress,
     )
+    keep_memory()
     return build(config, weights)
 
 
@@ -155,6 +156,7 @@ def load_dummy(
         quantizable=quantizable_tensors(config),
         finish=partial(pack, exact=activations == "exact"),
     )
+    keep_memory()
     return build(config, weights)
 
 

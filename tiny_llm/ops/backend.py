@@ -35,6 +35,7 @@ __all__ = [
     "choose",
     "cpu",
     "isa",
+    "keep_memory",
     "num_threads",
     "on_cpu",
     "set_threads",
@@ -126,6 +127,12 @@ def set_threads(threads: int | None) -> None:
         raise ConfigError(f"threads is {threads!r}, expected a whole number from 1 to {MAX_THREADS}.")
     if threads is not None and cpu is not None:
         cpu.set_num_threads(threads)
+
+
+def keep_memory() -> None:
+    """Weights are loaded, and from here on memory comes and goes: let what is freed be kept for the next."""
+    if active() == "cpu":
+        cpu.keep_memory()
 
 
 def num_threads() -> int | None:

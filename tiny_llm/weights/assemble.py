@@ -21,7 +21,7 @@ from tiny_llm.weights.shards import StoredTensor
 
 LARGE_PART = 1 / 20
 """From this part of all weights on, it matters to memory when an entry is read."""
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**23
 """As much of a float matrix is read at a time where it is to be quantized."""
 
 Progress = Callable[[int, int], None]

@@ -54,9 +54,11 @@ def read_ahead(pieces: Iterable[Piece]) -> Iterator[mx.array]:
     Raises WeightError if a file ends too early, having changed since its header was read.
     """
     before: tuple[Piece, mx.array, Future[None]] | None = None
+    ahead = _Ahead()
     with ThreadPoolExecutor(1, "weights") as reader:
         for piece in pieces:
             words = _room(piece)  # made in this thread, since MLX's streams belong to theirs
+            ahead.ask(piece)
             reading = reader.submit(_fill, piece, words)
             if before is not None:
                 yield _finished(*before)
@@ -71,13 +73,28 @@ def _room(piece: Piece) -> mx.array:
     return words
 
 
+class _Ahead:
+    """Has the system read on, so that the disk goes on while a piece is worked on (Linux)."""
+
+    def __init__(self) -> None:
+        self._asked: dict[FileIO, int] = {}  # up to where
+
+    def ask(self, piece: Piece) -> None:
+        """``piece`` is read next."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        end = self._asked.get(piece.file, 0)
+        if not piece.start <= end <= piece.start + AHEAD_BYTES:  # it lies elsewhere than the one before
+            end = piece.start
+        if end - piece.start < AHEAD_BYTES // 2:
+            os.posix_fadvise(piece.file.fileno(), end, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            self._asked[piece.file] = end + AHEAD_BYTES
+
+
 def _fill(piece: Piece, words: mx.array) -> None:
     if not words.size:
         return
     space = memoryview(words).cast("B")  # type: ignore[arg-type]  # MLX's stubs lack the protocol
-    if hasattr(os, "posix_fadvise"):  # the disk goes on while this piece is worked on
-        ahead = piece.start + len(space)
-        os.posix_fadvise(piece.file.fileno(), ahead, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
     piece.file.seek(piece.start)
     while space:
         count = piece.file.readinto(space)
