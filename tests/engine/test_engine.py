@@ -272,6 +272,16 @@ def test_a_step_that_cannot_be_prepared_fails_alone(llm: LLM) -> None:
     assert len(event.chunk.completion.token_ids) == 2 and used(engine) == 0
 
 
+def test_the_cheaper_way_to_make_room_is_measured(llm: LLM) -> None:
+    """On one machine's memory a copy costs microseconds, and computing again milliseconds."""
+    engine = llm.with_engine(EngineSettings(kv_blocks=14, host_blocks=64)).engine
+    assert 0 < engine.scheduler.settings.swap_ms_per_block < 5
+    for what in ("prefill", "decode", "paging", "a fox"):
+        engine.add(prompt(llm, f"What is {what}?"), replace(GREEDY, max_tokens=60))
+    drain(engine)
+    assert engine.scheduler.preempted["swap"] > 0 == engine.scheduler.preempted["recompute"]
+
+
 def test_stats_are_plain_and_add_up(llm: LLM) -> None:
     engine = llm.with_engine(SETTINGS).engine
     for what in ("prefill", "decode"):

@@ -102,6 +102,12 @@ def test_traffic_changes_no_token(llm: LLM, name: str) -> None:
     assert together(llm, SETTINGS[name], asks) == alone(llm, asks)
 
 
+def test_64_others_change_no_token(llm: LLM) -> None:
+    asks = [(prompt, params, 0, 0) for prompt, params, _, _ in traffic(llm, seed=11, count=65)]
+    settings = EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_step_ms=1e9))
+    assert together(llm, settings, asks) == alone(llm, asks)
+
+
 @pytest.mark.parametrize("policy", ["recompute", "swap"])
 def test_preemption_happens_here(llm: LLM, policy: str) -> None:
     """The two above prove nothing unless the pool is too small for them."""

@@ -158,7 +158,11 @@ class Engine:
             host_blocks=settings.host_blocks,
             prefix_cache=settings.prefix_cache,
         )
-        self.scheduler = Scheduler(blocks, settings.scheduler)
+        scheduler = settings.scheduler
+        if settings.host_blocks and scheduler.swap_ms_per_block is None:
+            with use(backend):
+                scheduler = replace(scheduler, swap_ms_per_block=self.cache.swap_ms())
+        self.scheduler = Scheduler(blocks, scheduler)
         mx.set_cache_limit(BUFFER_POOL_BYTES)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ them through block tables. Knows no sequence, no token and no request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.core as mx
 from tiny_llm.data import Batch, Plan
 from tiny_llm.ops.paged_attention import copy_blocks, empty_pool, paged_attention, resize_pool
 
+_TRIED = 64  # blocks
 Pool = tuple[mx.array, mx.array]
 """Keys and values of one layer, in the layout of ops.paged_attention."""
 
@@ -36,10 +38,27 @@ class PagedCache:
         self._host: list[Pool] = []
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """What keys and values are kept in."""
+        return self._dtype
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         heads, dim, size = self._shape
         return 2 * self._num_layers * heads * dim * size * self._dtype.size
+
+    def swap_ms(self) -> float:
+        """Milliseconds that a block takes to host memory and back, measured on blocks of one layer."""
+        pools = [empty_pool(self._shape, _TRIED, _TRIED, self._dtype) for _ in range(2)]
+        pairs = mx.array([(i, i) for i in range(_TRIED)], mx.int32)
+        taken = []
+        for _ in range(3):  # the first touches memory that nobody has touched
+            began = time.perf_counter()
+            for source, target in (pools, reversed(pools)):
+                mx.eval(copy_blocks(source, target, pairs))
+            taken.append(time.perf_counter() - began)
+        return 1e3 * min(taken) * self._num_layers / _TRIED
 
     def clear(self) -> None:
         """Let go of all arrays, after a step that failed half way."""

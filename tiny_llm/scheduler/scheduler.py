@@ -329,7 +329,10 @@ class Scheduler:
     def _is_swap_better(self, computed: int) -> bool:
         if self.settings.preemption != "auto":
             return self.settings.preemption == "swap"
-        swap_ms = self.blocks.blocks_for(computed) * self.settings.swap_ms_per_block
+        each = self.settings.swap_ms_per_block
+        if each is None:
+            return False
+        swap_ms = self.blocks.blocks_for(computed) * each
         return swap_ms < self.speed.chunk_ms(0, computed)
 
     def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> None:

@@ -21,7 +21,7 @@ class SchedulerSettings:
     At most ``max_waiting`` new requests wait, each at most ``max_wait_s`` seconds.
     One level of priority is worth ``ageing_s`` seconds of waiting. ``preemption`` says how a
     sequence makes room for others; "auto" takes the cheaper way, given what a block's way
-    to the host and back takes (``swap_ms_per_block``).
+    to the host and back takes (``swap_ms_per_block``; None: the engine measures it).
 
     Raises ConfigError for a value that cannot work.
     """
@@ -33,7 +33,7 @@ class SchedulerSettings:
     max_wait_s: float = inf
     ageing_s: float = 10.0
     preemption: Preemption = "auto"
-    swap_ms_per_block: float = inf
+    swap_ms_per_block: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_step_tokens", "max_step_ms", "max_wait_s", "ageing_s"):

@@ -1,0 +1,101 @@
+"""Pages change nothing: neither the tokens, nor what the model remembers, nor how much memory there is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from demo_score import held_out_examples
+
+from tiny_llm import LLM, Completion, SamplingParams
+from tiny_llm.decoding.generate import generate, generate_without_cache
+from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.kv.dense import DenseCache
+from tiny_llm.ops.backend import use
+from tiny_llm.scheduler.settings import SchedulerSettings
+
+SAMPLED = SamplingParams(max_tokens=60, temperature=1.0, top_p=0.9, seed=5, ignore_eos=True)
+RECALLED = 12
+
+
+def without_pages(llm: LLM, prompt: list[int], params: SamplingParams, *, cache: bool) -> list[int]:
+    """The same tokens from the plain loop, one sequence and no engine."""
+    with use(llm.backend):
+        if cache:
+            kept = DenseCache(llm.config.num_layers, llm.engine.cache.dtype)
+            tokens = generate(llm._model, kept, prompt, params)
+        else:
+            tokens = generate_without_cache(llm._model, prompt, params)
+        return [token.id for token in islice(tokens, params.max_tokens)]
+
+
+@pytest.mark.parametrize("params", [replace(SAMPLED, temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
+def test_pages_change_no_token_of_a_real_llama(
+    stories260k: Path, params: SamplingParams, backend: str
+) -> None:
+    llm = LLM(stories260k, dtype="float32", backend=backend)
+    (paged,) = llm.generate([1], params)
+    assert paged.token_ids == without_pages(llm, [1], params, cache=True)
+    assert paged.token_ids == without_pages(llm, [1], params, cache=False)
+
+
+@pytest.mark.parametrize("params", [replace(SAMPLED, temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
+def test_pages_change_no_token_of_the_bundled_model(llm: LLM, params: SamplingParams) -> None:
+    prompt = llm.chat_prompt([{"role": "user", "content": "Tell me a story about a fox."}])
+    (paged,) = llm.generate(prompt, params)
+    assert paged.token_ids == without_pages(llm, prompt, params, cache=True)
+
+
+def asked(llm: LLM, settings: EngineSettings, times: int = 1) -> tuple[LLM, list[Completion]]:
+    """Facts told and asked for, all at once, through an engine of its own; the last time counts."""
+    own = llm.with_engine(settings)
+    prompts = [own.chat_prompt(e.messages[:-1]) for e in held_out_examples("recall", RECALLED)]
+    for _ in range(times):
+        done = own.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True))
+    return own, done
+
+
+def right(answers: list[Completion]) -> int:
+    examples = held_out_examples("recall", RECALLED)
+    told = [str(example.messages[-1]["content"]) for example in examples]
+    return sum(a.text.startswith(fact) for a, fact in zip(answers, told, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["recompute", "swap"])
+def test_facts_are_remembered_through_preemption(llm: LLM, policy: str) -> None:
+    scheduler = SchedulerSettings(preemption=policy)
+    own, answers = asked(llm, EngineSettings(kv_blocks=36, host_blocks=80, scheduler=scheduler))
+    assert own.engine.scheduler.preempted[policy] > 0, "the pool is too large to show anything"
+    assert right(answers) == right(asked(llm, EngineSettings(kv_blocks=2048))[1]) == RECALLED
+
+
+def test_facts_are_remembered_through_prefix_hits(llm: LLM) -> None:
+    _, answers = asked(llm, EngineSettings(kv_blocks=2048), times=2)
+    assert all(answer.cached_tokens >= len(answer.prompt_token_ids) - 16 for answer in answers)
+    assert right(answers) == RECALLED
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_resident_memory_is_flat_over_5000_steps(llm: LLM) -> None:
+    """Requests come and go all the time; what they leave behind is nothing."""
+    engine = llm.with_engine(EngineSettings(kv_blocks=128, slab_blocks=16)).engine
+    before, steps = 0, 0
+    while steps < 5500:
+        while len(engine) < 4:
+            engine.add(
+                [steps % 1000 + 1] * 20, SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
+            )
+        engine.step()
+        steps += 1
+        if steps == 500:
+            before = resident_bytes()
+    assert resident_bytes() - before < 3_000_000
+
+
+def resident_bytes() -> int:
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
