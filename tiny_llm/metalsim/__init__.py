@@ -1,0 +1,1 @@
+"""Metal kernels on a CPU: the text that MLX would give to Apple's compiler, compiled by clang, checked."""

@@ -1,0 +1,206 @@
+"""C++ to a library that can be called: finds clang, compiles, and keeps what it made.
+
+Owns the compiler's options, and the cache: in the user's cache folder, by a hash of text, shim, options
+and compiler. Knows no Metal beyond the folder of its headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+from tiny_llm.errors import ConfigError, TinyLLMError
+
+VARIABLE = "TINY_LLM_CLANG"
+OLDEST, NEWEST = 17, 30
+MODES = ("strict", "fast")
+HERE = Path(__file__).parent
+_COMMON = (
+    *("-std=c++17", "-nostdinc", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fno-stack-protector"),
+    # Each operation rounds as its type says, and none is merged with another: as in MLX's safe mode.
+    *("-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-fbfloat16-excess-precision=none", "-w", "-fno-color-diagnostics"),
+    *("-fno-caret-diagnostics", "-ferror-limit=5"),
+)
+_MODE: Mapping[str, tuple[str, ...]] = {
+    "fast": ("-O2",),
+    # Accesses stay those of the text: nothing is vectorized, and a read before a write is seen too.
+    "strict": (
+        *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-gdwarf-4", "-gline-tables-only"),
+        "-fno-optimize-sibling-calls",
+        *("-DMSIM_STRICT=1", "-fsanitize=thread", "-mllvm", "-tsan-instrument-read-before-write=1"),
+        *("-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"),
+        "-fsanitize=bounds,integer-divide-by-zero,shift-exponent",
+        # Two stores made one would be at no line.
+        *("-mllvm", "-sink-common-insts=0", "-mllvm", "-hoist-common-insts=0"),
+    ),
+}
+_DIAGNOSTIC = re.compile(
+    r"^(?P<file>[^:\n]+):(?P<line>\d+):(?:\d+:)? (?:fatal )?(?P<what>(?:error|warning): .*)$", re.M
+)
+
+
+class CompileError(TinyLLMError):
+    """The kernel's text is no valid Metal: what clang says of it, at the author's lines."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A clang and a linker: the commands, and the version, which is part of the cache's key."""
+
+    compiler: tuple[str, ...]
+    linker: tuple[str, ...]
+    version: str
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    try:
+        toolchain()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@cache
+def toolchain() -> Toolchain:
+    """The first clang that is new enough: $TINY_LLM_CLANG, clang-17 and up, clang, the one in ziglang.
+
+    Raises ConfigError if there is none, or this is no Linux on x86-64 or arm64.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise ConfigError("metalsim runs on Linux, on x86-64 or arm64; on a Mac use backend 'metal'.")
+    if given := os.environ.get(VARIABLE):
+        found = _clang(given)
+        if found is None:
+            raise ConfigError(f"{VARIABLE} is {given!r}, expected a clang of version {OLDEST} or newer.")
+        return found
+    for name in [f"clang-{v}" for v in range(NEWEST, OLDEST - 1, -1)] + ["clang"]:
+        if found := _clang(name):
+            return found
+    if found := _zig():
+        return found
+    raise ConfigError(
+        f"metalsim needs clang {OLDEST} or newer, and there is none: pip install ziglang, "
+        f"or apt install clang-19, or set {VARIABLE} to one."
+    )
+
+
+def _clang(name: str) -> Toolchain | None:
+    path = shutil.which(name)
+    version = _version((path,)) if path else None
+    if path is None or version is None:
+        return None
+    return Toolchain((path,), (path, "-nostdlib"), version)
+
+
+def _zig() -> Toolchain | None:
+    """PyPI's ziglang holds a whole clang and its linker in one program."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    zig = str(Path(spec.submodule_search_locations[0]) / "zig")
+    version = _version((zig, "clang"))
+    return Toolchain((zig, "clang"), (zig, "ld.lld"), version) if version else None
+
+
+def _version(command: Sequence[str]) -> str | None:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"clang version (\d+)\S*", done.stdout)
+    return found[0] if found and int(found[1]) >= OLDEST else None
+
+
+def includes() -> tuple[Path, Path]:
+    """The folders of headers: ours, which goes first, and MLX's."""
+    return HERE / "include", Path(str(mx.__file__)).parent / "include"
+
+
+@cache
+def _ours() -> str:
+    """A hash of all that is compiled with every kernel."""
+    ours, theirs = includes()
+    files = [*ours.rglob("*"), HERE / "runtime.cpp", theirs / "mlx/backend/metal/kernels/utils.h"]
+    return _hash([f.read_text(encoding="utf-8") for f in sorted(files) if f.is_file()])
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept; each can be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "tiny_llm" / "metalsim"
+
+
+def _options(mode: str) -> list[str]:
+    target = f"--target={platform.machine()}-linux-gnu"
+    return [target, *_COMMON, *_MODE[mode], *(f"-I{folder}" for folder in includes())]
+
+
+def library(text: str, mode: str) -> Path:
+    """A shared library made of the C++ ``text`` and the simulator; raises CompileError."""
+    tools = toolchain()
+    key = _hash([text, _ours(), tools.version, *_options(mode)])
+    path = cache_folder() / f"{key}.so"
+    if not path.exists():
+        _make(text, _options(mode), path, [runtime(mode)])
+    return path
+
+
+@cache
+def runtime(mode: str) -> Path:
+    """The simulator's own library, which all kernels of a mode share."""
+    options = [o for o in _options(mode) if not o.startswith("-fsanitize")] + ["-O2"]
+    path = cache_folder() / f"runtime-{_hash([_ours(), toolchain().version, *options])}.so"
+    if not path.exists():
+        _make((HERE / "runtime.cpp").read_text(encoding="utf-8"), options, path, [])
+    return path
+
+
+def _make(text: str, options: Sequence[str], path: Path, needs: Sequence[Path]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        compile_text(text, [*options, "-c", "-o", str(made)])
+        _run([*toolchain().linker, "-shared", "-o", str(linked), str(made), *map(str, needs)])
+        linked.replace(path)  # whoever else makes it makes the same
+
+
+def compile_text(text: str, options: Sequence[str]) -> str:
+    """Give C++ to clang; return its warnings. Raises CompileError with the author's lines."""
+    command = [*toolchain().compiler, *options, "-x", "c++", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        found = [f"{d['file']}:{d['line']}: {d['what']}" for d in diagnostics(done.stderr)]
+        raise CompileError("\n".join(found) or done.stderr[-2000:])
+    return done.stderr
+
+
+def diagnostics(text: str) -> list[re.Match[str]]:
+    """Each error and warning in what clang printed."""
+    return list(_DIAGNOSTIC.finditer(text))
+
+
+def check_options() -> list[str]:
+    """Options to parse a kernel with Metal's address spaces."""
+    keep = [o for o in _options("fast") if o not in ("-w", "-O2")]
+    return [*keep, "-DMSIM_CHECK=1", "-fsyntax-only", "-Wno-everything", "-Wimplicit-float-conversion"]
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"linking failed: {done.stderr[-2000:]}")

@@ -1,0 +1,145 @@
+"""What the simulator found wrong with a kernel, in words: what, where in the author's text, which threads.
+
+Owns the structures of runtime.h that carry a report, and their meaning. Knows no compiler and no array.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_llm.errors import TinyLLMError
+from tiny_llm.metalsim.lines import find_line
+
+KINDS = (
+    *("none", "bounds", "race", "uninitialised", "never written", "input written", "misaligned"),
+    *("barrier divergence", "simd divergence", "time limit", "too much threadgroup memory", "wild pointer"),
+    *("undefined", "no memory"),
+)
+_SIMD = ("simdgroup_barrier", "shuffle", "reduction", "prefix operation", "vote", "matrix operation")
+
+
+class KernelFault(TinyLLMError):
+    """A kernel did what it must not; ``kind`` is one of KINDS, ``line`` the author's file and line."""
+
+    def __init__(self, message: str, kind: str, line: tuple[str, int] | None) -> None:
+        super().__init__(message)
+        self.kind, self.line = kind, line
+
+
+class Side(ctypes.Structure):
+    """One thread's part in a fault."""
+
+    _fields_ = (
+        ("pc", ctypes.c_uint64),
+        ("group", ctypes.c_uint32),
+        ("thread", ctypes.c_uint32),
+        ("write", ctypes.c_uint32),
+    )
+
+
+class Report(ctypes.Structure):
+    """The first fault of a dispatch, as runtime.h has it."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("bytes", ctypes.c_uint32),
+        ("element", ctypes.c_uint32),
+        ("op", ctypes.c_uint32),
+        ("ended", ctypes.c_uint32),
+        ("buffer", ctypes.c_int32),
+        ("offset", ctypes.c_int64),
+        ("size", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("here", Side),
+        ("there", Side),
+    )
+
+
+@dataclass(frozen=True)
+class Where:
+    """What is needed to say where something happened: code, its place in memory, the dispatch, the text."""
+
+    kernel: str
+    library: Path
+    image: int
+    grid: Sequence[int]
+    threadgroup: Sequence[int]
+    buffers: Sequence[str]
+    text: dict[tuple[str, int], str]
+
+    def line(self, pc: int) -> tuple[str, int] | None:
+        """File and line of an instruction of the kernel; None outside of it."""
+        return find_line(self.library, pc - self.image) if pc >= self.image else None
+
+    def spot(self, side: Side) -> str:
+        """`` at FILE:LINE `text` `` of a side, or nothing where it is unknown."""
+        found = self.line(side.pc)
+        if found is None:
+            return ""
+        text = self.text.get(found, "")
+        return f" at {found[0]}:{found[1]}" + (f" `{text}`" if text else "")
+
+    def thread(self, side: Side) -> str:
+        """A thread by its places, as the kernel's author counts them."""
+        groups = [-(-g // t) for g, t in zip(self.grid, self.threadgroup, strict=True)]
+        group = _place(side.group, groups)
+        full = (
+            min(t, g - i * t) for t, g, i in zip(self.threadgroup, self.grid, group, strict=True)
+        )  # the last threadgroup may be smaller
+        return f"thread {_place(side.thread, list(full))} of threadgroup {group}"
+
+
+def _place(index: int, size: Sequence[int]) -> tuple[int, int, int]:
+    return index % size[0], index // size[0] % size[1], index // (size[0] * size[1])
+
+
+def fault(report: Report, where: Where, seconds: float) -> KernelFault:
+    """The report as an error."""
+    kind = KINDS[report.kind]
+    line = where.line(report.here.pc)
+    return KernelFault(f"kernel {where.kernel!r}: {_what(kind, report, where, seconds)}", kind, line)
+
+
+def _what(kind: str, r: Report, where: Where, seconds: float) -> str:
+    here, spot = where.thread(r.here), where.spot(r.here)
+    there, other = where.thread(r.there), where.spot(r.there)
+    does = "writes" if r.here.write else "reads"
+    buffer = where.buffers[r.buffer] if r.buffer >= 0 else f"threadgroup array {_name(r)!r}"
+    element = r.offset // r.element if r.element else 0
+    at = f"element {element} of {buffer}"
+    if kind == "bounds":
+        return f"out of bounds: {here} {does} {at}, which has {r.size // max(r.element, 1)},{spot}"
+    if kind == "race":
+        did = "wrote" if r.there.write else "read"
+        return f"race: {here} {does} {at}{spot}, and {there} {did} it{other}, with no barrier between"
+    if kind == "uninitialised":
+        return f"uninitialised: {here} reads {at}, which nobody has written,{spot}"
+    if kind == "never written":
+        return f"never written: {at} and {r.size - 1} more; write them, or give init_value or partial_outputs"
+    if kind == "input written":
+        return f"input written: {here} writes {at}{spot}"
+    if kind == "misaligned":
+        place = f"byte {r.offset} of {buffer}, no multiple of {r.size},"
+        return f"misaligned: {here} {does} {r.bytes} bytes at {place}{spot}"
+    if kind == "barrier divergence":
+        what = "has ended" if r.ended else f"is elsewhere{other}"
+        return f"barrier divergence: {here} waits{spot}, but {there} {what}"
+    if kind == "simd divergence":
+        what = "has ended" if r.ended else f"is elsewhere{other}"
+        return f"simd divergence: {here} is in a {_SIMD[r.op]}{spot}, but {there} {what}"
+    if kind == "time limit":
+        return f"time limit: not done after {seconds:g} s; {here} is{spot or ' about to start'}"
+    if kind == "too much threadgroup memory":
+        return f"threadgroup memory: {buffer} makes it {r.size} bytes, of which there are 32768,{spot}"
+    if kind == "wild pointer":
+        return f"wild pointer: {here} {does} {r.bytes} bytes in no buffer at all,{spot}"
+    if kind == "undefined":
+        return f"undefined: {_name(r)} in {here},{spot}"
+    return "the buffers do not fit the simulator's memory: at most 1 GiB each"
+
+
+def _name(report: Report) -> str:
+    return bytes(report.name or b"").decode()

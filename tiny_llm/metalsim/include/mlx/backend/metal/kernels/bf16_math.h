@@ -1,0 +1,2 @@
+// In place of MLX's: metal_stdlib here has the functions for bfloat already.
+#pragma once
