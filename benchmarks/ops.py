@@ -3,9 +3,8 @@
 A call's least time is the longer of its bytes over the read bandwidth and its operations over the arithmetic
 peak (int8 dot products for quantized matrices, float32 multiply-adds else), both measured just before; the
 percent is that over the time that it took. Matrices are more than a cache holds, as in a model; other
-arguments are in the cache, as in a model. Then all linear layers together for several rows, and a step of
-a model with next to no work in it: what a token costs apart from the kernels. Medians; prints a table and
-one JSON line.
+arguments are in the cache, as in a model. Then all linear layers together for several rows, and what of a
+token's time, through the engine, is not spent in kernels. Medians; prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -15,25 +14,21 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
 from measure.ceiling import KINDS, ceilings_or_none
+from measure.engine import engine_of
 from measure.machine import Watch, foreign_share_now, warning
-from measure.op_cases import FOUR_BITS, Case, cases
+from measure.op_cases import Case, cases
 from measure.sides import numbers
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import SamplingParams
-from tiny_llm.decoding.generate import choose, one_sequence
-from tiny_llm.kv.dense import DenseCache
 from tiny_llm.layers.linear import heads_of
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import Model, build, expected_tensors, kv_dtype, load_dummy, quantizable_tensors
-from tiny_llm.ops.backend import set_threads, use
-from tiny_llm.ops.pack import pack
-from tiny_llm.weights.dummy import dummy_weights
+from tiny_llm.models.registry import Model, load_dummy
+from tiny_llm.ops.backend import kernel_seconds, set_threads, use
 from tiny_llm.weights.names import config_of
 
 TOGETHER = (1, 2, 4, 8, 16, 32)
@@ -89,31 +84,16 @@ def linear_layers(model: Decoder, x: mx.array) -> mx.array:
     return model.lm_head(x)
 
 
-def decode_step_s(model: Model) -> float:
-    """The median time of one greedy token after a short prompt."""
-    kept = kv_dtype(model.config, dtype=None, quantize=4)
-    kv, token, taken = DenseCache(model.config.num_layers, kept), 0, []
-    mx.eval(model(one_sequence(range(16), 0), kv))
-    for position in range(16, 16 + STEPS):
-        began = time.perf_counter()
-        token = choose(model(one_sequence([token], position), kv), SamplingParams(), position).id
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
-def next_to_nothing(config: ModelConfig) -> Model:
-    """A model of the same layers whose matrices have 64 rows and columns."""
-    small = replace(
-        config, hidden_size=64, intermediate_size=64, vocab_size=64, num_heads=2, num_kv_heads=1, head_dim=32
-    )
-    weights = dummy_weights(
-        expected_tensors(small),
-        dtype=mx.bfloat16,
-        quantize=FOUR_BITS,
-        quantizable=quantizable_tensors(small),
-        finish=partial(pack, exact=False),
-    )
-    return build(small, weights)
+def decode_step_s(model: Model) -> tuple[float, float]:
+    """Seconds of a greedy token after a short prompt, through the engine; and of the kernels in it."""
+    engine = engine_of(model)
+    engine.add([1] * 16, SamplingParams(max_tokens=3 * STEPS, ignore_eos=True))
+    for _ in range(STEPS):
+        engine.step()
+    began, before = time.perf_counter(), kernel_seconds() or 0.0
+    for _ in range(STEPS):
+        engine.step()
+    return (time.perf_counter() - began) / STEPS, ((kernel_seconds() or 0.0) - before) / STEPS
 
 
 def together_s(model: Decoder, rounds: int) -> dict[int, float]:
@@ -165,8 +145,10 @@ def measure(options: argparse.Namespace, backend: str) -> None:
     print(f"\n{'all linear layers':<30}{'tok/s':>12}{'of one row':>12}")
     for rows, rate in together.items():
         print(f"{f'{rows} rows':<30}{rate:>12.1f}{rate / together[1]:>11.2f}x")
-    empty, full = decode_step_s(next_to_nothing(config)), decode_step_s(model)
-    print(f"\na step with no work {empty * 1e3:.2f} ms: {empty / full:.1%} of a step of {full * 1e3:.2f} ms")
+    steps = sorted(decode_step_s(model) for _ in range(options.rounds))
+    step, kernels = steps[len(steps) // 2]
+    share = 1 - kernels / step
+    print(f"\na token in {step * 1e3:.2f} ms, of which kernels {kernels * 1e3:.2f}: all else is {share:.1%}")
     if said := warning(watch.foreign_share(), "meanwhile"):
         print(said)
     facts = {"benchmark": "ops", "shape": options.shape, "backend": backend, "threads": options.threads}
@@ -174,12 +156,10 @@ def measure(options: argparse.Namespace, backend: str) -> None:
         "peaks": peak,
         "ops": ops,
         "linear_tok_s": together,
-        "overhead_ms": empty * 1e3,
-        "step_ms": full * 1e3,
+        "kernels_ms": kernels * 1e3,
+        "step_ms": step * 1e3,
     }
-    print(
-        json.dumps(facts | found | {"overhead_share": empty / full, "foreign_share": watch.foreign_share()})
-    )
+    print(json.dumps(facts | found | {"overhead_share": share, "foreign_share": watch.foreign_share()}))
 
 
 if __name__ == "__main__":

@@ -14,25 +14,21 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from measure.engine import BITS, data_folder, engine_of
 from measure.machine import Watch, foreign_share_now, warning
 
 from tiny_llm.data import SamplingParams
-from tiny_llm.engine.engine import Engine, EngineSettings
-from tiny_llm.models.registry import Model, kv_dtype, load_dummy
-from tiny_llm.ops.backend import active, set_threads, use
+from tiny_llm.engine.engine import Engine
+from tiny_llm.models.registry import Model, load_dummy
+from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.tokenizer.tokenizer import Tokenizer
-from tiny_llm.weights.hub import resolve
 
-BLOCK, BITS = 16, 4
 SYSTEM, QUESTION, ANSWER = 512, 32, 8
 LONG, OTHERS = 8192, 4
 SHARES = (0.6, 0.9)  # of the capacity
@@ -99,7 +95,7 @@ def arrivals(model: Model, options: argparse.Namespace) -> dict[str, dict[str, f
         capacity = 0.0
         for share in (None, *SHARES):
             requests = asked(lengths, 0.0 if share is None else capacity * share)
-            seconds = run(engine_of(model, scheduler), requests)
+            seconds = run(warm(model, scheduler), requests)
             if share is None:
                 capacity = len(requests) / seconds
             label = f"{name}, " + ("all at once" if share is None else f"{share:.0%}")
@@ -115,7 +111,7 @@ def shared_prefix(model: Model) -> dict[str, float]:
     system = [chance.randrange(vocab) for _ in range(SYSTEM)]
     found = {}
     for name, cache in (("cache on", True), ("cache off", False)):
-        engine, taken = engine_of(model, CHUNKED, prefix_cache=cache), []
+        engine, taken = warm(model, CHUNKED, prefix_cache=cache), []
         for _ in range(6):
             request = Request(system + [chance.randrange(vocab) for _ in range(QUESTION)], ANSWER)
             run(engine, [request])
@@ -133,7 +129,7 @@ def long_prompt(model: Model) -> dict[str, float]:
     """The gaps between others' tokens while a long prompt is read, in ms."""
     chance, vocab = random.Random(2), model.config.vocab_size
     others = [Request([chance.randrange(vocab) for _ in range(64)], 2000) for _ in range(OTHERS)]
-    engine = engine_of(model, CHUNKED)
+    engine = warm(model, CHUNKED)
     for request in others:
         run_until_first(engine, request)
     began = time.perf_counter()
@@ -157,7 +153,7 @@ def long_prompt(model: Model) -> dict[str, float]:
 
 def drawn_lengths(count: int, longest: int) -> list[tuple[int, int]]:
     """Prompt and answer lengths of ``count`` conversations, the longest of them scaled to ``longest``."""
-    path = Path(os.environ.get("TINY_LLM_DATA", "../shared/data")) / "traces" / "azure_2023_conv.csv"
+    path = data_folder() / "traces" / "azure_2023_conv.csv"
     with path.open(encoding="utf-8") as file:
         rows = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
     chosen = random.Random(0).sample([row for row in rows if min(row) > 0], count)
@@ -174,21 +170,9 @@ def asked(lengths: Iterable[tuple[int, int]], rate: float) -> list[Request]:
     return requests
 
 
-def engine_of(model: Model, scheduler: SchedulerSettings, *, prefix_cache: bool = True) -> Engine:
-    """An engine that has seen nothing but a short request, by which it has warmed up."""
-    config = model.config
-    kept = kv_dtype(config, dtype=None, quantize=BITS)
-    assert kept is not None, "the shape runs on backend cpu"
-    data = Path(os.environ.get("TINY_LLM_DATA", "../shared/data")) / "tokenizers" / "qwen2"
-    engine = Engine(
-        model,
-        Tokenizer.from_folder(data if data.is_dir() else resolve("demo")),
-        EngineSettings(kv_blocks=8192, block_size=BLOCK, prefix_cache=prefix_cache, scheduler=scheduler),
-        backend=active(),
-        kv_dtype=kept,
-        end_ids=(),
-        max_context=config.max_position_embeddings,
-    )
+def warm(model: Model, scheduler: SchedulerSettings, *, prefix_cache: bool = True) -> Engine:
+    """An engine that has seen nothing but a short request."""
+    engine = engine_of(model, scheduler, prefix_cache=prefix_cache)
     run(engine, [Request([1] * 64, 8)])
     return engine
 

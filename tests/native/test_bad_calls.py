@@ -18,7 +18,7 @@ from tiny_llm.ops import backend
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"isa", "best_isa", "set_isa", "num_threads", "set_num_threads", "keep_memory"}
+SETTINGS = {"isa", "best_isa", "set_isa", "num_threads", "set_num_threads", "keep_memory", "kernel_seconds"}
 
 CHILD = """
 import faulthandler, math, random, sys

@@ -32,7 +32,7 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.metrics import fallbacks
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import use
+from tiny_llm.ops.backend import kernel_seconds, use
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -218,6 +218,7 @@ class Engine:
             "prefix_miss_tokens": prefix.miss_tokens if prefix else 0,
             "preempted": dict(scheduler.preempted),
             "fallbacks": fallbacks().read(),
+            "kernel_s": kernel_seconds(),
             "mlx_active_bytes": mx.get_active_memory(),
             "mlx_cache_bytes": mx.get_cache_memory(),
         }

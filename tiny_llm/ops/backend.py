@@ -36,6 +36,7 @@ __all__ = [
     "cpu",
     "isa",
     "keep_memory",
+    "kernel_seconds",
     "num_threads",
     "on_cpu",
     "set_threads",
@@ -133,6 +134,11 @@ def keep_memory() -> None:
     """Weights are loaded, and from here on memory comes and goes: let what is freed be kept for the next."""
     if active() == "cpu":
         cpu.keep_memory()
+
+
+def kernel_seconds() -> float | None:
+    """Seconds that the process has spent in the CPU kernels; None where they are not in use."""
+    return cpu.kernel_seconds() if active() == "cpu" else None
 
 
 def num_threads() -> int | None:

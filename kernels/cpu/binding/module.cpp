@@ -11,6 +11,7 @@
 #include "../isa.h"
 #include "../pool.h"
 #include "bindings.h"
+#include "op.h"
 #include "mlx/array.h"
 #include "mlx/version.h"
 
@@ -57,6 +58,7 @@ NB_MODULE(_cpu, m) {
         return true;
     }, "Whether the kernels can take all of these arrays.");
     m.def("keep_memory", &keep_memory, "Keep freed memory for what is next: once the weights are loaded.");
+    m.def("kernel_seconds", &kernel_seconds, "Seconds that this process has spent in kernels.");
     m.def("num_threads", &num_threads, "Threads that a kernel uses.");
     m.def("set_num_threads", [](int threads) {
         if (threads < 1 || threads > kMostThreads)

@@ -27,6 +27,9 @@ using Run = std::function<void(const std::vector<const void*>& in, const std::ve
 
 std::vector<mx::array> call(const char* name, std::vector<mx::array> inputs, std::vector<Spec> outputs, Run run);
 
+// Seconds that this process has spent in kernels.
+double kernel_seconds();
+
 template <class T>
 const T* get(const void* p) { return static_cast<const T*>(p); }
 template <class T>
