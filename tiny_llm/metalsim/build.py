@@ -174,30 +174,32 @@ def _make(text: str, options: Sequence[str], path: Path, needs: Sequence[Path]) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        compile_text(text, [*options, "-c", "-o", str(made)])
+        _compile(text, [*options, "-c", "-o", str(made)])
         _run([*toolchain().linker, "-shared", "-o", str(linked), str(made), *map(str, needs)])
         linked.replace(path)  # whoever else makes it makes the same
 
 
-def compile_text(text: str, options: Sequence[str]) -> str:
-    """Give C++ to clang; return its warnings. Raises CompileError with the author's lines."""
-    command = [*toolchain().compiler, *options, "-x", "c++", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+def _compile(text: str, options: Sequence[str]) -> None:
+    done = _clang_on(text, options)
     if done.returncode:
-        found = [f"{d['file']}:{d['line']}: {d['what']}" for d in diagnostics(done.stderr)]
+        found = [f"{file}:{line}: {what}" for file, line, what in _diagnostics(done.stderr)]
         raise CompileError("\n".join(found) or done.stderr[-2000:])
-    return done.stderr
 
 
-def diagnostics(text: str) -> list[re.Match[str]]:
-    """Each error and warning in what clang printed."""
-    return list(_DIAGNOSTIC.finditer(text))
+def parse(text: str) -> list[tuple[str, str, str]]:
+    """File, line and words of all that clang says of C++ with Metal's address spaces, which is not run."""
+    options = [o for o in _options("fast") if o not in ("-w", "-O2", "-ferror-limit=5")]
+    wanted = ("-ferror-limit=0", "-DMSIM_CHECK=1", "-fsyntax-only", "-Wno-everything")
+    return _diagnostics(_clang_on(text, [*options, *wanted, "-Wimplicit-float-conversion"]).stderr)
 
 
-def check_options() -> list[str]:
-    """Options to parse a kernel with Metal's address spaces."""
-    keep = [o for o in _options("fast") if o not in ("-w", "-O2")]
-    return [*keep, "-DMSIM_CHECK=1", "-fsyntax-only", "-Wno-everything", "-Wimplicit-float-conversion"]
+def _diagnostics(text: str) -> list[tuple[str, str, str]]:
+    return [(found["file"], found["line"], found["what"]) for found in _DIAGNOSTIC.finditer(text)]
+
+
+def _clang_on(text: str, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [*toolchain().compiler, *options, "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
 def _run(command: Sequence[str]) -> None:
