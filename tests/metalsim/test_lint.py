@@ -47,7 +47,8 @@ GOOD = {
     "vectors": (I + "out[i] = dot(((const device float4*)a)[i % 8], float4(1.0f));", ""),
     "matrices": (
         I
-        + "threadgroup float s[64];\nsimdgroup_float8x8 m;\nsimdgroup_load(m, s, 8);\nsimdgroup_store(m, out, 8);",
+        + "threadgroup float s[64];\nsimdgroup_float8x8 m;\n"
+        + "simdgroup_load(m, s, 8);\nsimdgroup_store(m, out, 8);",
         "",
     ),
     "atomics": (I + "atomic_fetch_add_explicit((device atomic_uint*)out, 1u, memory_order_relaxed);", ""),
