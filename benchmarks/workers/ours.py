@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from protocol import Config, serve
@@ -24,9 +25,12 @@ SPARE = 64  # tokens that the first to begin may be ahead of the last
 
 
 class Ours:
-    """A model and an engine. Text is made of the tokens, by Qwen2's tokenizer if it is there."""
+    """A model and an engine. Text is made of the tokens, by Qwen2's tokenizer if it is there.
 
-    settings: Sequence[str] = ("int8",)
+    "ahead" prepares a step while the one before it runs, as users get it; "in turn" does not.
+    """
+
+    settings: Sequence[str] = ("in turn", "ahead")
 
     def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         set_threads(threads)
@@ -52,6 +56,7 @@ class Ours:
     def decode(self, setting: str, context: int, steps: int) -> float:
         """Steps in which every sequence gets a token. Prompts are found again from the round before."""
         engine = self._engine
+        engine.settings = replace(engine.settings, run_ahead=setting == "ahead")
         params = SamplingParams(max_tokens=steps + SPARE, ignore_eos=True)
         numbers = [engine.add(self._prompt(row, context), params) for row in range(self._rows)]
         begun: set[int] = set()
