@@ -73,3 +73,18 @@ def test_the_end_is_told_to_those_who_wait(demo: Path) -> None:
 def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"config\.json"):
         AsyncLLM(tmp_path)
+
+
+def test_memory_is_given_back_when_nobody_asks(demo: Path) -> None:
+    async def ask_and_wait() -> None:
+        llm = AsyncLLM(demo, rest_s=0.05)
+        try:
+            first = await llm.generate("Hello", SamplingParams(max_tokens=4))
+            while llm.llm.engine.scheduler.usage().capacity:
+                await asyncio.sleep(0.01)
+            again = await llm.generate("Hello", SamplingParams(max_tokens=4))
+            assert again[0].token_ids == first[0].token_ids
+        finally:
+            llm.close()
+
+    asyncio.run(asyncio.wait_for(ask_and_wait(), 30))

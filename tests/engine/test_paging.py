@@ -95,6 +95,21 @@ def test_resident_memory_is_flat_over_5000_steps(llm: LLM) -> None:
     assert resident_bytes() - before < 3_000_000
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_an_engine_at_rest_has_given_its_memory_back_and_answers_as_before(llm: LLM) -> None:
+    own = llm.with_engine(EngineSettings(kv_blocks=512))
+    prompts = [[number] * 900 for number in range(4)]
+    first = own.generate(prompts, SAMPLED)
+    filled, held = own.engine.cache.block_bytes * own.engine.scheduler.usage().cached, resident_bytes()
+    assert filled > 10_000_000
+    own.engine.rest()
+    assert own.engine.scheduler.usage().capacity == 0
+    assert held - resident_bytes() > 0.8 * filled
+    again = own.generate(prompts, SAMPLED)
+    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]
+    assert not any(answer.cached_tokens for answer in again)
+
+
 def resident_bytes() -> int:
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None

@@ -18,6 +18,8 @@ from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.llm import LLM, Prompt
 from tiny_llm.errors import TinyLLMError
 
+REST_S = 600.0
+
 
 class EngineDeadError(TinyLLMError):
     """The engine's thread has ended: no request can be answered any more."""
@@ -40,10 +42,12 @@ class _Asked:
 class AsyncLLM:
     """``LLM`` for many callers at once: ``async for chunk in llm.stream("...")``. Close it at the end.
 
-    Takes what LLM takes, and raises what it raises.
+    Takes what LLM takes, and raises what it raises. After ``rest_s`` seconds in which nobody asked, the
+    memory of keys and values is given back.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, rest_s: float = REST_S, **options: Any) -> None:
+        self._rest_s = rest_s
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._asked: dict[int, _Asked] = {}
         self._fault: BaseException | None = None
@@ -128,11 +132,17 @@ class AsyncLLM:
 
     def _take_jobs(self) -> bool:
         """Do what was asked since the last step; with nothing to do, wait for it. False: it is the end."""
+        patience: float | None = self._rest_s
         while True:
+            idle = not len(self.llm.engine)
             try:
-                job = self._inbox.get(block=not len(self.llm.engine))
+                job = self._inbox.get(block=idle, timeout=patience)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                self.llm.engine.rest()
+                patience = None  # until somebody asks
+                continue
             if job is None:
                 return False
             job()

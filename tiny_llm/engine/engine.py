@@ -229,6 +229,14 @@ class Engine:
         outputs = [self.scheduler.cancel(number) for number in ended]
         return self._ended([output for output in outputs if output])
 
+    def rest(self) -> None:
+        """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
+        assert not self._requests, "requests are waiting or running"
+        self._ahead = None
+        self.scheduler.blocks.shrink()
+        self.cache.clear()
+        mx.clear_cache()
+
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
