@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -36,8 +37,26 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu\."):
+    with pytest.raises(ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu, metal, metalsim\."):
         backend.choose("cuda9")
+
+
+def test_metal_is_refused_where_there_is_no_device() -> None:
+    if mx.metal.is_available():
+        assert backend.choose("metal") == "metal"
+    else:
+        with pytest.raises(ConfigError, match="backend 'metal' is not there: MLX finds no Metal device"):
+            backend.choose("metal")
+
+
+def test_metalsim_without_a_compiler_says_how_to_get_one(tmp_path: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", "from tiny_llm.ops import backend; backend.choose('metalsim')"],
+        env={**os.environ, "TINY_LLM_CLANG": str(tmp_path / "clang")},
+        capture_output=True,
+        text=True,
+    )
+    assert "ConfigError: backend 'metalsim' is not there: " in child.stderr
 
 
 def test_the_environment_decides_where_no_name_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Which kernels run: owns the choice of backend, made once a process, and its override in a block.
 
 ``ref`` is plain mlx.core, anywhere. ``cpu`` is our C++ kernels, where the extension module was built.
+``metal`` and ``metalsim`` are our Metal kernels, on Apple's GPUs and on any CPU with clang.
 Knows no op: each op asks ``on_cpu`` whether its arrays are for the kernels of the module ``cpu``.
 """
 
@@ -16,6 +17,7 @@ from functools import cache
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.metalsim.build import why_not as no_metalsim
 from tiny_llm.metrics import fallbacks
 
 _PROBLEM = "its module was built for another MLX"
@@ -43,7 +45,7 @@ __all__ = [
     "use",
     "works",
 ]
-BACKENDS = ("ref", "cpu")
+BACKENDS = ("ref", "cpu", "metal", "metalsim")
 VARIABLE = "TINY_LLM_BACKEND"
 MAX_THREADS = 1024
 HOW_TO_BUILD = (
@@ -70,6 +72,10 @@ def choose(name: str | None = None) -> str:
         raise ConfigError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}.")
     if name == "cpu" and not works():
         raise ConfigError(f"backend 'cpu' is not there: {_why_not()}; or use backend 'ref'.")
+    if name == "metal" and not mx.metal.is_available():
+        raise ConfigError("backend 'metal' is not there: MLX finds no Metal device; use 'metalsim' or 'ref'.")
+    if name == "metalsim" and (reason := no_metalsim()):
+        raise ConfigError(f"backend 'metalsim' is not there: {reason}")
     return name
 
 

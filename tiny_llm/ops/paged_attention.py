@@ -17,6 +17,7 @@ import mlx.core as mx
 from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu
+from tiny_llm.ops.metal import kernel, on_metal
 
 Pool = tuple[mx.array, mx.array]
 
@@ -74,19 +75,56 @@ def paged_attention(
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slots.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
+    if on_metal("paged_attention", q, k, v):
+        return _metal(q, k, v, pool, pages, scale)
     return paged_attention_ref(q, k, v, pool, pages, scale)
+
+
+def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
+    """The pool with k, v [T, K, D] at ``slots``."""
+    keys, values = pool
+    size = keys.shape[3]
+    block, place = slots // size, slots % size
+    keys = keys.swapaxes(2, 3)  # [N, K, S, D]
+    keys[block, :, place] = k.astype(keys.dtype)
+    values[block, :, place] = v.astype(values.dtype)
+    return keys.swapaxes(2, 3), values
+
+
+def _metal(
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    """MLX writes k and v; then a threadgroup a query row and key/value head."""
+    keys, values = _write(pool, k, v, pages.slots)
+    (T, H, D), (_, K, _, S) = q.shape, keys.shape
+    rows = mx.arange(T, dtype=mx.int32)
+    sequence = (rows[:, None] >= pages.starts[None, 1:]).sum(axis=1).astype(mx.int32)
+    seen = pages.context_lens[sequence] - pages.starts[sequence + 1] + rows + 1
+    (out,) = kernel("paged_attention")(
+        inputs=[q, keys, values, pages.tables, sequence, seen.astype(mx.int32), pages.tables.shape[1], scale],
+        template=[
+            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
+            ("PARTS", _parts(H // K, D)),
+        ],
+        grid=(32 * _parts(H // K, D), K, T),
+        threadgroup=(32 * _parts(H // K, D), 1, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return out, keys, values
+
+
+def _parts(group: int, dim: int) -> int:
+    """Simdgroups that share a sequence: at most 4, and what they hold must fit in 32 KB."""
+    return max(1, min(4, (32 * 1024 // 4 - group * dim) // (group * (dim + 2))))
 
 
 def paged_attention_ref(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
-    keys, values = pool
-    size = keys.shape[3]
-    block, place = pages.slots // size, pages.slots % size
-    keys = keys.swapaxes(2, 3)  # [N, K, S, D]
-    keys[block, :, place] = k.astype(keys.dtype)
-    values[block, :, place] = v.astype(values.dtype)
+    keys, values = _write(pool, k, v, pages.slots)
+    size, keys = keys.shape[3], keys.swapaxes(2, 3)
     starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
     outs = []
     for b, (start, end) in enumerate(pairwise(starts)):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.data import QuantizedTensor
+from tiny_llm.ops.metal import kernel, on_metal
+
+_COLUMNS = 4  # outputs that a simdgroup makes
+_MOST_ROWS = 16  # rows of x that share what is read of the matrix
 
 
 def quantized_matmul_ref(x: mx.array, weight: QuantizedTensor) -> mx.array:
@@ -29,4 +33,26 @@ def quantized_matmul(x: mx.array, weight: QuantizedTensor) -> mx.array:
     columns = weight.packed.shape[-1] * 32 // weight.bits
     if columns != x.shape[-1]:
         raise ValueError(f"[quantized_matmul] expected x of {columns} columns, got {x.shape}")
+    if x.ndim == 2 and weight.bits in (4, 8) and on_metal("quantized_matmul", x):
+        return _metal(x, weight)
     return quantized_matmul_ref(x, weight)
+
+
+def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
+    """Rows in blocks of a power of two, up to 16; a block's order of sums is that of one row."""
+    (T, width), outputs = x.shape, weight.packed.shape[0]
+    if not T:
+        return mx.zeros((0, outputs), x.dtype)
+    rows = min(_MOST_ROWS, 1 << (T - 1).bit_length())
+    (out,) = kernel("quantized_matmul")(
+        inputs=[x, weight.packed, weight.scales, weight.biases, T, outputs],
+        template=[
+            *(("T", x.dtype), ("I", width), ("BITS", weight.bits), ("GROUP", weight.group_size)),
+            *(("R", rows), ("COLUMNS", _COLUMNS)),
+        ],
+        grid=(32, -(-outputs // _COLUMNS), -(-T // rows)),
+        threadgroup=(32, 2, 1),
+        output_shapes=[(T, outputs)],
+        output_dtypes=[x.dtype],
+    )
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.metal import kernel, on_metal
 
 
 def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -30,6 +31,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     if on_cpu("rms_norm", x, weight):
         return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
+    if on_metal("rms_norm", x, weight):
+        (out,) = _metal("rms_norm", [x, weight, eps], x, outputs=1)
+        return out
     return rms_norm_ref(x, weight, eps)
 
 
@@ -40,7 +44,26 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"[add_rms_norm] expected a residual {x.shape} like x, got {residual.shape}")
+    if on_metal("rms_norm", x, residual, weight):
+        total, out = _metal("add_rms_norm", [x, residual, weight, eps], x, outputs=2)
+        return total, out
     return add_rms_norm_ref(x, residual, weight, eps)
+
+
+def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: int) -> list[mx.array]:
+    """A threadgroup a row, of a size that depends on the row's width alone."""
+    if not x.size:
+        return [mx.zeros_like(x)] * outputs
+    width = x.shape[-1]
+    threads = min(1024, max(32, -(-width // 128) * 32))
+    return kernel(name, "rms_norm")(
+        inputs=inputs,
+        template=[("T", x.dtype), ("E", width), ("TG", threads)],
+        grid=(x.size // width * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape] * outputs,
+        output_dtypes=[x.dtype] * outputs,
+    )
 
 
 def _check(x: mx.array, weight: mx.array) -> None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from tiny_llm.config import RopeScaling
 from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.metal import kernel, on_metal
 from tiny_llm.ops.rms_norm import rms_norm_ref
 
 
@@ -65,6 +66,8 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     if on_cpu("rope", x, inv_freq):
         return cpu.rope(x, positions, inv_freq)
     _check("rope", x, positions, inv_freq)
+    if on_metal("rope", x):
+        return _metal(x, x[:, :0], positions, inv_freq, None, None, 0.0)[0]
     return rope_ref(x, positions, inv_freq)
 
 
@@ -85,7 +88,38 @@ def rope_qk(
     _check("rope_qk", k, positions, inv_freq)
     if any(norm.shape != q.shape[-1:] for norm in norms):
         raise ValueError(f"[rope_qk] expected norms {q.shape[-1:]}, got {[norm.shape for norm in norms]}")
+    if on_metal("rope", q, k, *norms) and len(norms) != 1:
+        return _metal(q, k, positions, inv_freq, q_norm, k_norm, eps)
     return rope_qk_ref(q, k, positions, inv_freq, q_norm, k_norm, eps)
+
+
+def _metal(
+    q: mx.array,
+    k: mx.array,
+    positions: mx.array,
+    inv_freq: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
+    eps: float,
+) -> tuple[mx.array, mx.array]:
+    """A simdgroup a head, queries' and keys' in one dispatch."""
+    T, H, D = q.shape
+    heads = H + k.shape[1]
+    if not T * heads:
+        return q, k
+    none = mx.zeros((D,), q.dtype)
+    q_out, k_out = kernel("rope_qk", "rope")(
+        inputs=[
+            *(q, k, positions, inv_freq),
+            *(none if q_norm is None else q_norm, none if k_norm is None else k_norm, eps),
+        ],
+        template=[("T", q.dtype), ("D", D), ("HQ", H), ("HK", k.shape[1]), ("NORM", q_norm is not None)],
+        grid=(32, heads, T),
+        threadgroup=(32, 4, 1),
+        output_shapes=[q.shape, k.shape],
+        output_dtypes=[q.dtype, k.dtype],
+    )
+    return q_out, k_out
 
 
 def _check(op: str, x: mx.array, positions: mx.array, inv_freq: mx.array) -> None:

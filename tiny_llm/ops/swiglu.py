@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.metal import kernel, on_metal
 
 
 def swiglu_ref(gate: mx.array, up: mx.array) -> mx.array:
@@ -18,4 +19,21 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Gate ``up`` by silu of ``gate``, both [..., F]; see ``swiglu_ref``."""
     if gate.shape != up.shape:
         raise ValueError(f"[swiglu] expected gate and up of one shape, got {gate.shape} and {up.shape}")
-    return cpu.swiglu(gate, up) if on_cpu("swiglu", gate, up) else swiglu_ref(gate, up)
+    if on_cpu("swiglu", gate, up):
+        return cpu.swiglu(gate, up)
+    return _metal(gate, up) if on_metal("swiglu", gate, up) else swiglu_ref(gate, up)
+
+
+def _metal(gate: mx.array, up: mx.array) -> mx.array:
+    """A thread an element."""
+    if not gate.size:
+        return gate
+    (out,) = kernel("swiglu")(
+        inputs=[gate, up],
+        template=[("T", gate.dtype)],
+        grid=(gate.size, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[gate.shape],
+        output_dtypes=[gate.dtype],
+    )
+    return out

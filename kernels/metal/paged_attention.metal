@@ -1,0 +1,110 @@
+// Attention of each query row over the blocks of its own sequence, online softmax (Milakov & Gimelshein 2018).
+// A threadgroup of PARTS simdgroups takes one row and one key/value head: its G query heads share what is read.
+// Simdgroup p sees the blocks p, p + PARTS, ...; the parts then become one in their order. So a row's bits do not
+// depend on the other rows.
+
+// kernel paged_attention(q, keys, values, tables, sequence, seen, width, scale) -> (out)
+    constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
+    constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
+    threadgroup float query[G * D];
+    threadgroup float largest[PARTS * G];
+    threadgroup float weight[PARTS * G];
+    threadgroup float partial[PARTS * G * D];
+    uint lane = thread_index_in_simdgroup;
+    int part = int(simdgroup_index_in_threadgroup);
+    int head = int(thread_position_in_grid.y);
+    ulong row = thread_position_in_grid.z;
+
+    ulong first = (row * K + head) * (G * D);
+    for (int i = int(thread_index_in_threadgroup); i < G * D; i += PARTS * 32) {
+        query[i] = static_cast<float>(q[first + i]) * scale;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    float top[G], total[G], sums[G][HELD];
+    for (int g = 0; g < G; g++) {
+        top[g] = -INFINITY;
+        total[g] = 0.0f;
+        for (int n = 0; n < HELD; n++) {
+            sums[g][n] = 0.0f;
+        }
+    }
+    int length = seen[row];
+    ulong table = ulong(sequence[row]) * width;
+    for (int b = part; b * S < length; b += PARTS) {
+        ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
+        float scores[TOKENS][G];
+        for (int n = 0; n < TOKENS; n++) {
+            int token = int(lane) + n * 32;
+            bool counts = token < S && b * S + token < length;
+            for (int g = 0; g < G; g++) {
+                scores[n][g] = counts ? 0.0f : -INFINITY;
+            }
+            for (int d = 0; d < D && counts; d++) {
+                float key = static_cast<float>(keys[block + d * S + token]);
+                for (int g = 0; g < G; g++) {
+                    scores[n][g] += query[g * D + d] * key;
+                }
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            float best = scores[0][g];
+            for (int n = 1; n < TOKENS; n++) {
+                best = max(best, scores[n][g]);
+            }
+            float higher = max(top[g], simd_max(best));
+            float shrink = metal::precise::exp(top[g] - higher);
+            float added = 0.0f;
+            for (int n = 0; n < TOKENS; n++) {
+                scores[n][g] = metal::precise::exp(scores[n][g] - higher);
+                added += scores[n][g];
+            }
+            total[g] = total[g] * shrink + simd_sum(added);
+            top[g] = higher;
+            for (int n = 0; n < HELD; n++) {
+                sums[g][n] *= shrink;
+            }
+        }
+        int count = min(S, length - b * S);
+        for (int token = 0; token < count; token++) {
+            float value[HELD];
+            for (int n = 0; n < HELD; n++) {
+                int d = int(lane) + n * 32;
+                value[n] = d < D ? static_cast<float>(values[block + token * D + d]) : 0.0f;
+            }
+            for (int g = 0; g < G; g++) {
+                float share = simd_shuffle(scores[token / 32][g], ushort(token % 32));
+                for (int n = 0; n < HELD; n++) {
+                    sums[g][n] += share * value[n];
+                }
+            }
+        }
+    }
+
+    for (int g = 0; g < G; g++) {
+        if (lane == 0) {
+            largest[part * G + g] = top[g];
+            weight[part * G + g] = total[g];
+        }
+        for (int n = 0; n < HELD; n++) {
+            int d = int(lane) + n * 32;
+            if (d < D) {
+                partial[(part * G + g) * D + d] = sums[g][n];
+            }
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = int(thread_index_in_threadgroup); i < G * D; i += PARTS * 32) {
+        int g = i / D;
+        float best = largest[g];
+        for (int p = 1; p < PARTS; p++) {
+            best = max(best, largest[p * G + g]);
+        }
+        float all = 0.0f, sum = 0.0f;
+        for (int p = 0; p < PARTS; p++) {
+            float share = metal::precise::exp(largest[p * G + g] - best);
+            all += share * weight[p * G + g];
+            sum += share * partial[p * G * D + i];
+        }
+        out[first + i] = static_cast<T>(sum / all);
+    }

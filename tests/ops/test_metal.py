@@ -1,0 +1,265 @@
+"""Our Metal kernels, run by metalsim with every access checked: as ``ref``, in three dtypes, odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.errors import ConfigError
+from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.faults import KernelFault
+from tiny_llm.metalsim.lint import problems
+from tiny_llm.metalsim.run import MetalKernel
+from tiny_llm.metalsim.source import Kernel
+from tiny_llm.metrics import fallbacks
+from tiny_llm.ops import backend, metal
+from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
+from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
+from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
+from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+# One rounding of the result, and in float32 what another order of a sum makes.
+TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+Off = Callable[[mx.array, mx.array], float]
+Arrays = tuple[mx.array, ...]
+
+
+@pytest.fixture(autouse=True)
+def on_metalsim() -> Iterator[None]:
+    """Every op of this file runs as Metal."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with backend.use("metalsim"):
+        yield
+
+
+@pytest.fixture
+def same(off: Off) -> Callable[..., None]:
+    """Assert shape, dtype and values, and that no op fell back to ``ref``."""
+    before = fallbacks().read()
+
+    def check(got: mx.array, expected: mx.array, tolerance: float | None = None) -> None:
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert not got.size or off(got, expected) < (tolerance or TOLERANCE[got.dtype])
+        assert fallbacks().read() == before
+
+    return check
+
+
+def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 64), (0, 8), (5, 896), (2, 5000)])
+def test_rms_norm(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., None]) -> None:
+    x, residual = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
+    weight = normal(shape[-1], seed=2, dtype=dtype)
+    same(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6))
+    total, normed = add_rms_norm(x, residual, weight, 1e-6)
+    expected = add_rms_norm_ref(x, residual, weight, 1e-6)
+    same(total, expected[0])
+    same(normed, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 0), (2, 513)])
+def test_swiglu(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., None]) -> None:
+    gate, up = normal(*shape, dtype=dtype) * 4, normal(*shape, seed=1, dtype=dtype)
+    same(swiglu(gate, up), swiglu_ref(gate, up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("T", "H", "K", "D"), [(1, 1, 1, 2), (3, 14, 2, 64), (2, 4, 1, 80), (1, 2, 2, 256)])
+def test_rope(
+    T: int, H: int, K: int, D: int, normed: bool, dtype: mx.Dtype, same: Callable[..., None]
+) -> None:
+    q, k = normal(T, H, D, dtype=dtype), normal(T, K, D, seed=1, dtype=dtype)
+    positions, inv_freq = mx.array([0, 7, 31000][:T]), rope_frequencies(D, 1e6)
+    q_norm, k_norm = (normal(D, seed=s, dtype=dtype) if normed else None for s in (2, 3))
+    arguments = (q, k, positions, inv_freq, q_norm, k_norm, 1e-6)
+    for got, expected in zip(rope_qk(*arguments), rope_qk_ref(*arguments), strict=True):
+        same(got, expected)
+    same(rope(q, positions, inv_freq), rope_ref(q, positions, inv_freq))
+
+
+def quantized(outputs: int, width: int, group: int, bits: int, dtype: mx.Dtype) -> QuantizedTensor:
+    packed, scales, biases = mx.quantize(normal(outputs, width, seed=5, dtype=dtype), group, bits)
+    return QuantizedTensor(packed, scales, biases, group, bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "outputs", "group", "bits"),
+    [(1, 64, 7, 64, 4), (3, 96, 9, 32, 8), (7, 896, 10, 64, 4), (33, 128, 5, 128, 4), (2, 1408, 6, 128, 8)],
+)
+def test_quantized_matmul(
+    rows: int, width: int, outputs: int, group: int, bits: int, dtype: mx.Dtype, same: Callable[..., None]
+) -> None:
+    x, weight = normal(rows, width, dtype=dtype), quantized(outputs, width, group, bits, dtype)
+    same(quantized_matmul(x, weight), quantized_matmul_ref(x, weight))
+
+
+def paged(
+    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]:
+    """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks lie in no order."""
+    blocks = [-(-length // S) for length in lens]
+    order = iter([(i * 7 + 3) % (sum(blocks) + 2) for i in range(sum(blocks) + 2)])
+    tables = [[next(order) for _ in range(count)] for count in blocks]
+    slots = [
+        tables[b][p // S] * S + p % S for b, length in enumerate(lens) for p in range(length - new[b], length)
+    ]
+    N, T = sum(blocks) + 2, sum(new)
+    starts = [sum(new[:b]) for b in range(len(new) + 1)]
+    wide = [table + [0] * (max(blocks) - len(table)) for table in tables]
+    pages = Pages(*(mx.array(x, mx.int32) for x in (slots, wide, starts, lens)))
+    q, k, v = (
+        normal(T, H, D, dtype=dtype),
+        normal(T, K, D, seed=1, dtype=dtype),
+        normal(T, K, D, seed=2, dtype=dtype),
+    )
+    pool = normal(N, K, D, S, seed=3, dtype=dtype), normal(N, K, S, D, seed=4, dtype=dtype)
+    return q, k, v, pool, pages
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lens", "new", "H", "K", "D", "S"),
+    [
+        ([1], [1], 1, 1, 64, 16),
+        ([40, 3, 130], [1, 3, 1], 4, 2, 64, 16),
+        ([33, 7], [5, 1], 7, 1, 80, 32),
+        ([70], [2], 2, 2, 128, 64),
+    ],
+)
+def test_paged_attention(
+    lens: list[int],
+    new: list[int],
+    H: int,
+    K: int,
+    D: int,
+    S: int,
+    dtype: mx.Dtype,
+    same: Callable[..., None],
+) -> None:
+    q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype)
+    before = tuple(mx.array(p) for p in pool)
+    out, keys, values = paged_attention(q, k, v, pool, pages)
+    expected = paged_attention_ref(q, k, v, before, pages, D**-0.5)
+    same(out, expected[0])
+    assert mx.array_equal(keys, expected[1]).item() and mx.array_equal(values, expected[2]).item()
+
+
+def one_of(arrays: Arrays, row: int) -> Arrays:
+    return tuple(a[row : row + 1] for a in arrays)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_a_rows_bits_are_its_own_alone_or_among_33(dtype: mx.Dtype) -> None:
+    x, y = normal(33, 192, dtype=dtype), normal(33, 192, seed=1, dtype=dtype)
+    scale, weight = normal(192, seed=2, dtype=dtype), quantized(6, 192, 64, 4, dtype)
+    positions, inv_freq = mx.arange(33), rope_frequencies(64, 1e4)
+    q, k = x.reshape(33, 3, 64), y.reshape(33, 3, 64)
+    calls: dict[str, Callable[..., Arrays]] = {
+        "add_rms_norm": lambda a, b, *_: add_rms_norm(a, b, scale, 1e-6),
+        "swiglu": lambda a, b, *_: (swiglu(a, b),),
+        "quantized_matmul": lambda a, *_: (quantized_matmul(a, weight),),
+        "rope_qk": lambda a, b, q, k, p: rope_qk(q, k, p, inv_freq, scale[:64], scale[:64], 1e-6),
+    }
+    inputs = (x, y, q, k, positions)
+    for name, call in calls.items():
+        for all_rows, alone in zip(call(*inputs), call(*one_of(inputs, 20)), strict=True):
+            assert mx.array_equal(all_rows[20:21], alone).item(), name
+
+
+def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
+    q, k, v, pool, pages = paged([90, 17, 40], [1, 17, 1], 4, 2, 64, 16, mx.float32)
+    together = paged_attention(q, k, v, tuple(mx.array(p) for p in pool), pages)[0]
+    alone = Pages(pages.slots[:1], pages.tables[:1], mx.array([0, 1]), pages.context_lens[:1])
+    out = paged_attention(q[:1], k[:1], v[:1], pool, alone)[0]
+    assert mx.array_equal(out, together[:1]).item()
+
+
+def every_kernel(dtype: mx.Dtype) -> None:
+    """One call of each kernel, its inputs larger than what MLX passes as constants."""
+    x, weight = normal(3, 256, dtype=dtype), normal(256, seed=1, dtype=dtype)
+    rms_norm(x, weight, 1e-6)
+    add_rms_norm(x, x, weight, 1e-6)
+    swiglu(x, x)
+    q = x.reshape(3, 4, 64)
+    rope_qk(q, q, mx.arange(3), rope_frequencies(64, 1e4), weight[:64], weight[:64], 1e-6)
+    quantized_matmul(x, quantized(8, 256, 64, 4, dtype))
+    paged_attention(*paged([150, 3], [1, 3], 4, 2, 64, 16, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_are_metal_not_just_cpp(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Kernel] = []
+    variant = MetalKernel.variant
+
+    def note(self: MetalKernel, *arguments: object) -> Kernel:
+        seen.append(variant(self, *arguments))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(MetalKernel, "variant", note)
+    every_kernel(dtype)
+    assert len({kernel.name for kernel in seen}) == len(all_texts())
+    assert [problem for kernel in seen for problem in problems(kernel)] == []
+
+
+def all_texts() -> list[metal.Text]:
+    return [
+        text for file in sorted(metal.folder().glob("*.metal")) for text in metal.texts(file.stem).values()
+    ]
+
+
+def barriers() -> list[tuple[str, str, int]]:
+    """Kernel, "header" or "body", and the place of each of its barriers."""
+    call = "threadgroup_barrier("
+    return [
+        (text.name, part, place)
+        for text in all_texts()
+        for part in ("header", "body")
+        for place in range(getattr(text, part).count(call))
+    ]
+
+
+@pytest.mark.parametrize(("name", "part", "place"), barriers())
+def test_each_barrier_is_needed(name: str, part: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = metal._made
+
+    def without(text: metal.Text, mode: str) -> metal.Kernel:
+        if text.name == name:
+            pieces = getattr(text, part).split("threadgroup_barrier(")
+            cut = "threadgroup_barrier(".join(pieces[: place + 1]) + "(void)("
+            changed = cut + "threadgroup_barrier(".join(pieces[place + 1 :])
+            text = replace(text, **{part: changed})
+        return made(text, mode)
+
+    monkeypatch.setattr(metal, "_made", without)
+    with pytest.raises(KernelFault, match=r"race|uninitialised"):
+        every_kernel(mx.float32)
+
+
+def test_what_metal_cannot_take_falls_back_and_is_counted(off: Off) -> None:
+    before = fallbacks().read().get("rms_norm", 0)
+    x, weight = normal(2, 8, dtype=mx.bfloat16), normal(8)
+    assert off(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6)) == 0
+    assert fallbacks().read()["rms_norm"] == before + 1
+
+
+def test_the_mode_is_strict_unless_the_environment_says_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(made := metal.kernel("swiglu"), MetalKernel) and made.mode == "strict"
+    monkeypatch.setenv(metal.VARIABLE, "fast")
+    assert isinstance(made := metal.kernel("swiglu"), MetalKernel) and made.mode == "fast"
+    monkeypatch.setenv(metal.VARIABLE, "quick")
+    with pytest.raises(ConfigError, match="TINY_LLM_METALSIM is 'quick', expected one of strict, fast"):
+        metal.kernel("swiglu")

@@ -1,0 +1,106 @@
+"""Our Metal kernels: owns their text, read from kernels/metal, and who runs it: MLX on a GPU, or metalsim.
+
+A file is a header for all its kernels, then each one's body below ``// kernel NAME(inputs) -> (outputs)``.
+Knows no op: each op asks ``on_metal`` whether its arrays are for Metal, and calls ``kernel``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from tiny_llm.errors import ConfigError
+from tiny_llm.metalsim.build import MODES
+from tiny_llm.metalsim.run import metal_kernel
+from tiny_llm.metrics import fallbacks
+from tiny_llm.ops.backend import active
+
+VARIABLE = "TINY_LLM_METALSIM"
+_KERNEL = re.compile(r"^// kernel (\w+)\(([^)]*)\) -> \(([^)]*)\)$", re.MULTILINE)
+_HERE = Path(__file__).resolve()
+
+Kernel = Callable[..., list[mx.array]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One kernel of a file, as ``metal_kernel`` wants it; the lines are known by the file's own numbers."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    header: str
+    body: str
+
+
+def on_metal(op: str, *arrays: mx.array) -> bool:
+    """Whether ``op`` is to run as Metal: that is in use, and the arrays are floats of one dtype.
+
+    Where they are not, ``op`` is counted as a fallback to ``ref``.
+    """
+    if active() not in ("metal", "metalsim"):
+        return False
+    if len({a.dtype for a in arrays}) == 1 and arrays[0].dtype in (mx.float32, mx.float16, mx.bfloat16):
+        return True
+    fallbacks().add(op)
+    return False
+
+
+def kernel(name: str, file: str | None = None) -> Kernel:
+    """The kernel ``name`` of kernels/metal/``file``.metal, called as one of ``mx.fast.metal_kernel``."""
+    text = texts(file or name)[name]
+    mode = "metal" if active() == "metal" else _mode()
+    return _made(text, mode)
+
+
+def _mode() -> str:
+    """How metalsim runs: every access checked, unless $TINY_LLM_METALSIM says "fast"."""
+    mode = os.environ.get(VARIABLE) or MODES[0]
+    if mode not in MODES:
+        raise ConfigError(f"{VARIABLE} is {mode!r}, expected one of {', '.join(MODES)}.")
+    return mode
+
+
+@cache
+def _made(text: Text, mode: str) -> Kernel:
+    if mode == "metal":
+        return cast(
+            Kernel, mx.fast.metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header)
+        )
+    return metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header, mode=mode)
+
+
+def folder() -> Path:
+    """Where the .metal files are: in the package as it is installed, or beside it in a checkout."""
+    installed = _HERE.parents[1] / "kernels" / "metal"
+    return installed if installed.is_dir() else _HERE.parents[2] / "kernels" / "metal"
+
+
+@cache
+def texts(file: str) -> dict[str, Text]:
+    """The kernels of a file by name."""
+    name = f"{file}.metal"
+    text = (folder() / name).read_text(encoding="utf-8")
+    found = list(_KERNEL.finditer(text))
+    ends = [f.start() for f in found[1:]] + [len(text)]
+    header = f'#line 1 "{name}"\n{text[: found[0].start()]}'
+    return {
+        f[1]: Text(f[1], _names(f[2]), _names(f[3]), header, _body(name, text, f.end() + 1, end))
+        for f, end in zip(found, ends, strict=True)
+    }
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _body(file: str, text: str, start: int, end: int) -> str:
+    line = text.count("\n", 0, start) + 1
+    return f'#line {line} "{file}"\n{text[start:end]}'
