@@ -259,7 +259,9 @@ def test_bytes_are_counted() -> None:
         output_shapes=[(64,)],
         output_dtypes=[mx.float32],
     )
-    assert (traffic.read, traffic.written) == ({"a": 256, "w": 256, "out": 0}, {"a": 0, "w": 0, "out": 256})
+    assert traffic.read == {"a": 256, "w": 256, "out": 0}
+    assert traffic.fetched == {"a": 256, "w": 2 * 4, "out": 0}
+    assert traffic.written == {"a": 0, "w": 0, "out": 256}
 
 
 def test_a_compilers_error_is_at_the_authors_line(run: Run) -> None:

@@ -249,6 +249,23 @@ def test_each_barrier_is_needed(name: str, part: str, place: int, monkeypatch: p
         every_kernel(mx.float32)
 
 
+def test_weights_and_pages_are_fetched_once() -> None:
+    weight = quantized(8, 512, 64, 4, mx.bfloat16)
+    q, k, v, pool, pages = paged([64], [1], 8, 2, 64, 16, mx.bfloat16)
+    with metal.watch() as seen:
+        quantized_matmul(normal(1, 512, dtype=mx.bfloat16), weight)
+        quantized_matmul(normal(16, 512, dtype=mx.bfloat16), weight)
+        paged_attention(q, k, v, pool, pages)
+    assert [name for name, _ in seen] == ["quantized_matmul", "quantized_matmul", "paged_attention"]
+    for _, traffic in seen[:2]:
+        assert traffic.read["packed"] == weight.packed.nbytes, (
+            "a simdgroup reads its columns, and no other does"
+        )
+        assert traffic.fetched["scales"] == weight.scales.nbytes
+    tokens = 64 * 2 * 64 * 2  # tokens, heads, dim, bytes
+    assert seen[2][1].read["keys"] == seen[2][1].read["values"] == tokens, "4 query heads share what is read"
+
+
 def test_what_metal_cannot_take_falls_back_and_is_counted(off: Off) -> None:
     before = fallbacks().read().get("rms_norm", 0)
     x, weight = normal(2, 8, dtype=mx.bfloat16), normal(8)

@@ -32,6 +32,7 @@ class _Buffer(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("read", ctypes.c_uint64),
         ("written", ctypes.c_uint64),
+        ("fetched", ctypes.c_uint64),
         ("element", ctypes.c_uint32),
         ("role", ctypes.c_uint32),
         ("must_be_written", ctypes.c_uint32),
@@ -58,9 +59,14 @@ class _Launch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one dispatch did: bytes that its threads read and wrote by buffer; 0 in mode "fast"."""
+    """What one dispatch did: bytes by buffer, which are 0 in mode "fast", and how often threads met.
+
+    ``read`` and ``written`` count each thread's. ``fetched`` counts an element once a threadgroup: what must
+    come from beyond the caches of the cores.
+    """
 
     read: dict[str, int]
+    fetched: dict[str, int]
     written: dict[str, int]
     simd_operations: int
     barriers: int
@@ -218,6 +224,7 @@ class MetalKernel:
         buffers = ctypes.cast(launch.buffer, ctypes.POINTER(_Buffer))
         traffic = Traffic(
             {name: int(buffers[i].read) for i, name in enumerate(names)},
+            {name: int(buffers[i].fetched) for i, name in enumerate(names)},
             {name: int(buffers[i].written) for i, name in enumerate(names)},
             int(launch.simd_operations),
             int(launch.barriers),
@@ -262,7 +269,7 @@ class MetalKernel:
         path = build.library(program(kernel), self.mode)
         code = _code(path, self.mode)
         buffers = (_Buffer * len(bound))(
-            *(_Buffer(b.address, b.size, 0, 0, b.element, b.role, b.must_be_written, 0) for b in bound)
+            *(_Buffer(b.address, b.size, 0, 0, 0, b.element, b.role, b.must_be_written, 0) for b in bound)
         )
         pointers = (ctypes.c_void_p * len(bound))()
         size = ctypes.c_uint64()

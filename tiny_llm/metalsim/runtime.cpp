@@ -70,7 +70,7 @@ alignas(64) u8 memory[ARRAYS_END];
 u8 owner[ARRAYS_END];  // which array, counted from 1, a byte belongs to
 u8* arena;
 Cell* buffer_cells[MAX_BUFFERS];
-u64 written_cells;
+u32* fetched_by[MAX_BUFFERS];  // the threadgroup, counted from 1, that read an element last
 #endif
 
 u64 now() {
@@ -390,7 +390,6 @@ void check_cells(const Place& p, u32 bytes, bool write, bool read, bool atomic, 
       return fault(RACE, pc, what);
     }
     if (write) {
-      if (p.kind && !cell.write.ever) ++written_cells;
       cell.write = mine;
     }
     if (read && !write) {
@@ -400,6 +399,12 @@ void check_cells(const Place& p, u32 bytes, bool write, bool read, bool atomic, 
       else cell.read_too = mine;
     }
   }
+}
+
+void count_read(Buffer& b, u32* by, u64 offset, u32 bytes) {
+  b.read += bytes;
+  for (u64 i = offset / b.element; i <= (offset + bytes - 1) / b.element; ++i)
+    if (by[i] != group_number + 1) by[i] = group_number + 1, b.fetched += b.element;
 }
 
 void check(u64 at, u32 bytes, bool write, bool read, bool atomic, u32 alignment, u64 pc) {
@@ -440,7 +445,7 @@ void check(u64 at, u32 bytes, bool write, bool read, bool atomic, u32 alignment,
       return fault(BOUNDS, pc, what);
     }
     if (write && b.role == INPUT) return fault(INPUT_WRITTEN, pc, about(p, offset, bytes, write));
-    if (read) b.read += bytes;
+    if (read) count_read(b, fetched_by[slot], u64(offset), bytes);
     if (write) b.written += bytes;
   }
   if (at % alignment) {
@@ -465,6 +470,8 @@ bool place_buffers() {
     launch->pointers[i] = start;
     buffer_cells[i] = nullptr;
     size_t cells = (b.bytes + b.element - 1) / b.element;
+    fetched_by[i] = nullptr;
+    if (cells && !(fetched_by[i] = (u32*)map(cells * sizeof(u32), 3))) return false;
     if (b.role != INPUT && cells && !(buffer_cells[i] = (Cell*)map(cells * sizeof(Cell), 3))) return false;
   }
   return true;
@@ -484,8 +491,9 @@ void take_back() {
           break;
         }
     if (b.role != INPUT && !stopped) memcpy(b.data, launch->pointers[i], b.bytes);
+    if (fetched_by[i]) munmap(fetched_by[i], cells * sizeof(u32));
     if (buffer_cells[i]) munmap(buffer_cells[i], cells * sizeof(Cell));
-    buffer_cells[i] = nullptr;
+    buffer_cells[i] = nullptr, fetched_by[i] = nullptr;
   }
   if (arena) munmap(arena, RESERVED * launch->buffers + RESERVED);
   arena = nullptr;

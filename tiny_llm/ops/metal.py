@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import MODES
-from tiny_llm.metalsim.run import metal_kernel
+from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active
 
@@ -27,6 +29,8 @@ _KERNEL = re.compile(r"^// kernel (\w+)\(([^)]*)\) -> \(([^)]*)\)$", re.MULTILIN
 _HERE = Path(__file__).resolve()
 
 Kernel = Callable[..., list[mx.array]]
+
+_WATCHED: ContextVar[list[tuple[str, Traffic]] | None] = ContextVar("watched", default=None)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,29 @@ def on_metal(op: str, *arrays: mx.array) -> bool:
 def kernel(name: str, file: str | None = None) -> Kernel:
     """The kernel ``name`` of kernels/metal/``file``.metal, called as one of ``mx.fast.metal_kernel``."""
     text = texts(file or name)[name]
-    mode = "metal" if active() == "metal" else _mode()
-    return _made(text, mode)
+    made = _made(text, "metal" if active() == "metal" else _mode())
+    watched = _WATCHED.get()
+    if watched is None or not isinstance(made, MetalKernel):
+        return made
+    simulated = made
+
+    def measure(**call: Any) -> list[mx.array]:
+        outputs, traffic = simulated.measure(**call)
+        watched.append((name, traffic))
+        return outputs
+
+    return measure
+
+
+@contextmanager
+def watch() -> Iterator[list[tuple[str, Traffic]]]:
+    """Note each dispatch of a block that metalsim runs: the kernel's name, and what it read and wrote."""
+    watched: list[tuple[str, Traffic]] = []
+    token = _WATCHED.set(watched)
+    try:
+        yield watched
+    finally:
+        _WATCHED.reset(token)
 
 
 def _mode() -> str:

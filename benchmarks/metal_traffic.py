@@ -1,0 +1,168 @@
+"""What do our Metal kernels move, over the least possible? Counted by metalsim; no GPU, so no speed.
+
+A kernel's least is each byte of its inputs and outputs once (of a pool: of the tokens that are seen). What it
+moves is each element once a threadgroup: the cores' own caches keep it so long, at best. Shapes are those of
+Qwen2-1.5B with 4-bit weights, with fewer outputs, of which all are alike. Prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+
+from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.run import Traffic
+from tiny_llm.ops.backend import use
+from tiny_llm.ops.metal import watch
+from tiny_llm.ops.paged_attention import paged_attention
+from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
+from tiny_llm.ops.rope import rope_frequencies, rope_qk
+from tiny_llm.ops.swiglu import swiglu
+
+WIDTH, HEADS, KV_HEADS, DIM, BLOCK = 1536, 12, 2, 128, 16
+Moved = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one size: bytes moved over the least, of what matters most there and of all."""
+
+    kernel: str
+    size: str
+    what: str
+    ratio: float
+    all_ratio: float
+    simd_operations: float
+    barriers: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op; ``least`` is the bytes that each buffer must move, ``main`` those that matter most."""
+
+    size: str
+    main: Sequence[str]
+    least: Moved
+    outputs: int
+    call: Callable[[], object]
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    """Seeded bfloat16 numbers."""
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16)
+
+
+def matmul_case(rows: int, outputs: int) -> Case:
+    """Rows of activations times a 4-bit matrix."""
+    packed, scales, biases = mx.quantize(normal(outputs, WIDTH), 64, 4)
+    x, weight = normal(rows, WIDTH), QuantizedTensor(packed, scales, biases, 64, 4)
+    least = {"x": x.nbytes, "packed": packed.nbytes, "scales": scales.nbytes, "biases": biases.nbytes}
+    least |= {"rows": 4, "outputs": 4, "out": rows * outputs * 2}
+    main = ("packed", "scales", "biases")
+    return Case(f"{rows} rows", main, least, rows * outputs, lambda: quantized_matmul(x, weight))
+
+
+def attention_case(sequences: int, context: int) -> Case:
+    """One new token a sequence, over a paged context."""
+    blocks = -(-context // BLOCK)
+    tables = mx.arange(sequences * blocks, dtype=mx.int32).reshape(sequences, blocks)
+    last = tables[:, (context - 1) // BLOCK] * BLOCK + (context - 1) % BLOCK
+    lens, starts = mx.full((sequences,), context, mx.int32), mx.arange(sequences + 1, dtype=mx.int32)
+    pages = Pages(last.astype(mx.int32), tables, starts, lens)
+    q, k = normal(sequences, HEADS, DIM), normal(sequences, KV_HEADS, DIM, seed=1)
+    count = sequences * blocks
+    pool = normal(count, KV_HEADS, DIM, BLOCK), normal(count, KV_HEADS, BLOCK, DIM)
+    tokens = sequences * context * KV_HEADS * DIM * 2
+    least = {"q": q.nbytes, "keys": tokens, "values": tokens, "tables": tables.nbytes, "out": q.nbytes}
+    least |= {"sequence": 4 * sequences, "seen": 4 * sequences, "width": 4, "scale": 4}
+    size = f"{sequences} x {context} tokens"
+    return Case(size, ("keys", "values"), least, q.size, lambda: paged_attention(q, k, k, pool, pages))
+
+
+def small_cases(rows: int) -> Iterator[Case]:
+    """Norms, the gated unit, and rotary embedding."""
+    x, weight, eps = normal(rows, WIDTH), normal(WIDTH), {"eps": 4}
+    one = {"x": x.nbytes, "weight": weight.nbytes, "out": x.nbytes} | eps
+    size = f"{rows} rows"
+    yield Case(size, ("x", "out"), one, x.size, lambda: rms_norm(x, weight, 1e-6))
+    two = one | {"residual": x.nbytes, "total": x.nbytes}
+    yield Case(size, ("x", "residual", "total", "out"), two, x.size, lambda: add_rms_norm(x, x, weight, 1e-6))
+    gate = {"gate": x.nbytes, "up": x.nbytes, "out": x.nbytes}
+    yield Case(size, tuple(gate), gate, x.size, lambda: swiglu(x, x))
+    q, k, norm = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, DIM), normal(DIM)
+    positions, inv_freq = mx.arange(rows, dtype=mx.int32), rope_frequencies(DIM, 1e6)
+    turned = {"q": q.nbytes, "k": k.nbytes, "q_out": q.nbytes, "k_out": k.nbytes}
+    least = (
+        turned
+        | eps
+        | {"positions": 4 * rows, "inv_freq": inv_freq.nbytes, "q_norm": 2 * DIM, "k_norm": 2 * DIM}
+    )
+    yield Case(
+        size,
+        tuple(turned),
+        least,
+        q.size + k.size,
+        lambda: rope_qk(q, k, positions, inv_freq, norm, norm, 1e-6),
+    )
+
+
+def measure(case: Case) -> Row:
+    """Run a case with every access counted."""
+    with watch() as seen:
+        case.call()
+    ((name, traffic),) = seen
+    main = moved(traffic, case.main) / sum(case.least[b] for b in case.main)
+    every = moved(traffic, tuple(traffic.read)) / sum(case.least.values())
+    per, lanes = case.outputs, 32
+    return Row(
+        name,
+        case.size,
+        "+".join(case.main),
+        main,
+        every,
+        traffic.simd_operations / lanes / per,
+        traffic.barriers / per,
+    )
+
+
+def moved(traffic: Traffic, buffers: Sequence[str]) -> int:
+    """Bytes of these buffers that come from, or go, beyond the caches."""
+    return sum(traffic.fetched[b] + traffic.written[b] for b in buffers)
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--outputs", type=int, default=64, help="outputs of the matrix")
+    parser.add_argument("--context", type=int, default=256, help="tokens that attention sees")
+    options = parser.parse_args()
+    if reason := why_not():
+        print(reason)
+        return
+    with use("metalsim"):
+        cases = [
+            *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64)),
+            *(attention_case(n, options.context) for n in (1, 4)),
+            *small_cases(16),
+        ]
+        rows = [measure(case) for case in cases]
+    print(
+        "| kernel | size | moved over least | of | all buffers | simdgroup operations an output | threads at barriers |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {r.what} | {r.all_ratio:.2f} "
+            f"| {r.simd_operations:.2f} | {r.barriers:.2f} |"
+        )
+    print(json.dumps([asdict(r) for r in rows]))
+
+
+if __name__ == "__main__":
+    main()
