@@ -140,12 +140,16 @@ class Completion:
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long
 class Chunk:
-    """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``."""
+    """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``.
+
+    ``logprobs`` are those of its tokens, where the request asked for them.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     completion: Completion | None = None
     index: int = 0
+    logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

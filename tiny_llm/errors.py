@@ -24,6 +24,10 @@ class RequestError(TinyLLMError):
     """One request is invalid; the engine and every other request go on."""
 
 
+class ContextError(RequestError):
+    """A prompt is longer than the context."""
+
+
 class CapacityError(TinyLLMError):
     """A request can never fit: it needs more memory or context than there is."""
 

@@ -2,7 +2,8 @@
 
 MLX's streams belong to the thread that made them, so one thread loads the model and runs every
 step; requests reach it through a queue, and chunks come back through the event loop of whoever
-asked: nobody polls. If the thread dies, everyone who waits is told.
+asked: nobody polls. If a step breaks in a way that the engine itself cannot mend, everyone who waits is
+told, and the engine is made anew, once; if it happens again, the thread ends.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.llm import LLM, Prompt
 from tiny_llm.errors import TinyLLMError
 
 REST_S = 600.0
+T = TypeVar("T")
+MAX_RESTARTS = 1
 
 
 class EngineDeadError(TinyLLMError):
@@ -43,7 +47,7 @@ class AsyncLLM:
     """``LLM`` for many callers at once: ``async for chunk in llm.stream("...")``. Close it at the end.
 
     Takes what LLM takes, and raises what it raises. After ``rest_s`` seconds in which nobody asked, the
-    memory of keys and values is given back.
+    memory of keys and values is given back. ``restarts`` counts the engines that broke.
     """
 
     def __init__(self, *args: Any, rest_s: float = REST_S, **options: Any) -> None:
@@ -51,6 +55,9 @@ class AsyncLLM:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._asked: dict[int, _Asked] = {}
         self._fault: BaseException | None = None
+        self._closed = threading.Event()  # no job is taken any more
+        self._posting = threading.Lock()  # so that none comes between the last one and the end
+        self.restarts = 0
         ready: queue.SimpleQueue[LLM | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=self._work, args=(ready, args, options), name="engine", daemon=True
@@ -64,7 +71,7 @@ class AsyncLLM:
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive() and self._fault is None
+        return not self._closed.is_set()
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -102,15 +109,36 @@ class AsyncLLM:
         ended = [c.completion async for c in self.stream(prompt, params, **options) if c.completion]
         return sorted(ended, key=lambda completion: completion.index)
 
+    async def call(self, job: Callable[[LLM], T]) -> T:
+        """Run ``job`` on the engine's thread between two steps: it sees nothing half done.
+
+        Raises EngineDeadError, and what ``job`` raises.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                self._require_alive()
+                future.set_result(job(self.llm))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return await asyncio.wrap_future(future)
+
     def close(self) -> None:
         """End the thread after its step; who still waits is told."""
         self._inbox.put(None)
         self._thread.join()
 
-    def _post(self, job: Callable[[], None]) -> None:
+    def _require_alive(self) -> None:
         if not self.alive:
             raise EngineDeadError(f"The engine has stopped: {self._fault or 'it was closed'}.")
-        self._inbox.put(job)
+
+    def _post(self, job: Callable[[], None]) -> None:
+        with self._posting:
+            self._require_alive()
+            self._inbox.put(job)
 
     def _work(
         self, ready: queue.SimpleQueue[LLM | BaseException], args: tuple[Any, ...], options: dict[str, Any]
@@ -118,17 +146,37 @@ class AsyncLLM:
         try:
             self.llm = LLM(*args, **options)
         except BaseException as error:
+            self._closed.set()
             ready.put(error)
             return
         ready.put(self.llm)
         try:
             while self._take_jobs():
-                for number, chunk in self.llm.engine.step():
-                    self._deliver(number, chunk)
+                self._step()
         except BaseException as error:  # no request causes this: it is a bug, and everyone must hear of it
             self._fault = error
-        for asked in self._asked.values():
-            asked.deliver(EngineDeadError(f"The engine has stopped: {self._fault or 'it was closed'}."))
+        with self._posting:
+            self._closed.set()
+        while not self._inbox.empty():  # they came too late, and say so to whoever asked
+            if job := self._inbox.get():
+                job()
+        self._tell_all(f"The engine has stopped: {self._fault or 'it was closed'}.")
+
+    def _step(self) -> None:
+        try:
+            for number, chunk in self.llm.engine.step():
+                self._deliver(number, chunk)
+        except Exception as error:
+            if self.restarts >= MAX_RESTARTS:
+                raise
+            self.restarts += 1
+            self._tell_all(f"The engine broke and was made anew: {type(error).__name__}: {error}")
+            self.llm = self.llm.with_engine(self.llm.engine.settings)
+
+    def _tell_all(self, what: str) -> None:
+        for asked in set(self._asked.values()):
+            asked.deliver(EngineDeadError(what))
+        self._asked.clear()
 
     def _take_jobs(self) -> bool:
         """Do what was asked since the last step; with nothing to do, wait for it. False: it is the end."""
@@ -149,6 +197,7 @@ class AsyncLLM:
 
     def _add(self, asked: _Asked) -> None:
         try:
+            self._require_alive()
             self._asked[self.llm.engine.add(asked.ids, asked.params, **asked.options)] = asked
         except Exception as error:
             asked.deliver(error)

@@ -16,7 +16,7 @@ import mlx.core as mx
 from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.engine import Engine, EngineSettings
-from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.errors import ConfigError, ContextError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -208,7 +208,7 @@ class LLM:
         if not ids:
             raise RequestError("The prompt is empty; give at least one character or token.")
         if len(ids) >= self.max_context:
-            raise RequestError(
+            raise ContextError(
                 f"The prompt has {len(ids)} tokens, but the context holds {self.max_context}, "
                 "the answer included; shorten the prompt."
             )

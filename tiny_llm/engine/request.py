@@ -37,7 +37,8 @@ class Choice:
             self.logprobs.append(logprobs)
         piece = self.answer.push(token)
         reason = self.answer.finish_reason
-        return Chunk(piece, (token,), self.completion(reason, now) if reason else None, self.index)
+        whole = self.completion(reason, now) if reason else None
+        return Chunk(piece, (token,), whole, self.index, None if logprobs is None else [logprobs])
 
     def ended(self, reason: EndReason, now: float, error: str | None = None) -> Chunk:
         """The chunk of an answer that something else ends."""

@@ -57,11 +57,14 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: str) -> Iterable[str]:
+        return (self._utf8.decode(self.bytes_of(token)),)
+
+    def bytes_of(self, token: str) -> bytes:
+        """The bytes whose letters are ``token``."""
         try:
-            data = bytes([self._byte_of[char] for char in token])
+            return bytes([self._byte_of[char] for char in token])
         except KeyError:  # an added token is written as itself
-            data = token.encode()
-        return (self._utf8.decode(data),)
+            return token.encode()
 
     def finish(self) -> Iterable[str]:
         return (self._utf8.decode(b"", final=True),)
@@ -102,6 +105,10 @@ class _Metaspace:
     def push(self, token: str) -> Iterable[str]:
         replacement, self._replacement = self._replacement, " "
         return (token.replace(self._mark, replacement),)
+
+    def with_spaces(self, token: str) -> str:
+        """The token as it reads in the middle of a text."""
+        return token.replace(self._mark, " ")
 
     def finish(self) -> Iterable[str]:
         return ()
@@ -229,6 +236,21 @@ class StreamDetokenizer:
         for at, step in enumerate(self._steps):
             text += "".join(_run(self._steps[at + 1 :], step.finish()))
         return text
+
+
+def token_bytes(backend: tokenizers.Tokenizer, token_id: int) -> bytes:
+    """The bytes that a token alone stands for: a part of a character perhaps. Nothing for an unknown id."""
+    token = _token_text(backend, token_id) or ""
+    for step in _steps(backend) or ():
+        if isinstance(step, _ByteLevel):
+            return step.bytes_of(token)
+        if isinstance(step, _ByteFallback) and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        if isinstance(step, _Metaspace):
+            token = step.with_spaces(token)
+        elif isinstance(step, _Each):
+            token = "".join(step.push(token))
+    return token.encode()
 
 
 def _run(steps: Sequence[_Step], tokens: Iterable[str]) -> Iterable[str]:

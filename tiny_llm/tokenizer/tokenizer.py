@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.chat_template import ChatTemplate
-from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
@@ -90,6 +90,10 @@ class Tokenizer:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError) as error:
             raise RequestError(f"Token ids must be whole numbers from 0 to 2**32 - 1 ({error}).") from error
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token alone stands for, special ones as they are written."""
+        return token_bytes(self._backend, token_id)
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDetokenizer:
         """Return a fresh detokenizer for one answer; its pieces join to ``decode``."""
