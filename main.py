@@ -1,4 +1,4 @@
-"""python main.py [chat|generate|models] --model qwen2-1.5b; see python main.py --help."""
+"""python main.py [chat|generate|serve|models] --model qwen2-1.5b; see python main.py --help."""
 
 import sys
 

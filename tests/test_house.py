@@ -23,7 +23,7 @@ FLOORS: Sequence[frozenset[str]] = (
     frozenset({"layers", "kv", "sampling"}),
     frozenset({"models", "decoding", "scheduler"}),
     frozenset({"engine"}),
-    frozenset({"chat", "server", "agent", "course", "planning"}),
+    frozenset({"chat", "options", "server", "agent", "course", "planning"}),
     frozenset({"cli"}),
     frozenset({"tiny_llm"}),  # tiny_llm/__init__.py: the door, opened from outside only
 )

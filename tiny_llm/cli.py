@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperGroup
@@ -25,6 +25,40 @@ from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.memory import parse_bytes, peak_memory_bytes
 from tiny_llm.errors import RequestError, TinyLLMError
+from tiny_llm.options import (
+    ActivationsOption,
+    ApiKeyOption,
+    BackendOption,
+    ConcurrentOption,
+    ContextOption,
+    CorsOption,
+    DebugOption,
+    DrainOption,
+    DtypeOption,
+    FileOption,
+    HostOption,
+    KvMemoryOption,
+    MaxStepOption,
+    MaxTokensOption,
+    MinPOption,
+    ModelOption,
+    NameOption,
+    OfflineOption,
+    PortOption,
+    PromptOption,
+    QuantizeOption,
+    QueueOption,
+    RawOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+    TraceOption,
+    WaitOption,
+)
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import BUNDLED, is_on_disk, resolve
 from tiny_llm.weights.names import SHORT_NAMES
@@ -52,113 +86,6 @@ EXAMPLES = """
 
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 """Any mistake in the arguments; typer exports only this subclass of it."""
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="A short name (see `models`), a hub id, or a folder.", rich_help_panel="Model"
-    ),
-]
-DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="What to keep weights in; the default suits the device.", rich_help_panel="Model"),
-]
-QuantizeOption = Annotated[
-    int | None,
-    typer.Option(help="Pack the weights into 4 or 8 bits while loading.", rich_help_panel="Model"),
-]
-BackendOption = Annotated[
-    Literal["cpu", "metal", "metalsim", "ref"] | None,
-    typer.Option(
-        help="cpu: our kernels; ref: plain MLX, slow on a CPU; metal: our kernels on Apple's GPUs; "
-        "metalsim: those, simulated. The default is the best there is.",
-        rich_help_panel="Speed",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(help="Threads of the CPU kernels; by default one a physical core.", rich_help_panel="Speed"),
-]
-ActivationsOption = Annotated[
-    Literal["int8", "exact"],
-    typer.Option(help="What meets quantized weights; int8 is faster, a little off.", rich_help_panel="Speed"),
-]
-KvMemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What keys and values may take, such as 4GB or 512MB; by default half of what is free.",
-        rich_help_panel="Speed",
-    ),
-]
-MaxStepOption = Annotated[
-    float,
-    typer.Option(
-        help="Milliseconds that answers under way may wait for each token while prompts are read.",
-        rich_help_panel="Speed",
-    ),
-]
-OfflineOption = Annotated[
-    bool,
-    typer.Option("--offline", help="Use what is on disk; never ask the network.", rich_help_panel="Model"),
-]
-PromptOption = Annotated[
-    str | None,
-    typer.Option("--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"),
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--file",
-        help='Many prompts: {"prompt": "..."} a line, and a line back.',
-        rich_help_panel="Prompt",
-    ),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="With --file: write a timeline that Perfetto (ui.perfetto.dev) opens.", rich_help_panel="Output"
-    ),
-]
-RawOption = Annotated[
-    bool,
-    typer.Option("--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"),
-]
-SystemOption = Annotated[
-    str | None, typer.Option(help="How the model is to behave.", rich_help_panel="Prompt")
-]
-MaxTokensOption = Annotated[
-    int, typer.Option("--max-tokens", "-n", help="Longest answer, in tokens.", rich_help_panel="Answer")
-]
-TemperatureOption = Annotated[
-    float,
-    typer.Option(
-        "--temperature",
-        "-t",
-        help="0 always takes the likeliest token; 1 draws as the model thinks.",
-        rich_help_panel="Answer",
-    ),
-]
-TopKOption = Annotated[
-    int, typer.Option(help="Draw from the K likeliest tokens only; 0 is off.", rich_help_panel="Answer")
-]
-TopPOption = Annotated[
-    float,
-    typer.Option(help="Draw from the fewest tokens that make up P of the mass.", rich_help_panel="Answer"),
-]
-MinPOption = Annotated[
-    float,
-    typer.Option(help="Drop tokens less likely than P times the likeliest.", rich_help_panel="Answer"),
-]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Makes a drawn answer repeat exactly.", rich_help_panel="Answer")
-]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option(help="End before this text; may be given several times.", rich_help_panel="Answer"),
-]
-DebugOption = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")
-]
 
 
 class _ChatByDefault(TyperGroup):
@@ -282,6 +209,57 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: ModelOption = "demo",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    name: NameOption = None,
+    api_key: ApiKeyOption = None,
+    cors_origin: CorsOption = None,
+    drain_seconds: DrainOption = 30.0,
+    max_concurrent: ConcurrentOption = 256,
+    max_queue: QueueOption = 256,
+    max_wait: WaitOption = 300.0,
+    max_model_len: ContextOption = None,
+    kv_memory: KvMemoryOption = None,
+    max_step_ms: MaxStepOption = 100.0,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    activations: ActivationsOption = "int8",
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients expect it."""
+    from tiny_llm.engine.async_llm import AsyncLLM
+    from tiny_llm.server.run import serve as run
+    from tiny_llm.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        name=name or Path(model).name,
+        api_keys=tuple(api_key or ()),
+        max_in_flight=max_concurrent + max_queue,
+        drain_s=drain_seconds,
+        cors_origins=tuple(cors_origin or ()),
+    )
+    limits = SchedulerSettings(
+        max_running=max_concurrent, max_step_ms=max_step_ms, max_waiting=max_queue, max_wait_s=max_wait
+    )
+    memory = None if kv_memory is None else parse_bytes(kv_memory)
+    options = _Options(dtype, quantize, offline, backend, threads, activations, memory, limits).arguments()
+
+    def load() -> AsyncLLM:
+        bar = _LoadingBar()
+        try:
+            return AsyncLLM(model, **options, max_context=max_model_len, progress=bar)
+        finally:
+            bar.close()
+
+    run(settings, host, port, load)
+
+
+@app.command()
 def bench(
     model: ModelOption = "demo",
     load_format: Annotated[
@@ -377,11 +355,15 @@ class _Options:
     kv_memory: int | None = None
     scheduler: SchedulerSettings | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
 
 def _load(model: str, options: _Options) -> LLM:
     bar = _LoadingBar()
     try:
-        return LLM(model, **{f.name: getattr(options, f.name) for f in fields(options)}, progress=bar)
+        return LLM(model, **options.arguments(), progress=bar)
     finally:
         bar.close()
 

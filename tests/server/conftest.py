@@ -1,0 +1,143 @@
+"""A really running server on the bundled model, shared by the tests of a folder; clients of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import mlx.core as mx
+import openai
+import pytest
+
+from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.server.run import Server, listen
+from tiny_llm.server.service import Service
+from tiny_llm.server.settings import ServerSettings
+
+PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of this process, and where it is."""
+
+    server: Server
+    url: str
+
+    @property
+    def service(self) -> Service:
+        return self.server.service
+
+    @property
+    def engine(self) -> AsyncLLM:
+        return self.service.engine
+
+    def http(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)  # type: ignore[arg-type]
+
+    def openai(self, key: str = "none", *, strict: bool = True) -> openai.OpenAI:
+        url, few = f"{self.url}/v1", {"max_retries": 0, "timeout": 60}
+        return openai.OpenAI(base_url=url, api_key=key, _strict_response_validation=strict, **few)
+
+    def slow_down(self, seconds: float) -> None:
+        """Let each step take that long, so that an answer is still under way when a test looks."""
+        engine = self.engine.llm.engine
+        model = engine._model
+
+        def slow(*args: Any) -> mx.array:
+            time.sleep(seconds)
+            return model(*args)
+
+        slow.config = model.config  # type: ignore[attr-defined]
+        engine._model = slow  # type: ignore[assignment]
+
+    def used_blocks(self) -> int:
+        return self.engine.llm.engine.scheduler.usage().used
+
+    def wait_until_idle(self) -> None:
+        """Until no request is left, and no block is in use."""
+        wait_for(lambda: not len(self.engine.llm.engine) and self.used_blocks() == 0, "the engine to be idle")
+        self.engine.llm.engine.scheduler.check_integrity()
+
+
+def wait_for(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end, f"waited {PATIENCE_S} s for {what}"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serving(
+    demo: Path,
+    settings: ServerSettings | None = None,
+    *,
+    scheduler: SchedulerSettings | None = None,
+    load: Callable[[], AsyncLLM] | None = None,
+) -> Iterator[Running]:
+    """Serve the bundled model until the block ends."""
+
+    def made() -> AsyncLLM:
+        own = EngineSettings(kv_blocks=512, scheduler=scheduler or SchedulerSettings())
+        return AsyncLLM(demo, engine=own)
+
+    service = Service(settings or ServerSettings(), load or made)
+    server, listening = Server(service), listen("127.0.0.1", 0)
+
+    async def run() -> None:
+        serving = asyncio.ensure_future(server.serve([listening]))
+        await service.start()
+        await serving
+        await service.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started and (load is not None or service.state == "ready"), "the server")
+        yield Running(server, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        listening.close()
+        assert not thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture(scope="session")
+def running(demo: Path) -> Iterator[Running]:
+    with serving(demo) as one:
+        yield one
+        one.wait_until_idle()
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with running.openai() as one:
+        yield one
+
+
+@pytest.fixture
+def http(running: Running) -> Iterator[httpx.Client]:
+    with running.http() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def start(demo: Path) -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """``with start(settings, scheduler=...) as running``: a server of a test's own."""
+    return functools.partial(serving, demo)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], bool], str], None]:
+    """``until(done, what)``: wait for it, not for ever."""
+    return wait_for

@@ -1,0 +1,1 @@
+"""HTTP on top of the engine: OpenAI's interface, its errors, its limits."""

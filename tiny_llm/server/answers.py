@@ -1,0 +1,128 @@
+"""Owns what all answers have in common: ids, usage, finish reasons, log-probabilities, event streams."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
+from math import isfinite
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Send
+
+from tiny_llm.data import Completion
+from tiny_llm.server.problems import problem_of
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity
+DONE = b"data: [DONE]\n\n"
+
+
+def new_id(prefix: str) -> str:
+    """An id of ours that nobody can guess."""
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def usage(ended: Iterable[Completion]) -> dict[str, object]:
+    """Tokens read and made: a prompt counts once, whatever the number of its answers."""
+    completions = list(ended)
+    first = [completion for completion in completions if completion.index == 0]
+    read = sum(len(completion.prompt_token_ids) for completion in first)
+    made = sum(len(completion.token_ids) for completion in completions)
+    cached = sum(completion.cached_tokens for completion in first)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": made,
+        "total_tokens": read + made,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def logprob(value: float) -> float:
+    """A log-probability that JSON can carry."""
+    return round(value, 6) if isfinite(value) else _LEAST_LOGPROB
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int
+) -> list[dict[str, object]]:
+    """Each token as the chat API has it; a row has the chosen token first, then the likeliest."""
+    found = []
+    for row in rows:
+        ids = list(row)
+        best = sorted(ids, key=lambda i: -row[i])[:count]
+        top = [_chat_entry(tokenizer, i, row[i]) for i in best]
+        found.append({**_chat_entry(tokenizer, ids[0], row[ids[0]]), "top_logprobs": top})
+    return found
+
+
+def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, object]:
+    data = tokenizer.token_bytes(token)
+    return {"token": data.decode("utf-8", "replace"), "logprob": logprob(value), "bytes": list(data)}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int, offset: int
+) -> dict[str, list[object]]:
+    """Tokens as /v1/completions has them; ``offset`` is where the first one's text begins."""
+    told: dict[str, list[object]] = {
+        "text_offset": [],
+        "token_logprobs": [],
+        "tokens": [],
+        "top_logprobs": [],
+    }
+    for row in rows:
+        ids = list(row)
+        best = sorted(ids, key=lambda i: -row[i])[:count]
+        text = token_text(tokenizer, ids[0])
+        told["text_offset"].append(offset)
+        told["token_logprobs"].append(logprob(row[ids[0]]))
+        told["tokens"].append(text)
+        top = {token_text(tokenizer, i): logprob(row[i]) for i in dict.fromkeys([*best, ids[0]])}
+        told["top_logprobs"].append(top)
+        offset += len(text)
+    return told
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token by itself; one that is no whole character is told by its bytes, as OpenAI does."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def dumps(value: object) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from a generator, which is closed at once when the client goes away."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(_guarded(events), media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events; whatever stops it, the generator does not go on."""
+        async with aclosing(self._events):
+            await super().stream_response(send)
+
+
+async def _guarded(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """A fault becomes an event: the status has been sent already."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:
+        yield event_of(problem_of(error).body)
+        yield DONE
+
+
+def event_of(value: object) -> bytes:
+    """A value as an event."""
+    return b"data: " + dumps(value) + b"\n\n"

@@ -1,0 +1,160 @@
+"""Owns the routes: which path is answered by what, and how every error leaves.
+
+No work of its own: a route checks nothing that a body or the guard could, and computes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from tiny_llm.errors import TinyLLMError
+from tiny_llm.server.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
+from tiny_llm.server.chat_completions import chat
+from tiny_llm.server.completions import complete
+from tiny_llm.server.params import require_model
+from tiny_llm.server.problems import Problem, problem_of
+from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
+from tiny_llm.server.service import ClientGone, Service
+from tiny_llm.server.settings import VERSION
+from tiny_llm.server.strict_json import StrictRoute
+from tiny_llm.server.texts import detokenize, generate, tokenize
+
+METRICS_TIMEOUT_S = 5.0
+_LOG = logging.getLogger("tiny_llm.server")
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application without its guard, which goes around it."""
+    app = FastAPI(
+        title="tiny_llm",
+        version=VERSION,
+        description="OpenAI-compatible. A field that is not listed here is refused with its name.",
+        redoc_url=None,
+    )
+    app.include_router(_operations(service))
+    app.include_router(_asking(service), responses=_documented_errors())
+    for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
+        app.add_exception_handler(kind, _failed)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _operations(service: Service) -> APIRouter:
+    """What tells about the server."""
+    router, settings = APIRouter(tags=["operations"]), service.settings
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        state = service.state
+        body = {"status": state, "live": state != "dead", "ready": state == "ready"}
+        headers = {} if state == "ready" else {"Retry-After": "1"}
+        return JSONResponse(body, 200 if state == "ready" else 503, headers=headers)
+
+    @router.get("/version")
+    async def about() -> dict[str, str]:
+        return {"version": VERSION}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        asked = service.engine.call(lambda llm: exposition(llm, settings.name, service.prompt_tokens))
+        return Response(await asyncio.wait_for(asked, METRICS_TIMEOUT_S), media_type=CONTENT_TYPE)
+
+    def card() -> dict[str, object]:
+        return {
+            "id": settings.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "tiny_llm",
+            "max_model_len": service.llm.max_context,
+        }
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [card()]}
+
+    @router.get("/v1/models/{model:path}")
+    async def model_card(model: str) -> dict[str, object]:
+        require_model(model, settings.name)
+        return card()
+
+    return router
+
+
+def _asking(service: Service) -> APIRouter:
+    """What the model does."""
+    router = APIRouter(route_class=StrictRoute, tags=["inference"])
+
+    @router.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        return await complete(service, request, body)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        return await chat(service, request, body)
+
+    @router.post("/generate")
+    async def generated(request: Request, body: GenerateBody) -> Response:
+        return await generate(service, request, body)
+
+    @router.post("/tokenize")
+    async def tokenized(body: TokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(tokenize, service, body)
+
+    @router.post("/detokenize")
+    async def detokenized(body: DetokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(detokenize, service, body)
+
+    return router
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Any exception as OpenAI's error body."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)  # nobody reads it
+    problem = problem_of(error)
+    if problem.status_code == 500 and not isinstance(error, Problem):
+        _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem.response()
+
+
+def _documented_errors() -> dict[int | str, dict[str, Any]]:
+    told = {
+        400: "The request is wrong; error.param names the field.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        429: "The queue is full; try again after Retry-After seconds.",
+        500: "A fault of the server.",
+        503: "Loading, draining, waited too long, or the engine is dead.",
+    }
+    error = {"message": "string", "type": "string", "param": "string", "code": "string"}
+    schema = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": list(error),
+                "properties": {name: {"type": ["string", "null"]} for name in error},
+            }
+        },
+    }
+    content = {"application/json": {"schema": schema}}
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"description": text, "content": content} for status, text in told.items()
+    }
+    return responses | {422: {"description": "Never sent: what is invalid is a 400."}}

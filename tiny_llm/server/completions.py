@@ -1,0 +1,109 @@
+"""Owns POST /v1/completions: text on from text, as OpenAI's older interface has it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from tiny_llm.data import Chunk, Completion
+from tiny_llm.server.answers import (
+    DONE,
+    EventStream,
+    completion_logprobs,
+    dumps,
+    event_of,
+    new_id,
+    usage,
+)
+from tiny_llm.server.bodies import CompletionBody
+from tiny_llm.server.params import DEFAULT_COMPLETION_TOKENS, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.problems import Problem
+from tiny_llm.server.service import Job, Piece, Service
+
+
+async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
+    """Answer one request, at once or as a stream."""
+    require_model(body.model, service.settings.name)
+    job = await asyncio.to_thread(_job, service, request, body)
+    answer = _Answer(service, body, job)
+    if body.stream:
+        return EventStream(answer.events(await service.begin(request, job)))
+    return Response(dumps(answer.whole(await service.whole(request, job))), media_type="application/json")
+
+
+def _job(service: Service, request: Request, body: CompletionBody) -> Job:
+    if body.echo and body.logprobs is not None:
+        what = "echo together with logprobs is not supported: a prompt's own log-probabilities are not kept."
+        raise Problem(400, what, code="unsupported_field", param="echo")
+    llm = service.llm
+    prompts = prompt_ids(llm, body.prompt)
+    most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
+    return job_of(body, prompts, params, request.state.salt)
+
+
+class _Answer:
+    """One request's response in the making."""
+
+    def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
+        self._tokenizer = service.llm.tokenizer
+        self._body = body
+        self._job = job
+        self._echoes = [self._echo(number) for number in range(len(job.prompts))] if body.echo else []
+        self._offsets = [len(self._before(i)) for i in range(len(job.prompts) * body.n)]
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.settings.name,
+        }
+
+    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
+        """The response of a request that is not streamed."""
+        choices = []
+        for index, chunks in enumerate(answers):
+            text = self._before(index) + "".join(chunk.text for chunk in chunks)
+            rows = [row for chunk in chunks for row in chunk.logprobs or ()]
+            choices.append(self._choice(index, text, rows, chunks[-1].completion))
+        ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
+        return {**self._head, "choices": choices, "usage": usage(ended)}
+
+    async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+        """The response of a request that is."""
+        options, ended, begun = self._body.stream_options, [], set[int]()
+        with_usage = {"usage": None} if options is not None and options.include_usage else {}
+        async with aclosing(pieces):
+            async for index, chunk in pieces:
+                text = chunk.text if index in begun else self._before(index) + chunk.text
+                begun.add(index)
+                if chunk.completion is not None:
+                    ended.append(chunk.completion)
+                if text or chunk.logprobs or chunk.completion:
+                    choice = self._choice(index, text, chunk.logprobs or [], chunk.completion)
+                    yield event_of({**self._head, "choices": [choice], **with_usage})
+        if with_usage:
+            yield event_of({**self._head, "choices": [], "usage": usage(ended)})
+        yield DONE
+
+    def _choice(
+        self, index: int, text: str, rows: Sequence[dict[int, float]], ended: Completion | None
+    ) -> dict[str, object]:
+        told = None
+        if self._body.logprobs is not None:
+            told = completion_logprobs(self._tokenizer, rows, self._body.logprobs, self._offsets[index])
+            self._offsets[index] += sum(len(str(token)) for token in told["tokens"])
+        reason = None if ended is None else ended.finish_reason
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
+
+    def _before(self, index: int) -> str:
+        """What stands before answer ``index``: its prompt, where that is to be echoed."""
+        return self._echoes[index // self._body.n] if self._echoes else ""
+
+    def _echo(self, number: int) -> str:
+        given = self._body.prompt[number]
+        return given if isinstance(given, str) else self._tokenizer.decode(given)

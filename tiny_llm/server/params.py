@@ -1,0 +1,119 @@
+"""Owns the step from a checked body to what the engine takes: token ids and SamplingParams.
+
+Runs in a worker thread: templates and tokenizers may take their time. Raises Problem or RequestError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import RequestError, did_you_mean
+from tiny_llm.server.bodies import Message, Sampling, TemplateArguments
+from tiny_llm.server.problems import Problem, problem_of
+from tiny_llm.server.service import Job
+from tiny_llm.server.settings import MAX_ANSWERS
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""Of /v1/completions, as OpenAI has it."""
+
+
+def require_model(asked: str | None, name: str) -> None:
+    """Raise Problem if another model than ``name`` is asked for."""
+    if asked is not None and asked != name:
+        what = (
+            f"The model {asked[:200]!r} is not served here; {name!r} is.{did_you_mean(asked[:200], [name])}"
+        )
+        raise Problem(404, what, code="model_not_found", param="model")
+
+
+def params_of(
+    llm: LLM, body: Sampling, prompts: Sequence[list[int]], *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """How to answer ``prompts``; without ``max_tokens``, as long as context and pool allow."""
+    _require_ids("logit_bias", body.logit_bias, llm)
+    _require_ids("stop_token_ids", body.stop_token_ids, llm)
+    if body.n * len(prompts) > MAX_ANSWERS:
+        what = f"{len(prompts)} prompts with n {body.n} are more than {MAX_ANSWERS} answers."
+        raise Problem(400, what, code="invalid_value", param="n")
+    return SamplingParams(
+        max_tokens=max_tokens or _room(llm, max(map(len, prompts))),
+        temperature=body.temperature,
+        top_k=max(body.top_k, 0),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        seed=None if body.seed is None else body.seed % 2**64,
+        stop=tuple(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        n=body.n,
+        min_tokens=body.min_tokens,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias or None,
+    )
+
+
+def job_of(body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, key_salt: str) -> Job:
+    """What the engine gets. Prompts share cached blocks only within one key and one salt of its own."""
+    salt = f"{key_salt}/{body.cache_salt or ''}" if key_salt or body.cache_salt else ""
+    return Job(prompts, params, body.priority, salt)
+
+
+def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Each prompt as ids. Raises RequestError or ContextError as ``LLM.check`` does."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        try:
+            found.append(llm.check(prompt)[0])
+        except RequestError as error:
+            raise _about(f"prompt[{number}]" if len(prompts) > 1 else "prompt", error) from error
+    return found
+
+
+def chat_ids(
+    llm: LLM,
+    messages: Sequence[Message],
+    arguments: TemplateArguments,
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> list[int]:
+    """A conversation as the ids of the model's template."""
+    given = {name: value for name, value in arguments.model_dump().items() if value is not None}
+    try:
+        text = llm.tokenizer.render_chat([_plain(m) for m in messages], tools=tools, **given)
+        return llm.check(llm.tokenizer.encode(text, add_special_tokens=False))[0]
+    except RequestError as error:
+        raise _about("messages", error) from error
+
+
+def _about(name: str, error: RequestError) -> Problem:
+    problem = problem_of(error)
+    return Problem(problem.status_code, problem.detail, code=problem.code, param=name)
+
+
+def _plain(message: Message) -> dict[str, object]:
+    """A message as templates take it; the developer is the system's new name."""
+    plain = message.model_dump(exclude_none=True, exclude_defaults=True, exclude={"refusal"})
+    plain |= {"tool_calls": [call.model_dump(exclude={"index"}) for call in message.tool_calls]}
+    if not message.tool_calls:
+        del plain["tool_calls"]
+    role = "system" if message.role == "developer" else message.role
+    return {**plain, "role": role, "content": message.content or ""}
+
+
+def _require_ids(name: str, ids: Mapping[int, float] | Sequence[int], llm: LLM) -> None:
+    """MLX does not check an index, so that ours must be right."""
+    size = llm.config.vocab_size
+    for token in ids:
+        if not 0 <= token < size:
+            what = f"{name}: token id {token} is not in the vocabulary, which is 0 to {size - 1}."
+            raise Problem(400, what, code="invalid_value", param=name)
+
+
+def _room(llm: LLM, prompt: int) -> int:
+    settings = llm.engine.settings
+    pool = settings.kv_blocks * settings.block_size
+    return max(1, min(llm.max_context, pool) - prompt)

@@ -1,0 +1,98 @@
+"""Owns what a client is told when something is wrong: OpenAI's error body, a status, a header.
+
+Every error of ours has its place in ``problem_of``; whatever else happens is a 500 that tells nothing
+of our insides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from tiny_llm.engine.async_llm import EngineDeadError
+from tiny_llm.errors import (
+    BusyError,
+    CapacityError,
+    ConfigError,
+    ContextError,
+    RequestError,
+    TinyLLMError,
+    did_you_mean,
+)
+
+RETRY_AFTER_S = 1
+_LONGEST_MESSAGE = 1_000
+_KINDS = ((400, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"))
+_NAMED = re.compile(r"(\w+) is .* but must be ")  # how SamplingParams and the scheduler begin
+
+
+class Problem(HTTPException):
+    """What is wrong with a request, or with us, as the client will read it."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+        login = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        super().__init__(status, message[:_LONGEST_MESSAGE], headers=retry | login)
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, object]:
+        """OpenAI's error body."""
+        kind = next(name for least, name in reversed(_KINDS) if self.status_code >= least or least == 400)
+        if 400 < self.status_code < 500 and self.status_code != 429:
+            kind = "invalid_request_error"
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status_code, headers=self.headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    """The problem that an exception stands for."""
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError():
+            return _invalid(error.errors())
+        case StarletteHTTPException():
+            return Problem(error.status_code, str(error.detail))
+        case BusyError():
+            return Problem(429, str(error), code="queue_full")
+        case CapacityError() | ContextError():
+            return Problem(400, str(error), code="context_length_exceeded", param="messages")
+        case RequestError():
+            named = _NAMED.match(str(error))
+            return Problem(400, str(error), param=named[1] if named else None)
+        case ConfigError():  # of the model: no chat template, for example
+            return Problem(400, str(error), code="unsupported")
+        case EngineDeadError() | TinyLLMError():
+            return Problem(503, str(error), code="engine_dead")
+        case _:
+            return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+def _invalid(errors: Sequence[Any]) -> Problem:
+    """The first of pydantic's complaints, in our words."""
+    first = errors[0]
+    where = [part for part in first["loc"] if part != "body"]
+    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".") or None
+    if first["type"] == "extra_forbidden":
+        known = first.get("ctx", {}).get("known", ())
+        hint = did_you_mean(str(where[-1]), known)
+        return Problem(400, f"{name} is not supported here.{hint}", code="unsupported_field", param=name)
+    if first["type"] == "missing":
+        return Problem(400, f"{name or 'A JSON body'} is missing.", code="missing", param=name)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    said = f"{name}: {message}" if name else f"The body: {message}"
+    return Problem(400, f"{said.rstrip('.')}.", code="invalid_value", param=name)

@@ -1,0 +1,122 @@
+"""Owns a server's life: socket, loading, serving, signals, the end.
+
+SIGTERM and SIGINT: accept no more, let what runs end within ``drain_s``, exit with 0. The second one
+ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from types import FrameType
+
+import uvicorn
+
+from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.errors import ConfigError
+from tiny_llm.server.app import create_app
+from tiny_llm.server.guard import Guard
+from tiny_llm.server.protocol import DeadlineProtocol
+from tiny_llm.server.service import Service
+from tiny_llm.server.settings import ServerSettings
+
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our application, and with our word on signals."""
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        self.service = service
+        guard = Guard(create_app(service), settings, service.problem)
+        config = uvicorn.Config(
+            guard,
+            http=DeadlineProtocol.within(settings.read_timeout_s),
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=settings.max_header_bytes + 2**12,
+            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: drain at the first one, end at the second."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.service.draining = True
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """uvicorn's own would raise the signal once more at the end: then no exit code would be 0."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+            yield
+            return
+        handlers = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for sig, handler in handlers.items():
+                signal.signal(sig, handler)
+
+
+def serve(settings: ServerSettings, host: str, port: int, load: Callable[[], AsyncLLM]) -> None:
+    """Serve until a signal. Raises ConfigError if the port cannot be had, and what ``load`` raises."""
+    listening = listen(host, port)
+    service = Service(settings, load)
+    try:
+        asyncio.run(_serve(Server(service), listening))
+    finally:
+        listening.close()
+
+
+async def _serve(server: Server, listening: socket.socket) -> None:
+    """Listen from the beginning, so that /health can say "loading"."""
+    serving = asyncio.ensure_future(server.serve([listening]))
+    loading = asyncio.ensure_future(server.service.start())
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            host, port = listening.getsockname()[:2]
+            name = server.service.settings.name
+            place = f"[{host}]" if ":" in host else host
+            print(server.service.llm.memory, file=sys.stderr)
+            print(f"Serving {name} at http://{place}:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        await serving
+    finally:
+        server.should_exit = True
+        await serving
+        if loading.done() and loading.exception() is None:
+            await server.service.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError if it cannot be had."""
+    if not 0 <= port < 2**16:  # the resolver would take it modulo 2**16
+        raise ConfigError(f"{host} port {port} cannot be listened on: a port is from 0 to 65535.")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.socket(family, kind, proto))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(BACKLOG)
+            stack.pop_all()  # it stays open
+            return listening
+    except OSError as error:
+        raise ConfigError(
+            f"{host} port {port} cannot be listened on: {error}. Choose another --port."
+        ) from error

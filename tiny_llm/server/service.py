@@ -1,0 +1,216 @@
+"""Owns the engine as the routes see it: its state, and requests to it as streams of pieces.
+
+Loading, ready, draining, dead: said in one place. A stream begins before its response does, so that a
+refusal still has its status; and it ends with its reader, whatever ends that one. Knows no HTTP body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Literal, NamedTuple, TypeVar
+
+from fastapi import Request
+
+from tiny_llm.data import Chunk, SamplingParams
+from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.engine.llm import LLM
+from tiny_llm.server.problems import Problem
+from tiny_llm.server.settings import ServerSettings
+
+T = TypeVar("T")
+State = Literal["loading", "ready", "draining", "dead"]
+
+
+class Piece(NamedTuple):
+    """A chunk, and of which ``answer``, counted over all prompts of the request."""
+
+    answer: int
+    chunk: Chunk
+
+
+class Job(NamedTuple):
+    """What a request asks of the engine: the same of each of its prompts."""
+
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    priority: int = 0
+    salt: str = ""
+
+
+class Service:
+    """One model, served. ``load`` makes the engine, and may take long; ``start`` calls it in a thread.
+
+    ``prompt_tokens`` counts those of all requests that began.
+    """
+
+    def __init__(self, settings: ServerSettings, load: Callable[[], AsyncLLM]) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.draining = False
+        self.prompt_tokens = 0
+        self._load = load
+        self._engine: AsyncLLM | None = None
+
+    @property
+    def state(self) -> State:
+        """What can be expected of us."""
+        if self._engine is None:
+            return "loading"
+        if not self._engine.alive:
+            return "dead"
+        return "draining" if self.draining else "ready"
+
+    @property
+    def engine(self) -> AsyncLLM:
+        """The engine's front. Raises Problem while it loads."""
+        if self._engine is None:
+            raise Problem(503, "The model is being loaded.", code="loading")
+        return self._engine
+
+    @property
+    def llm(self) -> LLM:
+        """Model, tokenizer and limits."""
+        return self.engine.llm
+
+    def problem(self) -> Problem | None:
+        """Why no request can be served now."""
+        said = {
+            "loading": "The model is being loaded.",
+            "draining": "The server is shutting down.",
+            "dead": "The engine has stopped; the server must be started again.",
+        }
+        state = self.state
+        return None if state == "ready" else Problem(503, said[state], code=state)
+
+    async def start(self) -> None:
+        """Load the model. Raises what loading raises."""
+        self._engine = await asyncio.to_thread(self._load)
+
+    async def close(self) -> None:
+        """End the engine's thread after its step."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+
+    async def begin(self, request: Request, job: Job) -> AsyncGenerator[Piece, None]:
+        """Start a job and return its pieces once the first one is there. Closing the stream cancels it.
+
+        Raises what the engine refuses it with, and Problem for one that waited too long.
+        """
+        pieces = _pieces(self.engine, job)
+        try:
+            first = await unless_gone(request, anext(pieces))
+            _raise_if_failed(first.chunk, begun=False)
+            self._count(job)
+        except BaseException:
+            await pieces.aclose()
+            raise
+        return _with_first(first, pieces)
+
+    async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
+        """All chunks of each answer of a job. If the client goes, so does the job."""
+        answers: list[list[Chunk]] = [[] for _ in range(len(job.prompts) * job.params.n)]
+
+        async def collect() -> None:
+            async with aclosing(_pieces(self.engine, job)) as pieces:
+                async for index, chunk in pieces:
+                    _raise_if_failed(chunk, begun=bool(answers[index]))
+                    answers[index].append(chunk)
+
+        await unless_gone(request, collect())
+        self._count(job)
+        return answers
+
+    def _count(self, job: Job) -> None:
+        self.prompt_tokens += sum(map(len, job.prompts))
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Await ``work``, or cancel it when the client goes away. Raises ClientGone then."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _pieces(engine: AsyncLLM, job: Job) -> AsyncGenerator[Piece, None]:
+    """The chunks of all answers as they come: those of prompt i have the indices from i * n on."""
+    if len(job.prompts) == 1:
+        async with aclosing(_stream(engine, job, 0)) as stream:
+            async for piece in stream:
+                yield piece
+        return
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def feed(number: int) -> None:
+        try:
+            async with aclosing(_stream(engine, job, number)) as stream:
+                async for piece in stream:
+                    queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    feeds = [asyncio.ensure_future(feed(number)) for number in range(len(job.prompts))]
+    try:
+        left = len(feeds)
+        while left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in feeds:
+            task.cancel()
+        await asyncio.gather(*feeds, return_exceptions=True)
+
+
+async def _stream(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[Piece, None]:
+    chunks: AsyncIterator[Chunk] = engine.stream(
+        job.prompts[number], job.params, priority=job.priority, salt=job.salt
+    )
+    async with aclosing(chunks) as stream:  # type: ignore[type-var]
+        async for chunk in stream:
+            yield Piece(number * job.params.n + chunk.index, chunk)
+
+
+async def _with_first(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            _raise_if_failed(piece.chunk, begun=True)
+            yield piece
+
+
+def _raise_if_failed(chunk: Chunk, *, begun: bool) -> None:
+    """An answer that ended by a fault or too late has no text that a client should take for one."""
+    if chunk.completion is None:
+        return
+    reason = chunk.completion.finish_reason
+    if reason == "error":
+        raise Problem(500, chunk.completion.error or "The request failed.", code="generation_failed")
+    if reason == "timeout":
+        where = "took too long" if begun else "waited too long"
+        raise Problem(503, f"The request {where}.", code="timeout")
+    if reason == "cancelled":
+        raise Problem(503, "The request was cancelled.", code="cancelled")

@@ -1,0 +1,63 @@
+"""Owns what an operator may set about serving, and checks it. Knows no HTTP library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiny_llm.errors import ConfigError
+
+VERSION = "0.1.0"
+"""As pyproject.toml has it; a checkout need not be installed."""
+MAX_N = 32
+"""Answers to one prompt."""
+MAX_PROMPTS = 64
+"""Prompts of one request."""
+MAX_ANSWERS = 128
+"""Answers of one request, over all its prompts."""
+MAX_LOGPROBS = 20
+"""Of the likeliest tokens reported beside a chosen one."""
+MAX_STOPS = 16
+"""Stop strings, each of at most ``MAX_STOP_LENGTH`` characters."""
+MAX_STOP_LENGTH = 256
+MAX_BIASES = 1024
+"""Entries of a logit_bias."""
+MAX_MESSAGES = 2048
+"""Messages of one conversation."""
+MAX_TOOLS = 128
+"""Functions that one request may offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Limits and secrets. ``name`` is what clients call the model: an alias, never a path.
+
+    ``api_keys``: with any, all but /health and the page needs one. ``max_in_flight`` requests are held
+    at a time; a body has at most ``max_body_bytes`` and arrives, as do its headers, within
+    ``read_timeout_s``. After a signal, requests have ``drain_s`` to end. ``cors_origins`` are the
+    other sites whose pages may call us.
+
+    Raises ConfigError for a value that cannot work.
+    """
+
+    name: str = "demo"
+    api_keys: tuple[str, ...] = ()
+    max_in_flight: int = 512
+    max_body_bytes: int = 4 * 2**20
+    max_headers: int = 100
+    max_header_bytes: int = 2**14
+    read_timeout_s: float = 30.0
+    drain_s: float = 30.0
+    compile_timeout_s: float = 5.0
+    cors_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ConfigError("An --api-key is empty or has characters other than printable ASCII.")
+        for name in ("max_in_flight", "max_body_bytes", "max_headers", "max_header_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name in ("read_timeout_s", "compile_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0.")
+        if not self.drain_s >= 0:
+            raise ConfigError(f"drain_s is {self.drain_s}, but must be at least 0.")

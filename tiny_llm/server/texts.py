@@ -1,0 +1,93 @@
+"""Owns POST /generate, /tokenize and /detokenize: our own short ways to text and token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from tiny_llm.data import Completion
+from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob, usage
+from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
+from tiny_llm.server.params import chat_ids, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.problems import Problem
+from tiny_llm.server.service import Job, Piece, Service
+
+DEFAULT_TOKENS = 256
+
+
+async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
+    """Answer one request: the engine's own view of it, token ids included."""
+    require_model(body.model, service.settings.name)
+    job = await asyncio.to_thread(_job, service, request, body)
+    if body.stream:
+        return EventStream(_events(await service.begin(request, job)))
+    ended = [chunks[-1].completion for chunks in await service.whole(request, job)]
+    answers = [_told(index, one) for index, one in enumerate(ended) if one is not None]
+    told = {"answers": answers, "usage": usage(one for one in ended if one is not None)}
+    return Response(dumps(told), media_type="application/json")
+
+
+def _job(service: Service, request: Request, body: GenerateBody) -> Job:
+    llm = service.llm
+    prompts = prompt_ids(llm, body.prompt)
+    most = body.max_tokens or DEFAULT_TOKENS
+    params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
+    return job_of(body, prompts, params, request.state.salt)
+
+
+def _told(index: int, completion: Completion) -> dict[str, object]:
+    rows = completion.logprobs
+    return {
+        "index": index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(completion.prompt_token_ids),
+        "cached_tokens": completion.cached_tokens,
+        "ttft_s": round(completion.timing.ttft_s, 6),
+        "logprobs": rows and [{str(i): logprob(value) for i, value in row.items()} for row in rows],
+    }
+
+
+async def _events(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(pieces):
+        async for index, chunk in pieces:
+            if chunk.completion is not None:
+                told = _told(index, chunk.completion) | {
+                    "text": chunk.text,
+                    "token_ids": list(chunk.token_ids),
+                }
+                yield event_of(told)
+            else:
+                yield event_of({"index": index, "text": chunk.text, "token_ids": list(chunk.token_ids)})
+    yield DONE
+
+
+def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
+    """A text's or a conversation's token ids."""
+    require_model(body.model, service.settings.name)
+    if (body.prompt is None) == (not body.messages):
+        raise Problem(400, "Give either prompt or messages.", code="invalid_value", param="prompt")
+    llm = service.llm
+    if body.messages:
+        ids = chat_ids(llm, body.messages, body.chat_template_kwargs)
+    else:
+        assert body.prompt is not None
+        ids = llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    return {"count": len(ids), "max_model_len": llm.max_context, "tokens": ids}
+
+
+def detokenize(service: Service, body: DetokenizeBody) -> dict[str, object]:
+    """Token ids' text."""
+    require_model(body.model, service.settings.name)
+    llm = service.llm
+    size = llm.config.vocab_size
+    if any(token >= size for token in body.tokens):
+        what = f"tokens: {max(body.tokens)} is not in the vocabulary, which is 0 to {size - 1}."
+        raise Problem(400, what, code="invalid_value", param="tokens")
+    text = llm.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    return {"prompt": text}
