@@ -152,9 +152,8 @@ def main() -> None:
             *small_cases(16),
         ]
         rows = [measure(case) for case in cases]
-    print(
-        "| kernel | size | moved over least | of | all buffers | simdgroup operations an output | threads at barriers |"
-    )
+    columns = "kernel | size | moved over least | of | all buffers | simdgroup operations an output"
+    print(f"| {columns} | threads at barriers |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(
