@@ -39,19 +39,23 @@ def quantized_matmul(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
 
 def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
-    """Rows in blocks of a power of two, up to 16; a block's order of sums is that of one row."""
+    """Rows in blocks of a power of two, up to 16; a block's order of sums is that of one row.
+
+    Up to 4 blocks are in one threadgroup, so that what one reads of the matrix is near for the others.
+    """
     (T, width), outputs = x.shape, weight.packed.shape[0]
     if not T:
         return mx.zeros((0, outputs), x.dtype)
     rows = min(_MOST_ROWS, 1 << (T - 1).bit_length())
+    blocks = -(-T // rows)
     (out,) = kernel("quantized_matmul")(
         inputs=[x, weight.packed, weight.scales, weight.biases, T, outputs],
         template=[
             *(("T", x.dtype), ("I", width), ("BITS", weight.bits), ("GROUP", weight.group_size)),
             *(("R", rows), ("COLUMNS", _COLUMNS)),
         ],
-        grid=(32, -(-outputs // _COLUMNS), -(-T // rows)),
-        threadgroup=(32, 2, 1),
+        grid=(32, -(-outputs // _COLUMNS), blocks),
+        threadgroup=(32, 2, min(blocks, 4)),
         output_shapes=[(T, outputs)],
         output_dtypes=[x.dtype],
     )
