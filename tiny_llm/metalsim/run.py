@@ -219,16 +219,7 @@ class MetalKernel:
         threads = _checked(grid, threadgroup)
         outputs = [_Output.of(tuple(s), d, init_value) for s, d in zip(shapes, dtypes, strict=True)]
         bound = [*self._bind(kernel, inputs), *self._bind_outputs(outputs, init_value)]
-        launch = self._launch(kernel, bound, grid, threads)
-        names = [b.name for b in bound]
-        buffers = ctypes.cast(launch.buffer, ctypes.POINTER(_Buffer))
-        traffic = Traffic(
-            {name: int(buffers[i].read) for i, name in enumerate(names)},
-            {name: int(buffers[i].fetched) for i, name in enumerate(names)},
-            {name: int(buffers[i].written) for i, name in enumerate(names)},
-            int(launch.simd_operations),
-            int(launch.barriers),
-        )
+        traffic = self._launch(kernel, bound, grid, threads)
         return [output.array() for output in outputs], traffic
 
     def _bind(self, kernel: Kernel, inputs: Sequence[mx.array]) -> Iterator[_Bound]:
@@ -263,7 +254,7 @@ class MetalKernel:
 
     def _launch(
         self, kernel: Kernel, bound: Sequence[_Bound], grid: Sequence[int], threads: Sequence[int]
-    ) -> _Launch:
+    ) -> Traffic:
         if len(bound) > _MAX_BUFFERS:
             raise ValueError(f"[metal_kernel] expected at most {_MAX_BUFFERS} buffers, got {len(bound)}")
         path = build.library(program(kernel), self.mode)
@@ -286,12 +277,17 @@ class MetalKernel:
             buffers=len(bound),
             seed=self.seed,
         )
-        report = Report()
+        report, names = Report(), [b.name for b in bound]
         if _runtime(self.mode).msim_run(ctypes.byref(launch), ctypes.byref(report)):
-            names = [b.name for b in bound]
             where = Where(self.name, path, image, grid, threads, names, author_lines(kernel))
             raise fault(report, where, self.time_limit)
-        return launch
+        return Traffic(
+            {name: int(b.read) for name, b in zip(names, buffers, strict=True)},
+            {name: int(b.fetched) for name, b in zip(names, buffers, strict=True)},
+            {name: int(b.written) for name, b in zip(names, buffers, strict=True)},
+            int(launch.simd_operations),
+            int(launch.barriers),
+        )
 
 
 @dataclass(frozen=True)
