@@ -43,7 +43,8 @@ class SamplingParams:
     ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
     multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
     for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
-    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other.
+    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other;
+    ``constraint`` makes the last of them, one for each answer, as it remembers where that answer is.
 
     Raises RequestError for a value out of range, NaN and infinity included.
     """
@@ -65,6 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     processors: tuple[LogitsProcessor, ...] = ()
+    constraint: Callable[[], LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -106,6 +108,7 @@ def _check_params(p: SamplingParams) -> None:
         "a mapping of token ids to numbers",
     )
     _require(all(callable(f) for f in p.processors), "processors", p.processors, "callables")
+    _require(p.constraint is None or callable(p.constraint), "constraint", p.constraint, "a callable")
 
 
 @dataclass(frozen=True, slots=True)

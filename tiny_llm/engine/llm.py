@@ -79,6 +79,11 @@ class LLM:
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self._end_ids
+
+    @property
     def memory(self) -> str:
         """What the weights take, and what keys and values may: for a line at the start."""
         settings, block_bytes = self.engine.settings, self.engine.cache.block_bytes

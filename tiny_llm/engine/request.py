@@ -98,7 +98,8 @@ class Request:
         banned = {*params.stop_token_ids, *end_ids}
         for index in range(params.n):
             seed = (cast(int, params.seed) + index * _NEXT_SEED) % 2**64
-            own = replace(params, seed=seed)
+            last = (params.constraint(),) if params.constraint else ()
+            own = replace(params, seed=seed, processors=(*params.processors, *last))
             answer = Answer(tokenizer.stream(), own, end_ids, limit)
             request.choices.append(Choice(request, index, own, answer, History(seen, banned)))
         return request

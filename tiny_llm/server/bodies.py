@@ -77,6 +77,22 @@ Stops = Annotated[
 ]
 
 
+class JsonSchema(Body):
+    """A form by its schema, as OpenAI nests it."""
+
+    name: Name
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = Field(default_factory=dict)
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class Sampling(Body):
     """The fields that say how tokens are chosen and when to stop, common to all ways of asking."""
 
@@ -104,6 +120,9 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    response_format: ResponseFormat | None = None
+    regex: Annotated[str, StringConstraints(min_length=1)] | None = None
+    grammar: Annotated[str, StringConstraints(min_length=1)] | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, event_of, new_id, usage
 from tiny_llm.server.bodies import ChatBody
-from tiny_llm.server.params import chat_ids, job_of, params_of, require_model
+from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Piece, Service
 
@@ -21,7 +21,8 @@ from tiny_llm.server.service import Job, Piece, Service
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    job = await asyncio.to_thread(_job, service, request, body)
+    form = await asyncio.to_thread(form_of, body)
+    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
     answer = _Answer(service, body)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))

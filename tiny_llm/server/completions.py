@@ -21,7 +21,14 @@ from tiny_llm.server.answers import (
     usage,
 )
 from tiny_llm.server.bodies import CompletionBody
-from tiny_llm.server.params import DEFAULT_COMPLETION_TOKENS, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.params import (
+    DEFAULT_COMPLETION_TOKENS,
+    form_of,
+    job_of,
+    params_of,
+    prompt_ids,
+    require_model,
+)
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Piece, Service
 
@@ -29,7 +36,8 @@ from tiny_llm.server.service import Job, Piece, Service
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    job = await asyncio.to_thread(_job, service, request, body)
+    form = await asyncio.to_thread(form_of, body)
+    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
     answer = _Answer(service, body, job)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))

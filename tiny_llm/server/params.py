@@ -11,6 +11,7 @@ from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.server.bodies import Message, Sampling, TemplateArguments
+from tiny_llm.server.grammars import lark_form, regex_form, schema_form
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.service import Job
 from tiny_llm.server.settings import MAX_ANSWERS
@@ -55,6 +56,37 @@ def params_of(
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias or None,
     )
+
+
+def form_of(body: Sampling) -> tuple[str, str] | None:
+    """The field that says what form the answer must have, and that form; None if it may be anything."""
+    wanted = [name for name in ("response_format", "regex", "grammar") if _is_form(body, name)]
+    if not wanted:
+        return None
+    name = wanted[0]
+    if len(wanted) > 1:
+        what = f"{' and '.join(wanted)} were given; an answer can have one form."
+        raise Problem(400, what, code="invalid_value", param=wanted[1])
+    if body.min_tokens or body.ignore_eos:
+        what = f"{name} ends where the form does: min_tokens and ignore_eos cannot put that off."
+        raise Problem(
+            400, what, code="invalid_value", param="min_tokens" if body.min_tokens else "ignore_eos"
+        )
+    if body.regex is not None:
+        return name, regex_form(body.regex)
+    if body.grammar is not None:
+        return name, lark_form(body.grammar)
+    asked = body.response_format
+    assert asked is not None
+    if asked.type == "json_schema" and asked.json_schema is None:
+        what = "response_format.json_schema is missing."
+        raise Problem(400, what, code="missing", param="response_format.json_schema")
+    return name, schema_form(asked.json_schema.schema_ if asked.json_schema else {"type": "object"})
+
+
+def _is_form(body: Sampling, name: str) -> bool:
+    asked = getattr(body, name)
+    return asked is not None and not (name == "response_format" and asked.type == "text")
 
 
 def job_of(body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, key_salt: str) -> Job:

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from tiny_llm.data import Completion
 from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob, usage
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
-from tiny_llm.server.params import chat_ids, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Piece, Service
 
@@ -22,7 +22,8 @@ DEFAULT_TOKENS = 256
 async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
     """Answer one request: the engine's own view of it, token ids included."""
     require_model(body.model, service.settings.name)
-    job = await asyncio.to_thread(_job, service, request, body)
+    form = await asyncio.to_thread(form_of, body)
+    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
     if body.stream:
         return EventStream(_events(await service.begin(request, job)))
     ended = [chunks[-1].completion for chunks in await service.whole(request, job)]

@@ -91,6 +91,10 @@ class Tokenizer:
         except (OverflowError, TypeError) as error:
             raise RequestError(f"Token ids must be whole numbers from 0 to 2**32 - 1 ({error}).") from error
 
+    def to_json(self) -> str:
+        """The whole tokenizer as its tokenizer.json would have it."""
+        return self._backend.to_str()
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token alone stands for, special ones as they are written."""
         return token_bytes(self._backend, token_id)
