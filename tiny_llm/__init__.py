@@ -5,6 +5,13 @@ for completion in LLM("demo").generate(["What is a KV cache?"], SamplingParams(m
     print(completion.text)
 """
 
+import os
+
+if _learner := os.environ.get("TINY_LLM_COURSE"):  # a learner's definitions, before any module loads
+    from tiny_llm.course.overlay import install as _install
+
+    _install(_learner)
+
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.conversation import Conversation

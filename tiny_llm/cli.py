@@ -325,6 +325,17 @@ def _model_rows() -> Iterator[tuple[str, str, str, str, str]]:
         yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
 
 
+@app.command(
+    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def course(context: typer.Context) -> None:
+    """Build this runtime yourself: list, start, check, hint, diff, solution, break."""
+    from tiny_llm.course.commands import app as lessons
+
+    with typer.main.get_command(lessons).make_context(context.command_path, context.args) as inner:
+        inner.command.invoke(inner)
+
+
 def _messages(system: str | None, question: str) -> list[dict[str, str]]:
     if not question.strip():
         raise RequestError("The prompt is empty; say something, by --prompt TEXT or through a pipe.")
@@ -456,6 +467,10 @@ def _run(arguments: list[str]) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer says what is wrong with a line
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
+    if "--course" in arguments:
+        from tiny_llm.course.restart import restart_with_learner
+
+        restart_with_learner(arguments)
     program = Path(sys.argv[0]).name
     name = "python main.py" if program == "main.py" else program
     command = typer.main.get_command(app)

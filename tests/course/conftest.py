@@ -1,0 +1,36 @@
+"""A learner's folder, and commands as a learner types them: in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiny_llm.course.manifest import ROOT
+from tiny_llm.course.workbook import Workbook
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Workbook:
+    """A learner's empty folder."""
+    return Workbook(tmp_path / "my_llm")
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """``run("-c", "...", TINY_LLM_COURSE=folder)``: python in the checkout."""
+
+    def python(*arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
+        ours = ("TINY_LLM_COURSE", "TINY_LLM_BACKEND")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        command = [sys.executable, *map(str, arguments)]
+        added = {name: str(value) for name, value in environment.items()}
+        return subprocess.run(command, cwd=ROOT, env={**kept, **added}, capture_output=True, text=True)
+
+    return python

@@ -1,0 +1,59 @@
+"""What keeps every chapter honest: its tests pass on the reference, and see each stub and each mistake."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from tiny_llm.course.check import run_tests
+from tiny_llm.course.manifest import ROOT, Chapter, Mutant, read_manifest
+from tiny_llm.course.merge import STUB
+from tiny_llm.course.workbook import Workbook, in_parts, module_file
+
+CHAPTERS = list(read_manifest().values())
+TAUGHT = [(it, definition) for it in CHAPTERS for definition in it.teaches]
+MUTANTS = [(it, mutant) for it in CHAPTERS for mutant in it.mutants]
+
+
+@pytest.mark.parametrize("it", CHAPTERS, ids=lambda it: it.id)
+def test_filled_from_the_reference_it_is_green(book: Workbook, it: Chapter) -> None:
+    new, _ = book.start(it)
+    assert book.stubs(it) == new == list(it.teaches), "start leaves stubs, and check refuses"
+    shutil.rmtree(book.folder)
+    book.fill(it.teaches)
+    assert book.stubs(it) == [] and book.written() == sorted(it.teaches)
+    done = run_tests(it, book.folder)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("it", "definition"), TAUGHT, ids=[f"{it.id}-{d}" for it, d in TAUGHT])
+def test_a_stub_turns_its_chapter_red(book: Workbook, it: Chapter, definition: str) -> None:
+    book.start(replace(it, teaches=[definition]))
+    path = module_file(book.folder, in_parts(definition)[0])
+    path.write_text(path.read_text().replace(STUB, "not written ("))  # a marked stub is the reference's
+    done = run_tests(it, book.folder, first_only=True)
+    assert done.returncode == 1, f"{definition} could be missing:\n{done.stdout}"
+
+
+@pytest.mark.parametrize(("it", "mutant"), MUTANTS, ids=[f"{it.id}-{m.name}" for it, m in MUTANTS])
+def test_a_mistake_is_caught(book: Workbook, it: Chapter, mutant: Mutant) -> None:
+    book.add_mutant(mutant)
+    done = run_tests(it, book.folder, first_only=True)
+    assert done.returncode == 1, f"{mutant.name} passes:\n{done.stdout}"
+
+
+def test_each_chapter_has_mistakes_and_hints() -> None:
+    for it in CHAPTERS:
+        assert len(it.mutants) >= 3 and len({m.name for m in it.mutants}) == len(it.mutants), it.id
+        assert it.hints and set(it.needs) <= {other.id for other in CHAPTERS}, it.id
+
+
+def test_no_skeleton_is_committed() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so what is tracked is unknown")
+    mark = "NotImplementedError(" + '"TODO(course'
+    found = subprocess.run(["git", "grep", "-lF", mark], cwd=ROOT, capture_output=True, text=True)
+    assert set(found.stdout.split()) <= {"tests/course/test_commands.py", "tests/course/test_merge.py"}

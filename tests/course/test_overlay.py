@@ -1,0 +1,57 @@
+"""The finder, in processes of its own: what is swapped in, when it must refuse, what children inherit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tiny_llm.course.workbook import Workbook
+
+OWN = "import mlx.core as mx\n\n\ndef softmax_ref(x):\n    return mx.zeros_like(x) + 42\n"
+SHOW = "import mlx.core as mx; from tiny_llm.ops.softmax import softmax; print(softmax(mx.zeros(1)).item())"
+
+
+@pytest.fixture
+def mine(book: Workbook) -> Path:
+    """A folder with a softmax that is seen to be wrong."""
+    (book.folder / "ops").mkdir(parents=True)
+    (book.folder / "ops" / "softmax.py").write_text(OWN)
+    return book.folder
+
+
+def test_own_code_runs_and_leaves_no_trace(run, mine: Path) -> None:
+    assert run("-c", SHOW, TINY_LLM_COURSE=mine).stdout.strip() == "42.0"
+    assert run("-c", SHOW).stdout.strip() == "1.0", "the cache of compiled files holds the learner's code"
+
+
+def test_children_inherit_it(run, mine: Path) -> None:
+    child = f"import subprocess, sys, tiny_llm; subprocess.run([sys.executable, '-c', {SHOW!r}])"
+    assert run("-c", child, TINY_LLM_COURSE=mine).stdout.strip() == "42.0"
+
+
+def test_one_definition_can_be_left_out(run, mine: Path) -> None:
+    without = "tiny_llm.ops.softmax:softmax_ref"
+    assert run("-c", SHOW, TINY_LLM_COURSE=mine, TINY_LLM_COURSE_WITHOUT=without).stdout.strip() == "1.0"
+
+
+def test_too_late_is_an_error(run, mine: Path) -> None:
+    late = "import tiny_llm.data; from tiny_llm.course.overlay import install; install('.')"
+    assert "must be set before tiny_llm is imported" in run("-c", late).stderr
+
+
+def test_no_folder_is_an_error(run, tmp_path: Path) -> None:
+    assert "which is no folder" in run("-c", "import tiny_llm", TINY_LLM_COURSE=tmp_path / "none").stderr
+
+
+def test_a_learner_chats_with_their_own_code(run, mine: Path) -> None:
+    said = ["--prompt", "What is 48 + 35?", "--max-tokens", "12"]
+    ours = run("main.py", "generate", *said)
+    theirs = run("main.py", "generate", *said, "--course", mine)
+    assert "83" in ours.stdout
+    assert theirs.returncode == 0 and theirs.stdout != ours.stdout, theirs.stderr
+
+
+def test_course_without_a_folder_says_what_to_do(run) -> None:
+    done = run("main.py", "--course", "nowhere")
+    assert done.returncode == 2 and "course start 1.1" in done.stderr

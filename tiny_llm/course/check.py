@@ -1,0 +1,47 @@
+"""Owns running a chapter's tests on a learner's code, and finding the definition to blame.
+
+The tests are the project's own, run by pytest in a process whose imports the overlay changes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from tiny_llm.course.manifest import ROOT, Chapter
+from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from tiny_llm.errors import ConfigError
+
+_QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+
+
+def run_tests(
+    chapter: Chapter, folder: Path, *, without: Sequence[str] = (), first_only: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run the chapter's tests with ``folder`` laid over the reference, ``without`` some definitions.
+
+    ``first_only`` stops at the first failure. A return code above 1 says that the tests could not even
+    start. Raises ConfigError if pytest is not installed.
+    """
+    if find_spec("pytest") is None:
+        raise ConfigError("`course check` needs pytest: pip install -e '.[test]', or run `make test` once.")
+    environment = {
+        **os.environ,
+        VARIABLE: str(folder.resolve()),
+        WITHOUT_VARIABLE: " ".join(without),
+        "TINY_LLM_BACKEND": "ref",
+    }
+    command = [sys.executable, "-m", "pytest", "--chapter", chapter.id, *_QUIET, *chapter.tests]
+    command += ["-x"] if first_only else []
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def to_blame(chapter: Chapter, folder: Path, written: Sequence[str]) -> Iterator[str]:
+    """Yield each definition with which the tests pass once the reference stands in for it alone."""
+    for definition in written:
+        if run_tests(chapter, folder, without=[definition], first_only=True).returncode == 0:
+            yield definition

@@ -1,0 +1,94 @@
+"""Owns definitions as text: cut from a source whole, as a stub or as a mutant, and put into a file.
+
+Knows neither chapters nor where files lie.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+from tiny_llm.course.merge import STUB, Function, functions
+from tiny_llm.errors import ConfigError
+
+
+def find(source: str, name: str) -> Function | None:
+    """Return the function or method of that qualified name, if ``source`` has one."""
+    return dict(functions(ast.parse(source))).get(name)
+
+
+def whole(source: str, name: str) -> str:
+    """The text of a definition with its decorators. Raises ConfigError if there is none."""
+    node = _found(source, name)
+    return _lines(source, _first_line(node), node.end_lineno)
+
+
+def stub(source: str, name: str, chapter: str) -> str:
+    """Signature and docstring of a definition, and a body that says what is to be done."""
+    node = _found(source, name)
+    first = node.body[0]
+    end = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
+    indent = " " * first.col_offset
+    body = f'{indent}raise NotImplementedError("{STUB} {chapter})")\n'
+    return _lines(source, _first_line(node), end) + body
+
+
+def mutated(source: str, name: str, old: str, new: str) -> str:
+    """A definition with ``old`` replaced. Raises ConfigError unless ``old`` is there exactly once."""
+    text = whole(source, name)
+    if text.count(old) != 1:
+        raise ConfigError(f"The mutant of {name} replaces {old!r}, which is there {text.count(old)} times.")
+    return text.replace(old, new)
+
+
+def heading(source: str, about: str) -> str:
+    """How a learner's file begins: a docstring, and the imports of the reference."""
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.If)]
+    return f'"""{about}"""\n\n' + _lines(source, imports[0].lineno, imports[-1].end_lineno)
+
+
+def added(text: str, reference: str, name: str, definition: str) -> str:
+    """Put ``definition`` into a learner's ``text``: at the end, or into its class."""
+    *outer, _ = name.split(".")
+    if not outer:
+        return f"{text.rstrip()}\n\n\n{definition}"
+    there = next((n for n in ast.parse(text).body if _is_class(n, outer[0])), None)
+    if there is not None:
+        lines = text.splitlines(keepends=True)
+        end = there.end_lineno or 0
+        return "".join([*lines[:end], "\n", definition, *lines[end:]])
+    node = next(n for n in ast.parse(reference).body if _is_class(n, outer[0]))
+    assert isinstance(node, ast.ClassDef)
+    top = _lines(reference, node.lineno, node.body[0].end_lineno)
+    return f"{text.rstrip()}\n\n\n{top}\n{definition}"
+
+
+def parameters(node: Function) -> Sequence[str]:
+    """Names, kinds and defaults of a definition's parameters; annotations are the learner's affair."""
+    bare = ast.parse(ast.unparse(node)).body[0]
+    assert isinstance(bare, ast.FunctionDef | ast.AsyncFunctionDef)
+    for argument in ast.walk(bare.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return tuple(ast.unparse(bare.args).split(", "))
+
+
+def _found(source: str, name: str) -> Function:
+    node = find(source, name)
+    if node is None:
+        raise ConfigError(f"There is no {name} in the reference any more; book/course.toml names it.")
+    return node
+
+
+def _is_class(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.ClassDef) and node.name == name
+
+
+def _first_line(node: Function) -> int:
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _lines(source: str, first: int, last: int | None) -> str:
+    lines = source.splitlines(keepends=True)[first - 1 : last]
+    return "".join(lines).rstrip("\n") + "\n"

@@ -1,0 +1,66 @@
+"""Owns book/course.toml: which chapters there are, what each teaches, and how it is checked.
+
+Knows nothing of a learner's files. The course needs a checkout: its tests and pages are not installed.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny_llm.errors import ConfigError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A plausible mistake: ``old`` becomes ``new`` in the reference's ``definition``."""
+
+    name: str
+    definition: str
+    old: str
+    new: str
+    symptom: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter. ``teaches`` holds ``module:qualified name``; ``tests`` are files from the checkout."""
+
+    id: str
+    title: str
+    page: str
+    minutes: int
+    needs: Sequence[str]
+    tests: Sequence[str]
+    teaches: Sequence[str]
+    hints: Sequence[str]
+    mutants: Sequence[Mutant]
+
+
+def read_manifest(root: Path = ROOT) -> Mapping[str, Chapter]:
+    """Return the chapters by id, in their order. Raises ConfigError without a checkout."""
+    path = root / "book" / "course.toml"
+    if not path.is_file():
+        raise ConfigError(f"There is no {path}; the course needs a checkout of tiny_llm: run it there.")
+    rows = tomllib.loads(path.read_text(encoding="utf-8"))["chapter"]
+    return {row["id"]: _chapter(row) for row in rows}
+
+
+def _chapter(row: Mapping[str, Any]) -> Chapter:
+    mutants = tuple(Mutant(**mutant) for mutant in row["mutant"])
+    return Chapter(**{name: value for name, value in row.items() if name != "mutant"}, mutants=mutants)
+
+
+def chapter(chapters: Mapping[str, Chapter], given: str) -> Chapter:
+    """Return the chapter ``given``; raises ConfigError with those that there are."""
+    if given not in chapters:
+        near = did_you_mean(given, chapters) if re.fullmatch(r"\d+\.\d+", given) else ""
+        raise ConfigError(f"There is no chapter {given!r}; there are {', '.join(chapters)}.{near}")
+    return chapters[given]

@@ -1,0 +1,68 @@
+"""Owns the import finder that puts a learner's definitions into the package's modules as they load.
+
+``TINY_LLM_COURSE=<folder>`` installs it, in child processes too. Knows no chapter. It comes before
+every other module of the package, so it imports the standard library and ``merge`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from tiny_llm.course.merge import merged_code
+
+VARIABLE = "TINY_LLM_COURSE"
+WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
+"""Definitions to take from the reference all the same, as ``module:name``, between spaces."""
+
+
+def install(folder: str) -> None:
+    """Make each module with a file in ``folder`` load with that file's definitions.
+
+    Without another choice the backend is ``ref``: kernels would run in place of what was written.
+    Raises ImportError if ``folder`` is none, or modules that it could change are loaded already.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise ImportError(f"{VARIABLE} is {folder!r}, which is no folder; `course start` makes one.")
+    loaded = [n for n in sys.modules if n.startswith("tiny_llm.") and not n.startswith("tiny_llm.course")]
+    if loaded:
+        raise ImportError(f"{VARIABLE} must be set before tiny_llm is imported; {loaded[0]} is loaded.")
+    os.environ.setdefault("TINY_LLM_BACKEND", "ref")
+    sys.meta_path.insert(0, _Finder(root, os.environ.get(WITHOUT_VARIABLE, "").split()))
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, root: Path, without: Collection[str]) -> None:
+        self._root, self._without = root, without
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The reference's spec with our loader, for a module of which the learner has a file."""
+        package, *inner = fullname.split(".")
+        own = self._root.joinpath(*inner).with_suffix(".py")
+        if package != "tiny_llm" or not inner or not own.is_file():
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin is not None:
+            without = [name.partition(":")[2] for name in self._without if name.startswith(f"{fullname}:")]
+            spec.loader = _Loader(fullname, spec.origin, own, without)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, fullname: str, path: str, own: Path, without: Collection[str]) -> None:
+        super().__init__(fullname, path)
+        self._own, self._without = own, without
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The merged code: never read from, nor written to, the cache of compiled files."""
+        reference = Path(self.path).read_text(encoding="utf-8")
+        own = self._own.read_text(encoding="utf-8")
+        return merged_code(reference, self.path, own, str(self._own), self._without)
