@@ -244,10 +244,42 @@ class TemplateArguments(Body):
     add_generation_prompt: bool | None = None
 
 
+class Function(Body):
+    """A function that the model may call; ``parameters`` is the schema of its arguments."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """Something that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The tool that is to be used."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Few | None = None

@@ -6,22 +6,25 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, event_of, new_id, usage
-from tiny_llm.server.bodies import ChatBody
+from tiny_llm.server.bodies import ChatBody, NamedTool
+from tiny_llm.server.grammars import lark_form
 from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Piece, Service
+from tiny_llm.server.tools import CLOSE, OPEN, Reader, calls_grammar, message_of, style_of
 
 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    form = await asyncio.to_thread(form_of, body)
+    form = await asyncio.to_thread(_form, service, body)
     job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
     answer = _Answer(service, body)
     if body.stream:
@@ -35,11 +38,40 @@ def _job(service: Service, request: Request, body: ChatBody) -> Job:
             400, "top_logprobs needs logprobs to be true.", code="invalid_value", param="top_logprobs"
         )
     llm = service.llm
-    prompts = [chat_ids(llm, body.messages, body.chat_template_kwargs)]
+    offered = [tool.model_dump(exclude_none=True) for tool in body.tools] if _may_call(body) else None
+    prompts = [chat_ids(llm, body.messages, body.chat_template_kwargs, offered)]
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
+    if _may_call(body) and not body.parallel_tool_calls and style_of(llm.tokenizer.chat_template) == "tags":
+        params = replace(params, stop=(*params.stop, CLOSE))  # the first call is the last
     return job_of(body, prompts, params, request.state.salt)
+
+
+def _may_call(body: ChatBody) -> bool:
+    return bool(body.tools) and body.tool_choice != "none"
+
+
+def _form(service: Service, body: ChatBody) -> tuple[str, str] | None:
+    """The form that is asked for: the body's own, or that of a call which must be made."""
+    form, choice = form_of(body), body.tool_choice
+    if choice is None or choice in ("none", "auto"):
+        return form
+    if not body.tools or form is not None:
+        why = "needs tools." if form is None else f"{form[0]} forbids."
+        what = f"tool_choice demands a call, which {why}"
+        raise Problem(400, what, code="invalid_value", param="tool_choice")
+    functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
+    if isinstance(choice, NamedTool):
+        functions = [function for function in functions if function["name"] == choice.function.name]
+        if not functions:
+            what = f"tool_choice names {choice.function.name!r}, which is not among the tools."
+            raise Problem(400, what, code="invalid_value", param="tool_choice")
+    several = body.parallel_tool_calls and not isinstance(choice, NamedTool)
+    tokenizer = service.llm.tokenizer
+    style = style_of(tokenizer.chat_template)
+    tag_tokens = len(tokenizer.encode(OPEN, add_special_tokens=False)) == 1
+    return "tools", lark_form(calls_grammar(functions, style, several=several, tag_tokens=tag_tokens))
 
 
 class _Answer:
@@ -51,6 +83,8 @@ class _Answer:
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
         self._model = service.settings.name
+        style = style_of(self._tokenizer.chat_template) if _may_call(body) else None
+        self._readers = [Reader(style) for _ in range(body.n)]
 
     def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
         """The response of a request that is not streamed."""
@@ -59,11 +93,11 @@ class _Answer:
         return {**self._head("chat.completion"), "choices": choices, "usage": usage(ended)}
 
     def _message(self, index: int, chunks: Sequence[Chunk]) -> dict[str, object]:
-        text = "".join(chunk.text for chunk in chunks)
+        reader = self._readers[index]
+        deltas = reader.push("".join(chunk.text for chunk in chunks)) + reader.finish()
         rows = [row for chunk in chunks for row in chunk.logprobs or ()]
-        message = {"role": "assistant", "content": text, "refusal": None}
-        ended = chunks[-1].completion
-        return {"index": index, "message": message, **self._rest(rows, ended)}
+        rest = self._rest(rows, chunks[-1].completion, reader.calls)
+        return {"index": index, "message": message_of(deltas), **rest}
 
     async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
         """The response of a request that is: who speaks, then what it says, then why it ended."""
@@ -72,28 +106,40 @@ class _Answer:
         with_usage = {"usage": None} if options is not None and options.include_usage else {}
         async with aclosing(pieces):
             async for index, chunk in pieces:
-                delta: dict[str, object] = {} if index in begun else {"role": "assistant", "content": ""}
+                deltas: list[dict[str, object]] = (
+                    [] if index in begun else [{"role": "assistant", "content": ""}]
+                )
                 begun.add(index)
-                if chunk.text:
-                    delta["content"] = chunk.text
+                deltas += self._deltas(index, chunk)
                 if chunk.completion is not None:
                     ended.append(chunk.completion)
-                if delta or chunk.logprobs or chunk.completion:
-                    rest = self._rest(chunk.logprobs or [], chunk.completion)
-                    choice = {"index": index, "delta": delta, **rest}
+                for delta in deltas:
+                    choice = {"index": index, "delta": delta, **self._rest([], None, 0)}
+                    if delta is deltas[-1]:
+                        calls = self._readers[index].calls
+                        choice |= self._rest(chunk.logprobs or [], chunk.completion, calls)
                     yield event_of({**head, "choices": [choice], **with_usage})
         if with_usage:
             yield event_of({**head, "choices": [], "usage": usage(ended)})
         yield DONE
 
-    def _rest(self, rows: Sequence[dict[int, float]], ended: Completion | None) -> dict[str, object]:
+    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, object]]:
+        """What a chunk adds to the message; one empty delta where only its end or a logprob is to be told."""
+        reader = self._readers[index]
+        deltas = reader.push(chunk.text) + (reader.finish() if chunk.completion else [])
+        return deltas or ([{}] if chunk.completion or chunk.logprobs else [])
+
+    def _rest(
+        self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int
+    ) -> dict[str, object]:
         told = None
         if self._body.logprobs:
             told = {
                 "content": chat_logprobs(self._tokenizer, rows, self._body.top_logprobs or 0),
                 "refusal": None,
             }
-        return {"logprobs": told, "finish_reason": None if ended is None else ended.finish_reason}
+        reason: str | None = None if ended is None else ended.finish_reason
+        return {"logprobs": told, "finish_reason": "tool_calls" if reason == "stop" and calls else reason}
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

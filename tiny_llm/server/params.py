@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pydantic_core import from_json
+
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
-from tiny_llm.server.bodies import Message, Sampling, TemplateArguments
+from tiny_llm.server.bodies import Message, Sampling, TemplateArguments, ToolCall
 from tiny_llm.server.grammars import lark_form, regex_form, schema_form
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.service import Job
@@ -129,11 +131,21 @@ def _about(name: str, error: RequestError) -> Problem:
 def _plain(message: Message) -> dict[str, object]:
     """A message as templates take it; the developer is the system's new name."""
     plain = message.model_dump(exclude_none=True, exclude_defaults=True, exclude={"refusal"})
-    plain |= {"tool_calls": [call.model_dump(exclude={"index"}) for call in message.tool_calls]}
-    if not message.tool_calls:
-        del plain["tool_calls"]
+    if message.tool_calls:
+        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
     role = "system" if message.role == "developer" else message.role
     return {**plain, "role": role, "content": message.content or ""}
+
+
+def _plain_call(call: ToolCall) -> dict[str, object]:
+    """A call with its arguments as an object: templates write JSON themselves."""
+    try:
+        arguments = from_json(call.function.arguments, allow_inf_nan=False)
+    except ValueError as error:
+        what = f"The arguments of the call {call.id[:80]!r} are not valid JSON: {error}."
+        raise Problem(400, what, code="invalid_value", param="messages") from error
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _require_ids(name: str, ids: Mapping[int, float] | Sequence[int], llm: LLM) -> None:

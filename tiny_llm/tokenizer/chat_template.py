@@ -24,7 +24,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, time_limit_s: float) -> None:
         """``special_tokens`` ("bos_token" ...) are variables of every render."""
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
 
@@ -54,12 +54,12 @@ class ChatTemplate:
 
     @functools.cached_property
     def _code(self) -> CodeType:
-        if len(self._source) > _SOURCE_LIMIT:
+        if len(self.source) > _SOURCE_LIMIT:
             raise ConfigError(
-                f"The chat template has {len(self._source):,} characters; at most {_SOURCE_LIMIT:,} are read."
+                f"The chat template has {len(self.source):,} characters; at most {_SOURCE_LIMIT:,} are read."
             )
         try:
-            return Sandbox(Meter(self._time_limit_s)).compile_metered(self._source)
+            return Sandbox(Meter(self._time_limit_s)).compile_metered(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"The chat template is not jinja, line {error.lineno}: {_line(error)}"

@@ -62,6 +62,12 @@ class Tokenizer:
         """Whether the folder brought a chat template."""
         return bool(self._templates)
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the template that conversations with tools are rendered by; "" if there is none."""
+        found = self._templates.get("tool_use") or self._templates.get("default")
+        return found.source if found else ""
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``. Special tokens written in it become their ids.
 
