@@ -15,7 +15,7 @@ from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, event_of, new_id, usage
 from tiny_llm.server.bodies import ChatBody, NamedTool
 from tiny_llm.server.grammars import lark_form
-from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model
+from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model, require_no_late_end
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Piece, Service
 from tiny_llm.server.tools import CLOSE, OPEN, Reader, calls_grammar, message_of, style_of
@@ -61,6 +61,7 @@ def _form(service: Service, body: ChatBody) -> tuple[str, str] | None:
         why = "needs tools." if form is None else f"{form[0]} forbids."
         what = f"tool_choice demands a call, which {why}"
         raise Problem(400, what, code="invalid_value", param="tool_choice")
+    require_no_late_end(body, "tool_choice")
     functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function["name"] == choice.function.name]

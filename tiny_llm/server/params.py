@@ -69,11 +69,7 @@ def form_of(body: Sampling) -> tuple[str, str] | None:
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} were given; an answer can have one form."
         raise Problem(400, what, code="invalid_value", param=wanted[1])
-    if body.min_tokens or body.ignore_eos:
-        what = f"{name} ends where the form does: min_tokens and ignore_eos cannot put that off."
-        raise Problem(
-            400, what, code="invalid_value", param="min_tokens" if body.min_tokens else "ignore_eos"
-        )
+    require_no_late_end(body, name)
     if body.regex is not None:
         return name, regex_form(body.regex)
     if body.grammar is not None:
@@ -84,6 +80,14 @@ def form_of(body: Sampling) -> tuple[str, str] | None:
         what = "response_format.json_schema is missing."
         raise Problem(400, what, code="missing", param="response_format.json_schema")
     return name, schema_form(asked.json_schema.schema_ if asked.json_schema else {"type": "object"})
+
+
+def require_no_late_end(body: Sampling, name: str) -> None:
+    """Raise Problem if the answer is to go on beyond the end of the form that ``name`` asks for."""
+    if body.min_tokens or body.ignore_eos:
+        param = "min_tokens" if body.min_tokens else "ignore_eos"
+        what = f"{name} ends where the form does: min_tokens and ignore_eos cannot put that off."
+        raise Problem(400, what, code="invalid_value", param=param)
 
 
 def _is_form(body: Sampling, name: str) -> bool:

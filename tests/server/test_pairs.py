@@ -1,0 +1,71 @@
+"""Features that crash only together (CVE-2026-44223): every pair of them in one request, all at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
+
+    from tests.server.conftest import Running
+
+CHAT = "/v1/chat/completions"
+NOTHING = {"type": "object", "properties": {}}
+LOOKUP = {"type": "function", "function": {"name": "lookup", "parameters": NOTHING}}
+FEATURES: Mapping[str, dict[str, Any]] = {
+    "stream": {"stream": True},
+    "usage": {"stream_options": {"include_usage": True}},
+    "n": {"n": 3},
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "stop": {"stop": ["e"]},
+    "stop ids": {"stop_token_ids": [5]},
+    "greedy": {"temperature": 0},
+    "filters": {"top_k": 7, "top_p": 0.9, "min_p": 0.01},
+    "penalties": {"repetition_penalty": 1.2, "presence_penalty": 1, "frequency_penalty": -1},
+    "bias": {"logit_bias": {"7": 3, "2045": -100}},
+    "min_tokens": {"min_tokens": 4},
+    "ignore_eos": {"ignore_eos": True},
+    "form": {"response_format": {"type": "json_object"}},
+    "tools": {"tools": [LOOKUP]},
+    "demand": {"tools": [LOOKUP], "tool_choice": "required"},
+    "one call": {"tools": [LOOKUP], "parallel_tool_calls": False},
+    "priority": {"priority": 5},
+    "salt": {"cache_salt": "s"},
+}
+REFUSED = {frozenset(pair) for pair in (("form", "demand"),)} | {
+    frozenset((form, late)) for form in ("form", "demand") for late in ("min_tokens", "ignore_eos")
+}
+
+
+def ask(http: httpx.Client, fields: dict[str, Any]) -> str:
+    """What came of a request: its finish reasons, or the status of its refusal."""
+    body = {"messages": [{"role": "user", "content": "What is a KV cache?"}], "max_tokens": 12, "seed": 1}
+    answer = http.post(CHAT, json=body | fields)
+    if answer.status_code != 200:
+        return str(answer.status_code)
+    if not fields.get("stream"):
+        reasons = [choice["finish_reason"] for choice in answer.json()["choices"]]
+    else:
+        assert answer.text.endswith("data: [DONE]\n\n")
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
+    assert len(reasons) == fields.get("n", 1)
+    return " ".join(sorted(set(reasons)))
+
+
+def test_every_pair_of_features_works_together_and_the_engine_lives_on(running: Running) -> None:
+    pairs = list(combinations(FEATURES, 2))
+    with running.http() as http, ThreadPoolExecutor(16) as clients:
+        fields = [FEATURES[a] | FEATURES[b] for a, b in pairs]
+        told = dict(zip(pairs, clients.map(lambda one: ask(http, one), fields), strict=True))
+        again = dict(zip(pairs, [ask(http, one) for one in fields], strict=True))
+    for pair, what in told.items():
+        expected = {"400"} if frozenset(pair) in REFUSED else {"stop", "length", "tool_calls"}
+        assert set(what.split()) <= expected, f"{pair}: {what}"
+    assert told == again, "what else is in the batch changes nothing"
+    running.wait_until_idle()
+    assert running.engine.llm.engine.healthy and not running.engine.restarts
