@@ -15,11 +15,12 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test bench kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course bench kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
 	@echo 'make test    set up and run everything that CI runs'
+	@echo 'make course  set up and show the chapters of the course'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
@@ -36,6 +37,9 @@ test: .venv/test.stamp .venv/kernels.stamp
 	$(python) -m ruff format --check
 	$(python) -m mypy
 	$(python) -m pytest --durations=10
+
+course: .venv/test.stamp .venv/kernels.stamp
+	@$(python) main.py course list
 
 bench: .venv/run.stamp .venv/kernels.stamp
 	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done

@@ -28,7 +28,7 @@ def run_tests(
     start. Raises ConfigError if pytest is not installed.
     """
     if find_spec("pytest") is None:
-        raise ConfigError("`course check` needs pytest: pip install -e '.[test]', or run `make test` once.")
+        raise ConfigError("`course check` needs pytest: run `make course`, or pip install -e '.[test]'.")
     environment = {
         **os.environ,
         VARIABLE: str(folder.resolve()),
