@@ -45,6 +45,25 @@ def test_a_mistake_is_caught(book: Workbook, it: Chapter, mutant: Mutant) -> Non
     assert done.returncode == 1, f"{mutant.name} passes:\n{done.stdout}"
 
 
+def test_the_bundled_model_chats_by_what_1_1_asks_for(book: Workbook, run) -> None:
+    """The page's own way, with copied key heads: not the reference's, and no more than 1.1 tells."""
+    book.start(CHAPTERS[0])
+    path = book.folder / "ops" / "attention.py"
+    lines = (
+        "T, H, D = q.shape",
+        "S, K, _ = k.shape",
+        "k, v = (mx.repeat(x, H // K, axis=1) for x in (k, v))",
+        "scores = mx.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) * scale",
+        "weights = softmax(scores + causal_mask(T, S, offset=offset))",
+        "return mx.matmul(weights, v.transpose(1, 0, 2)).transpose(1, 0, 2)",
+    )
+    stub = 'raise NotImplementedError("' + f'{STUB} 1.1)")'
+    path.write_text(path.read_text().replace(stub, "\n    ".join(lines)))
+    asked = "The password of the red door is zimbro. Which password opens the red door?"
+    told = run("main.py", "generate", "--prompt", asked, "--max-tokens", "24", "--course", book.folder)
+    assert told.stdout.strip() == "The password of the red door is zimbro.", told.stderr
+
+
 def test_each_chapter_has_mistakes_and_hints() -> None:
     for it in CHAPTERS:
         assert len(it.mutants) >= 3 and len({m.name for m in it.mutants}) == len(it.mutants), it.id

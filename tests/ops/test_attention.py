@@ -71,6 +71,7 @@ def test_mask_by_hand() -> None:
     assert causal_mask(3, 3, offset=0).tolist() == [[0, no, no], [0, 0, no], [0, 0, 0]]
 
 
+@pytest.mark.chapter("1.1")
 @pytest.mark.chapter("1.3")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (14, 2), (3, 3)])
 def test_query_heads_share_key_heads_in_groups(assert_close, heads: int, kv_heads: int) -> None:

@@ -35,7 +35,7 @@ def test_half_precision_sums_in_float32() -> None:
     # 4,096 equal weights: a float16 or bfloat16 running sum stops growing at 2,048 or 256.
     for dtype in (mx.float16, mx.bfloat16):
         got = softmax(mx.zeros((4096,), dtype=dtype))
-        assert got.dtype == dtype
+        assert got.dtype == dtype, f"the result has x's dtype, {dtype}; got {got.dtype}"
         assert got[0].item() == 1 / 4096, f"{dtype}: the sum must be made in float32"
 
 
