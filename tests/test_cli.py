@@ -393,7 +393,8 @@ def test_a_backend_is_forced_by_option_or_environment(call: Output, monkeypatch:
     monkeypatch.setenv("TINY_LLM_BACKEND", "abacus")
     assert json.loads(call(*SHORT_BENCH, "--json", "--backend", "ref")[1])["backend"] == "ref"
     code, _, err = call("generate", "--prompt", "Hello")
-    assert (code, err) == (2, "error: backend is 'abacus', expected one of ref, cpu, metal, metalsim.\n")
+    expected = "one of ref, cpu, metal, metalsim, cuda"
+    assert (code, err) == (2, f"error: backend is 'abacus', expected {expected}.\n")
 
 
 def test_answers_are_the_same_text_on_ref(call: Output) -> None:

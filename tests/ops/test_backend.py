@@ -37,7 +37,9 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu, metal, metalsim\."):
+    with pytest.raises(
+        ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu, metal, metalsim, cuda\."
+    ):
         backend.choose("cuda9")
 
 
@@ -47,6 +49,14 @@ def test_metal_is_refused_where_there_is_no_device() -> None:
     else:
         with pytest.raises(ConfigError, match="backend 'metal' is not there: MLX finds no Metal device"):
             backend.choose("metal")
+
+
+def test_cuda_is_refused_where_there_is_no_device() -> None:
+    if mx.cuda.is_available():
+        assert backend.choose("cuda") == "cuda"
+    else:
+        with pytest.raises(ConfigError, match="backend 'cuda' is not there: MLX finds no CUDA device"):
+            backend.choose("cuda")
 
 
 def test_metalsim_without_a_compiler_says_how_to_get_one(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Which kernels run: owns the choice of backend, made once a process, and its override in a block.
 
 ``ref`` is plain mlx.core, anywhere. ``cpu`` is our C++ kernels, where the extension module was built.
-``metal`` and ``metalsim`` are our Metal kernels, on Apple's GPUs and on any CPU with clang.
+``metal`` and ``metalsim`` are our Metal kernels, on Apple's GPUs and on any CPU with clang;
+``cuda`` is the same text on GPUs of NVIDIA.
 Knows no op: each op asks ``on_cpu`` whether its arrays are for the kernels of the module ``cpu``.
 """
 
@@ -45,7 +46,7 @@ __all__ = [
     "use",
     "works",
 ]
-BACKENDS = ("ref", "cpu", "metal", "metalsim")
+BACKENDS = ("ref", "cpu", "metal", "metalsim", "cuda")
 VARIABLE = "TINY_LLM_BACKEND"
 MAX_THREADS = 1024
 HOW_TO_BUILD = (
@@ -74,6 +75,8 @@ def choose(name: str | None = None) -> str:
         raise ConfigError(f"backend 'cpu' is not there: {_why_not()}; or use backend 'ref'.")
     if name == "metal" and not mx.metal.is_available():
         raise ConfigError("backend 'metal' is not there: MLX finds no Metal device; use 'metalsim' or 'ref'.")
+    if name == "cuda" and not mx.cuda.is_available():
+        raise ConfigError("backend 'cuda' is not there: MLX finds no CUDA device; use 'cpu' or 'ref'.")
     if name == "metalsim" and (reason := no_metalsim()):
         raise ConfigError(f"backend 'metalsim' is not there: {reason}")
     return name

@@ -23,6 +23,7 @@ from tiny_llm.metalsim.build import MODES
 from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active
+from tiny_llm.ops.cuda import cuda_kernel
 
 VARIABLE = "TINY_LLM_METALSIM"
 _KERNEL = re.compile(r"^// kernel (\w+)\(([^)]*)\) -> \(([^)]*)\)$", re.MULTILINE)
@@ -49,7 +50,7 @@ def on_metal(op: str, *arrays: mx.array) -> bool:
 
     Where they are not, ``op`` is counted as a fallback to ``ref``.
     """
-    if active() not in ("metal", "metalsim"):
+    if active() not in ("metal", "metalsim", "cuda"):
         return False
     if len({a.dtype for a in arrays}) == 1 and arrays[0].dtype in (mx.float32, mx.float16, mx.bfloat16):
         return True
@@ -60,7 +61,7 @@ def on_metal(op: str, *arrays: mx.array) -> bool:
 def kernel(name: str, file: str | None = None) -> Kernel:
     """The kernel ``name`` of kernels/metal/``file``.metal, called as one of ``mx.fast.metal_kernel``."""
     text = texts(file or name)[name]
-    made = _made(text, "metal" if active() == "metal" else _mode())
+    made = _made(text, _mode() if active() == "metalsim" else active())
     watched = _WATCHED.get()
     if watched is None or not isinstance(made, MetalKernel):
         return made
@@ -99,13 +100,16 @@ def _made(text: Text, mode: str) -> Kernel:
         return cast(
             Kernel, mx.fast.metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header)
         )
+    if mode == "cuda":
+        prelude = folder("cuda") / "metal.cuh"
+        return cuda_kernel(text.name, text.inputs, text.outputs, text.body, text.header, prelude)
     return metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header, mode=mode)
 
 
-def folder() -> Path:
-    """Where the .metal files are: in the package as it is installed, or beside it in a checkout."""
-    installed = _HERE.parents[1] / "kernels" / "metal"
-    return installed if installed.is_dir() else _HERE.parents[2] / "kernels" / "metal"
+def folder(of: str = "metal") -> Path:
+    """Where kernels/``of`` is: in the package as it is installed, or beside it in a checkout."""
+    installed = _HERE.parents[1] / "kernels" / of
+    return installed if installed.is_dir() else _HERE.parents[2] / "kernels" / of
 
 
 @cache

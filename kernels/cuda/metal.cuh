@@ -1,0 +1,80 @@
+// What our Metal kernels say, in CUDA: put before a kernel's text, after CUDA's own headers, it makes that text
+// a CUDA kernel. A simdgroup is a warp, a threadgroup a block. The address spaces are gone by then, by ops/cuda.py:
+// CUDA spells its own words with them, so that no macro can take them away.
+
+#define inline __device__ __inline__
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+using ushort = unsigned short;
+using uint = unsigned int;
+using ulong = unsigned long;
+using bfloat = __nv_bfloat16;
+using bfloat16_t = __nv_bfloat16;
+using float16_t = __half;
+static_assert(sizeof(ulong) == 8, "an index of a big buffer needs 64 bits");
+
+namespace metal {
+
+constexpr uint ALL = 0xffffffffu;  // every lane of a warp takes part
+
+inline uint flat_thread() {
+    return (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+}
+
+inline uint3 grid_thread() {
+    return make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y,
+        blockIdx.z * blockDim.z + threadIdx.z);
+}
+
+// The same order of sums as metalsim's and, as far as it is known, Apple's: halves, from 16 lanes apart to one.
+template <typename F>
+inline float simd_reduce(float value, F combine) {
+    for (int apart = 16; apart > 0; apart /= 2) {
+        value = combine(value, __shfl_xor_sync(ALL, value, apart));
+    }
+    return value;
+}
+
+inline float simd_sum(float value) {
+    return simd_reduce(value, [](float a, float b) { return a + b; });
+}
+
+inline float simd_max(float value) {
+    return simd_reduce(value, [](float a, float b) { return fmaxf(a, b); });
+}
+
+template <typename V>
+inline V simd_shuffle(V value, ushort lane) {
+    return __shfl_sync(ALL, value, lane);
+}
+
+namespace precise {
+
+inline float exp(float x) { return ::expf(x); }
+inline float log(float x) { return ::logf(x); }
+inline float cos(float x) { return ::cosf(x); }
+inline float sin(float x) { return ::sinf(x); }
+inline float sqrt(float x) { return ::sqrtf(x); }
+inline float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
+
+}  // namespace precise
+}  // namespace metal
+
+enum class mem_flags { mem_none, mem_threadgroup, mem_device };
+
+inline void threadgroup_barrier(mem_flags) {
+    __syncthreads();
+}
+
+using metal::simd_max;
+using metal::simd_shuffle;
+using metal::simd_sum;
+
+#define thread_position_in_grid (::metal::grid_thread())
+#define thread_position_in_threadgroup (threadIdx)
+#define threadgroup_position_in_grid (blockIdx)
+#define thread_index_in_threadgroup (::metal::flat_thread())
+#define thread_index_in_simdgroup (::metal::flat_thread() % 32)
+#define simdgroup_index_in_threadgroup (::metal::flat_thread() / 32)
