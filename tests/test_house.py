@@ -22,8 +22,8 @@ FLOORS: Sequence[frozenset[str]] = (
     frozenset({"ops"}),
     frozenset({"layers", "kv", "sampling"}),
     frozenset({"models", "decoding", "scheduler"}),
-    frozenset({"engine"}),
-    frozenset({"chat", "options", "server", "agent", "course", "planning"}),
+    frozenset({"engine", "options"}),
+    frozenset({"chat", "server", "agent", "course", "planning"}),
     frozenset({"cli"}),
     frozenset({"tiny_llm"}),  # tiny_llm/__init__.py: the door, opened from outside only
 )

@@ -37,6 +37,7 @@ from tiny_llm.options import (
     DtypeOption,
     FileOption,
     HostOption,
+    JsonOption,
     KvMemoryOption,
     MaxStepOption,
     MaxTokensOption,
@@ -60,8 +61,7 @@ from tiny_llm.options import (
     WaitOption,
 )
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.weights.hub import BUNDLED, is_on_disk, resolve
-from tiny_llm.weights.names import SHORT_NAMES
+from tiny_llm.weights.listing import listing
 
 if TYPE_CHECKING:  # 60 ms that only a large model needs
     from rich.progress import Progress
@@ -280,9 +280,7 @@ def bench(
     threads: ThreadsOption = None,
     activations: ActivationsOption = "int8",
     offline: OfflineOption = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON.", rich_help_panel="Output")
-    ] = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure how fast a model answers."""
@@ -310,19 +308,8 @@ def _print_row(row: dict[str, object]) -> None:
 @app.command()
 def models() -> None:
     """List the short names: hub id, parameters, download size, and whether it is on disk."""
-    print(f"{'NAME':<15} {'MODEL':<37} {'PARAMETERS':>10} {'SIZE':>9}  ON DISK")
-    for row in _model_rows():
+    for row in listing():
         print("{:<15} {:<37} {:>10} {:>9}  {}".format(*row))
-
-
-def _model_rows() -> Iterator[tuple[str, str, str, str, str]]:
-    for name in BUNDLED:
-        stored = sum(file.stat().st_size for file in resolve(name).glob("*.safetensors"))
-        yield name, "bundled", "", f"{stored / 1e6:.1f} MB", "yes"
-    for name, model in SHORT_NAMES.items():
-        here = "yes" if is_on_disk(model.repo_id) else "no"
-        size = f"{model.download_bytes / 1e9:.1f} GB"
-        yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
 
 
 @app.command(
@@ -332,7 +319,21 @@ def course(context: typer.Context) -> None:
     """Build this runtime yourself: list, start, check, hint, diff, solution, break."""
     from tiny_llm.course.commands import app as lessons
 
-    with typer.main.get_command(lessons).make_context(context.command_path, context.args) as inner:
+    _pass_on(context, lessons)
+
+
+@app.command(
+    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def memory(context: typer.Context) -> None:
+    """Say how much memory a model takes, and how far this machine's reaches; nothing is loaded."""
+    from tiny_llm.planning.commands import app as calculator
+
+    _pass_on(context, calculator)
+
+
+def _pass_on(context: typer.Context, to: typer.Typer) -> None:
+    with typer.main.get_command(to).make_context(context.command_path, context.args) as inner:
         inner.command.invoke(inner)
 
 

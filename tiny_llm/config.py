@@ -192,8 +192,9 @@ class ModelConfig:
 
 
 def load_config(folder: Path, family_of: Callable[[str], Family] | None = None) -> ModelConfig:
-    """Read ``folder``/config.json as ``ModelConfig.from_hf`` does; its errors then name the file."""
-    return _from_file(folder / "config.json", lambda raw: ModelConfig.from_hf(raw, family_of))
+    """Read ``folder``/config.json, or that file itself, as ``ModelConfig.from_hf`` does; errors name it."""
+    path = folder if folder.is_file() else folder / "config.json"
+    return _from_file(path, lambda raw: ModelConfig.from_hf(raw, family_of))
 
 
 def load_end_ids(folder: Path) -> tuple[int, ...]:

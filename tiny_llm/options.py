@@ -99,6 +99,7 @@ StopOption = Annotated[
 DebugOption = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON.", rich_help_panel="Output")]
 HostOption = Annotated[
     str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.", rich_help_panel="Server")
 ]

@@ -31,12 +31,15 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.metrics import fallbacks
+from tiny_llm.models.footprint import kv_token_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import kernel_seconds, use
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
+BLOCK_SIZE = 16
+"""Tokens of a block, unless an operator says otherwise."""
 KV_SLAB_BYTES = 2**26
 """The pool grows by this much at a time."""
 BUFFER_POOL_BYTES = 2**29
@@ -51,7 +54,7 @@ class EngineSettings:
     """
 
     kv_blocks: int
-    block_size: int = 16
+    block_size: int = BLOCK_SIZE
     slab_blocks: int = 256
     host_blocks: int = 0
     prefix_cache: bool = True
@@ -67,16 +70,14 @@ class EngineSettings:
         scheduler: SchedulerSettings | None = None,
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values; None: half of what the machine has free."""
-        block_size = 16
-        block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * kv_dtype.size
+        block = BLOCK_SIZE * kv_token_bytes(config, kv_dtype.size)
         memory = available_memory_bytes() // 2 if kv_memory is None else kv_memory
         if memory < block:
             raise ConfigError(
-                f"kv_memory is {memory} bytes, but one block of {block_size} tokens takes {block}."
+                f"kv_memory is {memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
             )
         return cls(
             kv_blocks=memory // block,
-            block_size=block_size,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
             scheduler=scheduler or SchedulerSettings(),
         )

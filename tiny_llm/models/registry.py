@@ -120,7 +120,7 @@ def load_model(
     tensors that do not fit the config.
     """
     config = load_config(folder, lambda model_type: find(model_type).family)
-    _check_options(dtype, quantize, activations)
+    check_options(dtype, quantize, activations)
     packed = find(config.model_type).packed
     weights = load_weights(
         folder,
@@ -148,7 +148,7 @@ def load_dummy(
     Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
     """
     config = ModelConfig.from_hf(config_of(name))
-    _check_options(dtype, quantize, activations)
+    check_options(dtype, quantize, activations)
     weights = dummy_weights(
         expected_tensors(config),
         dtype=_stored_dtype(dtype, quantize, packed=True) or _MLX_DTYPES[config.dtype],
@@ -160,7 +160,8 @@ def load_dummy(
     return build(config, weights)
 
 
-def _check_options(dtype: str | None, quantize: int | None, activations: str) -> None:
+def check_options(dtype: str | None, quantize: int | None, activations: str = "int8") -> None:
+    """Raise ConfigError for an option that ``load_model`` cannot use."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
@@ -194,6 +195,12 @@ def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) ->
         return None
     packed = quantize is not None or config.quantization is not None
     return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
+
+
+def weight_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
+    """What the floats of a model's matrices are kept in when it is loaded so."""
+    packed = find(config.model_type).packed
+    return _stored_dtype(dtype, quantize, packed) or _MLX_DTYPES[config.dtype]
 
 
 def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.Dtype | None:

@@ -1,0 +1,145 @@
+"""Bytes computed from a config are those of loaded models, of steps that are run, of Adam's state."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import pytest
+
+from tiny_llm.config import ModelConfig, Quantization, load_config
+from tiny_llm.decoding.generate import one_sequence
+from tiny_llm.kv.dense import DenseCache
+from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.footprint import (
+    activation_bytes,
+    kv_token_bytes,
+    parameter_count,
+    tensor_bytes,
+    training_bytes,
+    weights_bytes,
+)
+from tiny_llm.models.registry import expected_tensors, load_model, weight_bytes, weight_dtype
+from tiny_llm.ops.backend import active, use
+from tiny_llm.weights.hub import resolve
+from tiny_llm.weights.names import SHORT_NAMES, config_of
+
+DEMO = resolve("demo")
+CONFIG = load_config(DEMO)
+ALL = {name: ModelConfig.from_hf(config_of(name)) for name in SHORT_NAMES}
+
+
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+@pytest.mark.parametrize("quantize", [None, 8, 4])
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_weights_are_those_of_a_loaded_model(backend: str, quantize: int | None, dtype: str | None) -> None:
+    with use(backend):
+        model = load_model(DEMO, quantize=quantize, dtype=dtype)
+        matrix = weight_dtype(CONFIG, dtype=dtype, quantize=quantize).size
+        vector = 4 if active() == "cpu" else matrix
+        format = None if quantize is None else Quantization(quantize, 64)
+        frequencies = CONFIG.head_dim // 2 * 4  # rope's, which no checkpoint has
+        computed = weights_bytes(CONFIG, matrix, vector, format) + frequencies
+        loaded = weight_bytes(model)
+    assert loaded == computed, f"{computed / loaded:.4f} of what is loaded"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    count = parameter_count(ALL[name])
+    config = ALL[name]
+    head = config.vocab_size * config.hidden_size
+    twice = " (the tied head was counted twice)" if count - head == SHORT_NAMES[name].parameters else ""
+    assert count == SHORT_NAMES[name].parameters, twice
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (6, 64), (8, 64)])
+def test_a_quantized_matrix_has_two_numbers_a_group(bits: int, group: int) -> None:
+    shape = (24, 768)
+    parts = mx.quantize(mx.ones(shape, mx.bfloat16), group_size=group, bits=bits)
+    expected, values = sum(part.nbytes for part in parts), parts[0].nbytes
+    computed = tensor_bytes(shape, 2, Quantization(bits, group))
+    known = {
+        values: "scales and biases are missing",
+        (expected + values) // 2: "a group has a scale and a bias",
+        2 * expected - values: "scales and biases take 2 bytes here",
+    }
+    assert computed == expected, known.get(computed, f"{computed} bytes, expected {expected}")
+    assert tensor_bytes(shape, 4) == mx.zeros(shape).nbytes
+
+
+def test_a_tokens_keys_and_values_as_published() -> None:
+    llama, mha = ALL["llama-3-8b"], 32 * 128 * 2 * 32 * 2
+    computed = kv_token_bytes(llama, 2)
+    known = {64: "values, or keys, are missing", 4: "of one layer", mha // 1024: "counts query heads"}
+    assert computed == 128 * 1024, f"{computed / 1024} KiB: {known.get(computed // 1024, 'expected 128')}"
+    assert kv_token_bytes(ALL["qwen2-0.5b"], 2) == 12 * 1024
+    assert kv_token_bytes(ALL["qwen2-0.5b"], 1) == 6 * 1024
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int8])
+def test_a_block_of_the_paged_cache_is_as_many_tokens(dtype: mx.Dtype) -> None:
+    sizes = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
+    cache = PagedCache(*sizes, block_size=16, max_blocks=4, dtype=dtype)
+    assert cache.block_bytes == 16 * kv_token_bytes(CONFIG, dtype.size)
+
+
+def peak(tokens: int) -> int:
+    """Bytes that a step of the bundled model allocates at most, beyond keys and values."""
+    with use("cpu"):
+        model = load_model(DEMO)
+        kv = DenseCache(CONFIG.num_layers, mx.bfloat16)
+        mx.eval(model(one_sequence([1] * 16, start=0), kv))
+        kv.truncate(0)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(model(one_sequence([1] * tokens, start=0), kv))
+        return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("tokens", [64, 250])
+def test_a_step_allocates_what_is_computed(tokens: int) -> None:
+    """All layers' results are there at once: their number is below LAYERS_AT_ONCE."""
+    measured, computed = peak(tokens), activation_bytes(CONFIG, tokens, 1)
+    assert 0.9 < measured / computed < 1.1, f"{computed:,} computed, {measured:,} measured"
+
+
+def test_logits_are_counted_for_rows_only() -> None:
+    wide = ALL["qwen2-0.5b"]
+    assert activation_bytes(wide, 8, 2) - activation_bytes(wide, 8, 1) == 4 * wide.vocab_size
+    sizes = [activation_bytes(wide, tokens, 1) for tokens in (100, 200, 300)]
+    assert len({after - before for before, after in pairwise(sizes)}) == 1, "it grows with the tokens"
+
+
+def test_training_keeps_what_adam_keeps() -> None:
+    tensors = {name: mx.zeros(shape, mx.float32) for name, shape in expected_tensors(CONFIG).items()}
+    adam = optimizers.Adam(1e-3)
+    adam.init(tensors)
+    moments = sum(
+        state[part].nbytes for state in adam.state.values() if isinstance(state, dict) for part in "mv"
+    )
+    need = training_bytes(CONFIG, 1024)
+    assert need.moments == moments, "two float32 moments a parameter"
+    assert need.master == sum(tensor.nbytes for tensor in tensors.values())
+    assert need.weights == need.gradients == need.master // 2, "bfloat16"
+    assert sum(need[:4]) == 16 * parameter_count(CONFIG)
+
+
+def test_training_keeps_each_layers_results() -> None:
+    names = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+    E, F, H, K, D = (getattr(CONFIG, name) for name in names)
+    layer = {
+        "x": E,
+        "norm": E,
+        "q": H * D,
+        "kv": 2 * K * D,
+        "out": H * D,
+        "sum": E,
+        "norm 2": E,
+        "mlp": 3 * F,
+    }
+    logits = 4 * CONFIG.vocab_size
+    need = training_bytes(CONFIG, 10).activations
+    assert need == 10 * (2 * CONFIG.num_layers * sum(layer.values()) + logits), layer

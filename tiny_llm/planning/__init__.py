@@ -1,0 +1,1 @@
+"""Calculators: what a model takes, before it is loaded."""

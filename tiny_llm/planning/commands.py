@@ -1,0 +1,58 @@
+"""Owns ``python main.py memory``: its options, and one call. Nothing is loaded, and no network asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tiny_llm.engine.memory import available_memory_bytes, parse_bytes
+from tiny_llm.ops.backend import use
+from tiny_llm.options import BackendOption, DebugOption, DtypeOption, JsonOption, ModelOption, QuantizeOption
+from tiny_llm.planning.memory import plan_memory
+from tiny_llm.planning.memory_report import as_json, as_svg, show
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.command()
+def memory(
+    model: ModelOption = "demo",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer together.", rich_help_panel="Work")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel="Work")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What there is, such as 16GB; by default what is free.", rich_help_panel="Work"),
+    ] = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw it, into this file.", rich_help_panel="Output")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say how much memory a model takes, and how far this machine's reaches; nothing is loaded.
+
+    --model may also be a config.json.
+    """
+    free = available_memory_bytes() if memory is None else parse_bytes(memory)
+    with use(backend):
+        plan = plan_memory(
+            model, available=free, dtype=dtype, quantize=quantize, context=context, batch=batch
+        )
+    if json:
+        print(as_json(plan))
+    else:
+        show(plan, Console())
+    if svg is not None:
+        svg.write_text(as_svg(plan), encoding="utf-8")

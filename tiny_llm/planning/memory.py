@@ -1,0 +1,163 @@
+"""Owns the answer to "will it fit?": a model, a context and a batch against a machine's memory. Chapter 0.2.
+
+Needs a model's config only, never its weights or a network. Refuses to know how an answer is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig, Quantization, load_config
+from tiny_llm.engine.engine import BLOCK_SIZE
+from tiny_llm.errors import RequestError
+from tiny_llm.models.footprint import (
+    Training,
+    activation_bytes,
+    kv_token_bytes,
+    parameter_count,
+    training_bytes,
+    weights_bytes,
+)
+from tiny_llm.models.registry import QUANTIZE_GROUP, check_options, find, kv_dtype, weight_dtype
+from tiny_llm.ops.backend import active
+from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.weights.hub import resolve
+from tiny_llm.weights.names import SHORT_NAMES, config_of
+
+MAX_BATCH = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that serving ``batch`` sequences of ``context`` tokens takes."""
+
+    weights: int
+    kv: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model needs, beside ``available`` bytes of memory, and how far those reach.
+
+    ``largest_context`` is with ``batch``, ``largest_batch`` with ``context``; 0: not even one.
+    """
+
+    model: str
+    parameters: int
+    bits: int | None
+    weight_dtype: str
+    kv_dtype: str
+    context: int
+    batch: int
+    kv_token: int
+    need: Need
+    training: Training
+    available: int
+    largest_context: int
+    largest_batch: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be served here."""
+        return self.need.total <= self.available
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A model as it would be loaded: sizes of its floats, and what its matrices are packed into."""
+
+    config: ModelConfig
+    matrix_bytes: int
+    vector_bytes: int
+    kv_bytes: int
+    quantize: Quantization | None
+
+    def need(self, context: int, batch: int) -> Need:
+        """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
+        scheduler = SchedulerSettings()
+        blocks = batch * -(-context // BLOCK_SIZE)
+        step = min(scheduler.max_step_tokens, batch * context)
+        return Need(
+            weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
+            blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes),
+            activation_bytes(self.config, step, min(batch, scheduler.max_running)),
+        )
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number from 1 to ``most`` that ``fits``; 0 if 1 does not.
+
+    What fits goes on fitting when there is less of it, so halving the range finds it.
+    """
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def plan_memory(
+    model: str,
+    *,
+    available: int,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+) -> MemoryPlan:
+    """Plan for ``available`` bytes, on the backend in use. ``context`` None is 4,096, or the model's if less.
+
+    Raises ConfigError for a model or an option that is unknown, RequestError for a number out of range.
+    """
+    check_options(dtype, quantize)
+    config = find_config(model)
+    limit = config.max_position_embeddings
+    context = min(4096, limit) if context is None else context
+    for name, value, most in (("context", context, limit), ("batch", batch, MAX_BATCH)):
+        if not 1 <= value <= most:
+            raise RequestError(f"{name} is {value}, but for {model} must be from 1 to {most:,}.")
+    weight = weight_dtype(config, dtype=dtype, quantize=quantize)
+    kept = kv_dtype(config, dtype=dtype, quantize=quantize) or mx.float32
+    packed = active() == "cpu" and find(config.model_type).packed
+    format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
+    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format)
+    return MemoryPlan(
+        model=model,
+        parameters=parameter_count(config),
+        bits=quantize or (config.quantization.bits if config.quantization else None),
+        weight_dtype=str(weight).removeprefix("mlx.core."),
+        kv_dtype=str(kept).removeprefix("mlx.core."),
+        context=context,
+        batch=batch,
+        kv_token=kv_token_bytes(config, kept.size),
+        need=serving.need(context, batch),
+        training=training_bytes(config, batch * context),
+        available=available,
+        largest_context=largest(lambda n: serving.need(n, batch).total <= available, limit),
+        largest_batch=largest(lambda n: serving.need(context, n).total <= available, MAX_BATCH),
+    )
+
+
+def find_config(model: str) -> ModelConfig:
+    """The config of a short name, of a bundled model, of a folder, of a config.json, or of a model on disk.
+
+    Never asks the network. Raises ConfigError or WeightError where there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return load_config(path, lambda model_type: find(model_type).family)
+    names = {row.repo_id.lower(): name for name, row in SHORT_NAMES.items()}
+    name = names.get(model.lower(), model.lower())
+    if name in SHORT_NAMES and not path.is_dir():
+        return ModelConfig.from_hf(config_of(name))
+    return load_config(resolve(model, offline=True), lambda model_type: find(model_type).family)

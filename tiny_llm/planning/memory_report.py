@@ -1,0 +1,137 @@
+"""Owns how a memory plan is shown: tables and bars in a terminal, the bars as an SVG, one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tiny_llm.planning.memory import MemoryPlan
+
+GIGA = 1e9
+COLORS: Sequence[str] = ("#e6862b", "#3b7dd8", "#7aa874", "#b65fcf", "#8a8f98")
+WIDTH = 48  # of the longest bar, in characters
+
+
+class Part(NamedTuple):
+    """A piece of a bar."""
+
+    name: str
+    bytes: int
+
+
+def serving_parts(plan: MemoryPlan) -> list[Part]:
+    """What serving takes."""
+    need = plan.need
+    return [
+        Part("weights", need.weights),
+        Part("keys and values", need.kv),
+        Part("one step", need.activations),
+    ]
+
+
+def training_parts(plan: MemoryPlan) -> list[Part]:
+    """What training takes."""
+    names = ("weights", "gradients", "float32 master copy", "Adam's moments", "kept for the way back")
+    return [Part(name, size) for name, size in zip(names, plan.training, strict=True)]
+
+
+def show(plan: MemoryPlan, console: Console) -> None:
+    """Print the plan: what it is for, two tables with bars, the verdict."""
+    console.print(heading(plan), highlight=False)
+    for title, parts in (("to serve it", serving_parts(plan)), ("to train it", training_parts(plan))):
+        console.print(_table(title, parts))
+    for line in verdict(plan):
+        console.print(line, highlight=False)
+
+
+def heading(plan: MemoryPlan) -> str:
+    """One line: the model and the task."""
+    kept = f"{plan.bits} bits" if plan.bits else plan.weight_dtype
+    return (
+        f"{plan.model} · {_count(plan.parameters)} parameters · {kept}, keys and values {plan.kv_dtype} "
+        f"({size(plan.kv_token)} a token) · {plan.batch:,} x {plan.context:,} tokens"
+    )
+
+
+def verdict(plan: MemoryPlan) -> list[str]:
+    """Whether it fits, how far the memory reaches, and whether training would fit."""
+    need, free = plan.need.total, plan.available
+    fits = "it fits" if plan.fits else f"{size(need - free)} too little"
+    reach = [
+        f"{plan.largest_context:,} tokens each at a batch of {plan.batch:,}" if plan.largest_context else "",
+        f"a batch of {plan.largest_batch:,} at {plan.context:,} tokens each" if plan.largest_batch else "",
+    ]
+    most = " or ".join(filter(None, reach)) or "nothing, since weights and one step alone are too large"
+    trains = "fits" if sum(plan.training) <= free else "does not fit"
+    return [f"{size(free)} of memory: {fits}. At most {most}.", f"Training with that many tokens {trains}."]
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: below a megabyte in KiB, which KV caches are told in, else in powers of 1,000."""
+    if count < 1e6:
+        return f"{count / 1024:,.1f} KiB".replace(".0 ", " ")
+    return f"{count / 1e6:,.0f} MB" if count < GIGA else f"{count / GIGA:,.2f} GB"
+
+
+def as_json(plan: MemoryPlan) -> str:
+    """The plan on one line."""
+    return json.dumps({**asdict(plan), "training": plan.training._asdict(), "fits": plan.fits})
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= GIGA else f"{number / 1e6:.1f} M"
+
+
+def _table(title: str, parts: Sequence[Part]) -> Table:
+    total = sum(part.bytes for part in parts)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row(Text(title, style="bold"), "", "")
+    for part, color in zip(parts, COLORS, strict=False):
+        table.add_row(
+            part.name, _right(part.bytes), Text("█" * round(WIDTH * part.bytes / total), style=color)
+        )
+    table.add_row("together", _right(total), "")
+    return table
+
+
+def _right(count: int) -> Text:
+    return Text(size(count), justify="right")
+
+
+def as_svg(plan: MemoryPlan) -> str:
+    """Both bars to one scale, and a line where the memory ends."""
+    bars = (("serve", serving_parts(plan)), ("train", training_parts(plan)))
+    most = max(plan.available, *(sum(part.bytes for part in parts) for _, parts in bars))
+    scale = 600 / most
+    drawn, legend = list[str](), list[str]()
+    for row, (name, parts) in enumerate(bars):
+        x, y = 70.0, 34 + 96 * row
+        drawn.append(f'<text x="10" y="{y + 20}">{name}</text>')
+        for i, (part, color) in enumerate(zip(parts, COLORS, strict=False)):
+            wide = part.bytes * scale
+            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="30" fill="{color}"/>')
+            x += wide
+            left, down = 70 + 215 * (i % 3), y + 46 + 16 * (i // 3)
+            legend.append(f'<rect x="{left}" y="{down - 9}" width="9" height="9" fill="{color}"/>')
+            legend.append(f'<text x="{left + 14}" y="{down}">{part.name} {size(part.bytes)}</text>')
+    end = 70 + plan.available * scale
+    drawn.append(f'<path d="M{end:.1f} 24V208" stroke="#c22" stroke-dasharray="4 3"/>')
+    anchor = "end" if end > 500 else "start"
+    free = f'<text x="{end - 4 if end > 500 else end + 4:.1f}" y="220" text-anchor="{anchor}">'
+    style = "svg{background:#fff}text{font:12px sans-serif;fill:#333}"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 230"><style>{style}</style>',
+            f'<text x="10" y="16">{heading(plan)}</text>',
+            *drawn,
+            *legend,
+            f"{free}memory: {size(plan.available)}</text>",
+            "</svg>\n",
+        ]
+    )

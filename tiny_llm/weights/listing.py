@@ -1,0 +1,20 @@
+"""Owns the rows of ``main.py models``: which models there are, how large, and whether they are on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tiny_llm.weights.hub import BUNDLED, is_on_disk, resolve
+from tiny_llm.weights.names import SHORT_NAMES
+
+
+def listing() -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield a row of headings, then one a model: name, hub id, parameters, size, whether it is on disk."""
+    yield "NAME", "MODEL", "PARAMETERS", "SIZE", "ON DISK"
+    for name in BUNDLED:
+        stored = sum(file.stat().st_size for file in resolve(name).glob("*.safetensors"))
+        yield name, "bundled", "", f"{stored / 1e6:.1f} MB", "yes"
+    for name, model in SHORT_NAMES.items():
+        here = "yes" if is_on_disk(model.repo_id) else "no"
+        size = f"{model.download_bytes / 1e9:.1f} GB"
+        yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
