@@ -1,7 +1,8 @@
 """The engines that we compare with, each in an environment of its own, made from PyPI.
 
     python benchmarks/peers.py                  says which there are
-    python benchmarks/peers.py make             makes all that are missing (llama.cpp is compiled: minutes)
+    python benchmarks/peers.py make             makes all that are missing (llama.cpp is compiled: minutes,
+                                                and its server: more)
     python benchmarks/peers.py make llamacpp    makes one anew
 
 A peer that cannot be made is reported with its reason, here and by every benchmark that wants it.
@@ -16,13 +17,19 @@ from argparse import RawDescriptionHelpFormatter
 from contextlib import suppress
 from pathlib import Path
 
+from measure import llama_server
 from measure.environments import PEERS, PeerMissing, default_folder, make, python_of
+
+NAMES = (*PEERS, llama_server.NAME)
 
 
 def state(name: str, folder: Path) -> str | None:
     """None where a peer is ready, else the reason."""
     try:
-        python_of(name, folder)
+        if name == llama_server.NAME:
+            llama_server.binary_of(folder)
+        else:
+            python_of(name, folder)
     except PeerMissing as missing:
         return str(missing)
     return None
@@ -33,21 +40,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("list", "make"), default="list")
     parser.add_argument(
-        "names", nargs="*", metavar="peer", help=f"of {', '.join(PEERS)}; none: all that miss"
+        "names", nargs="*", metavar="peer", help=f"of {', '.join(NAMES)}; none: all that miss"
     )
     parser.add_argument("--folder", type=Path, default=default_folder())
     options = parser.parse_args()
     for name in options.names:
-        if name not in PEERS:
-            parser.error(f"there is no peer {name!r}; there are {', '.join(PEERS)}")
+        if name not in NAMES:
+            parser.error(f"there is no peer {name!r}; there are {', '.join(NAMES)}")
     if options.what == "make":
-        for name in options.names or [name for name in PEERS if state(name, options.folder)]:
+        for name in options.names or [name for name in NAMES if state(name, options.folder)]:
             print(f"making {name} ...", flush=True)
             with suppress(PeerMissing):  # said below, with its reason
-                make(name, options.folder)
-    reasons = {name: state(name, options.folder) for name in PEERS}
+                if name == llama_server.NAME:
+                    llama_server.make(options.folder)
+                else:
+                    make(name, options.folder)
+    reasons = {name: state(name, options.folder) for name in NAMES}
     for name, reason in reasons.items():
-        print(f"{name:<12}{reason or 'ready'}")
+        print(f"{name:<14}{reason or 'ready'}")
     print(json.dumps({"benchmark": "peers", "folder": str(options.folder), "missing": reasons}))
 
 

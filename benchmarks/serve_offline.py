@@ -12,16 +12,16 @@ prompt, with and without the prefix cache; and the gaps between the tokens of ot
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from measure.engine import BITS, data_folder, engine_of
 from measure.machine import Watch, foreign_share_now, warning
+from measure.serving import Asked, figures, poisson, trace_lengths
 
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
@@ -31,29 +31,31 @@ from tiny_llm.scheduler.settings import SchedulerSettings
 
 SYSTEM, QUESTION, ANSWER = 512, 32, 8
 LONG, OTHERS = 8192, 4
+SHOWN = (
+    "tok_s",
+    "ttft_p50_ms",
+    "ttft_p95_ms",
+    "ttft_p99_ms",
+    "itl_p50_ms",
+    "itl_p95_ms",
+    "itl_p99_ms",
+    "goodput_s",
+)
 SHARES = (0.6, 0.9)  # of the capacity
 CHUNKED = SchedulerSettings()
 WHOLE = SchedulerSettings(max_step_tokens=2**20, max_step_ms=1e9)  # a prompt is read in one step
 
 
 @dataclass(slots=True)
-class Request:
-    """What is asked, when, and when each token of the answer came (seconds)."""
+class Request(Asked):
+    """A request with its prompt's tokens."""
 
-    prompt: list[int]
-    answer: int
-    at: float = 0.0
-    came: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
-    @property
-    def ttft(self) -> float:
-        """Seconds from its arrival to the first token."""
-        return self.came[0] - self.at
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between its tokens."""
-        return [later - earlier for earlier, later in zip(self.came, self.came[1:], strict=False)]
+    @classmethod
+    def of(cls, ids: list[int], answer: int, at: float = 0.0) -> Request:
+        """One that is due ``at`` seconds."""
+        return cls(len(ids), answer, at, ids=ids)
 
 
 def main() -> None:
@@ -83,12 +85,13 @@ def main() -> None:
 
 def arrivals(model: Model, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """All at once, then at shares of that capacity; with chunks and without."""
-    lengths = drawn_lengths(options.requests, options.longest)
+    trace = data_folder() / "traces" / "azure_2023_conv.csv"
+    lengths = trace_lengths(trace, options.requests, options.longest)
     print(
         f"\n{options.requests} requests of {statistics.mean(p for p, _ in lengths):.0f} + "
         f"{statistics.mean(a for _, a in lengths):.0f} tokens"
     )
-    columns = ("tok/s", "ttft p50", "p95", "p99", "itl p50", "p95", "p99 ms", "goodput/s")
+    columns = ("tok/s", "ttft p50", "p95", "p99 ms", "itl p50", "p95", "p99 ms", "goodput/s")
     print(f"{'':<24}" + "".join(f"{name:>10}" for name in columns))
     found: dict[str, dict[str, float]] = {}
     for name, scheduler in (("chunks", CHUNKED), ("whole prompts", WHOLE)):
@@ -100,7 +103,7 @@ def arrivals(model: Model, options: argparse.Namespace) -> dict[str, dict[str, f
                 capacity = len(requests) / seconds
             label = f"{name}, " + ("all at once" if share is None else f"{share:.0%}")
             found[label] = row = figures(requests, seconds, options.ttft, options.itl / 1e3)
-            print(f"{label:<24}" + "".join(f"{value:>10.2f}" for value in row.values()))
+            print(f"{label:<24}" + "".join(f"{value:>10.2f}" for value in map(row.get, SHOWN)))
     return found
 
 
@@ -113,7 +116,7 @@ def shared_prefix(model: Model) -> dict[str, float]:
     for name, cache in (("cache on", True), ("cache off", False)):
         engine, taken = warm(model, CHUNKED, prefix_cache=cache), []
         for _ in range(6):
-            request = Request(system + [chance.randrange(vocab) for _ in range(QUESTION)], ANSWER)
+            request = Request.of(system + [chance.randrange(vocab) for _ in range(QUESTION)], ANSWER)
             run(engine, [request])
             taken.append(request.ttft)
         found[name] = 1e3 * statistics.median(taken[1:])  # the first one has nothing to find
@@ -128,12 +131,13 @@ def shared_prefix(model: Model) -> dict[str, float]:
 def long_prompt(model: Model) -> dict[str, float]:
     """The gaps between others' tokens while a long prompt is read, in ms."""
     chance, vocab = random.Random(2), model.config.vocab_size
-    others = [Request([chance.randrange(vocab) for _ in range(64)], 2000) for _ in range(OTHERS)]
+    others = [Request.of([chance.randrange(vocab) for _ in range(64)], 2000) for _ in range(OTHERS)]
     engine = warm(model, CHUNKED)
     for request in others:
         run_until_first(engine, request)
     began = time.perf_counter()
-    request = Request([chance.randrange(vocab) for _ in range(LONG)], 1, at=began)
+    request = Request.of([chance.randrange(vocab) for _ in range(LONG)], 1)
+    request.began = began
     come = run_until_first(engine, request, began)
     gaps = sorted(later - earlier for earlier, later in zip([began, *come], come, strict=False))
     found = {
@@ -151,29 +155,19 @@ def long_prompt(model: Model) -> dict[str, float]:
     return found
 
 
-def drawn_lengths(count: int, longest: int) -> list[tuple[int, int]]:
-    """Prompt and answer lengths of ``count`` conversations, the longest of them scaled to ``longest``."""
-    path = data_folder() / "traces" / "azure_2023_conv.csv"
-    with path.open(encoding="utf-8") as file:
-        rows = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
-    chosen = random.Random(0).sample([row for row in rows if min(row) > 0], count)
-    scale = longest / max(map(sum, chosen))
-    return [(max(1, int(prompt * scale)), max(1, int(answer * scale))) for prompt, answer in chosen]
-
-
-def asked(lengths: Iterable[tuple[int, int]], rate: float) -> list[Request]:
+def asked(lengths: Sequence[tuple[int, int]], rate: float) -> list[Request]:
     """Requests with random prompts; ``rate`` a second come, or all at once where it is 0."""
-    chance, at, requests = random.Random(3), 0.0, []
-    for prompt, answer in lengths:
-        requests.append(Request([chance.randrange(1000, 100000) for _ in range(prompt)], answer, at))
-        at += chance.expovariate(rate) if rate else 0.0
-    return requests
+    chance = random.Random(3)
+    return [
+        Request.of([chance.randrange(1000, 100000) for _ in range(prompt)], answer, at)
+        for (prompt, answer), at in zip(lengths, poisson(len(lengths), rate, 4), strict=True)
+    ]
 
 
 def warm(model: Model, scheduler: SchedulerSettings, *, prefix_cache: bool = True) -> Engine:
     """An engine that has seen nothing but a short request."""
     engine = engine_of(model, scheduler, prefix_cache=prefix_cache)
-    run(engine, [Request([1] * 64, 8)])
+    run(engine, [Request.of([1] * 64, 8)])
     return engine
 
 
@@ -186,7 +180,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> float:
         now = time.perf_counter() - began
         while waiting and waiting[-1].at <= now:
             request = waiting.pop()
-            request.at += began
+            request.began = began + request.at
             served[add(engine, request)] = request
         if not len(engine):
             time.sleep(max(0.0, waiting[-1].at - now))
@@ -195,6 +189,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> float:
         now = time.perf_counter()
         for number, chunk in events:
             served[number].came += [now] * len(chunk.token_ids)
+            served[number].ended = now
     return time.perf_counter() - began
 
 
@@ -212,26 +207,7 @@ def run_until_first(engine: Engine, request: Request, began: float = 0.0) -> lis
 
 def add(engine: Engine, request: Request) -> int:
     """Hand a request in; its answer has exactly the length asked for."""
-    return engine.add(request.prompt, SamplingParams(max_tokens=request.answer, ignore_eos=True))
-
-
-def figures(requests: Sequence[Request], seconds: float, ttft: float, itl: float) -> dict[str, float]:
-    """What users felt. Times to the first token in s, gaps in ms."""
-    firsts = [request.ttft for request in requests]
-    gaps = [gap for request in requests for gap in request.gaps]
-    good = [r for r in requests if r.ttft <= ttft and (not r.gaps or quantile(r.gaps, 0.95) <= itl)]
-    return {
-        "tok_s": sum(len(request.came) for request in requests) / seconds,
-        **{f"ttft_p{round(100 * share)}_s": quantile(firsts, share) for share in (0.5, 0.95, 0.99)},
-        **{f"itl_p{round(100 * share)}_ms": 1e3 * quantile(gaps, share) for share in (0.5, 0.95, 0.99)},
-        "goodput_s": len(good) / seconds,
-    }
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value that ``share`` of them do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return engine.add(request.ids, SamplingParams(max_tokens=request.answer, ignore_eos=True))
 
 
 if __name__ == "__main__":

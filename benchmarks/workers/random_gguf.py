@@ -1,10 +1,18 @@
-"""A GGUF file with a config's shapes and random Q4_0 weights, for llama.cpp; no vocabulary."""
+"""A GGUF file with a config's shapes and random Q4_0 weights, for llama.cpp.
+
+    python random_gguf.py CONFIG FOLDER TOKENIZER      prints its path; CONFIG is JSON
+
+Without a tokenizer's folder it has no vocabulary; with one (byte-level BPE, as Qwen2's), it makes text.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,22 +21,22 @@ BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale and 32 values of 4 bits
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
-def gguf_of(config: Mapping[str, object], folder: str) -> Path:
+def gguf_of(config: Mapping[str, object], folder: str, tokenizer: Path | None = None) -> Path:
     """The path of the file in ``folder``, which is made where it is missing."""
     number = {name: value for name, value in config.items() if isinstance(value, int | float)}
     sizes = "x".join(
         str(int(number[f])) for f in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     )
-    path = Path(folder) / f"{config['model_type']}-{sizes}-q4_0.gguf"
+    path = Path(folder) / f"{config['model_type']}-{sizes}-q4_0{'-text' if tokenizer else ''}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        _write(part, str(config["model_type"]), number)
+        _write(part, str(config["model_type"]), number, tokenizer)
         part.replace(path)
     return path
 
 
-def _write(path: Path, architecture: str, number: Mapping[str, float]) -> None:
+def _write(path: Path, architecture: str, number: Mapping[str, float], tokenizer: Path | None) -> None:
     writer = gguf.GGUFWriter(str(path), architecture)
     heads, hidden = int(number["num_attention_heads"]), int(number["hidden_size"])
     writer.add_context_length(int(number["max_position_embeddings"]))
@@ -40,7 +48,11 @@ def _write(path: Path, architecture: str, number: Mapping[str, float]) -> None:
     writer.add_rope_freq_base(float(number["rope_theta"]))
     writer.add_layer_norm_rms_eps(float(number["rms_norm_eps"]))
     writer.add_vocab_size(int(number["vocab_size"]))
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        given = json.loads((tokenizer / "tokenizer.json").read_text())
+        _write_vocabulary(writer, given, int(number["vocab_size"]))
     rng = np.random.default_rng(0)
     for name, shape in _tensors(number):
         if len(shape) == 1:
@@ -52,6 +64,23 @@ def _write(path: Path, architecture: str, number: Mapping[str, float]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, given: Mapping[str, Any], size: int) -> None:
+    """A byte-level BPE's tokens and merges; the model's spare rows are unused tokens."""
+    tokens = [f"[unused {i}]" for i in range(size)]
+    types = [gguf.TokenType.UNUSED] * size
+    for token, i in given["model"]["vocab"].items():
+        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+    for added in given["added_tokens"]:
+        tokens[added["id"]], types[added["id"]] = added["content"], gguf.TokenType.CONTROL
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in given["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(given["added_tokens"][0]["id"])
 
 
 def _tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -79,3 +108,7 @@ def _random_q4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     scale = np.array([columns**-0.5 / deviation_of_4_bits], np.float16)
     blocks[:, :, :2] = scale.view(np.uint8)
     return blocks.reshape(rows, -1)
+
+
+if __name__ == "__main__":
+    print(gguf_of(json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
