@@ -15,13 +15,14 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve bench kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course book book-serve book-experiments bench kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
 	@echo 'make test    set up and run everything that CI runs'
 	@echo 'make course  set up and show the chapters of the course'
-	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it'
+	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it,'
+	@echo '             make book-experiments runs what its pages show, and puts the results there'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
@@ -47,6 +48,9 @@ book:
 
 book-serve:
 	@PYTHON='$(PYTHON)' sh book/build.sh serve
+
+book-experiments: .venv/test.stamp .venv/kernels.stamp
+	$(python) book/regenerate.py
 
 bench: .venv/run.stamp .venv/kernels.stamp
 	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done

@@ -32,13 +32,11 @@ def site() -> Path:
     return SITE
 
 
-@pytest.fixture(scope="module")
-def vendor() -> ModuleType:
-    """book/vendor.py, as a module."""
-    spec = importlib.util.spec_from_file_location("vendor", BOOK / "vendor.py")
+def script(name: str) -> ModuleType:
+    """book/name.py, as a module."""
+    spec = importlib.util.spec_from_file_location(name, BOOK / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["vendor"] = module
     spec.loader.exec_module(module)
     return module
 
@@ -112,7 +110,8 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 2 and "apt install npm" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_package_is_its_hash(vendor: ModuleType, tmp_path: Path) -> None:
+def test_a_package_is_its_hash(tmp_path: Path) -> None:
+    vendor = script("vendor")
     archive = tmp_path / "it.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         member = tarfile.TarInfo("package/dist/it.js")
@@ -132,3 +131,27 @@ def test_requirements_are_pinned_and_hashed() -> None:
     text = (BOOK / "requirements.txt").read_text(encoding="utf-8")
     packages = re.split(r"^(?=[a-z])", text, flags=re.M)[1:]
     assert "zensical==0.0.73 " in text and all("==" in it and "--hash=sha256:" in it for it in packages)
+
+
+def test_experiments_are_put_into_their_pages() -> None:
+    head, tail = (
+        "Text\n\n```sh\npython book/experiments/it.py --fast  # why\n```\n\n```text\n",
+        "```\n\nMore\n",
+    )
+    other = "```sh\npython main.py\n```\n\n```text\nleft\n```\n"
+    asked = []
+
+    def run(command: str, name: str) -> str:
+        asked.append((command, name))
+        return "new\n\nrows\n"
+
+    page = script("regenerate").regenerated(head + "old\n" + tail + other, run)
+    assert page == head + "new\n\nrows\n" + tail + other
+    assert asked == [("book/experiments/it.py --fast  # why", "it")]
+
+
+@pytest.mark.parametrize("page", sorted((BOOK / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_every_experiment_on_a_page_can_be_made_anew(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = script("regenerate").EXPERIMENT.findall(text)
+    assert len(found) == text.count("\npython book/experiments/"), "a sh block of one line, then a text block"

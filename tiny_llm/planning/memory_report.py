@@ -121,13 +121,13 @@ def as_svg(plan: MemoryPlan) -> str:
             legend.append(f'<rect x="{left}" y="{down - 9}" width="9" height="9" fill="{color}"/>')
             legend.append(f'<text x="{left + 14}" y="{down}">{part.name} {size(part.bytes)}</text>')
     end = 70 + plan.available * scale
-    drawn.append(f'<path d="M{end:.1f} 24V208" stroke="#c22" stroke-dasharray="4 3"/>')
+    drawn.append(f'<path d="M{end:.1f} 28V70M{end:.1f} 104V166" stroke="#c22" stroke-dasharray="4 3"/>')
     anchor = "end" if end > 500 else "start"
-    free = f'<text x="{end - 4 if end > 500 else end + 4:.1f}" y="220" text-anchor="{anchor}">'
+    free = f'<text x="{end - 4 if end > 500 else end + 4:.1f}" y="114" text-anchor="{anchor}">'
     style = "svg{background:#fff}text{font:12px sans-serif;fill:#333}"
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 230"><style>{style}</style>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 204"><style>{style}</style>',
             f'<text x="10" y="16">{heading(plan)}</text>',
             *drawn,
             *legend,
