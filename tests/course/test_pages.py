@@ -87,7 +87,9 @@ def test_commands_exist(page: Path) -> None:
         words = line.partition("#")[0].split()
         if words[:3] == ["python", "main.py", "course"]:
             assert words[3] in COMMANDS and (len(words) < 5 or words[4] in chapters), line
-            assert len(words) < 6 or words[5] in {m.name for m in chapters[words[4]].mutants}, line
+            known = {m.name for m in chapters[words[4]].mutants} if len(words) > 5 else set()
+            hints = range(1, len(chapters[words[4]].hints) + 1) if words[3] == "hint" and known else ()
+            assert len(words) < 6 or words[5] in known or words[5] in map(str, hints), line
         elif words[:3] == ["python", "main.py", "--course"]:
             known = {f".cache/course/{it.id}-{m.name}" for it in CHAPTERS for m in it.mutants}
             assert words[3] in {"my_llm", *known}, line
@@ -144,3 +146,13 @@ def test_the_symptoms_of_1_1_are_as_told(run, book, mutant: str, said: str | Non
     asked = "The password of the red door is zimbro. Which password opens the red door?"
     told = run("main.py", "generate", "--prompt", asked, "--max-tokens", "24", "--course", book.folder).stdout
     assert told.strip() == said if said else "zimbro" not in told
+
+
+def test_the_way_of_a_request_is_as_drawn(tmp_path: Path) -> None:
+    drawn = tmp_path / "request.svg"
+    printed = python("book/experiments/request.py", "--svg", str(drawn))
+    page = (BOOK / "docs" / "request.md").read_text(encoding="utf-8")
+    assert f"```text\n{printed}```" in page, "make book-experiments"
+    assert drawn.read_text(encoding="utf-8") == (BOOK / "docs" / "img" / "request.svg").read_text(
+        encoding="utf-8"
+    )
