@@ -45,6 +45,7 @@ RIGHT = {
     "pack_dense": (f(8, 64),),
     "linear": (f(3, 64), [packed, packed], [None, f(8)]),
     "gated": (f(3, 64), dense, dense, None, f(8)),
+    "quantized_rows": (f(3, 64), words, scales, biases, 32, 4),
     "embedding": (ids, packed),
     "rope": (f(3, 2, 8), ids, f(4)),
     "rope_qk": (f(3, 2, 8), f(3, 1, 8), ids, f(4), None, f(8), 1e-6),

@@ -24,6 +24,7 @@ from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.pack import pack
 from tiny_llm.ops.paged_attention import paged_attention
+from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.softmax import softmax, softmax_ref
@@ -244,6 +245,17 @@ def draw_linear(d: Draw) -> Case:
     )
 
 
+def draw_quantized_matmul(d: Draw) -> Case:
+    """A matrix that nobody packed."""
+    group = d.choice.choice([32, 64, 128])
+    rows, width = d.rows(), group * d.choice.randint(1, 6)
+    x, weight = d.array(rows, width, scale=d.magnitude()), d.matrix(d.size(100), width, group)
+    assert isinstance(weight, QuantizedTensor)
+    y, bound = product(x, dense(weight), group, True)
+    what = f"quantized_matmul {x.shape} by {format_of(weight)}"
+    return Case(what, rows, lambda at: [quantized_matmul(x[at], weight)], [y], [bound])
+
+
 def draw_gated(d: Draw) -> Case:
     """A pair of matrices of one format."""
     group, exact = d.choice.choice([0, 32, 64, 128]), d.choice.random() < 0.5
@@ -379,6 +391,7 @@ DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "embedding": draw_embedding,
     "rope": draw_rope,
     "linear": draw_linear,
+    "quantized_matmul": draw_quantized_matmul,
     "gated": draw_gated,
     "attention": draw_attention,
     "argmax": draw_argmax,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.data import QuantizedTensor
+from tiny_llm.ops.backend import active, cpu
 from tiny_llm.ops.metal import kernel, on_metal
 
 _COLUMNS = 4  # outputs that a simdgroup makes
@@ -33,9 +34,21 @@ def quantized_matmul(x: mx.array, weight: QuantizedTensor) -> mx.array:
     columns = weight.packed.shape[-1] * 32 // weight.bits
     if columns != x.shape[-1]:
         raise ValueError(f"[quantized_matmul] expected x of {columns} columns, got {x.shape}")
+    if not x.size:  # MLX 0.32.4 divides by the number of rows, and ends the process
+        return mx.zeros((*x.shape[:-1], weight.packed.shape[0]), x.dtype)
     if x.ndim == 2 and weight.bits in (4, 8) and on_metal("quantized_matmul", x):
         return _metal(x, weight)
+    if x.ndim == 2 and weight.bits in (2, 4, 8) and active() == "cpu":
+        return _cpu(x, weight)
     return quantized_matmul_ref(x, weight)
+
+
+def _cpu(x: mx.array, weight: QuantizedTensor) -> mx.array:
+    """By the kernel that reads a matrix as it lies; what models keep is packed, and goes to ``linear``'s."""
+    scales, biases = (a.astype(mx.float32) for a in (weight.scales, weight.biases))
+    numbers = weight.group_size, weight.bits
+    y = cpu.quantized_rows(x.astype(mx.float32), weight.packed, scales, biases, *numbers)
+    return y.astype(x.dtype)
 
 
 def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
@@ -44,8 +57,6 @@ def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
     Up to 4 blocks are in one threadgroup, so that what one reads of the matrix is near for the others.
     """
     (T, width), outputs = x.shape, weight.packed.shape[0]
-    if not T:
-        return mx.zeros((0, outputs), x.dtype)
     rows = min(_MOST_ROWS, 1 << (T - 1).bit_length())
     blocks = -(-T // rows)
     (out,) = kernel("quantized_matmul")(

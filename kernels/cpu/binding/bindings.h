@@ -12,6 +12,7 @@ void bind_linear(nanobind::module_& m);
 void bind_logprobs(nanobind::module_& m);
 void bind_matrix(nanobind::module_& m);
 void bind_pages(nanobind::module_& m);
+void bind_quantized_rows(nanobind::module_& m);
 void bind_rms_norm(nanobind::module_& m);
 void bind_rope(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);

@@ -74,6 +74,7 @@ NB_MODULE(_cpu, m) {
     bind_attention(m);
     bind_pages(m);
     bind_logprobs(m);
+    bind_quantized_rows(m);
     bind_rms_norm(m);
     bind_rope(m);
     bind_sampling(m);
