@@ -38,7 +38,7 @@ class Point:
 def merged(own: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The names of the merged module."""
     names: dict[str, Any] = {"__name__": __name__}  # dataclasses look their module up
-    exec(merged_code(REFERENCE, "reference.py", own, "own.py", without), names)
+    exec(merged_code(REFERENCE, "reference.py", [(own, "own.py")], without), names)
     return names
 
 

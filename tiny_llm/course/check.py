@@ -6,6 +6,7 @@ The tests are the project's own, run by pytest in a process whose imports the ov
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,23 @@ from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.errors import ConfigError
 
 _QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+SECONDS = 300
+"""What a chapter's tests may take: learners' loops do not always end."""
 
 
 def run_tests(
-    chapter: Chapter, folder: Path, *, without: Sequence[str] = (), first_only: bool = False
+    chapter: Chapter,
+    folder: Path,
+    *,
+    without: Sequence[str] = (),
+    first_only: bool = False,
+    seconds: float = SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run the chapter's tests with ``folder`` laid over the reference, ``without`` some definitions.
 
     ``first_only`` stops at the first failure. A return code above 1 says that the tests could not even
-    start. Raises ConfigError if pytest is not installed.
+    start, one below 0 that a signal ended them. Raises ConfigError if pytest is not installed, or if the
+    tests do not end.
     """
     if find_spec("pytest") is None:
         raise ConfigError("`course check` needs pytest: run `make course`, or pip install -e '.[test]'.")
@@ -37,7 +46,22 @@ def run_tests(
     }
     command = [sys.executable, "-m", "pytest", "--chapter", chapter.id, *_QUIET, *chapter.tests]
     command += ["-x"] if first_only else []
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    hang = ["-o", f"faulthandler_timeout={seconds / 4:g}"]  # prints where it was, on stderr
+    try:
+        return subprocess.run(
+            command + hang, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as late:
+        where = crash_site((late.stderr or b"").decode(errors="replace"))
+        raise ConfigError(
+            f"The tests did not end within {seconds:g} s: is there a loop that goes on for ever? {where}"
+        ) from late
+
+
+def crash_site(stderr: str) -> str:
+    """Which test ran, by what faulthandler printed when it ended or hung; "" if it does not say."""
+    found = re.findall(r'File "[^"]*(tests/[^"]+)", line (\d+) in (test_\w+)', stderr)
+    return "It was in {2}, {0}:{1}.".format(*found[0]) if found else ""
 
 
 def to_blame(chapter: Chapter, folder: Path, written: Sequence[str]) -> Iterator[str]:

@@ -5,21 +5,28 @@ Knows neither syntax trees nor pytest.
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tiny_llm.course.check import run_tests, to_blame
-from tiny_llm.course.excerpt import whole
+from tiny_llm.course.check import crash_site, run_tests, to_blame
 from tiny_llm.course.manifest import Chapter, chapter, read_manifest
-from tiny_llm.course.workbook import Workbook, in_parts, module_file, reference
+from tiny_llm.course.native import build
+from tiny_llm.course.workbook import Workbook, in_parts, module_file, whole
 from tiny_llm.errors import ConfigError
 
 ChapterArgument = Annotated[str, typer.Argument(metavar="CHAPTER", help="Its number, such as 1.1.")]
 FolderOption = Annotated[Path, typer.Option(help="Where your code lies.")]
 MY_FOLDER = Path("my_llm")
+_CRASHES: Mapping[str, str] = {
+    "SIGSEGV": " It read or wrote where nothing is: an index too far?",
+    "SIGILL": " A function without a return, or undefined behaviour, ends so.",
+    "SIGFPE": " A whole number was divided by 0.",
+}
 
 app = typer.Typer(
     help="Build this runtime yourself, chapter by chapter; what you have not written is the reference's.",
@@ -63,8 +70,13 @@ def check(number: ChapterArgument, folder: FolderOption = MY_FOLDER) -> None:
     _warn_of_drift(book)
     written = book.written()
     print(f"Yours: {', '.join(in_parts(definition)[1] for definition in written)}. All else: the reference.")
+    for kernel in book.kernels():
+        build(kernel, folder)
     done = run_tests(it, folder)
     print(done.stdout.strip() or done.stderr.strip())
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ConfigError(f"Your code crashed ({name}). {crash_site(done.stderr)}{_CRASHES.get(name, '')}")
     if done.returncode > 1:
         raise ConfigError("The tests could not start; what stands above says why.")
     if done.returncode:
@@ -111,7 +123,7 @@ def diff(number: ChapterArgument, folder: FolderOption = MY_FOLDER) -> None:
 @app.command()
 def solution(number: ChapterArgument) -> None:
     """Print the reference's definitions."""
-    texts = [whole(reference(module), name) for module, name in map(in_parts, _chapter(number).teaches)]
+    texts = [whole(*in_parts(definition)) for definition in _chapter(number).teaches]
     print("\n\n".join(texts), end="")
 
 

@@ -6,15 +6,23 @@ Knows neither chapters nor where files lie.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from tiny_llm.course.merge import STUB, Function, functions
+from tiny_llm.course.merge import STUB, Function, functions, is_stub
 from tiny_llm.errors import ConfigError
 
 
-def find(source: str, name: str) -> Function | None:
-    """Return the function or method of that qualified name, if ``source`` has one."""
-    return dict(functions(ast.parse(source))).get(name)
+def definitions(source: str) -> Mapping[str, bool]:
+    """Each function's and method's qualified name, and whether it is still what ``course start`` wrote."""
+    return {name: is_stub(node) for name, node in functions(ast.parse(source))}
+
+
+def check(source: str, path: str) -> None:
+    """Raises ConfigError if ``source`` is not Python."""
+    try:
+        ast.parse(source, path)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: {error.msg}; mend it, then try again.") from error
 
 
 def whole(source: str, name: str) -> str:
@@ -31,14 +39,6 @@ def stub(source: str, name: str, chapter: str) -> str:
     indent = " " * first.col_offset
     body = f'{indent}raise NotImplementedError("{STUB} {chapter})")\n'
     return _lines(source, _first_line(node), end) + body
-
-
-def mutated(source: str, name: str, old: str, new: str) -> str:
-    """A definition with ``old`` replaced. Raises ConfigError unless ``old`` is there exactly once."""
-    text = whole(source, name)
-    if text.count(old) != 1:
-        raise ConfigError(f"The mutant of {name} replaces {old!r}, which is there {text.count(old)} times.")
-    return text.replace(old, new)
 
 
 def heading(source: str, about: str) -> str:
@@ -64,9 +64,9 @@ def added(text: str, reference: str, name: str, definition: str) -> str:
     return f"{text.rstrip()}\n\n\n{top}\n{definition}"
 
 
-def parameters(node: Function) -> Sequence[str]:
+def parameters(source: str, name: str) -> Sequence[str]:
     """Names, kinds and defaults of a definition's parameters; annotations are the learner's affair."""
-    bare = ast.parse(ast.unparse(node)).body[0]
+    bare = ast.parse(ast.unparse(_found(source, name))).body[0]
     assert isinstance(bare, ast.FunctionDef | ast.AsyncFunctionDef)
     for argument in ast.walk(bare.args):
         if isinstance(argument, ast.arg):
@@ -75,7 +75,7 @@ def parameters(node: Function) -> Sequence[str]:
 
 
 def _found(source: str, name: str) -> Function:
-    node = find(source, name)
+    node = dict(functions(ast.parse(source))).get(name)
     if node is None:
         raise ConfigError(f"There is no {name} in the reference any more; book/course.toml names it.")
     return node

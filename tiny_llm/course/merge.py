@@ -7,7 +7,7 @@ library alone: it runs before any other module of the package.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from types import CodeType
 
 STUB = "TODO(course"
@@ -34,15 +34,20 @@ def is_stub(node: ast.AST) -> bool:
     return any(exc is not None and f"'{STUB}" in ast.unparse(exc) for exc in raised)
 
 
-def merged_code(reference: str, path: str, own: str, own_path: str, without: Collection[str]) -> CodeType:
-    """Compile ``reference`` with the definitions of ``own`` in their places, but for stubs and ``without``.
+def merged_code(
+    reference: str, path: str, owns: Sequence[tuple[str, str]], without: Collection[str]
+) -> CodeType:
+    """Compile ``reference`` with the definitions of each of ``owns`` in their places, the last one's first.
 
-    A traceback shows each function where it was written. Raises SyntaxError as the compiler does.
+    ``owns`` are texts with their paths; stubs and ``without`` are left out. A traceback shows each function
+    where it was written. Raises SyntaxError as the compiler does.
     """
-    tree, learner = ast.parse(reference, path), ast.parse(own, own_path)
-    ast.increment_lineno(learner, _SHIFT)
-    tree.body = _merged(tree.body, learner.body, without, "")
-    return _placed(compile(tree, path, "exec"), own_path)
+    tree = ast.parse(reference, path)
+    for number, (own, own_path) in enumerate(owns, 1):
+        learner = ast.parse(own, own_path)
+        ast.increment_lineno(learner, number * _SHIFT)
+        tree.body = _merged(tree.body, learner.body, without, "")
+    return _placed(compile(tree, path, "exec"), [own_path for _, own_path in owns])
 
 
 def _merged(
@@ -82,10 +87,10 @@ def _name(node: ast.stmt) -> str | None:
     return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
 
 
-def _placed(code: CodeType, own_path: str) -> CodeType:
+def _placed(code: CodeType, paths: Sequence[str]) -> CodeType:
     """Give code with shifted lines its own file and lines again; the line table counts from the first."""
-    inner = tuple(_placed(c, own_path) if isinstance(c, CodeType) else c for c in code.co_consts)
-    first = code.co_firstlineno
-    if first <= _SHIFT:
+    inner = tuple(_placed(c, paths) if isinstance(c, CodeType) else c for c in code.co_consts)
+    number, first = divmod(code.co_firstlineno, _SHIFT)
+    if not number:
         return code.replace(co_consts=inner)
-    return code.replace(co_consts=inner, co_filename=own_path, co_firstlineno=first - _SHIFT)
+    return code.replace(co_consts=inner, co_filename=paths[number - 1], co_firstlineno=first)

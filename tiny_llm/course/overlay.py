@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -19,6 +19,9 @@ from tiny_llm.course.merge import merged_code
 VARIABLE = "TINY_LLM_COURSE"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
 """Definitions to take from the reference all the same, as ``module:name``, between spaces."""
+
+BRIDGES: Mapping[str, str] = {"tiny_llm.ops.quantized_matmul": "kernels/cpu/quantized_rows.cpp"}
+"""Modules that a file of ``bridges`` makes call a learner's kernel, where the learner has that kernel."""
 
 
 def install(folder: str) -> None:
@@ -46,23 +49,26 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         """The reference's spec with our loader, for a module of which the learner has a file."""
         package, *inner = fullname.split(".")
-        own = self._root.joinpath(*inner).with_suffix(".py")
-        if package != "tiny_llm" or not inner or not own.is_file():
+        owns = [self._root.joinpath(*inner).with_suffix(".py")]
+        if fullname in BRIDGES and (self._root / BRIDGES[fullname]).is_file():
+            owns.insert(0, Path(__file__).with_name("bridges") / f"{inner[-1]}.py")
+        owns = [own for own in owns if own.is_file()]
+        if package != "tiny_llm" or not inner or not owns:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.origin is not None:
             without = [name.partition(":")[2] for name in self._without if name.startswith(f"{fullname}:")]
-            spec.loader = _Loader(fullname, spec.origin, own, without)
+            spec.loader = _Loader(fullname, spec.origin, owns, without)
         return spec
 
 
 class _Loader(SourceFileLoader):
-    def __init__(self, fullname: str, path: str, own: Path, without: Collection[str]) -> None:
+    def __init__(self, fullname: str, path: str, owns: Sequence[Path], without: Collection[str]) -> None:
         super().__init__(fullname, path)
-        self._own, self._without = own, without
+        self._owns, self._without = owns, without
 
     def get_code(self, fullname: str) -> CodeType:
         """The merged code: never read from, nor written to, the cache of compiled files."""
         reference = Path(self.path).read_text(encoding="utf-8")
-        own = self._own.read_text(encoding="utf-8")
-        return merged_code(reference, self.path, own, str(self._own), self._without)
+        owns = [(own.read_text(encoding="utf-8"), str(own)) for own in self._owns]
+        return merged_code(reference, self.path, owns, self._without)

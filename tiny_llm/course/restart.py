@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiny_llm.course.native import build
 from tiny_llm.course.overlay import VARIABLE
 from tiny_llm.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
@@ -15,12 +16,15 @@ from tiny_llm.errors import ConfigError
 def restart_with_learner(arguments: Sequence[str]) -> None:
     """Replace this process by one that has no ``--course`` but the variable: it acts before modules load.
 
-    ``arguments`` are the process's own. Raises ConfigError if the folder is none, or cannot be read.
+    ``arguments`` are the process's own. Raises ConfigError if the folder is none, or cannot
+    be read or compiled.
     """
     at = arguments.index("--course")
     folder = Path(arguments[at + 1]) if at + 1 < len(arguments) else None
     if folder is None or not folder.is_dir():
         raise ConfigError(f"--course needs a learner's folder, got {folder}; `course start 1.1` makes one.")
+    for kernel in Workbook(folder).kernels():
+        build(kernel, folder)
     if not Workbook(folder).written():
         print(f"warning: nothing in {folder} is written yet; all of it is the reference's.", file=sys.stderr)
     os.environ[VARIABLE] = str(folder.resolve())

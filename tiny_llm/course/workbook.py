@@ -5,30 +5,79 @@ Never overwrites what a learner wrote. Knows no test.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
+from typing import Protocol
 
-from tiny_llm.course.excerpt import added, find, heading, mutated, parameters, stub, whole
+from tiny_llm.course import excerpt, sections
 from tiny_llm.course.manifest import ROOT, Chapter, Mutant
-from tiny_llm.course.merge import functions, is_stub
 from tiny_llm.errors import ConfigError
 
 PROGRESS = ".course.json"
 
 
+class Language(Protocol):
+    """How definitions are cut from, and put into, texts of one language: ``excerpt`` and ``sections``."""
+
+    def definitions(self, source: str) -> Mapping[str, bool]:
+        """Each definition's name, and whether it is a stub."""
+        ...
+
+    def check(self, source: str, path: str) -> None:
+        """Raise ConfigError if ``source`` cannot be read."""
+        ...
+
+    def whole(self, source: str, name: str) -> str:
+        """A definition's text."""
+        ...
+
+    def stub(self, source: str, name: str, chapter: str) -> str:
+        """A definition without its body."""
+        ...
+
+    def heading(self, source: str, about: str) -> str:
+        """How a learner's file begins."""
+        ...
+
+    def added(self, text: str, reference: str, name: str, definition: str) -> str:
+        """A learner's ``text`` with one definition more."""
+        ...
+
+    def parameters(self, source: str, name: str) -> Sequence[str]:
+        """A definition's parameters."""
+        ...
+
+
+def is_native(module: str) -> bool:
+    """Whether a module is a kernel's file, ``kernels/cpu/<name>.cpp``, and not ``tiny_llm.<name>``."""
+    return "/" in module
+
+
+def language(module: str) -> Language:
+    """What a module is written in."""
+    return sections if is_native(module) else excerpt
+
+
 def module_file(folder: Path, module: str) -> Path:
-    """Where ``tiny_llm.ops.rope`` lies: ``folder/ops/rope.py``."""
+    """Where ``tiny_llm.ops.rope`` lies: ``folder/ops/rope.py``; a kernel's file keeps its path."""
+    if is_native(module):
+        return folder / module
     return folder.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 def reference(module: str) -> str:
     """The reference's text of a module."""
-    return module_file(ROOT / "tiny_llm", module).read_text(encoding="utf-8")
+    root = ROOT if is_native(module) else ROOT / "tiny_llm"
+    return module_file(root, module).read_text(encoding="utf-8")
+
+
+def whole(module: str, name: str) -> str:
+    """The reference's text of a definition."""
+    return language(module).whole(reference(module), name)
 
 
 def in_parts(definition: str) -> tuple[str, str]:
@@ -44,41 +93,49 @@ class Workbook:
     folder: Path
 
     def text(self, module: str) -> str:
-        """A module's file, or "". Raises ConfigError if it is not UTF-8 or not Python."""
+        """A module's file, or "". Raises ConfigError if it is not UTF-8 or cannot be read as what it is."""
         path = module_file(self.folder, module)
         if not path.is_file():
             return ""
         try:
             text = path.read_text(encoding="utf-8")
-            ast.parse(text, str(path))
-        except SyntaxError as error:
-            raise ConfigError(f"{path}:{error.lineno}: {error.msg}; mend it, then try again.") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+        language(module).check(text, str(path))
         return text
+
+    def definitions(self, module: str) -> Mapping[str, bool]:
+        """What stands in a module's file, and whether each is still a stub."""
+        return language(module).definitions(self.text(module))
 
     def start(self, chapter: Chapter) -> tuple[list[str], list[str]]:
         """Add a stub for each taught definition that is not there; return those added and those kept."""
         new, kept = list[str](), list[str]()
         for definition in chapter.teaches:
             module, name = in_parts(definition)
-            if find(self.text(module), name) is not None:
+            if name in self.definitions(module):
                 kept.append(definition)
                 continue
-            self._add(definition, stub(reference(module), name, chapter.id))
+            self._add(definition, language(module).stub(reference(module), name, chapter.id))
             new.append(definition)
         return new, kept
 
     def fill(self, definitions: Sequence[str]) -> None:
         """Add the reference's text of each definition."""
         for definition in definitions:
-            module, name = in_parts(definition)
-            self._add(definition, whole(reference(module), name))
+            self._add(definition, whole(*in_parts(definition)))
 
     def add_mutant(self, mutant: Mutant) -> None:
-        """Add the reference's definition with one mistake in it."""
-        module, name = in_parts(mutant.definition)
-        self._add(mutant.definition, mutated(reference(module), name, mutant.old, mutant.new))
+        """Add the reference's definition with one mistake in it.
+
+        Raises ConfigError unless the text that the mutant replaces is there exactly once.
+        """
+        text = whole(*in_parts(mutant.definition))
+        if (times := text.count(mutant.old)) != 1:
+            raise ConfigError(
+                f"The mutant {mutant.name} replaces {mutant.old!r}, which is there {times} times."
+            )
+        self._add(mutant.definition, text.replace(mutant.old, mutant.new))
 
     def _add(self, definition: str, written: str) -> None:
         module, name = in_parts(definition)
@@ -86,38 +143,48 @@ class Workbook:
         text = self.text(module)
         if not text:
             about = f"My {module}: what stands here runs in place of the reference's."
-            text = heading(source, about)
+            text = language(module).heading(source, about)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(added(text, source, name, written), encoding="utf-8")
+        path.write_text(language(module).added(text, source, name, written), encoding="utf-8")
 
     def stubs(self, chapter: Chapter) -> list[str]:
         """The chapter's definitions that are missing or not yet written."""
-        found = {d: find(self.text(in_parts(d)[0]), in_parts(d)[1]) for d in chapter.teaches}
-        return [definition for definition, node in found.items() if node is None or is_stub(node)]
+        parts = [(definition, *in_parts(definition)) for definition in chapter.teaches]
+        return [definition for definition, module, name in parts if self.definitions(module).get(name, True)]
 
     def written(self) -> list[str]:
         """Every definition that runs in place of one of the reference's."""
-        modules = [
-            ".".join(["tiny_llm", *path.relative_to(self.folder).with_suffix("").parts])
-            for path in sorted(self.folder.rglob("*.py"))
-        ]
-        known = [m for m in modules if module_file(ROOT / "tiny_llm", m).is_file()]
-        return [definition for module in known for definition in self._written_in(module)]
+        return [definition for module in self._modules() for definition in self._written_in(module)]
+
+    def kernels(self) -> list[str]:
+        """The names of the kernel files of which something is written."""
+        return [Path(m).stem for m in self._modules() if is_native(m) and list(self._written_in(m))]
+
+    def _modules(self) -> Iterator[str]:
+        """The modules of ours of which there is a file."""
+        for path in sorted(self.folder.rglob("*.py")):
+            module = ".".join(["tiny_llm", *path.relative_to(self.folder).with_suffix("").parts])
+            if module_file(ROOT / "tiny_llm", module).is_file():
+                yield module
+        for path in sorted(self.folder.glob("kernels/*/*.cpp")):
+            if (ROOT / (module := path.relative_to(self.folder).as_posix())).is_file():
+                yield module
 
     def _written_in(self, module: str) -> Iterator[str]:
-        names = dict(functions(ast.parse(reference(module))))
-        for name, node in functions(ast.parse(self.text(module))):
-            if name in names and not is_stub(node):
+        known = language(module).definitions(reference(module))
+        for name, is_stub in self.definitions(module).items():
+            if name in known and not is_stub:
                 yield f"{module}:{name}"
 
     def drifted(self) -> Iterator[str]:
         """A line for each definition whose parameters are no longer those of the reference."""
         for definition in self.written():
             module, name = in_parts(definition)
-            own, theirs = find(self.text(module), name), find(reference(module), name)
-            assert own is not None and theirs is not None
-            if parameters(own) != parameters(theirs):
-                mine, now = (", ".join(parameters(node)) for node in (own, theirs))
+            own, theirs = (
+                language(module).parameters(text, name) for text in (self.text(module), reference(module))
+            )
+            if own != theirs:
+                mine, now = ", ".join(own), ", ".join(theirs)
                 yield f"{name}({mine}) is called as {name}({now}) now: change its parameters."
 
     def diff(self, chapter: Chapter) -> str:
@@ -125,9 +192,8 @@ class Workbook:
         lines = list[str]()
         for definition in chapter.teaches:
             module, name = in_parts(definition)
-            text = self.text(module)
-            mine = whole(text, name) if find(text, name) else ""
-            ours = whole(reference(module), name).splitlines(keepends=True)
+            mine = self._own(module, name) if name in self.definitions(module) else ""
+            ours = whole(module, name).splitlines(keepends=True)
             labels = f"yours: {definition}", f"reference: {definition}"
             lines += unified_diff(mine.splitlines(keepends=True), ours, *labels)
         return "".join(lines)
@@ -138,7 +204,7 @@ class Workbook:
         if not missing:
             passed = self._progress().get(chapter.id)
             return "to be checked" if passed is None else self._since(chapter, passed)
-        started = any(find(self.text(m), n) for m, n in map(in_parts, chapter.teaches))
+        started = any(n in self.definitions(m) for m, n in map(in_parts, chapter.teaches))
         return (
             f"{len(chapter.teaches) - missing} of {len(chapter.teaches)} written" if started else "not begun"
         )
@@ -151,8 +217,11 @@ class Workbook:
         progress = {**self._progress(), chapter.id: self._digest(chapter)}
         (self.folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
 
+    def _own(self, module: str, name: str) -> str:
+        return language(module).whole(self.text(module), name)
+
     def _digest(self, chapter: Chapter) -> str:
-        texts = (whole(self.text(module), name) for module, name in map(in_parts, chapter.teaches))
+        texts = (self._own(module, name) for module, name in map(in_parts, chapter.teaches))
         return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
     def _progress(self) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""Owns compiling one kernel file, with a learner's parts in it, into a library that Python can call.
+
+Knows the system's C++ compiler, and no kernel. What it made is kept in the checkout's .cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+
+from tiny_llm.course.manifest import ROOT
+from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from tiny_llm.course.sections import merged
+from tiny_llm.errors import ConfigError
+
+CPU = ROOT / "kernels" / "cpu"
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+)
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
+
+
+def compiler() -> str:
+    """The path of $CXX, c++, g++ or clang++. Raises ConfigError if there is none."""
+    names = (os.environ.get("CXX") or "c++", "c++", "g++", "clang++")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        raise ConfigError(
+            "This chapter needs a C++ compiler, and there is none: on Debian and Ubuntu apt install g++, "
+            "on macOS xcode-select --install."
+        )
+    return found
+
+
+def build(kernel: str, folder: Path | None, without: Collection[str] = ()) -> Path:
+    """Compile ``kernels/cpu/<kernel>.cpp`` for this machine, with the parts of ``folder``'s file of it.
+
+    Returns the library; what the compiler says, at the learner's lines, goes to stderr. Raises ConfigError if
+    it finds errors, and if there is no compiler.
+    """
+    path, alone = CPU / f"{kernel}.cpp", CPU / "alone" / f"{kernel}.cpp"
+    own = folder / "kernels" / "cpu" / f"{kernel}.cpp" if folder else path
+    reference, mine = path.read_text(encoding="utf-8"), own.read_text(encoding="utf-8")
+    text = merged(reference, str(path), mine, os.path.relpath(own), without)
+    machine = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler(), *_FLAGS, *_WARNINGS, machine, "-DTINY_ISA=own", f"-I{CPU}", "-shared", "-fPIC"]
+    parts = (text, alone.read_text(encoding="utf-8"), path.with_suffix(".h").read_text(encoding="utf-8"))
+    digest = hashlib.sha256("\0".join([*command, *parts]).encode()).hexdigest()[:24]
+    library = ROOT / ".cache" / "course" / "native" / f"{digest}.so"
+    if not library.exists():
+        _compile([*command, "-x", "c++", "-", "-x", "c++", str(alone)], text, library)
+    return library
+
+
+def _compile(command: list[str], text: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / "made.so"
+        done = subprocess.run([*command, "-o", str(made)], input=text, capture_output=True, text=True)
+        print(done.stderr, end="", file=sys.stderr)
+        if done.returncode:
+            raise ConfigError("Your C++ does not compile; what stands above says where.")
+        made.replace(library)  # whoever else makes it makes the same
+
+
+@cache
+def learners(kernel: str) -> ctypes.CDLL:
+    """The library with this process's learner's parts, as the overlay's variables name them."""
+    file = f"kernels/cpu/{kernel}.cpp:"
+    listed = os.environ.get(WITHOUT_VARIABLE, "").split()
+    without = [name.removeprefix(file) for name in listed if name.startswith(file)]
+    return ctypes.CDLL(str(build(kernel, Path(os.environ[VARIABLE]), without)))
