@@ -73,7 +73,9 @@ def test_pictures_are_there_and_say_what_they_show(page: Path) -> None:
 @each_page
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     found = list(blocks(page.read_text(encoding="utf-8")))
-    assert {language for language, _ in found} <= {"python", "sh", "text"}, "each block says what it is"
+    assert {language for language, _ in found} <= {"python", "sh", "text", "cpp"}, (
+        "each block says what it is"
+    )
     script = tmp_path / "page.py"
     script.write_text("\n".join(code for language, code in found if language == "python"))
     python(str(script))

@@ -1,0 +1,75 @@
+"""Week 2: tables are what the experiments print, predictions are computed, symptoms are as told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.config import Quantization
+from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.weights.quantize import quantize_matrix
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+def text_of(number: str) -> str:
+    """A chapter's page."""
+    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
+
+
+def tables_of(number: str) -> list[str]:
+    """What the page says that its experiments print."""
+    return re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
+
+
+def frame(table: str) -> str:
+    """A table without its numbers."""
+    return re.sub(r"[\d.]+", "#", re.sub(r" +", " ", table))
+
+
+def test_the_predictions_of_2_3() -> None:
+    rows, size = 896, 494_032_768
+    matrix = quantize_matrix(mx.random.normal((rows, 896)).astype(mx.bfloat16), Quantization(4, 64))
+    bits = 8 * (matrix.packed.nbytes + matrix.scales.nbytes + matrix.biases.nbytes) / (rows * 896)
+    megabytes = size * bits / 8 / 1e6
+    assert f"**{megabytes:.0f} MB**" in text_of("2.3")
+    assert f"**{28_000 / megabytes:.0f} tokens**" in text_of("2.3")
+    assert f"**{896 + 2 * matrix.scales.shape[1]}**" in text_of("2.3")
+
+
+def test_the_errors_of_2_3(run, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.svg"
+    printed = run("book/experiments/quantized_matmul.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
+    assert printed == tables_of("2.3")[0], f"copy this into the page:\n{printed}"
+    assert drawn.read_text() == (ROOT / "book/docs/img/quantized_matmul.svg").read_text(), "draw it again"
+
+
+@needs_compiler
+def test_the_speeds_of_2_3(run) -> None:
+    done = run("book/experiments/quantized_matmul.py", "--speed", PYTHONPATH=ROOT)
+    assert set(frame(done.stdout).splitlines()) <= set(frame(tables_of("2.3")[1]).splitlines()), done.stderr
+
+
+@needs_compiler
+def test_the_program_of_2_3_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"^```cpp\n(.*?)^```$", text_of("2.3"), re.S | re.M)
+    (tmp_path / "page.cpp").write_text(program)
+    subprocess.run(["c++", "-std=c++20", "page.cpp", "-o", "page"], cwd=tmp_path, check=True)
+    subprocess.run([tmp_path / "page"], check=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("mutant", "bits", "right"),
+    [("bias-forgotten", 4, False), ("highest-bits-first", 8, False), ("highest-bits-first", 4, True)],
+)
+def test_the_symptoms_of_2_3(run, book, mutant: str, bits: int, right: bool) -> None:
+    book.add_mutant(next(m for m in read_manifest()["2.3"].mutants if m.name == mutant))
+    asked = ("generate", "--prompt", "What is 48 + 35?", "--max-tokens", "12", "--quantize", bits)
+    said = run("main.py", *asked, "--course", book.folder).stdout
+    assert said and ("83" in said) == right, said
