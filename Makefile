@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve book-experiments bench kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course book book-serve book-experiments bench bench-metal kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -23,7 +23,7 @@ help:
 	@echo 'make course  set up and show the chapters of the course'
 	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it,'
 	@echo '             make book-experiments runs what its pages show, and puts the results there'
-	@echo 'make bench   run the benchmarks'
+	@echo 'make bench   run the benchmarks; make bench-metal: on a Mac, ours against MLX and mlx-lm'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
@@ -73,6 +73,14 @@ arm64:
 
 fuzz: .venv/test.stamp .venv/kernels.stamp
 	TINY_LLM_FUZZ=10000 $(python) -m pytest tests/native/test_fuzz.py
+
+# Ours against MLX's operations and against mlx-lm, on a Mac's GPU.
+bench-metal: .venv/run.stamp
+	$(python) benchmarks/gpu_ops.py
+	$(python) benchmarks/peers.py make mlx-lm
+	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --context 16,512,4096
+	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --rows 16
+	TINY_LLM_BACKEND=metal $(python) benchmarks/prefill.py --shape qwen2-1.5b --against mlx-lm
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so

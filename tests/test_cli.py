@@ -18,6 +18,8 @@ import pexpect
 import pytest
 
 from tiny_llm import cli
+from tiny_llm.errors import ConfigError
+from tiny_llm.ops import backend
 from tiny_llm.weights.names import SHORT_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -395,6 +397,17 @@ def test_a_backend_is_forced_by_option_or_environment(call: Output, monkeypatch:
     code, _, err = call("generate", "--prompt", "Hello")
     expected = "one of ref, cpu, metal, metalsim, cuda"
     assert (code, err) == (2, f"error: backend is 'abacus', expected {expected}.\n")
+
+
+@pytest.mark.parametrize("name", ["metalsim", "metal", "cuda"])
+def test_our_gpu_kernels_give_the_tokens_of_ref(name: str, call: Output) -> None:
+    try:
+        backend.choose(name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    options = ["--prompt", "What is a KV cache?", "--dtype", "float32", "--max-tokens", "8", "--json"]
+    ours, ref = (json.loads(call("generate", *options, "--backend", b)[1]) for b in (name, "ref"))
+    assert ours["token_ids"] == ref["token_ids"]
 
 
 def test_answers_are_the_same_text_on_ref(call: Output) -> None:

@@ -94,7 +94,7 @@ def _matrices(shape: tuple[int, int], rows: int, exact: bool) -> list[Matrix]:
 def _attention(config: ModelConfig, rows: int, context: int) -> Case:
     """Queries at the end of ``context`` keys, through the cache; its layers take turns."""
     H, K, D, layers = config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers
-    dtype = kv_dtype(config, dtype=None, quantize=4) or mx.float32
+    dtype = kv_dtype(config, dtype=None, quantize=4)
     pairs = rows * (context - rows) + rows * (rows + 1) / 2
     layers = max(1, min(layers, int(MOST_OPERATIONS / (4 * H * D * pairs))))
     kv, before = DenseCache(layers, dtype), context - rows

@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
+
 from measure.environments import PEERS, PeerMissing, default_folder, python_of
 from measure.worker import WORKERS, Worker, WorkerError
 from tiny_llm.weights.names import config_of
@@ -83,8 +85,8 @@ def start(options: argparse.Namespace) -> Iterator[Sides]:
 
 
 def is_slow(name: str) -> bool:
-    """Whether to ask this side for a few tokens only, once."""
-    return name in PEERS and PEERS[name].slow
+    """Whether to ask this side for a few tokens only, once: here, without a GPU."""
+    return name in PEERS and PEERS[name].slow and mx.default_device().type == mx.cpu
 
 
 def _command(name: str, folder: Path) -> list[str | Path]:

@@ -78,7 +78,6 @@ class Ours:
     def _made(self, rows: int, room: int) -> Engine:
         config = self._model.config
         kept = kv_dtype(config, dtype=None, quantize=BITS)
-        assert kept is not None
         return Engine(
             self._model,
             self._tokenizer,

@@ -1,4 +1,4 @@
-"""Our Metal kernels, run by metalsim with every access checked: as ``ref``, in three dtypes, odd shapes."""
+"""Our Metal kernels, by metalsim with every access checked, and by a GPU: as ``ref``, in three dtypes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ Off = Callable[[mx.array, mx.array], float]
 Arrays = tuple[mx.array, ...]
 
 
+GPUS = ["metal"] if mx.metal.is_available() else []
+on_a_gpu_too = pytest.mark.parametrize("as_metal", ["metalsim", *GPUS], indirect=True)
+
+
 @pytest.fixture(autouse=True)
-def on_metalsim() -> Iterator[None]:
-    """Every op of this file runs as Metal."""
-    if reason := why_not():
+def as_metal(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every op of this file runs as Metal: simulated, and under ``on_a_gpu_too`` on a GPU if there is one."""
+    where = getattr(request, "param", "metalsim")
+    if where == "metalsim" and (reason := why_not()):
         pytest.skip(reason)
-    with backend.use("metalsim"):
+    with backend.use(where):
         yield
 
 
@@ -56,6 +61,7 @@ def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 64), (0, 8), (5, 896), (2, 5000)])
 def test_rms_norm(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., None]) -> None:
@@ -68,6 +74,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., N
     same(normed, expected[1])
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 0), (2, 513)])
 def test_swiglu(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., None]) -> None:
@@ -75,6 +82,7 @@ def test_swiglu(shape: tuple[int, ...], dtype: mx.Dtype, same: Callable[..., Non
     same(swiglu(gate, up), swiglu_ref(gate, up))
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize(("T", "H", "K", "D"), [(1, 1, 1, 2), (3, 14, 2, 64), (2, 4, 1, 80), (1, 2, 2, 256)])
@@ -95,6 +103,7 @@ def quantized(outputs: int, width: int, group: int, bits: int, dtype: mx.Dtype) 
     return QuantizedTensor(packed, scales, biases, group, bits)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width", "outputs", "group", "bits"),
@@ -130,6 +139,7 @@ def paged(
     return q, k, v, pool, pages
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("lens", "new", "H", "K", "D", "S"),
@@ -162,6 +172,7 @@ def one_of(arrays: Arrays, row: int) -> Arrays:
     return tuple(a[row : row + 1] for a in arrays)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_a_rows_bits_are_its_own_alone_or_among_33(dtype: mx.Dtype) -> None:
     x, y = normal(33, 192, dtype=dtype), normal(33, 192, seed=1, dtype=dtype)
@@ -180,6 +191,7 @@ def test_a_rows_bits_are_its_own_alone_or_among_33(dtype: mx.Dtype) -> None:
             assert mx.array_equal(all_rows[20:21], alone).item(), name
 
 
+@on_a_gpu_too
 def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
     q, k, v, pool, pages = paged([90, 17, 40], [1, 17, 1], 4, 2, 64, 16, mx.float32)
     together = paged_attention(q, k, v, tuple(mx.array(p) for p in pool), pages)[0]

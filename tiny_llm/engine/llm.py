@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
-import mlx.core as mx
-
 from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.engine import Engine, EngineSettings
@@ -73,7 +71,7 @@ class LLM:
         self.config = self._model.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         with use(self.backend):
-            kept = kv_dtype(self.config, dtype=dtype, quantize=quantize) or mx.float32
+            kept = kv_dtype(self.config, dtype=dtype, quantize=quantize)
         self._kept = kept
         self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))

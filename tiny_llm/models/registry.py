@@ -186,13 +186,13 @@ def _bytes_of(part: object, seen: set[int]) -> int:
     return int(getattr(part, "nbytes", 0))
 
 
-def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype | None:
-    """What the keys and values of a model that was loaded so are kept in; None: as they are computed.
+def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
+    """What the keys and values of a model that was loaded so are kept in: what they are computed in.
 
-    Backend "cpu" computes in float32. It keeps 16 bits of that where the weights have no more either.
+    But backend "cpu" computes in float32, and keeps 16 bits of that where the weights have no more either.
     """
     if active() != "cpu":
-        return None
+        return _MLX_DTYPES[dtype or _computed_dtype() or config.dtype]
     packed = quantize is not None or config.quantization is not None
     return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
 
@@ -203,10 +203,15 @@ def weight_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None
     return _stored_dtype(dtype, quantize, packed) or _MLX_DTYPES[config.dtype]
 
 
+def _computed_dtype() -> str | None:
+    """What MLX computes in unless it is told; None: what the weights are stored in."""
+    return "float32" if mx.default_device().type == mx.cpu else None
+
+
 def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.Dtype | None:
     """What floats become on loading; None: nothing else."""
     if packed and active() == "cpu":  # they widen as they read: wider in memory would be slower, not finer
         name = None if dtype == "float32" and quantize is None else dtype
     else:
-        name = dtype or ("float32" if mx.default_device().type == mx.cpu else None)
+        name = dtype or _computed_dtype()
     return None if name is None else _MLX_DTYPES[name]
