@@ -2,7 +2,8 @@
 
 A kernel's least is each byte of its inputs and outputs once (of a pool: of the tokens that are seen). What it
 moves is each element once a threadgroup: the cores' own caches keep it so long, at best. Shapes are those of
-Qwen2-1.5B with 4-bit weights, with fewer outputs, of which all are alike. Prints a table and one JSON line.
+Qwen2-1.5B with 4-bit weights, with fewer outputs, of which all are alike. From these and the chips' published
+figures: tokens/s that no run has measured, at most. Prints two tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
+from measure.apple import CHIPS, decode
 
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.run import Traffic
@@ -24,7 +27,9 @@ from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
+from tiny_llm.weights.names import config_of
 
+SHAPE = "qwen2-1.5b"
 WIDTH, HEADS, KV_HEADS, DIM, BLOCK = 1536, 12, 2, 128, 16
 Moved = dict[str, int]
 
@@ -136,6 +141,23 @@ def moved(traffic: Traffic, buffers: Sequence[str]) -> int:
     return sum(traffic.fetched[b] + traffic.written[b] for b in buffers)
 
 
+def at_most(rows: Sequence[Row], context: int = 512) -> dict[str, dict[str, float]]:
+    """Show tokens/s that each chip cannot pass: computed, not measured."""
+    config = ModelConfig.from_hf(config_of(SHAPE))
+    moved = {r.kernel: max(other.ratio for other in rows if other.kernel == r.kernel) for r in rows}
+    works = {
+        f"{n} x {context}": decode(config, n, context, moved["quantized_matmul"], moved["paged_attention"])
+        for n in (1, 16)
+    }
+    print(f"\nComputed, not measured: tokens/s at most, {SHAPE} with 4-bit weights, all sequences together")
+    print("| chip | GB/s | TFLOP/s |" + "".join(f" {size} tokens | bound by |" for size in works))
+    print("|---|---|---|" + "---|---|" * len(works))
+    for c in CHIPS:
+        cells = "".join(f" {work.tok_s(c):.0f} | {work.bound(c)} |" for work in works.values())
+        print(f"| {c.name} | {c.gb_s:g} | {c.tflop_s:g} |{cells}")
+    return {c.name: {size: round(work.tok_s(c), 1) for size, work in works.items()} for c in CHIPS}
+
+
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -160,7 +182,11 @@ def main() -> None:
             f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {r.what} | {r.all_ratio:.2f} "
             f"| {r.simd_operations:.2f} | {r.barriers:.2f} |"
         )
-    print(json.dumps([asdict(r) for r in rows]))
+    print(
+        json.dumps(
+            {"benchmark": "metal_traffic", "kernels": [asdict(r) for r in rows], "at_most": at_most(rows)}
+        )
+    )
 
 
 if __name__ == "__main__":
