@@ -118,6 +118,12 @@ def test_tracked_text_is_clean() -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
+def test_native_files_are_short_too() -> None:
+    native = {f for f in tracked(ROOT) if Path(f).suffix in {".cpp", ".h", ".cuh", ".metal"}}
+    lines = {f: len((ROOT / f).read_text(encoding="utf-8").splitlines()) for f in native}
+    assert lines and {f: n for f, n in lines.items() if n > 500} == {}
+
+
 def test_readme_has_a_line_for_every_file() -> None:
     problems = list(readme_tree_is_right((ROOT / "README.md").read_text(encoding="utf-8"), tracked(ROOT)))
     assert not problems, "\n" + "\n".join(problems)

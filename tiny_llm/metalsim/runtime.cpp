@@ -1,5 +1,7 @@
 // Runs one dispatch of a kernel: a fiber a thread, threadgroup after threadgroup, on one core.
 // With MSIM_STRICT every access of memory is checked first. Includes nothing, so that any clang can build it.
+#include "conversions.h"
+#include "fibers.h"
 #include "runtime.h"
 
 extern "C" {
@@ -101,31 +103,6 @@ u8* map(size_t bytes, int protection) {
   return at == (void*)-1 ? nullptr : (u8*)at;
 }
 }  // namespace
-
-// ---- switching fibers: msim_switch(where to keep this stack pointer, the one to go on with)
-
-extern "C" void msim_switch(void** keep, void* go_on);
-#if defined(__x86_64__)
-asm(".text\n.globl msim_switch\n.hidden msim_switch\nmsim_switch:\n"
-    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
-    "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
-    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n");
-constexpr u32 FRAME = 8, RETURN_TO = 6;  // words kept, and which of them is the return address
-#elif defined(__aarch64__)
-asm(".text\n.globl msim_switch\n.hidden msim_switch\nmsim_switch:\n"
-    "  sub sp, sp, #160\n"
-    "  stp x19, x20, [sp]\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
-    "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
-    "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n  stp d12, d13, [sp, #128]\n  stp d14, d15, [sp, #144]\n"
-    "  mov x9, sp\n  str x9, [x0]\n  mov sp, x1\n"
-    "  ldp x19, x20, [sp]\n  ldp x21, x22, [sp, #16]\n  ldp x23, x24, [sp, #32]\n"
-    "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
-    "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n  ldp d12, d13, [sp, #128]\n  ldp d14, d15, [sp, #144]\n"
-    "  add sp, sp, #160\n  ret\n");
-constexpr u32 FRAME = 20, RETURN_TO = 11;
-#else
-#error "metalsim switches fibers on x86-64 and arm64 only"
-#endif
 
 namespace {
 void leave() {
@@ -337,169 +314,11 @@ void run_threadgroup(const u32 at[3]) {
   }
 }
 
-#if MSIM_STRICT
-bool ordered(const Access& a, u32 kind) {
-  if (a.group != group_number) return false;
-  if (a.epoch < epoch[kind]) return true;
-  u32 mine = me->thread.simdgroup_index_in_threadgroup;
-  return a.thread / 32 == mine && a.simd_epoch < simdgroups[mine].epoch[kind];
-}
-
-// Whether `a` and an access by this thread now would be a race.
-bool clashes(const Access& a, u32 kind, bool atomic) {
-  if (!a.ever || (a.atomic && atomic)) return false;
-  bool same = a.group == group_number && a.thread == me->thread.thread_index_in_threadgroup;
-  return !same && !ordered(a, kind);
-}
-
-struct Place {
-  Cell* cells;
-  s64 offset;
-  u32 element, kind;  // 0: threadgroup memory, 1: device memory
-  s32 buffer;
-  const char* name;
-  bool initialised;
-};
-
-Report about(const Place& p, s64 offset, u32 bytes, bool write) {
-  Report what{};
-  what.buffer = p.buffer, what.offset = offset, what.bytes = bytes, what.name = p.name;
-  what.element = p.element;
-  what.here.write = write;
-  return what;
-}
-
-void check_cells(const Place& p, u32 bytes, bool write, bool read, bool atomic, u64 pc) {
-  u32 simdgroup = me->thread.simdgroup_index_in_threadgroup;
-  Access mine = {pc, group_number, epoch[p.kind], simdgroups[simdgroup].epoch[p.kind],
-                 u16(me->thread.thread_index_in_threadgroup), atomic, true};
-  for (u64 i = p.offset / p.element; i <= (p.offset + bytes - 1) / p.element; ++i) {
-    Cell& cell = p.cells[i];
-    if (p.kind == 0 && cell.write.group != group_number) cell.write.ever = false;
-    if (p.kind == 0 && cell.read.group != group_number) cell.read.ever = false;
-    if (p.kind == 0 && cell.read_too.group != group_number) cell.read_too.ever = false;
-    if (read && !cell.write.ever && !p.initialised)
-      return fault(UNINITIALISED, pc, about(p, i * p.element, bytes, false));
-    const Access* other = nullptr;
-    if (clashes(cell.write, p.kind, atomic)) other = &cell.write;
-    if (write && !other && clashes(cell.read, p.kind, atomic)) other = &cell.read;
-    if (write && !other && clashes(cell.read_too, p.kind, atomic)) other = &cell.read_too;
-    if (other) {
-      Report what = about(p, i * p.element, bytes, write);
-      what.there = {other->pc, other->group, other->thread, other == &cell.write};
-      return fault(RACE, pc, what);
-    }
-    if (write) {
-      cell.write = mine;
-    }
-    if (read && !write) {
-      bool first = !cell.read.ever || ordered(cell.read, p.kind) ||
-                   (cell.read.group == mine.group && cell.read.thread == mine.thread);
-      if (first) cell.read = mine;
-      else cell.read_too = mine;
-    }
-  }
-}
-
-void count_read(Buffer& b, u32* by, u64 offset, u32 bytes) {
-  b.read += bytes;
-  for (u64 i = offset / b.element; i <= (offset + bytes - 1) / b.element; ++i)
-    if (by[i] != group_number + 1) by[i] = group_number + 1, b.fetched += b.element;
-}
-
-void check(u64 at, u32 bytes, bool write, bool read, bool atomic, u32 alignment, u64 pc) {
-  if (at - (u64)stacks < STACK * MAX_THREADS) return;
-  tick(1, pc);
-  Place p{};
-  u64 inside = at - (u64)memory;
-  if (inside < sizeof(memory)) {
-    u32 number = owner[inside];
-    if (!number || inside + bytes > arrays[number - 1].offset + arrays[number - 1].bytes) {
-      if (!number)  // the nearest array that begins before
-        for (u32 i = 0; i < array_count; ++i)
-          if (arrays[i].offset <= inside) number = i + 1;
-      if (!number) number = 1;
-      const Array& a = arrays[number - 1];
-      p.name = a.name, p.element = a.element, p.buffer = -1;
-      Report what = about(p, s64(inside) - a.offset, bytes, write);
-      what.size = a.bytes;
-      return fault(BOUNDS, pc, what);
-    }
-    const Array& a = arrays[number - 1];
-    p = {a.cells, s64(inside) - a.offset, a.element, 0, -1, a.name, false};
-  } else {
-    u64 slot = (at - (u64)arena) / RESERVED;
-    if (at < (u64)arena || slot >= launch->buffers) {
-      if (at - (u64)launch->image < launch->image_bytes) return;
-      if (at - (u64)fibers < sizeof(fibers)) return;
-      Report what{};
-      what.here.write = write, what.offset = s64(at), what.bytes = bytes;
-      return fault(WILD, pc, what);
-    }
-    Buffer& b = launch->buffer[slot];
-    s64 offset = s64(at - (u64)arena - slot * RESERVED) - s64(MARGIN);
-    p = {buffer_cells[slot], offset, b.element, 1, s32(slot), nullptr, b.role != OUTPUT};
-    if (offset < 0 || u64(offset) + bytes > b.bytes) {
-      Report what = about(p, offset, bytes, write);
-      what.size = b.bytes;
-      return fault(BOUNDS, pc, what);
-    }
-    if (write && b.role == INPUT) return fault(INPUT_WRITTEN, pc, about(p, offset, bytes, write));
-    if (read) count_read(b, fetched_by[slot], u64(offset), bytes);
-    if (write) b.written += bytes;
-  }
-  if (at % alignment) {
-    Report what = about(p, p.offset, bytes, write);
-    what.size = alignment;
-    return fault(MISALIGNED, pc, what);
-  }
-  if (p.cells) check_cells(p, bytes, write, read, atomic, pc);
-}
-
-bool place_buffers() {
-  arena = map(RESERVED * launch->buffers + RESERVED, 0);
-  if (!arena) return false;
-  for (u32 i = 0; i < launch->buffers; ++i) {
-    Buffer& b = launch->buffer[i];
-    u8* start = arena + RESERVED * i + MARGIN;
-    size_t bytes = (b.bytes + 4095) / 4096 * 4096;
-    if (b.bytes > MARGIN) return false;
-    if (bytes && mmap(start, bytes, 3, 0x2 | 0x10 | 0x20 | 0x4000, -1, 0) == (void*)-1) return false;
-    if (b.role == OUTPUT) memset(start, 0xA5, b.bytes);  // as good as anything: nobody is to rely on it
-    else memcpy(start, b.data, b.bytes);
-    launch->pointers[i] = start;
-    buffer_cells[i] = nullptr;
-    size_t cells = (b.bytes + b.element - 1) / b.element;
-    fetched_by[i] = nullptr;
-    if (cells && !(fetched_by[i] = (u32*)map(cells * sizeof(u32), 3))) return false;
-    if (b.role != INPUT && cells && !(buffer_cells[i] = (Cell*)map(cells * sizeof(Cell), 3))) return false;
-  }
-  return true;
-}
-
-void take_back() {
-  for (u32 i = 0; arena && i < launch->buffers; ++i) {
-    Buffer& b = launch->buffer[i];
-    size_t cells = (b.bytes + b.element - 1) / b.element;
-    if (b.role == OUTPUT && b.must_be_written && !stopped && buffer_cells[i])
-      for (size_t c = 0; c < cells; ++c)
-        if (!buffer_cells[i][c].write.ever) {
-          Report what{};
-          what.buffer = s32(i), what.offset = s64(c * b.element), what.element = b.element;
-          for (size_t d = c; d < cells; ++d) what.size += !buffer_cells[i][d].write.ever;
-          fault(NEVER_WRITTEN, 0, what);
-          break;
-        }
-    if (b.role != INPUT && !stopped) memcpy(b.data, launch->pointers[i], b.bytes);
-    if (fetched_by[i]) munmap(fetched_by[i], cells * sizeof(u32));
-    if (buffer_cells[i]) munmap(buffer_cells[i], cells * sizeof(Cell));
-    buffer_cells[i] = nullptr, fetched_by[i] = nullptr;
-  }
-  if (arena) munmap(arena, RESERVED * launch->buffers + RESERVED);
-  arena = nullptr;
-}
-#endif
 }  // namespace
+
+#if MSIM_STRICT
+#include "checker.h"
+#endif
 
 extern "C" {
 const msim_thread* msim_me() { return &me->thread; }
@@ -583,88 +402,4 @@ int msim_run(Launch* given, Report* answer) {
 #endif
   return report->kind;
 }
-
-// Rounds to nearest even; compilers call these where the processor has no such instruction.
-static u16 round_bits(u32 bits) {
-  if ((bits & 0x7fffffff) > 0x7f800000) return u16(bits >> 16 | 0x40);
-  return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-__bf16 __truncsfbf2(float x) {
-  u16 bits = round_bits(__builtin_bit_cast(u32, x));
-  return __builtin_bit_cast(__bf16, bits);
-}
-
-__bf16 __truncdfbf2(double x) {
-  float f = float(x);
-  u32 bits = __builtin_bit_cast(u32, f);
-  // Round to odd, so that rounding again rounds as once.
-  if (double(f) != x && !(bits & 1)) bits = (double(f) > x) == (x > 0) ? bits - 1 : bits + 1;
-  u16 rounded = round_bits(bits);
-  return __builtin_bit_cast(__bf16, rounded);
-}
-
-float __extendhfsf2(_Float16 x) {
-  u16 h = __builtin_bit_cast(u16, x);
-  u32 sign = u32(h & 0x8000) << 16, rest = h & 0x7fff, bits;
-  if (rest >= 0x7c00) bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-  else if (rest >= 0x400) bits = sign | (rest + (112 << 10)) << 13;
-  else {
-    float small = float(int(rest)) * 0x1p-24f;
-    bits = sign | __builtin_bit_cast(u32, small);
-  }
-  return __builtin_bit_cast(float, bits);
-}
-
-_Float16 __truncsfhf2(float x) {
-  u32 bits = __builtin_bit_cast(u32, x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff, half;
-  if (rest > 0x7f800000) half = 0x7e00;
-  else if (rest >= 0x477ff000) half = 0x7c00;
-  else if (rest < 0x38800000) {
-    float sum = __builtin_bit_cast(float, rest) + 0.5f;  // the sum's last bit is half's smallest number
-    half = __builtin_bit_cast(u32, sum) - 0x3f000000;
-  } else half = (rest + 0xfff + (rest >> 13 & 1) - (112 << 23)) >> 13;
-  u16 result = u16(sign | half);
-  return __builtin_bit_cast(_Float16, result);
-}
-
-_Float16 __truncdfhf2(double x) {
-  float f = float(x);
-  u32 bits = __builtin_bit_cast(u32, f);
-  if (double(f) != x && !(bits & 1)) bits = (double(f) > x) == (x > 0) ? bits - 1 : bits + 1;
-  return __truncsfhf2(__builtin_bit_cast(float, bits));
-}
-
-#if MSIM_STRICT
-#define HERE ((u64)__builtin_return_address(0) - 1)
-#define ACCESS(n)                                                                                       \
-  void __tsan_read##n(void* at) { check((u64)at, n, false, true, false, n, HERE); }                     \
-  void __tsan_write##n(void* at) { check((u64)at, n, true, false, false, n, HERE); }                    \
-  void __tsan_unaligned_read##n(void* at) { check((u64)at, n, false, true, false, 1, HERE); }           \
-  void __tsan_unaligned_write##n(void* at) { check((u64)at, n, true, false, false, 1, HERE); }
-ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
-  check((u64)from, u32(bytes), false, true, false, 1, HERE);
-  check((u64)to, u32(bytes), true, false, false, 1, HERE);
-  return memcpy(to, from, bytes);
-}
-void* __tsan_memmove(void* to, const void* from, size_t bytes) { return __tsan_memcpy(to, from, bytes); }
-void* __tsan_memset(void* to, int value, size_t bytes) {
-  check((u64)to, u32(bytes), true, false, false, 1, HERE);
-  return memset(to, value, bytes);
-}
-void msim_atomic(void* at, u32 bytes) { check((u64)at, bytes, true, true, true, bytes, HERE); }
-
-static void undefined(const char* what, u64 pc) {
-  Report report{};
-  report.name = what;
-  fault(UNDEFINED, pc, report);
-}
-void __ubsan_handle_out_of_bounds(void*, u64) { undefined("an index outside of its array", HERE); }
-void __ubsan_handle_divrem_overflow(void*, u64, u64) { undefined("a division by 0", HERE); }
-void __ubsan_handle_shift_out_of_bounds(void*, u64, u64) { undefined("a shift by more bits than there are", HERE); }
-#endif
 }
