@@ -88,3 +88,16 @@ def test_memory_is_given_back_when_nobody_asks(demo: Path) -> None:
             llm.close()
 
     asyncio.run(asyncio.wait_for(ask_and_wait(), 30))
+
+
+def test_who_only_looks_does_not_keep_the_memory(demo: Path) -> None:
+    async def ask_and_look() -> None:
+        llm = AsyncLLM(demo, rest_s=0.1)
+        try:
+            await llm.generate("Hello", SamplingParams(max_tokens=4))
+            while await llm.call(lambda one: one.engine.scheduler.usage().capacity):
+                await asyncio.sleep(0.01)
+        finally:
+            llm.close()
+
+    asyncio.run(asyncio.wait_for(ask_and_look(), 30))

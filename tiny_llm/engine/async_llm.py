@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ class AsyncLLM:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who asked no longer waits, and a result could not be set
             try:
                 self._require_alive()
                 future.set_result(job(self.llm))
@@ -180,16 +183,17 @@ class AsyncLLM:
 
     def _take_jobs(self) -> bool:
         """Do what was asked since the last step; with nothing to do, wait for it. False: it is the end."""
-        patience: float | None = self._rest_s
+        end: float | None = time.monotonic() + self._rest_s  # whoever only looks does not put it off
         while True:
             idle = not len(self.llm.engine)
+            patience = None if end is None else max(0.0, end - time.monotonic())
             try:
                 job = self._inbox.get(block=idle, timeout=patience)
             except queue.Empty:
                 if not idle:
                     return True
                 self.llm.engine.rest()
-                patience = None  # until somebody asks
+                end = None  # until somebody asks
                 continue
             if job is None:
                 return False
