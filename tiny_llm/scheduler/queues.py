@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 from typing import Generic, TypeAlias, TypeVar
 
 Rank: TypeAlias = tuple[float, int]
@@ -39,6 +39,10 @@ class RankedQueue(Generic[T]):
         while heap and self._live.get(heap[0][2]) is not heap[0]:
             heappop(heap)
         return (heap[0][0], heap[0][2]) if heap else None
+
+    def head(self, most: int) -> list[T]:
+        """The first ``most`` items in their order. Looks at all of them."""
+        return [item for _, _, item in nsmallest(most, self._live.values())]
 
     def discard(self, item: T) -> bool:
         """Take ``item`` out; False if it was not in."""

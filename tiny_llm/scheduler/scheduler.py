@@ -212,6 +212,14 @@ class Scheduler:
         """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
         return self.blocks.usage((entry.table, entry.seq.computed) for entry in self._running.items)
 
+    def running(self) -> list[tuple[Sequence, BlockTable]]:
+        """Who takes part in steps, by rank, and its blocks: to be looked at, and only between two steps."""
+        return [(entry.seq, entry.table) for entry in self._running.items]
+
+    def waiting(self, most: int) -> list[Sequence]:
+        """The first ``most`` of those that wait. Looks at all of them: for a display, not for a step."""
+        return [entry.seq for entry in self._waiting.head(most)]
+
     def check_integrity(self) -> None:
         """Assert that nothing is lost or held twice. Looks at everything."""
         self.blocks.check_integrity(entry.table for entry in self._entries.values())

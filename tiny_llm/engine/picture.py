@@ -1,0 +1,64 @@
+"""Owns the picture of an engine at one moment, for those who watch it work: numbers only, no text, no token.
+
+Taken on the engine's thread between two steps, so that it is of one moment; nothing is kept for it while
+nobody asks. Whose request a sequence is, is not told.
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+
+from tiny_llm.data import Sequence
+from tiny_llm.engine.engine import Engine
+from tiny_llm.kv.blocks import OWNED
+
+MAX_CELLS = 4096
+"""Cells of the block map; of a larger pool, each stands for several blocks."""
+MAX_ROWS = 64
+"""Sequences that are told one by one, those that run before those that wait."""
+
+
+def picture(engine: Engine) -> dict[str, object]:
+    """All that a display needs, as JSON holds it. Totals are since the engine began, times in seconds.
+
+    ``cells`` is a byte a cell, as ``BlockManager.cells`` has them, in base64; a sequence's byte is
+    ``owner(its id)``. ``rows``: id, 1 if it runs, prompt tokens, tokens computed, tokens known, the most
+    that there may be, tokens of the prompt that were cached, blocks held. ``cost_s``: what it took.
+    """
+    began = time.perf_counter()
+    scheduler, totals = engine.scheduler, engine.totals
+    running, usage, prefix = scheduler.running(), scheduler.usage(), scheduler.blocks.prefix
+    cells = scheduler.blocks.cells(((table, owner(seq.id)) for seq, table in running), MAX_CELLS)
+    rows = [_row(seq, len(table.blocks)) for seq, table in running[:MAX_ROWS]]
+    rows += [_row(seq, 0) for seq in scheduler.waiting(MAX_ROWS - len(rows))]
+    return {
+        "now": began,
+        "block_size": scheduler.blocks.block_size,
+        "blocks": usage._asdict(),
+        "cells": b64encode(cells).decode(),
+        "rows": rows,
+        "running": len(running),
+        "waiting": scheduler.num_waiting,
+        "steps": totals.steps,
+        "prompt_tokens": totals.prompt_tokens,
+        "generation_tokens": totals.generation_tokens,
+        "first_tokens": sum(totals.ttft_s.counts),
+        "ttft_s": totals.ttft_s.total,
+        "hit_tokens": prefix.hit_tokens if prefix else 0,
+        "miss_tokens": prefix.miss_tokens if prefix else 0,
+        "preempted": sum(scheduler.preempted.values()),
+        "cost_s": time.perf_counter() - began,
+    }
+
+
+def owner(seq_id: int) -> int:
+    """A sequence's byte in the block map: different for those that come one after the other."""
+    return OWNED + seq_id % (256 - OWNED)
+
+
+def _row(seq: Sequence, blocks: int) -> list[int]:
+    """As ``picture`` says."""
+    most = seq.prompt_len + seq.params.max_tokens
+    running = int(seq.status == "running")
+    return [seq.id, running, seq.prompt_len, seq.computed, len(seq.tokens), most, seq.cached_tokens, blocks]
