@@ -106,7 +106,7 @@ def serving(
         wait_for(lambda: server.started and (load is not None or service.state == "ready"), "the server")
         yield Running(server, f"http://127.0.0.1:{listening.getsockname()[1]}")
     finally:
-        server.should_exit = True
+        service.draining = server.should_exit = True
         thread.join(PATIENCE_S)
         listening.close()
         assert not thread.is_alive(), "the server did not end"

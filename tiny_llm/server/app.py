@@ -16,9 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.server.answers import EventStream
 from tiny_llm.server.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import complete
+from tiny_llm.server.live import Live
+from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import require_model
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
@@ -39,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
         description="OpenAI-compatible. A field that is not listed here is refused with its name.",
         redoc_url=None,
     )
+    app.include_router(page_routes())
     app.include_router(_operations(service))
     app.include_router(_asking(service), responses=_documented_errors())
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
@@ -55,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
 
 def _operations(service: Service) -> APIRouter:
     """What tells about the server."""
-    router, settings = APIRouter(tags=["operations"]), service.settings
+    router, settings, live = APIRouter(tags=["operations"]), service.settings, Live(service)
 
     @router.get("/health")
     async def health() -> JSONResponse:
@@ -72,6 +76,10 @@ def _operations(service: Service) -> APIRouter:
     async def metrics() -> Response:
         asked = service.engine.call(lambda llm: exposition(llm, settings.name, service.prompt_tokens))
         return Response(await asyncio.wait_for(asked, METRICS_TIMEOUT_S), media_type=CONTENT_TYPE)
+
+    @router.get("/live", include_in_schema=False)  # it never ends, and is the page's own
+    async def watch() -> Response:
+        return EventStream(await live.watch())
 
     def card() -> dict[str, object]:
         return {

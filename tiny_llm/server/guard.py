@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tiny_llm.server.page_files import PAGE_FILES
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
-OPEN_PATHS = frozenset({"/health", "/", "/page.js", "/page.css"})
+OPEN_PATHS = frozenset({"/health", *PAGE_FILES})
 """No key, no model: whether we live, and the page, which asks its user for the key."""
 
 
@@ -39,11 +40,12 @@ class Guard:
             scope.setdefault("state", {})["salt"] = self._check(scope)
         except Problem as problem:
             return await problem.response()(scope, receive, send)
-        self.in_flight += 1
+        asks = scope["method"] == "POST"  # who only looks takes nobody's place
+        self.in_flight += asks
         try:
             await self._serve(scope, receive, send)
         finally:
-            self.in_flight -= 1
+            self.in_flight -= asks
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -94,7 +94,8 @@ async def _serve(server: Server, listening: socket.socket) -> None:
             name = server.service.settings.name
             place = f"[{host}]" if ":" in host else host
             print(server.service.llm.memory, file=sys.stderr)
-            print(f"Serving {name} at http://{place}:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            said = f"Serving {name} at http://{place}:{port} (a page to chat and to watch; Ctrl-C ends it)"
+            print(said, file=sys.stderr, flush=True)
         await serving
     finally:
         server.should_exit = True
