@@ -14,7 +14,7 @@ from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.sampling.logprobs import log_probabilities
 
-pytestmark = pytest.mark.chapter("1.6")
+pytestmark = [pytest.mark.chapter("1.6"), pytest.mark.chapter("2.1")]
 
 VOCAB, HEADS, DIM = 23, 2, 8
 

@@ -12,7 +12,7 @@ from tiny_llm.ops.attention import attention
 from tiny_llm.ops.backend import active
 from tiny_llm.ops.paged_attention import Pool, empty_pool, paged_attention, resize_pool
 
-_FIRST_CAPACITY = 256  # tokens; then it doubles, so that a token is copied about once in its life
+FIRST_CAPACITY = 256  # tokens; then it doubles, so that a token is copied about once in its life
 _BLOCK_SIZE = 32
 
 
@@ -45,24 +45,29 @@ class DenseCache:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Append k, v [T, K, D] to the layer and return q's attention [T, H, D] over all it now holds."""
         assert len(batch.starts) == 2, f"DenseCache holds one sequence, got {len(batch.starts) - 1}"
-        start = self._lengths[layer]
-        end = start + q.shape[0]
-        self._lengths[layer] = end
         if active() == "cpu":
-            return self._attend_pool(layer, q, k, v, batch, end)
-        keys = self._keys[layer] = _written(self._keys[layer], self._kept(k), start, end)
-        values = self._values[layer] = _written(self._values[layer], self._kept(v), start, end)
+            return self._attend_pool(layer, q, k, v, batch)
+        return self.attend_arrays(layer, q, k, v)
+
+    def attend_arrays(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Append k, v [T, K, D] to the layer's arrays; return q's attention [T, H, D] over all they hold.
+
+        The rows' positions begin at what the layer has held so far. Attention computes in q's dtype.
+        """
+        start = self._lengths[layer]
+        end = self._lengths[layer] = start + q.shape[0]
+        keys = self._keys[layer] = written(self._keys[layer], self._kept(k), start, end)
+        values = self._values[layer] = written(self._values[layer], self._kept(v), start, end)
         seen = [kept[:end].astype(q.dtype) for kept in (keys, values)]
         return attention(q, *seen, scale=q.shape[-1] ** -0.5, offset=start)
 
     def _kept(self, new: mx.array) -> mx.array:
         return new if self._dtype is None else new.astype(self._dtype)
 
-    def _attend_pool(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, end: int
-    ) -> mx.array:
+    def _attend_pool(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+        end = self._lengths[layer] = self._lengths[layer] + q.shape[0]
         pool = self._pools[layer]
-        blocks = -(-_capacity(end) // _BLOCK_SIZE)
+        blocks = -(-capacity(end) // _BLOCK_SIZE)
         if pool is None:
             shape = (k.shape[1], k.shape[2], _BLOCK_SIZE)
             pool = empty_pool(shape, blocks, blocks, self._dtype or k.dtype)
@@ -86,18 +91,22 @@ def _in_order(start: int, end: int) -> Pages:
     )
 
 
-def _capacity(tokens: int) -> int:
-    grown = _FIRST_CAPACITY
-    while grown < tokens:
-        grown *= 2
-    return grown
+def capacity(tokens: int) -> int:
+    """Rows of the arrays that hold so many tokens: 256, doubled until they fit."""
+    rows = FIRST_CAPACITY
+    while rows < tokens:
+        rows *= 2
+    return rows
 
 
-def _written(store: mx.array | None, new: mx.array, start: int, end: int) -> mx.array:
-    """Return ``store`` [capacity, K, D] with ``new`` at rows start:end, doubled until it fits."""
-    capacity = 0 if store is None else store.shape[0]
-    if end > capacity:
-        room = mx.zeros((_capacity(end) - capacity, *new.shape[1:]), dtype=new.dtype)
+def written(store: mx.array | None, new: mx.array, start: int, end: int) -> mx.array:
+    """Return ``store`` [rows, K, D] with ``new`` [T, K, D] at rows ``start:end``.
+
+    If it does not fit, or there is no ``store`` yet, what it held goes into one of ``capacity(end)`` rows.
+    """
+    rows = 0 if store is None else store.shape[0]
+    if end > rows:
+        room = mx.zeros((capacity(end) - rows, *new.shape[1:]), dtype=new.dtype)
         store = room if store is None else mx.concatenate([store, room])
     assert store is not None
     store[start:end] = new
