@@ -73,3 +73,22 @@ def test_the_symptoms_of_2_3(run, book, mutant: str, bits: int, right: bool) -> 
     asked = ("generate", "--prompt", "What is 48 + 35?", "--max-tokens", "12", "--quantize", bits)
     said = run("main.py", *asked, "--course", book.folder).stdout
     assert said and ("83" in said) == right, said
+
+
+def test_the_predictions_of_2_1(run) -> None:
+    printed = run("book/experiments/kv_cache.py", PYTHONPATH=ROOT).stdout
+    assert frame(printed) == frame(tables_of("2.1")[1])
+    rows, text = re.findall(r"[\d,]+ with", printed.splitlines()[0]), text_of("2.1")
+    assert len(rows) == 2 and all(f"**{row.removesuffix(' with')}**" in text for row in rows)
+    token = 2 * 24 * mx.zeros((1, 2, 64), dtype=mx.bfloat16).nbytes
+    assert f"**{token:,}** bytes" in text and f"**{token * 4096 / 1e6:.0f} MB**" in text
+
+
+def test_the_mistakes_of_2_1(run) -> None:
+    """Which ones show; what exactly a broken model says may differ on another machine."""
+    printed = run("book/experiments/kv_cache.py", "--mistakes", PYTHONPATH=ROOT).stdout
+    found, told = (
+        [(line[:24].strip(), line.endswith("48 + 35 = 83")) for line in text.splitlines()[1:]]
+        for text in (printed, tables_of("2.1")[0])
+    )
+    assert found == told and len(found) == 7, printed
