@@ -2,8 +2,9 @@
 
 MLX's streams belong to the thread that made them, so one thread loads the model and runs every
 step; requests reach it through a queue, and chunks come back through the event loop of whoever
-asked: nobody polls. If a step breaks in a way that the engine itself cannot mend, everyone who waits is
-told, and the engine is made anew, once; if it happens again, the thread ends.
+asked: nobody polls, and all chunks of a step are one call. If a step breaks in a way that the engine
+itself cannot mend, everyone who waits is told, and the engine is made anew, once; if it happens again,
+the thread ends.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM, Prompt
 from tiny_llm.errors import TinyLLMError
 
 REST_S = 600.0
 T = TypeVar("T")
+Item = tuple[int, "Chunk | Exception"]
+"""What came of a caller's prompt of that number."""
 MAX_RESTARTS = 1
 
 
@@ -30,14 +35,38 @@ class EngineDeadError(TinyLLMError):
     """The engine's thread has ended: no request can be answered any more."""
 
 
+class _Mailbox:
+    """What has come for one caller. Only its own event loop touches it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._items: list[Item] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        """Add to it."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Item]:
+        """Everything that has come since; wait if that is nothing."""
+        if not self._items:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items
+
+
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request on its way: ``deliver`` may be called from any thread."""
+    """A request on its way: the caller's prompt of that ``number``."""
 
+    number: int
     ids: list[int]
     params: SamplingParams
     options: dict[str, Any]
-    deliver: Callable[[Chunk | Exception], None]
+    mailbox: _Mailbox
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,34 +103,43 @@ class AsyncLLM:
         """Whether the engine's thread runs."""
         return not self._closed.is_set()
 
-    async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[Chunk]:
-        """Yield the answer's chunks; ``options`` are those of ``Engine.add``. Leaving early cancels it.
+    async def streams(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncGenerator[list[tuple[int, Chunk]], None]:
+        """Yield (number of the prompt, chunk) of all answers, whatever has come meanwhile at a time.
 
-        Raises RequestError, CapacityError or BusyError as ``Engine.add`` does, and EngineDeadError.
+        ``options`` are those of ``Engine.add``. Leaving early cancels what has not ended. Raises
+        RequestError, CapacityError or BusyError as ``Engine.add`` does, and EngineDeadError.
         """
-        ids, checked = self.llm.check(prompt, params)
-        loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
-
-        def deliver(item: Chunk | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(chunks.put_nowait, item)
-
-        asked = _Asked(ids, checked, options, deliver)
+        checked = [self.llm.check(prompt, params) for prompt in prompts]
+        mailbox = _Mailbox()
+        asked = [_Asked(i, ids, own, options, mailbox) for i, (ids, own) in enumerate(checked)]
         self._post(lambda: self._add(asked))
-        left = checked.n
+        left = sum(one.left for one in asked)
         try:
             while left:
-                item = await chunks.get()
-                if isinstance(item, Exception):
-                    left = 0
-                    raise item
-                left -= item.completion is not None
-                yield item
+                came: list[tuple[int, Chunk]] = []
+                for number, item in await mailbox.take():
+                    if isinstance(item, Exception):
+                        if came:
+                            yield came
+                        raise item
+                    left -= item.completion is not None
+                    came.append((number, item))
+                yield came
         finally:
             if left:
-                self._post(lambda: self._cancel(asked))
+                with suppress(EngineDeadError):  # then nothing is left to be cancelled
+                    self._post(lambda: self._cancel(asked))
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> AsyncGenerator[Chunk, None]:
+        """``streams`` of one prompt: its chunks."""
+        async with aclosing(self.streams([prompt], params, **options)) as stream:
+            async for came in stream:
+                for _, chunk in came:
+                    yield chunk
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -167,8 +205,7 @@ class AsyncLLM:
 
     def _step(self) -> None:
         try:
-            for number, chunk in self.llm.engine.step():
-                self._deliver(number, chunk)
+            self._deliver(self.llm.engine.step())
         except Exception as error:
             if self.restarts >= MAX_RESTARTS:
                 raise
@@ -177,8 +214,7 @@ class AsyncLLM:
             self.llm = self.llm.with_engine(self.llm.engine.settings)
 
     def _tell_all(self, what: str) -> None:
-        for asked in set(self._asked.values()):
-            asked.deliver(EngineDeadError(what))
+        _hand_over((asked, EngineDeadError(what)) for asked in self._asked.values())
         self._asked.clear()
 
     def _take_jobs(self) -> bool:
@@ -199,23 +235,43 @@ class AsyncLLM:
                 return False
             job()
 
-    def _add(self, asked: _Asked) -> None:
-        try:
-            self._require_alive()
-            self._asked[self.llm.engine.add(asked.ids, asked.params, **asked.options)] = asked
-        except Exception as error:
-            asked.deliver(error)
+    def _add(self, all_asked: Sequence[_Asked]) -> None:
+        for asked in all_asked:
+            try:
+                self._require_alive()
+                self._asked[self.llm.engine.add(asked.ids, asked.params, **asked.options)] = asked
+            except Exception as error:
+                _hand_over([(asked, error)])
+                return
 
-    def _cancel(self, asked: _Asked) -> None:
-        for number in [number for number, other in self._asked.items() if other is asked]:
+    def _cancel(self, all_asked: Sequence[_Asked]) -> None:
+        for number in [number for number, asked in self._asked.items() if asked in all_asked]:
             self.llm.engine.cancel(number)
             del self._asked[number]
 
-    def _deliver(self, number: int, chunk: Chunk) -> None:
-        asked = self._asked.get(number)
-        if asked is None:
-            return
-        asked.left -= chunk.completion is not None
-        if not asked.left:
-            del self._asked[number]
-        asked.deliver(chunk)
+    def _deliver(self, events: Iterable[Event]) -> None:
+        known = []
+        for number, chunk in events:
+            asked = self._asked.get(number)
+            if asked is None:
+                continue
+            asked.left -= chunk.completion is not None
+            if not asked.left:
+                del self._asked[number]
+            known.append((asked, chunk))
+        _hand_over(known)
+
+
+def _hand_over(items: Iterable[tuple[_Asked, Chunk | Exception]]) -> None:
+    """Put each item into its mailbox, from any thread, with one call of an event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Item]]] = {}
+    for asked, item in items:
+        loops.setdefault(asked.mailbox.loop, []).append((asked.mailbox, (asked.number, item)))
+    for loop, mail in loops.items():
+        with suppress(RuntimeError):  # it is closed, and nobody waits there
+            loop.call_soon_threadsafe(_sort, mail)
+
+
+def _sort(mail: list[tuple[_Mailbox, Item]]) -> None:
+    for mailbox, item in mail:
+        mailbox.put(item)

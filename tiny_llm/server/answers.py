@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from json.encoder import encode_basestring as _quoted
 from math import isfinite
 
 from fastapi.responses import StreamingResponse
@@ -15,6 +16,7 @@ from tiny_llm.data import Completion
 from tiny_llm.server.problems import problem_of
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
+_HOLE = "\x00"  # no other value of ours ends with it
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 DONE = b"data: [DONE]\n\n"
 
@@ -104,25 +106,33 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(_guarded(events), media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
 
     async def stream_response(self, send: Send) -> None:
-        """Send all events; whatever stops it, the generator does not go on."""
-        async with aclosing(self._events):
-            await super().stream_response(send)
+        """Send all events; whatever stops it, the generator does not go on.
 
-
-async def _guarded(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    """A fault becomes an event: the status has been sent already."""
-    try:
-        async for event in events:
-            yield event
-    except Exception as error:
-        yield event_of(problem_of(error).body)
-        yield DONE
+        A fault becomes an event: the status has been sent already.
+        """
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
+        async with aclosing(self._events) as events:
+            while more:
+                try:
+                    body = await anext(events)
+                except StopAsyncIteration:
+                    body, more = b"", False
+                except Exception as error:
+                    body, more = event_of(problem_of(error).body) + DONE, False
+                await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def event_of(value: object) -> bytes:
     """A value as an event."""
     return b"data: " + dumps(value) + b"\n\n"
+
+
+def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
+    """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
+    before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))
+    return lambda text: before + _quoted(text).encode() + after

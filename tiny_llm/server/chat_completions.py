@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, event_of, new_id, usage
+from tiny_llm.server.answers import (
+    DONE,
+    EventStream,
+    chat_logprobs,
+    dumps,
+    event_of,
+    events_around,
+    new_id,
+    usage,
+)
 from tiny_llm.server.bodies import ChatBody, NamedTool
 from tiny_llm.server.grammars import lark_form
 from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model, require_no_late_end
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Piece, Service
+from tiny_llm.server.service import Job, Pieces, Service
 from tiny_llm.server.tools import CLOSE, OPEN, Reader, calls_grammar, message_of, style_of
 
 
@@ -100,29 +110,42 @@ class _Answer:
         rest = self._rest(rows, chunks[-1].completion, reader.calls)
         return {"index": index, "message": message_of(deltas), **rest}
 
-    async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
         """The response of a request that is: who speaks, then what it says, then why it ended."""
-        options, ended, begun = self._body.stream_options, [], set[int]()
+        options, ended = self._body.stream_options, list[Completion]()
         head = self._head("chat.completion.chunk")
         with_usage = {"usage": None} if options is not None and options.include_usage else {}
+
+        def event(index: int, delta: dict[str, object], rest: dict[str, object]) -> dict[str, object]:
+            return {**head, "choices": [{"index": index, "delta": delta, **rest}], **with_usage}
+
+        def saying(index: int, text: str) -> dict[str, object]:
+            return event(index, {"content": text}, self._rest([], None, 0))
+
+        quick: dict[int, Callable[[str], bytes]] = {}  # for an answer that has begun: only its text changes
         async with aclosing(pieces):
-            async for index, chunk in pieces:
-                deltas: list[dict[str, object]] = (
-                    [] if index in begun else [{"role": "assistant", "content": ""}]
-                )
-                begun.add(index)
-                deltas += self._deltas(index, chunk)
-                if chunk.completion is not None:
-                    ended.append(chunk.completion)
-                for delta in deltas:
-                    choice = {"index": index, "delta": delta, **self._rest([], None, 0)}
-                    if delta is deltas[-1]:
-                        calls = self._readers[index].calls
-                        choice |= self._rest(chunk.logprobs or [], chunk.completion, calls)
-                    yield event_of({**head, "choices": [choice], **with_usage})
-        if with_usage:
-            yield event_of({**head, "choices": [], "usage": usage(ended)})
-        yield DONE
+            async for came in pieces:
+                events = []
+                for index, chunk in came:
+                    deltas = self._deltas(index, chunk)
+                    if index not in quick:
+                        deltas.insert(0, {"role": "assistant", "content": ""})
+                        quick[index] = events_around(partial(saying, index))
+                    elif len(deltas) == 1 and deltas[0].keys() == {"content"} and _says_no_more(chunk):
+                        events.append(quick[index](str(deltas[0]["content"])))
+                        continue
+                    if chunk.completion is not None:
+                        ended.append(chunk.completion)
+                    for delta in deltas:
+                        rest = self._rest([], None, 0)
+                        if delta is deltas[-1]:
+                            calls = self._readers[index].calls
+                            rest = self._rest(chunk.logprobs or [], chunk.completion, calls)
+                        events.append(event_of(event(index, delta, rest)))
+                if events:
+                    yield b"".join(events)
+        tail = event_of({**head, "choices": [], "usage": usage(ended)}) if with_usage else b""
+        yield tail + DONE
 
     def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, object]]:
         """What a chunk adds to the message; one empty delta where only its end or a logprob is to be told."""
@@ -144,3 +167,8 @@ class _Answer:
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+
+def _says_no_more(chunk: Chunk) -> bool:
+    """Whether a chunk is its text alone."""
+    return chunk.completion is None and not chunk.logprobs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -17,6 +18,7 @@ from tiny_llm.server.answers import (
     completion_logprobs,
     dumps,
     event_of,
+    events_around,
     new_id,
     usage,
 )
@@ -30,7 +32,7 @@ from tiny_llm.server.params import (
     require_model,
 )
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Piece, Service
+from tiny_llm.server.service import Job, Pieces, Service
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
@@ -81,22 +83,35 @@ class _Answer:
         ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
         return {**self._head, "choices": choices, "usage": usage(ended)}
 
-    async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
         """The response of a request that is."""
-        options, ended, begun = self._body.stream_options, [], set[int]()
+        options, ended = self._body.stream_options, list[Completion]()
         with_usage = {"usage": None} if options is not None and options.include_usage else {}
+
+        def event(index: int, text: str, rows: Sequence[dict[int, float]], last: Completion | None) -> object:
+            return {**self._head, "choices": [self._choice(index, text, rows, last)], **with_usage}
+
+        quick: dict[int, Callable[[str], bytes]] = {}  # for an answer that has begun: only its text changes
         async with aclosing(pieces):
-            async for index, chunk in pieces:
-                text = chunk.text if index in begun else self._before(index) + chunk.text
-                begun.add(index)
-                if chunk.completion is not None:
-                    ended.append(chunk.completion)
-                if text or chunk.logprobs or chunk.completion:
-                    choice = self._choice(index, text, chunk.logprobs or [], chunk.completion)
-                    yield event_of({**self._head, "choices": [choice], **with_usage})
-        if with_usage:
-            yield event_of({**self._head, "choices": [], "usage": usage(ended)})
-        yield DONE
+            async for came in pieces:
+                events = []
+                for index, chunk in came:
+                    text, last = chunk.text, chunk.completion
+                    if last is None and not chunk.logprobs and index in quick:
+                        if text:
+                            events.append(quick[index](text))
+                        continue
+                    if index not in quick:
+                        text = self._before(index) + text
+                        quick[index] = events_around(partial(event, index, rows=(), last=None))
+                    if last is not None:
+                        ended.append(last)
+                    if text or chunk.logprobs or last:
+                        events.append(event_of(event(index, text, chunk.logprobs or (), last)))
+                if events:
+                    yield b"".join(events)
+        tail = event_of({**self._head, "choices": [], "usage": usage(ended)}) if with_usage else b""
+        yield tail + DONE
 
     def _choice(
         self, index: int, text: str, rows: Sequence[dict[int, float]], ended: Completion | None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar
 
 from fastapi import Request
 
-from tiny_llm.data import Chunk, SamplingParams
+from tiny_llm.data import Chunk, Completion, SamplingParams
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.server.grammars import Grammars
@@ -31,6 +31,10 @@ class Piece(NamedTuple):
 
     answer: int
     chunk: Chunk
+
+
+Pieces = AsyncGenerator[list[Piece], None]
+"""A job's pieces, whatever has come meanwhile at a time."""
 
 
 class Job(NamedTuple):
@@ -97,19 +101,18 @@ class Service:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 
-    async def begin(self, request: Request, job: Job) -> AsyncGenerator[Piece, None]:
-        """Start a job and return its pieces once the first one is there. Closing the stream cancels it.
+    async def begin(self, request: Request, job: Job) -> Pieces:
+        """Start a job and return its pieces once the first ones are there. Closing the stream cancels it.
 
         Raises what the engine refuses it with, and Problem for one that waited too long.
         """
         pieces = _pieces(self.engine, job)
         try:
             first = await unless_gone(request, anext(pieces))
-            _raise_if_failed(first.chunk, begun=False)
-            self._count(job)
         except BaseException:
             await pieces.aclose()
             raise
+        self._count(job)
         return _with_first(first, pieces)
 
     async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
@@ -118,9 +121,9 @@ class Service:
 
         async def collect() -> None:
             async with aclosing(_pieces(self.engine, job)) as pieces:
-                async for index, chunk in pieces:
-                    _raise_if_failed(chunk, begun=bool(answers[index]))
-                    answers[index].append(chunk)
+                async for came in pieces:
+                    for index, chunk in came:
+                        answers[index].append(chunk)
 
         await unless_gone(request, collect())
         self._count(job)
@@ -160,67 +163,43 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _pieces(engine: AsyncLLM, job: Job) -> AsyncGenerator[Piece, None]:
-    """The chunks of all answers as they come: those of prompt i have the indices from i * n on."""
-    if len(job.prompts) == 1:
-        async with aclosing(_stream(engine, job, 0)) as stream:
-            async for piece in stream:
-                yield piece
-        return
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+async def _pieces(engine: AsyncLLM, job: Job) -> Pieces:
+    """The chunks of all answers as they come: those of prompt i have the indices from i * n on.
 
-    async def feed(number: int) -> None:
-        try:
-            async with aclosing(_stream(engine, job, number)) as stream:
-                async for piece in stream:
-                    queue.put_nowait(piece)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    feeds = [asyncio.ensure_future(feed(number)) for number in range(len(job.prompts))]
-    try:
-        left = len(feeds)
-        while left:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in feeds:
-            task.cancel()
-        await asyncio.gather(*feeds, return_exceptions=True)
+    Raises Problem for an answer that ended by a fault or too late.
+    """
+    n, begun = job.params.n, False
+    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
+    async with aclosing(streams):
+        async for came in streams:
+            pieces: list[Piece] = []
+            for number, chunk in came:
+                problem = _failure(chunk.completion, begun) if chunk.completion is not None else None
+                if problem is not None:
+                    if pieces:
+                        yield pieces
+                    raise problem
+                pieces.append(Piece(number * n + chunk.index, chunk))
+            yield pieces
+            begun = True
 
 
-async def _stream(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[Piece, None]:
-    chunks: AsyncIterator[Chunk] = engine.stream(
-        job.prompts[number], job.params, priority=job.priority, salt=job.salt
-    )
-    async with aclosing(chunks) as stream:  # type: ignore[type-var]
-        async for chunk in stream:
-            yield Piece(number * job.params.n + chunk.index, chunk)
-
-
-async def _with_first(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+async def _with_first(first: list[Piece], rest: Pieces) -> Pieces:
     async with aclosing(rest):
         yield first
-        async for piece in rest:
-            _raise_if_failed(piece.chunk, begun=True)
-            yield piece
+        async for came in rest:
+            yield came
 
 
-def _raise_if_failed(chunk: Chunk, *, begun: bool) -> None:
+def _failure(ended: Completion, begun: bool) -> Problem | None:
     """An answer that ended by a fault or too late has no text that a client should take for one."""
-    if chunk.completion is None:
-        return
-    reason = chunk.completion.finish_reason
-    if reason == "error":
-        raise Problem(500, chunk.completion.error or "The request failed.", code="generation_failed")
-    if reason == "timeout":
-        where = "took too long" if begun else "waited too long"
-        raise Problem(503, f"The request {where}.", code="timeout")
-    if reason == "cancelled":
-        raise Problem(503, "The request was cancelled.", code="cancelled")
+    match ended.finish_reason:
+        case "error":
+            return Problem(500, ended.error or "The request failed.", code="generation_failed")
+        case "timeout":
+            where = "took too long" if begun else "waited too long"
+            return Problem(503, f"The request {where}.", code="timeout")
+        case "cancelled":
+            return Problem(503, "The request was cancelled.", code="cancelled")
+        case _:
+            return None

@@ -9,12 +9,12 @@ from contextlib import aclosing
 from fastapi import Request
 from fastapi.responses import Response
 
-from tiny_llm.data import Completion
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob, usage
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Piece, Service
+from tiny_llm.server.service import Job, Pieces, Service
 
 DEFAULT_TOKENS = 256
 
@@ -54,18 +54,16 @@ def _told(index: int, completion: Completion) -> dict[str, object]:
     }
 
 
-async def _events(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
+async def _events(pieces: Pieces) -> AsyncGenerator[bytes, None]:
     async with aclosing(pieces):
-        async for index, chunk in pieces:
-            if chunk.completion is not None:
-                told = _told(index, chunk.completion) | {
-                    "text": chunk.text,
-                    "token_ids": list(chunk.token_ids),
-                }
-                yield event_of(told)
-            else:
-                yield event_of({"index": index, "text": chunk.text, "token_ids": list(chunk.token_ids)})
+        async for came in pieces:
+            yield b"".join(event_of(_part(index, chunk)) for index, chunk in came)
     yield DONE
+
+
+def _part(index: int, chunk: Chunk) -> dict[str, object]:
+    ended = {} if chunk.completion is None else _told(index, chunk.completion)
+    return {"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)}
 
 
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
