@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -27,15 +26,15 @@ from tiny_llm.server.bodies import ChatBody, NamedTool
 from tiny_llm.server.grammars import lark_form
 from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, require_model, require_no_late_end
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Pieces, Service
+from tiny_llm.server.service import Job, Pieces, Service, aside
 from tiny_llm.server.tools import CLOSE, OPEN, Reader, calls_grammar, message_of, style_of
 
 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    form = await asyncio.to_thread(_form, service, body)
-    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
+    form, job = await aside(request, lambda: (_form(service, body), _job(service, request, body)))
+    job = await service.shaped(job, form)
     answer = _Answer(service, body)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))

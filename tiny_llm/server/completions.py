@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -32,14 +31,14 @@ from tiny_llm.server.params import (
     require_model,
 )
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Pieces, Service
+from tiny_llm.server.service import Job, Pieces, Service, aside
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    form = await asyncio.to_thread(form_of, body)
-    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
+    form, job = await aside(request, lambda: (form_of(body), _job(service, request, body)))
+    job = await service.shaped(job, form)
     answer = _Answer(service, body, job)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))

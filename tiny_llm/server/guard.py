@@ -59,6 +59,7 @@ class Guard:
             return await problem.response()(scope, receive, send)
         if body is None:  # the client is gone
             return
+        scope["state"]["body_bytes"] = len(body)
         await self._app(scope, _replayed(body, receive), send)
 
     def _check(self, scope: Scope) -> str:

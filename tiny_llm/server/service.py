@@ -23,6 +23,8 @@ from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
 T = TypeVar("T")
+SMALL_BODY_BYTES = 2**13
+"""Templates and tokenizers take less for it than a thread's wake-up on a busy machine."""
 State = Literal["loading", "ready", "draining", "dead"]
 
 
@@ -138,6 +140,13 @@ class Service:
 
     def _count(self, job: Job) -> None:
         self.prompt_tokens += sum(map(len, job.prompts))
+
+
+async def aside(request: Request, work: Callable[[], T]) -> T:
+    """Do what takes as long as the body is large: in a thread, or here, where it is soon done."""
+    if request.state.body_bytes <= SMALL_BODY_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 class ClientGone(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -14,7 +13,7 @@ from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob,
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Pieces, Service
+from tiny_llm.server.service import Job, Pieces, Service, aside
 
 DEFAULT_TOKENS = 256
 
@@ -22,8 +21,8 @@ DEFAULT_TOKENS = 256
 async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
     """Answer one request: the engine's own view of it, token ids included."""
     require_model(body.model, service.settings.name)
-    form = await asyncio.to_thread(form_of, body)
-    job = await service.shaped(await asyncio.to_thread(_job, service, request, body), form)
+    form, job = await aside(request, lambda: (form_of(body), _job(service, request, body)))
+    job = await service.shaped(job, form)
     if body.stream:
         return EventStream(_events(await service.begin(request, job)))
     ended = [chunks[-1].completion for chunks in await service.whole(request, job)]
