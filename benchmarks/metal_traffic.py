@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 from measure.apple import CHIPS, decode
+from measure.sides import numbers
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Pages, QuantizedTensor
@@ -85,7 +86,7 @@ def attention_case(sequences: int, context: int) -> Case:
     pool = normal(count, KV_HEADS, DIM, BLOCK), normal(count, KV_HEADS, BLOCK, DIM)
     tokens = sequences * context * KV_HEADS * DIM * 2
     least = {"q": q.nbytes, "keys": tokens, "values": tokens, "tables": tables.nbytes, "out": q.nbytes}
-    least |= {"sequence": 4 * sequences, "seen": 4 * sequences, "width": 4, "scale": 4}
+    least |= {"work": 16 * sequences, "width": 4, "scale": 4}
     size = f"{sequences} x {context} tokens"
     return Case(size, ("keys", "values"), least, q.size, lambda: paged_attention(q, k, k, pool, pages))
 
@@ -121,24 +122,28 @@ def measure(case: Case) -> Row:
     """Run a case with every access counted."""
     with watch() as seen:
         case.call()
-    ((name, traffic),) = seen
-    main = moved(traffic, case.main) / sum(case.least[b] for b in case.main)
-    every = moved(traffic, tuple(traffic.read)) / sum(case.least.values())
+    main = moved(seen, case.main) / sum(case.least[b] for b in case.main)
+    every = moved(seen) / sum(case.least.values())
     per, lanes = case.outputs, 32
     return Row(
-        name,
+        seen[0][0],
         case.size,
         "+".join(case.main),
         main,
         every,
-        traffic.simd_operations / lanes / per,
-        traffic.barriers / per,
+        sum(traffic.simd_operations for _, traffic in seen) / lanes / per,
+        sum(traffic.barriers for _, traffic in seen) / per,
     )
 
 
-def moved(traffic: Traffic, buffers: Sequence[str]) -> int:
-    """Bytes of these buffers that come from, or go, beyond the caches."""
-    return sum(traffic.fetched[b] + traffic.written[b] for b in buffers)
+def moved(seen: Sequence[tuple[str, Traffic]], buffers: Sequence[str] | None = None) -> int:
+    """Bytes of these buffers, or of all, that come from, or go, beyond the caches."""
+    return sum(
+        traffic.fetched[b] + traffic.written[b]
+        for _, traffic in seen
+        for b in buffers or traffic.read
+        if b in traffic.read
+    )
 
 
 def at_most(rows: Sequence[Row], context: int = 512) -> dict[str, dict[str, float]]:
@@ -162,7 +167,7 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--outputs", type=int, default=64, help="outputs of the matrix")
-    parser.add_argument("--context", type=int, default=256, help="tokens that attention sees")
+    parser.add_argument("--context", type=numbers, default=(256, 1000), help="tokens that attention sees")
     options = parser.parse_args()
     if reason := why_not():
         print(reason)
@@ -170,7 +175,7 @@ def main() -> None:
     with use("metalsim"):
         cases = [
             *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64)),
-            *(attention_case(n, options.context) for n in (1, 4)),
+            *(attention_case(n, context) for context in options.context for n in (1, 4)),
             *small_cases(16),
         ]
         rows = [measure(case) for case in cases]

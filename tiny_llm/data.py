@@ -179,13 +179,15 @@ class Pages:
 
     ``slots`` [T]: for each new row, block * block_size + place in the block. ``tables`` [B, W]: each
     sequence's blocks in order, filled up with 0. ``starts`` [B + 1]: as ``Batch.starts``.
-    ``context_lens`` [B]: tokens of each sequence, the new ones included.
+    ``context_lens`` [B]: tokens of each sequence, the new ones included. ``derived`` is what an op works out
+    of these, for all layers of the step.
     """
 
     slots: mx.array
     tables: mx.array
     starts: mx.array
     context_lens: mx.array
+    derived: dict[str, tuple[mx.array, ...]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

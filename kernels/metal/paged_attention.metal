@@ -1,9 +1,11 @@
 // Attention of each query row over the blocks of its own sequence, online softmax (Milakov & Gimelshein 2018).
-// A threadgroup of PARTS simdgroups takes one row and one key/value head: its G query heads share what is read.
-// Simdgroup p sees the blocks p, p + PARTS, ...; the parts then become one in their order. So a row's bits do not
-// depend on the other rows.
+// A threadgroup of PARTS simdgroups takes one row, one key/value head and one span of SPAN tokens: the head's G
+// query heads share what is read. Simdgroup p sees the span's blocks p, p + PARTS, ...; the parts then become one in
+// their order, and so do the spans in a second kernel where any row has several (SPLIT). Spans begin at multiples of
+// SPAN whatever else is in the batch, so that a row's bits do not depend on the other rows.
+// work: for each threadgroup its row, the row's sequence, the tokens that it sees, and its span.
 
-// kernel paged_attention(q, keys, values, tables, sequence, seen, width, scale) -> (out)
+// kernel paged_attention(q, keys, values, tables, work, width, scale) -> (out)
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
     constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
     threadgroup float query[G * D];
@@ -13,7 +15,8 @@
     uint lane = thread_index_in_simdgroup;
     int part = int(simdgroup_index_in_threadgroup);
     int head = int(thread_position_in_grid.y);
-    ulong row = thread_position_in_grid.z;
+    ulong item = thread_position_in_grid.z;
+    ulong row = work[item * 4];
 
     ulong first = (row * K + head) * (G * D);
     for (int i = int(thread_index_in_threadgroup); i < G * D; i += PARTS * 32) {
@@ -29,9 +32,10 @@
             sums[g][n] = 0.0f;
         }
     }
-    int length = seen[row];
-    ulong table = ulong(sequence[row]) * width;
-    for (int b = part; b * S < length; b += PARTS) {
+    ulong table = ulong(work[item * 4 + 1]) * width;
+    int begin = work[item * 4 + 3] * SPAN;
+    int length = min(work[item * 4 + 2], begin + SPAN);
+    for (int b = begin / S + part; b * S < length; b += PARTS) {
         ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
         float scores[TOKENS][G];
         for (int n = 0; n < TOKENS; n++) {
@@ -106,5 +110,34 @@
             all += share * weight[p * G + g];
             sum += share * partial[p * G * D + i];
         }
-        out[first + i] = static_cast<T>(sum / all);
+        if (SPLIT) {
+            ulong at = ((item * K + head) * G + g) * (D + 2);
+            out[at + i % D] = static_cast<OUT>(sum);
+            if (i % D == 0) {
+                out[at + D] = static_cast<OUT>(best);
+                out[at + D + 1] = static_cast<OUT>(all);
+            }
+        } else {
+            out[first + i] = static_cast<OUT>(sum / all);
+        }
+    }
+
+// kernel paged_attention_merge(parts, items) -> (out)
+    uint lane = thread_index_in_simdgroup;
+    ulong head = thread_position_in_grid.y;
+    ulong row = thread_position_in_grid.z;
+    int first = items[row], end = items[row + 1];
+    float best = -INFINITY;
+    for (int i = first; i < end; i++) {
+        best = max(best, parts[(ulong(i) * H + head) * (D + 2) + D]);
+    }
+    for (int d = int(lane); d < D; d += 32) {
+        float all = 0.0f, sum = 0.0f;
+        for (int i = first; i < end; i++) {
+            ulong at = (ulong(i) * H + head) * (D + 2);
+            float share = metal::precise::exp(parts[at + D] - best);
+            all += share * parts[at + D + 1];
+            sum += share * parts[at + d];
+        }
+        out[(row * H + head) * D + d] = static_cast<T>(sum / all);
     }

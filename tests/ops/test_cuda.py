@@ -60,6 +60,9 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     tables, lens = mx.array([[1, 5, 3], [4, 0, 0]]), mx.array([40, 2])
     pages = Pages(*(a.astype(mx.int32) for a in (mx.array([55, 64, 65]), tables, mx.array([0, 1, 3]), lens)))
     yield lambda: paged_attention(q, k, k, pool, pages)
+    blocks = mx.arange(20) % 8, mx.array([0, 1]), mx.array([320])
+    long = Pages(*(a.astype(mx.int32) for a in (mx.array([63]), blocks[0][None], *blocks[1:])))
+    yield lambda: paged_attention(q[:1], k[:1], k[:1], pool, long)
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,8 @@ def paged(
         ([40, 3, 130], [1, 3, 1], 4, 2, 64, 16),
         ([33, 7], [5, 1], 7, 1, 80, 32),
         ([70], [2], 2, 2, 128, 64),
+        ([530, 256, 3], [2, 1, 1], 4, 2, 64, 16),
+        ([257], [1], 2, 1, 96, 24),
     ],
 )
 def test_paged_attention(
@@ -193,7 +195,8 @@ def test_a_rows_bits_are_its_own_alone_or_among_33(dtype: mx.Dtype) -> None:
 
 @on_a_gpu_too
 def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
-    q, k, v, pool, pages = paged([90, 17, 40], [1, 17, 1], 4, 2, 64, 16, mx.float32)
+    """The others are so long that all rows go through partial sums."""
+    q, k, v, pool, pages = paged([90, 17, 600], [1, 17, 1], 4, 2, 64, 16, mx.float32)
     together = paged_attention(q, k, v, tuple(mx.array(p) for p in pool), pages)[0]
     alone = Pages(pages.slots[:1], pages.tables[:1], mx.array([0, 1]), pages.context_lens[:1])
     out = paged_attention(q[:1], k[:1], v[:1], pool, alone)[0]
@@ -211,6 +214,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         *rope_qk(q, q, mx.arange(3), rope_frequencies(64, 1e4), weight[:64], weight[:64], 1e-6),
         quantized_matmul(x, quantized(8, 256, 64, 4, dtype)),
         *paged_attention(*paged([150, 3], [1, 3], 4, 2, 64, 16, dtype)),
+        *paged_attention(*paged([300, 3], [1, 1], 4, 2, 64, 16, dtype)),
     ]
 
 

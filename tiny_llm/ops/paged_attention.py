@@ -20,6 +20,7 @@ from tiny_llm.ops.backend import active, cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
 
 Pool = tuple[mx.array, mx.array]
+_SPAN = 256  # tokens of a context that one threadgroup sees, at most
 
 
 def empty_pool(shape: tuple[int, int, int], blocks: int, max_blocks: int, dtype: mx.Dtype) -> Pool:
@@ -94,24 +95,52 @@ def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
 def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """MLX writes k and v; then a threadgroup a query row and key/value head."""
+    """MLX writes k and v; then a threadgroup a query row, key/value head and span of the row's context."""
     keys, values = _write(pool, k, v, pages.slots)
     (T, H, D), (_, K, _, S) = q.shape, keys.shape
-    rows = mx.arange(T, dtype=mx.int32)
-    sequence = (rows[:, None] >= pages.starts[None, 1:]).sum(axis=1).astype(mx.int32)
-    seen = pages.context_lens[sequence] - pages.starts[sequence + 1] + rows + 1
+    span = max(1, _SPAN // S) * S
+    if "work" not in pages.derived:
+        pages.derived["work"] = _work(pages, span)
+    work, items = pages.derived["work"]
+    split, parts = work.shape[0] > T, _parts(H // K, D)
+    dtype = mx.float32 if split else q.dtype
     (out,) = kernel("paged_attention")(
-        inputs=[q, keys, values, pages.tables, sequence, seen.astype(mx.int32), pages.tables.shape[1], scale],
+        inputs=[q, keys, values, pages.tables, work, pages.tables.shape[1], scale],
         template=[
-            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
-            ("PARTS", _parts(H // K, D)),
+            *(("T", q.dtype), ("OUT", dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
+            *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
         ],
-        grid=(32 * _parts(H // K, D), K, T),
-        threadgroup=(32 * _parts(H // K, D), 1, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[q.dtype],
+        grid=(32 * parts, K, work.shape[0]),
+        threadgroup=(32 * parts, 1, 1),
+        output_shapes=[(work.shape[0], H, D + 2) if split else q.shape],
+        output_dtypes=[dtype],
     )
+    if split:
+        (out,) = kernel("paged_attention_merge", "paged_attention")(
+            inputs=[out, items],
+            template=[("T", q.dtype), ("H", H), ("D", D)],
+            grid=(32, H, T),
+            threadgroup=(32, 4, 1),
+            output_shapes=[q.shape],
+            output_dtypes=[q.dtype],
+        )
     return out, keys, values
+
+
+def _work(pages: Pages, size: int) -> tuple[mx.array, mx.array]:
+    """What there is to do: [N, 4] of row, sequence, tokens seen and span; and each row's first item [T + 1].
+
+    A span is ``size`` tokens.
+    """
+    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    work: list[tuple[int, int, int, int]] = []
+    items = [0]
+    for b, (start, end) in enumerate(pairwise(starts)):
+        for row in range(start, end):
+            seen = lens[b] - (end - row) + 1
+            work += [(row, b, seen, span) for span in range(-(-seen // size))]
+            items.append(len(work))
+    return mx.array(work, mx.int32), mx.array(items, mx.int32)
 
 
 def _parts(group: int, dim: int) -> int:
