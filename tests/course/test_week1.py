@@ -1,0 +1,66 @@
+"""Week 1 from 1.2 on: tables are what experiments print, predictions are computed, symptoms are as told."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.ops.rope import rope, rope_frequencies
+
+RECALL = "The password of the red door is zimbro. Which password opens the red door?"
+EXPERIMENTS = {"1.2": "rope"}
+
+
+def text_of(number: str) -> str:
+    """A chapter's page."""
+    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
+
+
+def close(got: str, expected: str) -> bool:
+    """The same text, and fractions that differ by at most 0.2: another machine rounds otherwise."""
+    number = r"\d+\.\d+"
+    same = re.sub(number, "", got) == re.sub(number, "", expected)
+    pairs = zip(re.findall(number, got), re.findall(number, expected), strict=True) if same else []
+    return same and all(abs(float(a) - float(b)) <= 0.2 for a, b in pairs)
+
+
+@pytest.mark.parametrize("number", EXPERIMENTS)
+def test_the_experiments_print_what_the_pages_show(run, tmp_path: Path, number: str) -> None:
+    name, drawn = EXPERIMENTS[number], tmp_path / "drawn.svg"
+    done = run(f"book/experiments/{name}.py", "--svg", drawn, PYTHONPATH=ROOT)
+    tables = re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
+    assert len(tables) == 1 and close(done.stdout, tables[0]), done.stdout + done.stderr
+    svg = (ROOT / "book" / "docs" / "img" / f"{name}.svg").read_text(encoding="utf-8")
+    assert close(drawn.read_text(encoding="utf-8"), svg), f"draw it again: book/experiments/{name}.py --svg"
+
+
+@pytest.mark.parametrize(
+    ("number", "mutant", "said"),
+    [
+        ("1.2", "turned-backwards", "The password is ."),
+        ("1.2", "angles-in-half-precision", "The password of the red door is zimbro."),
+        ("1.2", "scaling-ignored", "The password of the red door is zimbro."),
+    ],
+)
+def test_the_symptoms_are_as_told(run, book, number: str, mutant: str, said: str) -> None:
+    book.add_mutant(next(m for m in read_manifest()[number].mutants if m.name == mutant))
+    told = run("main.py", "generate", "--prompt", RECALL, "--max-tokens", "24", "--course", book.folder)
+    assert told.stdout.strip() == said, told.stderr
+
+
+def test_the_predictions_of_1_2() -> None:
+    slowest = rope_frequencies(64, 10_000.0)[-1].item()
+    assert f"**{2 * math.pi / slowest:,.0f} tokens**" in text_of("1.2")
+    assert f"becomes **{mx.array(1001.0).astype(mx.bfloat16).item():.0f}**" in text_of("1.2")
+
+
+def test_what_1_2_says_of_lengths() -> None:
+    x = mx.random.normal((3, 2, 8), key=mx.random.key(0))
+    turned = rope(x, mx.array([0, 5, 900]), rope_frequencies(8, 10_000.0))
+    pairs = [mx.square(a[..., :4]) + mx.square(a[..., 4:]) for a in (x, turned)]
+    assert mx.allclose(*pairs, atol=1e-5).item()
