@@ -4,6 +4,7 @@
 
 const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)[^\n`]*$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const DEEPEST_QUOTE = 8;
 const INLINE = new RegExp(
   [
     "(?<ticks>`+)(?<code>[^`]|[^`][\\s\\S]*?[^`])\\k<ticks>(?!`)",
@@ -18,13 +19,13 @@ const INLINE = new RegExp(
 );
 
 /** Show `text` in `box`. Of what it shows already, the blocks that are the same stay as they are. */
-export function show(box, text) {
+export function show(box, text, depth = 0) {
   const sources = blocksOf(text);
   const before = box.sources ?? [];
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same++;
   while (box.childNodes.length > same) box.lastChild.remove();
-  for (const source of sources.slice(same)) box.append(block(source));
+  for (const source of sources.slice(same)) box.append(block(source, depth));
   box.sources = sources;
 }
 
@@ -68,16 +69,16 @@ function blocksOf(text) {
   return blocks;
 }
 
-function block(source) {
+function block(source, depth) {
   const lines = source.split("\n");
   const fence = FENCE.exec(lines[0]);
   if (fence) return code(lines, fence);
-  const heading = /^(#{1,6})\s+(.*?)\s*#*$/.exec(source);
+  const heading = /^(#{1,6})\s+(.*)$/.exec(source);
   if (heading) return node(`h${Math.min(6, heading[1].length + 2)}`, inline(heading[2]));
   if (/^ {0,3}([-*_])( *\1){2,} *$/.test(source)) return node("hr");
-  if (lines.every((line) => /^ {0,3}>/.test(line))) {
+  if (depth < DEEPEST_QUOTE && lines.every((line) => /^ {0,3}>/.test(line))) {
     const inner = node("blockquote");
-    show(inner, lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"));
+    show(inner, lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"), depth + 1);
     return inner;
   }
   if (ITEM.test(lines[0])) return list(lines);
