@@ -73,7 +73,7 @@ def test_pictures_are_there_and_say_what_they_show(page: Path) -> None:
 @each_page
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     found = list(blocks(page.read_text(encoding="utf-8")))
-    assert {language for language, _ in found} <= {"python", "sh", "text", "cpp"}, (
+    assert {language for language, _ in found} <= {"python", "sh", "text", "mermaid", "cpp"}, (
         "each block says what it is"
     )
     script = tmp_path / "page.py"
