@@ -47,7 +47,7 @@ def test_a_mistake_is_caught(book: Workbook, it: Chapter, mutant: Mutant) -> Non
 
 def test_the_bundled_model_chats_by_what_1_1_asks_for(book: Workbook, run) -> None:
     """The page's own way, with copied key heads: not the reference's, and no more than 1.1 tells."""
-    book.start(CHAPTERS[0])
+    book.start(read_manifest()["1.1"])
     path = book.folder / "ops" / "attention.py"
     lines = (
         "T, H, D = q.shape",

@@ -13,18 +13,17 @@ from tiny_llm import LLM, cli
 from tiny_llm.engine.engine import BLOCK_SIZE
 from tiny_llm.models.footprint import training_bytes
 from tiny_llm.models.registry import weight_bytes
-from tiny_llm.ops.backend import use
 from tiny_llm.planning.memory import MemoryPlan, find_config, largest, plan_memory
 from tiny_llm.planning.memory_report import as_svg, size, verdict
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
 
+pytestmark = pytest.mark.chapter("0.2")
 
-@pytest.mark.parametrize("backend", ["ref", "cpu"])
+
 @pytest.mark.parametrize("quantize", [None, 4])
 def test_a_plan_is_what_the_engine_then_has(backend: str, quantize: int | None) -> None:
-    with use(backend):
-        plan = plan_memory("demo", available=10**9, quantize=quantize, context=1000, batch=3)
+    plan = plan_memory("demo", available=10**9, quantize=quantize, context=1000, batch=3)
     llm = LLM("demo", backend=backend, quantize=quantize, kv_memory=plan.need.kv)
     assert llm.engine.settings.kv_blocks * llm.engine.cache.block_bytes == plan.need.kv
     assert llm.engine.settings.kv_blocks == 3 * -(-1000 // BLOCK_SIZE), "a last block may be part empty"
@@ -38,10 +37,10 @@ def test_the_largest_is_the_last_that_fits() -> None:
 
         def fits(n: int, last: int = last, tried: list[int] = tried) -> bool:
             tried.append(n)
+            assert len(tried) <= 8, f"tried {tried}: halve the range each time"
             return n <= last
 
         assert largest(fits, 100) == last
-        assert len(tried) <= 8, "halve the range"
         assert all(1 <= n <= 100 for n in tried), (
             "0 of anything, and more than there may be, are not asked for"
         )
@@ -90,27 +89,17 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return run
 
 
-def test_the_command_tells_and_draws(call: Call, tmp_path: Path) -> None:
+def test_the_command_tells_and_draws(call: Call, tmp_path: Path, backend: str) -> None:
+    token, kept = {"ref": ("256 KiB", "4.29 GB"), "cpu": ("128 KiB", "2.15 GB")}[backend]
     svg = tmp_path / "memory.svg"
-    asked = (
-        "--model",
-        "llama-3-8b",
-        "--quantize",
-        "4",
-        "--batch",
-        "2",
-        "--context",
-        "8192",
-        "--memory",
-        "16GB",
-    )
-    code, out, _ = call(*asked, "--svg", str(svg))
+    asked = "--model llama-3-8b --quantize 4 --batch 2 --context 8192 --memory 16GB --backend"
+    code, out, _ = call(*asked.split(), backend, "--svg", str(svg))
     told = " ".join(out.split())
-    assert code == 0 and "8.03 B parameters" in told and "128 KiB a token" in told, told
-    assert "keys and values 2.15 GB" in told and "16.00 GB of memory: it fits." in told, told
+    assert code == 0 and "8.03 B parameters" in told and f"{token} a token" in told, told
+    assert f"keys and values {kept}" in told and "16.00 GB of memory: it fits." in told, told
     assert "Adam's moments 64.24 GB" in told and "does not fit" in told, told
     texts = [element.text for element in ElementTree.parse(svg).iter() if element.tag.endswith("text")]
-    assert "memory: 16.00 GB" in texts and "keys and values 2.15 GB" in texts
+    assert "memory: 16.00 GB" in texts and f"keys and values {kept}" in texts
 
 
 def test_json_is_one_line(call: Call) -> None:
