@@ -136,3 +136,8 @@ def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
     """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
     before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))
     return lambda text: before + _quoted(text).encode() + after
+
+
+def named_event(name: str, value: object) -> bytes:
+    """A value as an event that says its name."""
+    return b"event: " + name.encode() + b"\n" + event_of(value)

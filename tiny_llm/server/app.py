@@ -25,6 +25,8 @@ from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import require_model
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
+from tiny_llm.server.response_bodies import ResponseBody
+from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
 from tiny_llm.server.settings import VERSION
 from tiny_llm.server.strict_json import StrictRoute
@@ -113,6 +115,10 @@ def _asking(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         return await chat(service, request, body)
+
+    @router.post("/v1/responses")
+    async def responses(request: Request, body: ResponseBody) -> Response:
+        return await respond(service, request, body)
 
     @router.post("/generate")
     async def generated(request: Request, body: GenerateBody) -> Response:

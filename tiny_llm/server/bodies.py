@@ -93,11 +93,10 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Body):
+class Choosing(Body):
     """The fields that say how tokens are chosen and when to stop, common to all ways of asking."""
 
     model: str | None = None
-    max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     ignore_eos: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -115,15 +114,21 @@ class Sampling(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = Field(default_factory=list)
     stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=64)] = Field(default_factory=list)
-    n: Annotated[int, Field(ge=1, le=caps.MAX_N)] = 1
     stream: bool = False
-    stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
-    response_format: ResponseFormat | None = None
     regex: Annotated[str, StringConstraints(min_length=1)] | None = None
     grammar: Annotated[str, StringConstraints(min_length=1)] | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+
+
+class Sampling(Choosing):
+    """These, and the fields that /v1/responses calls otherwise or does not have."""
+
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=caps.MAX_N)] = 1
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
 
 def _prompt(value: object) -> object:
@@ -182,7 +187,7 @@ def _text(value: object) -> object:
             raise ValueError(f"[{number}] is of type {str(kind)[:40]!r}, but only text is supported")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"[{number}].text must be a string")
-        if unknown := part.keys() - {"type", "text", "annotations"}:
+        if unknown := part.keys() - {"type", "text", "annotations", "logprobs"}:
             raise ValueError(f"[{number}].{min(unknown)} is not supported")
     return "\n".join(part["text"] for part in value)
 

@@ -32,13 +32,23 @@ from tiny_llm.server.tools import CLOSE, OPEN, Reader, calls_grammar, message_of
 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
-    require_model(body.model, service.settings.name)
-    form, job = await aside(request, lambda: (_form(service, body), _job(service, request, body)))
-    job = await service.shaped(job, form)
+    job = await chat_job(service, request, body)
     answer = _Answer(service, body)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))
     return Response(dumps(answer.whole(await service.whole(request, job))), media_type="application/json")
+
+
+async def chat_job(service: Service, request: Request, body: ChatBody) -> Job:
+    """What a chat asks of the engine, held to its form. Raises Problem for what cannot be asked."""
+    require_model(body.model, service.settings.name)
+    form, job = await aside(request, lambda: (_form(service, body), _job(service, request, body)))
+    return await service.shaped(job, form)
+
+
+def reader_of(service: Service, body: ChatBody) -> Reader:
+    """What reads one of its answers."""
+    return Reader(style_of(service.llm.tokenizer.chat_template) if _may_call(body) else None)
 
 
 def _job(service: Service, request: Request, body: ChatBody) -> Job:
@@ -93,8 +103,7 @@ class _Answer:
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
         self._model = service.settings.name
-        style = style_of(self._tokenizer.chat_template) if _may_call(body) else None
-        self._readers = [Reader(style) for _ in range(body.n)]
+        self._readers = [reader_of(service, body) for _ in range(body.n)]
 
     def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
         """The response of a request that is not streamed."""

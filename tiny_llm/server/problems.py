@@ -29,6 +29,8 @@ from tiny_llm.errors import (
 RETRY_AFTER_S = 1
 _LONGEST_MESSAGE = 1_000
 _KINDS = ((400, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"))
+_KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
+"""pydantic tells which kind of input item it took one for, as if that were a field."""
 _NAMED = re.compile(r"(\w+) is .* but must be ")  # how SamplingParams and the scheduler begin
 
 
@@ -85,7 +87,9 @@ def problem_of(error: Exception) -> Problem:
 def _invalid(errors: Sequence[Any]) -> Problem:
     """The first of pydantic's complaints, in our words."""
     first = errors[0]
-    where = [part for part in first["loc"] if part != "body"]
+    loc = first["loc"]
+    kinds = {i for i in range(1, len(loc)) if isinstance(loc[i - 1], int) and loc[i] in _KINDS_OF_ITEMS}
+    where = [part for i, part in enumerate(loc) if part != "body" and i not in kinds]
     name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".") or None
     if first["type"] == "extra_forbidden":
         known = first.get("ctx", {}).get("known", ())

@@ -104,6 +104,11 @@ class Reader:
         self._text = ""
         self._value: _Value | None = None
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes now is the model's reasoning."""
+        return self._state == self._thinking
+
     def push(self, text: str) -> list[dict[str, Any]]:
         """Take the next piece; return what is certain now."""
         self._text += text
@@ -115,7 +120,7 @@ class Reader:
     def finish(self) -> list[dict[str, Any]]:
         """No more text: return what was held back."""
         rest, self._text = self._text, ""
-        if self._state == self._thinking:
+        if self.is_thinking:
             return _some("reasoning_content", rest)
         if self._state == self._calling:
             if self._value is not None:  # cut off in the middle: what there is has been sent

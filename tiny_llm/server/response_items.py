@@ -1,0 +1,163 @@
+"""Owns the items of a response: messages, reasoning, calls, and the events that say how each one grows.
+
+One item is open at a time. Knows how clients of /v1/responses expect to be told; knows no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tiny_llm.server.answers import new_id
+
+Event = dict[str, Any]
+_PARTS: Mapping[str, tuple[str, str, str]] = {
+    # a delta's field: the kind of item that it is a part of, the kind of its part, its event
+    "content": ("message", "output_text", "response.output_text"),
+    "reasoning_content": ("reasoning", "reasoning_text", "response.reasoning_text"),
+}
+
+
+class Items:
+    """What an answer consists of. ``done`` are the items that are complete."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._open: _Item | None = None
+        self._rows: list[dict[str, Any]] = []
+
+    def push(self, deltas: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[Event]:
+        """Take what a piece of text added to the chat's message; ``rows`` are its tokens' logprobs."""
+        self._rows += rows
+        for delta in deltas:
+            for name in delta.keys() & _PARTS.keys():
+                yield from self._grow(name, delta[name])
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    yield from self._close("completed")
+                    yield from self._begin(_Call(len(self.done), call))
+                assert isinstance(self._open, _Call)
+                if new := call["function"]["arguments"]:
+                    yield self._open.grow(new)
+
+    def finish(self, *, whole: bool) -> Iterator[Event]:
+        """No more comes. An answer of nothing is an empty message."""
+        if self._open is None and not self.done:
+            yield from self._begin(_Text(len(self.done), "content"))
+        yield from self._close("completed" if whole else "incomplete")
+
+    def _grow(self, name: str, text: str) -> Iterator[Event]:
+        if not isinstance(self._open, _Text) or self._open.name != name:
+            yield from self._close("completed")
+            yield from self._begin(_Text(len(self.done), name))
+        assert isinstance(self._open, _Text)
+        rows, self._rows = self._rows, []
+        yield self._open.grow(text, rows)
+
+    def _begin(self, item: _Item) -> Iterator[Event]:
+        self._open = item
+        yield from item.begin()
+
+    def _close(self, status: str) -> Iterator[Event]:
+        if self._open is None:
+            return
+        if isinstance(self._open, _Text):
+            self._open.keep(self._rows)
+        yield from self._open.end(status)
+        self.done.append(self._open.told(status))
+        self._open, self._rows = None, []
+
+
+class _Item:
+    """One item: where it stands, and its id."""
+
+    def __init__(self, index: int, prefix: str) -> None:
+        self.place = {"item_id": new_id(prefix), "output_index": index}
+
+    def begin(self) -> Iterator[Event]:
+        """It is there, and empty."""
+        yield self._event("response.output_item.added", self.told("in_progress"))
+
+    def end(self, status: str) -> Iterator[Event]:
+        """It is complete."""
+        yield self._event("response.output_item.done", self.told(status))
+
+    def told(self, status: str) -> dict[str, Any]:
+        """As it is now."""
+        raise NotImplementedError
+
+    def _event(self, kind: str, item: Mapping[str, Any]) -> Event:
+        return {"type": kind, "output_index": self.place["output_index"], "item": item}
+
+
+class _Text(_Item):
+    """A message or reasoning, of one part."""
+
+    def __init__(self, index: int, name: str) -> None:
+        self.name = name
+        self._kind, self._part_kind, self._event_name = _PARTS[name]
+        super().__init__(index, "msg" if name == "content" else "rs")
+        self._at = {**self.place, "content_index": 0}
+        self._text = ""
+        self._rows: list[dict[str, Any]] = []
+
+    def begin(self) -> Iterator[Event]:
+        """It is there, with a part that is empty."""
+        yield self._event("response.output_item.added", {**self.told("in_progress"), "content": []})
+        yield {"type": "response.content_part.added", **self._at, "part": self._part()}
+
+    def grow(self, text: str, rows: list[dict[str, Any]]) -> Event:
+        """Some more of it."""
+        self._text += text
+        self.keep(rows)
+        return {"type": f"{self._event_name}.delta", **self._at, "delta": text, **self._logprobs(rows)}
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Log-probabilities of its tokens, also of those that have no text."""
+        self._rows += rows if self.name == "content" else []
+
+    def end(self, status: str) -> Iterator[Event]:
+        """Its text is complete, its part is, it is."""
+        whole = {"text": self._text, **self._logprobs(self._rows)}
+        yield {"type": f"{self._event_name}.done", **self._at, **whole}
+        yield {"type": "response.content_part.done", **self._at, "part": self._part()}
+        yield from super().end(status)
+
+    def told(self, status: str) -> dict[str, Any]:
+        """As it is now."""
+        own: dict[str, Any] = {"role": "assistant"} if self.name == "content" else {"summary": []}
+        item = {"id": self.place["item_id"], "type": self._kind, "status": status}
+        return {**item, **own, "content": [self._part()]}
+
+    def _part(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"annotations": []} if self.name == "content" else {}
+        return {"type": self._part_kind, "text": self._text, **own, **self._logprobs(self._rows)}
+
+    def _logprobs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"logprobs": list(rows)} if self.name == "content" else {}
+
+
+class _Call(_Item):
+    """A call of a function."""
+
+    def __init__(self, index: int, call: Mapping[str, Any]) -> None:
+        super().__init__(index, "fc")
+        self._call_id = call["id"]
+        self._name = call["function"]["name"]
+        self._arguments = ""
+
+    def grow(self, arguments: str) -> Event:
+        """Some more of its arguments."""
+        self._arguments += arguments
+        return {"type": "response.function_call_arguments.delta", **self.place, "delta": arguments}
+
+    def end(self, status: str) -> Iterator[Event]:
+        """Its arguments are complete, it is."""
+        whole = {"name": self._name, "arguments": self._arguments}
+        yield {"type": "response.function_call_arguments.done", **self.place, **whole}
+        yield from super().end(status)
+
+    def told(self, status: str) -> dict[str, Any]:
+        """As it is now."""
+        item = {"id": self.place["item_id"], "type": "function_call", "status": status}
+        return {**item, "call_id": self._call_id, "name": self._name, "arguments": self._arguments}

@@ -1,0 +1,184 @@
+"""Owns POST /v1/responses: a conversation's next items, at once or as events that say how they grow.
+
+A request is a chat in other words, so a chat is what the engine is asked. Nothing is kept of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from tiny_llm.data import Chunk, Completion
+from tiny_llm.errors import TinyLLMError
+from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, named_event, new_id
+from tiny_llm.server.bodies import ChatBody
+from tiny_llm.server.chat_completions import chat_job, reader_of
+from tiny_llm.server.problems import Problem, problem_of
+from tiny_llm.server.response_bodies import ResponseBody, chat_of
+from tiny_llm.server.response_items import Items
+from tiny_llm.server.service import Pieces, Service
+
+_THEIR_NAMES = (
+    ("response_format.json_schema", "text.format.schema"),
+    ("response_format", "text.format"),
+    ("messages", "input"),
+)
+
+_REPEATED = (
+    "instructions",
+    "max_output_tokens",
+    "parallel_tool_calls",
+    "temperature",
+    "tool_choice",
+    "top_p",
+    "metadata",
+    "user",
+    "store",
+    "background",
+    "truncation",
+)
+
+
+async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
+    """Answer one request, at once or as a stream."""
+    chat = chat_of(body)
+    answer = _Answer(service, body, chat)
+    try:
+        job = await chat_job(service, request, chat)
+        if body.stream:
+            return EventStream(answer.events(await service.begin(request, job)))
+        told = answer.whole(await service.whole(request, job))
+    except (Problem, TinyLLMError) as error:
+        raise _in_our_words(problem_of(error)) from error
+    return Response(dumps(told), media_type="application/json")
+
+
+def _in_our_words(problem: Problem) -> Problem:
+    """About the field that this interface has in the place of the chat's."""
+    param, message = problem.param or "", problem.detail
+    for theirs, ours in _THEIR_NAMES:
+        if param.startswith(theirs):
+            told = message.replace(theirs, ours)
+            return Problem(problem.status_code, told, code=problem.code, param=ours + param[len(theirs) :])
+    return problem
+
+
+class _Answer:
+    """One request's response in the making."""
+
+    def __init__(self, service: Service, body: ResponseBody, chat: ChatBody) -> None:
+        self._tokenizer = service.llm.tokenizer
+        self._body = body
+        self._reader = reader_of(service, chat)
+        self._items = Items()
+        self._top = chat.top_logprobs or 0
+        self._thought_tokens = 0
+        self._count = 0
+        self._head = _head(body, service.settings.name)
+
+    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, Any]:
+        """The response of a request that is not streamed."""
+        for chunk in answers[0]:
+            for _ in self._told(chunk):
+                pass
+        return self._response(answers[0][-1].completion)
+
+    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
+        """The response of a request that is: what it is, each item as it grows, what it came to."""
+        ended: Completion | None = None
+        async with aclosing(pieces):
+            for kind in ("response.created", "response.in_progress"):
+                yield self._event({"type": kind, "response": self._response(None)})
+            try:
+                async for came in pieces:
+                    told = [self._event(event) for _, chunk in came for event in self._told(chunk)]
+                    ended = came[-1].chunk.completion
+                    if told:
+                        yield b"".join(told)
+            except Exception as error:
+                yield self._event(_failure(error))
+                yield DONE
+                return
+        response = self._response(ended)
+        yield self._event({"type": f"response.{response['status']}", "response": response})
+        yield DONE
+
+    def _event(self, event: dict[str, Any]) -> bytes:
+        self._count += 1
+        return named_event(event["type"], {**event, "sequence_number": self._count - 1})
+
+    def _told(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """A chunk as events."""
+        thinking = self._reader.is_thinking
+        deltas = self._reader.push(chunk.text)
+        if thinking or self._reader.is_thinking:
+            self._thought_tokens += len(chunk.token_ids)
+        if chunk.completion is not None:
+            deltas += self._reader.finish()
+        rows = chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top)
+        yield from self._items.push(deltas, rows)
+        if chunk.completion is not None:
+            yield from self._items.finish(whole=chunk.completion.finish_reason != "length")
+
+    def _response(self, ended: Completion | None) -> dict[str, Any]:
+        """The response as it is now."""
+        if ended is None:
+            return {**self._head, "status": "in_progress", "output": [], "usage": None}
+        cut = ended.finish_reason == "length"
+        return {
+            **self._head,
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": self._items.done,
+            "usage": self._usage(ended),
+        }
+
+    def _usage(self, ended: Completion) -> dict[str, Any]:
+        read, made = len(ended.prompt_token_ids), len(ended.token_ids)
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": ended.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": made,
+            "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
+            "total_tokens": read + made,
+        }
+
+
+def _head(body: ResponseBody, model: str) -> dict[str, Any]:
+    """What a response repeats of its request, and what it says while there is nothing else to say."""
+    given = body.model_dump(mode="json", by_alias=True, include=set(_REPEATED))
+    return {
+        "id": new_id("resp"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model,
+        "error": None,
+        "incomplete_details": None,
+        "previous_response_id": None,
+        **given,
+        "text": {"format": _repeated_format(body)},
+        "tools": [_repeated_tool(tool.model_dump()) for tool in body.tools],
+        "top_logprobs": body.top_logprobs or 0,
+    }
+
+
+def _repeated_format(body: ResponseBody) -> dict[str, Any]:
+    asked = body.text.format
+    return {"type": "text"} if asked is None else asked.model_dump(by_alias=True, exclude_none=True)
+
+
+def _repeated_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    required = {"parameters": None, "strict": None}
+    return required | {name: value for name, value in tool.items() if value is not None}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """A fault as an event, in the interface's own form and in the one that its clients raise an error for."""
+    problem = problem_of(error)
+    told = {"message": problem.detail, "code": problem.code, "param": problem.param}
+    return {"type": "error", **told, **problem.body}
