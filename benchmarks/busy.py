@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from measure.ceiling import ceilings_or_none
 from measure.comparison import Ask, cores_given, machine_trials, shared_cores, trials
 from measure.machine import foreign_share_now, warning
-from measure.rounds import interleave
 from measure.sides import is_slow, parser, start
 from measure.worker import Worker
+
+from tiny_llm.engine.rounds import interleave
 
 SLOW_STEPS = 2
 

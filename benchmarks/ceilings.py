@@ -11,8 +11,9 @@ from contextlib import closing
 
 from measure.ceiling import KINDS, Ceilings, CeilingsMissing
 from measure.machine import Watch, warning
-from measure.rounds import Rate, Trial, interleave
 from measure.sides import numbers
+
+from tiny_llm.engine.rounds import Rate, Trial, interleave
 
 UNITS = {"read": "memory read, GB/s", "fma": "float32 multiply-add, GFLOP/s", "int8": "int8 dot, GOP/s"}
 GIGA = 1e9

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import mlx.core as mx
-from measure.rounds import Trial, interleave
 from measure.sides import numbers
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.engine.rounds import Trial, interleave
 from tiny_llm.errors import ConfigError
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.paged_attention import paged_attention

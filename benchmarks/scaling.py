@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from measure.ceiling import ceilings_or_none
 from measure.comparison import cores_given, machine_trials, shared_cores, trials
 from measure.machine import foreign_share_now, warning
-from measure.rounds import Trial, interleave
 from measure.sides import Sides, is_slow, parser, start
+
+from tiny_llm.engine.rounds import Trial, interleave
 
 PROMPT = 128
 

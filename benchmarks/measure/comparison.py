@@ -8,9 +8,9 @@ from functools import partial
 
 from measure.ceiling import Ceilings
 from measure.machine import Watch, warning
-from measure.rounds import Key, Rate, Trial, interleave
 from measure.sides import OURS, Sides, is_slow
 from measure.worker import Worker, WorkerError
+from tiny_llm.engine.rounds import Key, Rate, Trial, interleave
 
 READ, CORES = ("memory read",), ("cores",)
 LEAST_CORES = 0.9  # of a thread: below, a host shares what it gave us

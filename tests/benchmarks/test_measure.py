@@ -18,9 +18,10 @@ from measure.ceiling import KINDS, Ceilings
 from measure.comparison import Answer, ask_all, shared_cores, trials
 from measure.environments import Peer, PeerMissing, make, python_of
 from measure.machine import Watch, warning
-from measure.rounds import Rate, Trial, interleave
 from measure.sides import OURS, Sides, numbers
 from measure.worker import WORKERS, Worker, WorkerError
+
+from tiny_llm.engine.rounds import Rate
 
 ENGINE = """
 import sys
@@ -97,20 +98,6 @@ def test_an_answer_compares_with_each_setting_and_with_the_better_one(engine: Wo
     peers = {("peer", "one"): Rate(0.5, 0.4, 0.6), ("peer", "two"): Rate(0.25, 0.2, 0.3)}
     both = Answer({**answer.rates, **peers}, 2, None, None, None)
     assert both.ratios == {"peer": 2.0, "peer, one": 2.0, "peer, two": 4.0}
-
-
-def test_rounds_take_turns_and_rates_are_medians() -> None:
-    order: list[str] = []
-    answers = {"a": iter([1.0, 4.0, 2.0]), "b": iter([10.0])}
-
-    def run(name: str) -> float:
-        order.append(name)
-        return next(answers[name])
-
-    turns = [Trial(("a",), 8.0, lambda: run("a")), Trial(("b",), 5.0, lambda: run("b"), once=True)]
-    rates = interleave(turns, rounds=3)
-    assert order == ["a", "b", "a", "a"]
-    assert rates == {("a",): Rate(4.0, 2.0, 8.0), ("b",): Rate(0.5, 0.5, 0.5)}
 
 
 def test_a_watch_tells_our_own_time_from_others() -> None:

@@ -6,7 +6,6 @@ The figures are of making tokens, not of text. Refuses to know other programs: b
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import mlx.core as mx
 from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import PREFILL_CHUNK, generate, prefill
 from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.errors import RequestError
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import Model, kv_dtype, load_dummy, load_model
@@ -107,27 +107,28 @@ def measure(model: Model, task: Task) -> Speed:
     vocab = model.config.vocab_size
     prompts = [[chance.randrange(vocab) for _ in range(task.prompt_tokens)] for _ in range(task.batch)]
     kept = kv_dtype(model.config, dtype=task.dtype, quantize=task.quantize)
-    _round(model, [prompt[:WARM_UP_TOKENS] for prompt in prompts], 2, kept)
-    runs = [_round(model, prompts, task.new_tokens, kept) for _ in range(task.rounds)]
-    first, later = (statistics.median(run[i] for run in runs) for i in (0, 1))
-    return Speed(
-        prefill_tok_s=task.batch * task.prompt_tokens / first,
-        decode_tok_s=task.batch * (task.new_tokens - 1) / later,
-        ttft_s=first,
-    )
+    interleave(_trials(model, [prompt[:WARM_UP_TOKENS] for prompt in prompts], 2, kept), 1, pause=0)
+    rates = interleave(_trials(model, prompts, task.new_tokens, kept), task.rounds, pause=0)
+    first, later = rates["first",].median, rates["later",].median
+    return Speed(first, later, task.batch * task.prompt_tokens / first)
 
 
-def _round(
+def _trials(
     model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, kept: mx.Dtype | None
-) -> tuple[float, float]:
-    """Seconds until the first tokens, and seconds for all others."""
-    began = time.perf_counter()
-    steps = _one(model, prompts[0], kept) if len(prompts) == 1 else _together(model, prompts, kept)
-    next(steps)
-    first = time.perf_counter()
-    for _ in islice(steps, new_tokens - 1):
-        pass
-    return first - began, time.perf_counter() - first
+) -> list[Trial]:
+    """A round is two turns: prompts up to the first tokens, then all the others."""
+    under_way: list[Iterator[object]] = []
+
+    def first() -> float:
+        steps = _one(model, prompts[0], kept) if len(prompts) == 1 else _together(model, prompts, kept)
+        under_way[:] = [steps]
+        return seconds_of(lambda: next(steps))
+
+    def later() -> float:
+        return seconds_of(lambda: list(islice(under_way[0], new_tokens - 1)))
+
+    read, made = len(prompts) * len(prompts[0]), len(prompts) * (new_tokens - 1)
+    return [Trial(("first",), read, first), Trial(("later",), made, later)]
 
 
 def _one(model: Model, prompt: Sequence[int], kept: mx.Dtype | None) -> Iterator[object]:

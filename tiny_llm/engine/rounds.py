@@ -1,4 +1,7 @@
-"""A, B, A, B: what is compared takes turns, so that every side meets the same machine; then medians."""
+"""Owns honest timing: what is compared takes turns, so that every side meets the same machine; then medians.
+
+Knows nothing of what it times. Seconds are of ``time.perf_counter``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import mlx.core as mx
 
 Key = tuple[str, ...]
 PAUSE_S = 0.05  # an engine's threads may spin on for a while after its turn
@@ -39,13 +44,29 @@ class Rate:
         return cls(statistics.median(rates), min(rates), max(rates))
 
 
-def interleave(trials: Iterable[Trial], rounds: int) -> dict[Key, Rate]:
-    """Run every trial in turn, ``rounds`` times; rates by key. Warming up is the caller's."""
+def seconds_of(make: Callable[[], object]) -> float:
+    """Seconds that one call of ``make`` takes, with all arrays in what it returns computed."""
+    began = time.perf_counter()
+    mx.eval(make())
+    return time.perf_counter() - began
+
+
+def interleave(
+    trials: Iterable[Trial], rounds: int, *, warm_up: int = 0, pause: float = PAUSE_S
+) -> dict[Key, Rate]:
+    """Run every trial in turn, ``rounds`` times; rates by key.
+
+    ``warm_up`` rounds go before and are not counted; a trial that runs ``once`` sits them out.
+    After each turn is a ``pause`` in seconds.
+    """
     trials = list(trials)
     seconds: dict[Key, list[float]] = {trial.key: [] for trial in trials}
-    for number in range(rounds):
+    for number in range(-warm_up, rounds):
         for trial in trials:
-            if number == 0 or not trial.once:
-                seconds[trial.key].append(trial.run())
-                time.sleep(PAUSE_S)
+            if trial.once and number != 0:
+                continue
+            spent = trial.run()
+            if number >= 0:
+                seconds[trial.key].append(spent)
+            time.sleep(pause)
     return {trial.key: Rate.of(trial, seconds[trial.key]) for trial in trials}

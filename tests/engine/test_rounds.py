@@ -1,0 +1,85 @@
+"""Timing that can be trusted: what is computed when the clock stops, whose turn it is, what is counted."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.engine import rounds
+from tiny_llm.engine.rounds import Rate, Trial, interleave, seconds_of
+
+pytestmark = pytest.mark.chapter("2.2")
+
+
+def is_computed(array: mx.array) -> bool:
+    """Whether no operation is left to do for it."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return "label" not in graph.getvalue()
+
+
+def runs(order: list[str], name: str, *seconds: float) -> Callable[[], float]:
+    """A run that notes its turn, and says that it took the next of ``seconds``."""
+    answers = iter(seconds)
+
+    def run() -> float:
+        order.append(name)
+        return next(answers)
+
+    return run
+
+
+def test_the_clock_stops_when_the_arrays_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, looks = list[mx.array](), list[list[bool]]()
+
+    def make() -> list[mx.array]:
+        assert not made, "make was called twice"
+        made.extend([mx.ones((4, 4)) @ mx.ones((4, 4)), mx.exp(mx.ones(3))])
+        return made
+
+    def clock() -> float:
+        looks.append([is_computed(array) for array in made])
+        return 10.0 * len(looks)
+
+    monkeypatch.setattr(rounds.time, "perf_counter", clock)
+    assert seconds_of(make) == 10.0, "one look at the clock before, one after"
+    assert looks == [[], [True, True]], "what was made must be computed before the clock is read again"
+
+
+def test_what_is_no_array_can_be_timed() -> None:
+    assert seconds_of(lambda: "text") >= 0
+
+
+def test_turns_are_taken() -> None:
+    order: list[str] = []
+    sides = [Trial((name,), 1.0, runs(order, name, 1, 1, 1)) for name in "abc"]
+    interleave(sides, 3, pause=0)
+    assert "".join(order) == "abcabcabc", "each side once a round"
+
+
+def test_rates_are_units_over_seconds_and_their_median_counts() -> None:
+    trial = Trial(("x",), 8.0, lambda: 0.0)
+    assert Rate.of(trial, [1.0, 4.0, 2.0]) == Rate(4.0, 2.0, 8.0)
+    assert Rate.of(trial, [2.0, 2.0, 80.0]).median == 4.0, "one interruption must not count"
+
+
+def test_once_is_once() -> None:
+    order: list[str] = []
+    sides = [
+        Trial(("a",), 8.0, runs(order, "a", 9, 1, 4, 2)),
+        Trial(("b",), 5.0, runs(order, "b", 10), once=True),
+    ]
+    rates = interleave(sides, 3, warm_up=1, pause=0)
+    assert order == ["a", "a", "b", "a", "a"]
+    assert rates == {("a",): Rate(4.0, 2.0, 8.0), ("b",): Rate(0.5, 0.5, 0.5)}
+
+
+def test_warming_up_is_not_counted() -> None:
+    order: list[str] = []
+    sides = [Trial((name,), 1.0, runs(order, name, 50, 40, 1, 1)) for name in "ab"]
+    rates = interleave(sides, 2, warm_up=2, pause=0)
+    assert "".join(order) == "abababab"
+    assert rates == {(name,): Rate(1.0, 1.0, 1.0) for name in "ab"}
