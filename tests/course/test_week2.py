@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -92,3 +93,25 @@ def test_the_mistakes_of_2_1(run) -> None:
         for text in (printed, tables_of("2.1")[0])
     )
     assert found == told and len(found) == 7, printed
+
+
+def test_the_predictions_of_2_2() -> None:
+    text = text_of("2.2")
+    first, second = (statistics.median(1 + 0.2 * call / 40 for call in part) for part in halves(40))
+    assert f"**{second / first - 1:.1%}**".replace("%", " %") in text
+    calls = [100] * 19 + [2100]
+    assert f"**{statistics.mean(calls):.0f} ms**" in text and f"**{statistics.median(calls):.0f} ms**" in text
+
+
+def halves(count: int) -> tuple[range, range]:
+    """The first half of so many calls, and the second."""
+    return range(count // 2), range(count // 2, count)
+
+
+def test_the_tables_of_2_2(run, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.svg"
+    printed = run("book/experiments/measuring.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
+    (told,) = tables_of("2.2")
+    assert frame(printed) == frame(told)
+    assert printed.partition("\n\n")[2] == told.partition("\n\n")[2], "what is simulated is the same anywhere"
+    assert drawn.read_text() == (ROOT / "book/docs/img/measuring.svg").read_text(), "draw it again"
