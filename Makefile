@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve book-experiments bench bench-metal kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course book book-serve book-experiments bench bench-metal soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -24,6 +24,7 @@ help:
 	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it,'
 	@echo '             make book-experiments runs what its pages show, and puts the results there'
 	@echo 'make bench   run the benchmarks; make bench-metal: on a Mac, ours against MLX and mlx-lm'
+	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
@@ -52,8 +53,13 @@ book-serve:
 book-experiments: .venv/test.stamp .venv/kernels.stamp
 	$(python) book/regenerate.py
 
+# One draws what it is given, the other takes 20 minutes.
+not_bench := benchmarks/plot_trace.py benchmarks/soak.py
 bench: .venv/run.stamp .venv/kernels.stamp
-	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done
+	@for script in $(filter-out $(not_bench),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(python) "$$script" || exit 1; done
+
+soak: .venv/run.stamp .venv/kernels.stamp
+	$(python) benchmarks/soak.py --minutes 20
 
 kernels-test:
 	$(call kernel_tests)

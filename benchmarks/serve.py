@@ -33,7 +33,7 @@ from measure.gguf_file import gguf_file
 from measure.http_load import Target, run
 from measure.machine import Watch, foreign_share_now, warning
 from measure.serve_plot import draw
-from measure.servers import EngineAlone, Server, ServerError, llama_server, mlx_lm_server, ours
+from measure.servers import BUNDLED, EngineAlone, Server, ServerError, llama_server, mlx_lm_server, ours
 from measure.serving import Asked, figures, mixed_lengths, poisson, trace_lengths
 from measure.sides import numbers
 
@@ -58,7 +58,6 @@ WORDS = (
 )
 SHOWN = ("tok_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms", "e2e_p50_ms", "goodput_s")
 HEADS = ("tok/s", "ttft p50", "p95 ms", "itl p50", "p95 ms", "e2e ms", "goodput/s")
-BUNDLED = Path(__file__).resolve().parents[1] / "tiny_llm" / "demo"
 Row = dict[str, float]
 
 

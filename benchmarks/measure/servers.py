@@ -22,6 +22,7 @@ from measure.http_load import Target
 from measure.llama_server import binary_of
 
 ROOT = Path(__file__).resolve().parents[2]
+BUNDLED = ROOT / "tiny_llm" / "demo"
 PATIENCE_S = 120.0
 
 
@@ -93,12 +94,12 @@ class Server:
         self._log.close()
 
 
-def ours(model: Path, threads: int) -> Server:
+def ours(model: Path, threads: int, *options: str) -> Server:
     """``main.py serve`` on a folder."""
     port = free_port()
     command = [sys.executable, ROOT / "main.py", "serve", "--model", model, "--port", port]
     more = ["--name", "model", "--threads", threads, "--offline"]
-    return Server("tiny_llm", "model", [*map(str, command + more)], port, "/health", threads)
+    return Server("tiny_llm", "model", [*map(str, command + more), *options], port, "/health", threads)
 
 
 def llama_server(model: Path, slots: int, room: int, threads: int, folder: Path) -> Server:

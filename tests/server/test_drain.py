@@ -74,6 +74,34 @@ def test_what_runs_completes_and_new_ones_are_refused(process: Process, number: 
         http.get("/health")
 
 
+@pytest.mark.parametrize("process", [("--max-concurrent", "4")], indirect=True)
+def test_under_load_nothing_that_was_taken_is_lost(process: Process) -> None:
+    """Streams and whole answers, those that run and those that still wait for their turn."""
+    ends: list[str] = []
+
+    def ask(number: int) -> None:
+        body = {**LONG, "prompt": f"Story {number}", "max_tokens": 300, "stream": number % 2 == 0}
+        with process.http() as http:
+            answer = http.post("/v1/completions", json=body)
+        whole = '"finish_reason":"length"' in answer.text and answer.status_code == 200
+        ends.append("whole" if whole else answer.text)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    with process.http() as http:
+        for _ in range(400):
+            told = http.get("/metrics").text
+            if 'num_requests_waiting{model_name="demo"} 8.0' in told:
+                break
+        assert 'num_requests_running{model_name="demo"} 4.0' in told
+    process.tell(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert ends == ["whole"] * 12
+    assert process.wait() == 0
+
+
 @pytest.mark.parametrize("process", [("--drain-seconds", "0")], indirect=True)
 def test_without_time_to_drain_it_ends_soon(process: Process) -> None:
     asked = {**LONG, "n": 16, "stream": True}

@@ -58,14 +58,22 @@ def test_whoever_hangs_up_while_waiting_for_the_whole_stops_it_too(
 class Leaving:
     """A client on a bare socket, which can go at any moment."""
 
-    def __init__(self, running: Running, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, running: Running, path: str, body: dict[str, Any], receive_bytes: int = 0) -> None:
         data = json.dumps(body).encode()
-        self._socket = socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1])), timeout=20)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        self._socket = socket.socket()
+        self._socket.settimeout(20)
+        if receive_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self._socket.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
         self._socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
     def read(self, size: int) -> None:
         self._socket.recv(size)
+
+    def read_all(self) -> bytes:
+        """Until the server hangs up."""
+        return b"".join(iter(lambda: self._socket.recv(1 << 16), b""))
 
     def hang_up(self) -> None:
         self._socket.close()
@@ -96,13 +104,20 @@ def test_200_clients_that_die_leave_no_block_in_use(running: Running) -> None:
     assert used.endswith(" 0.0")
 
 
-def test_a_slow_reader_does_not_slow_the_others(running: Running) -> None:
-    slow = Leaving(running, "/v1/completions", {**LONG, "stream": True, "n": 8})
+def test_a_slow_reader_slows_nobody_and_misses_nothing(running: Running) -> None:
+    """It reads nothing until all is made: the engine, its memory and other clients do not wait for it."""
+    body = {**LONG, "stream": True, "n": 8, "stream_options": {"include_usage": True}}
+    slow = Leaving(running, "/v1/completions", body, receive_bytes=4096)
     with running.http() as http:
         first = http.post("/v1/completions", json=SHORT).json()["choices"]
         assert first == http.post("/v1/completions", json=SHORT).json()["choices"]
-    slow.hang_up()
-    running.wait_until_idle()
+        running.wait_until_idle()
+        said = slow.read_all()
+    assert len(said) > 500_000, "or system buffers took it all, and it was not slow"
+    events = [line for line in said.split(b"\n") if line.startswith(b"data: ")]
+    assert events[-1] == b"data: [DONE]"
+    assert json.loads(events[-2][6:])["usage"]["completion_tokens"] == 8 * LONG["max_tokens"]
+    assert said.count(b'"finish_reason":"length"') == 8
 
 
 def test_a_failure_in_mid_stream_is_an_event_then_done(start: Any) -> None:
