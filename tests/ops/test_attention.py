@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.ops.attention import attention, causal_mask
+from tiny_llm.ops.backend import use
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
@@ -96,6 +97,19 @@ def test_later_rows_alone_give_what_they_give_together(assert_close, cut: int) -
         together[cut:],
         the_mask_forgets_the_offset=by_loops(q[cut:], k, v, scale=0.35, offset=0),
     )
+
+
+@pytest.mark.chapter("1.3")
+def test_keys_are_not_copied_for_each_query_head() -> None:
+    """One token of 16 query heads over 10,000 keys of 2 heads: copies would take 8 times as much."""
+    q, k, v = normal(1, 16, 64), normal(10_000, 2, 64, seed=1), normal(10_000, 2, 64, seed=2)
+    mx.eval(q, k, v)
+    with use("ref"):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(attention(q, k, v, scale=0.125, offset=9_999))
+    taken = (mx.get_peak_memory() - before) / (k.nbytes + v.nbytes)
+    assert taken < 3, f"it took {taken:.1f} times what keys and values take: they are copied for query heads"
 
 
 @pytest.mark.chapter("1.3")

@@ -28,17 +28,18 @@ def attention_ref(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset
     """Return ``softmax(q k^T * scale + mask) v`` [T, H, D] ("Attention Is All You Need", section 3.2.1).
 
     q [T, H, D]; k, v [S, K, D]. Query head h reads key/value head ``h // G`` (grouped
-    queries: Ainslie et al. 2023): q is seen as [K, G, T, D] and meets k [K, 1, D, S], so
-    that no key or value is copied. Scores are float32; the result has q's dtype.
+    queries: Ainslie et al. 2023): the G * T queries of a group are rows of one product with
+    their head's keys, so that no key or value is copied. Scores are float32; the result has q's dtype.
     """
     T, H, D = q.shape
     S, K, _ = k.shape
-    grouped_q = q.reshape(T, K, H // K, D).transpose(1, 2, 0, 3).astype(mx.float32)
-    keys = k.transpose(1, 2, 0)[:, None].astype(mx.float32)
-    values = v.transpose(1, 0, 2)[:, None].astype(mx.float32)
+    G = H // K
+    grouped_q = q.reshape(T, K, G, D).transpose(1, 2, 0, 3).reshape(K, G * T, D).astype(mx.float32)
+    keys, values = k.transpose(1, 2, 0).astype(mx.float32), v.transpose(1, 0, 2).astype(mx.float32)
 
-    scores = mx.matmul(grouped_q, keys) * scale + causal_mask(T, S, offset=offset)
-    out = mx.matmul(softmax(scores), values)  # [K, G, T, D]
+    scores = mx.matmul(grouped_q, keys) * scale  # [K, G * T, S]
+    masked = scores.reshape(K, G, T, S) + causal_mask(T, S, offset=offset)
+    out = mx.matmul(softmax(masked).reshape(K, G * T, S), values).reshape(K, G, T, D)
     return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)
 
 
