@@ -9,11 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from tiny_llm.config import ModelConfig
 from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
+from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
-EXPERIMENTS = {"1.2": "rope"}
+EXPERIMENTS = {"1.2": "rope", "1.3": "groups"}
 
 
 def text_of(number: str) -> str:
@@ -45,6 +48,9 @@ def test_the_experiments_print_what_the_pages_show(run, tmp_path: Path, number: 
         ("1.2", "turned-backwards", "The password is ."),
         ("1.2", "angles-in-half-precision", "The password of the red door is zimbro."),
         ("1.2", "scaling-ignored", "The password of the red door is zimbro."),
+        ("1.3", "groups-unfolded-wrongly", "The password of the small dog is pedo."),
+        ("1.3", "sees-one-ahead", "The password of the red door is zimbro."),
+        ("1.3", "strangers-seen", "The password of the red door is zimbro."),
     ],
 )
 def test_the_symptoms_are_as_told(run, book, number: str, mutant: str, said: str) -> None:
@@ -64,3 +70,11 @@ def test_what_1_2_says_of_lengths() -> None:
     turned = rope(x, mx.array([0, 5, 900]), rope_frequencies(8, 10_000.0))
     pairs = [mx.square(a[..., :4]) + mx.square(a[..., 4:]) for a in (x, turned)]
     assert mx.allclose(*pairs, atol=1e-5).item()
+
+
+def test_the_predictions_of_1_3() -> None:
+    config = ModelConfig.from_hf(config_of("qwen2-0.5b"))
+    keys = mx.zeros((config.num_layers, config.num_kv_heads, config.head_dim), mx.bfloat16)
+    assert f"**{2 * keys.nbytes:,}** bytes" in text_of("1.3")
+    masked = mx.sum(mx.isinf(causal_mask(3, 8, offset=5))).item()
+    assert f"**{masked} scores**" in text_of("1.3")
