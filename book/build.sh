@@ -18,7 +18,7 @@ if ! cmp -s book/requirements.txt "$env/requirements.txt"; then
     cp book/requirements.txt "$env/requirements.txt"
 fi
 "$env/bin/python" book/vendor.py
-case $1 in
+case ${1:-build} in
 build)
     "$env/bin/zensical" build --clean --strict -f book/mkdocs.yml
     echo "Open book/site/index.html in a browser."
