@@ -177,7 +177,7 @@ export class Live {
     const ms = (s) => (s < 1 ? `${(1000 * s).toFixed(s < 0.1 ? 1 : 0)} ms` : `${s.toFixed(2)} s`);
     this.speed = new Figure("Tokens per second", count);
     this.first = new Figure("First token after", ms);
-    this.hits = new Figure("Prompt found in cache", (share) => `${Math.round(100 * share)} %`);
+    this.hits = new Figure("Found in cache", (share) => `${Math.round(100 * share)} %`);
     this.used = new Figure("Blocks in use", count);
     this.ttft = null;
     document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.start()));
@@ -229,7 +229,7 @@ export class Live {
     else if (this.ttft === null && picture.first_tokens) this.ttft = picture.ttft_s / picture.first_tokens;
     this.first.show(this.ttft, this.ttft === null ? "" : "mean of the latest");
     const asked = picture.hit_tokens + picture.miss_tokens;
-    this.hits.show(asked ? picture.hit_tokens / asked : null, `${count(picture.hit_tokens)} tokens not read`);
+    this.hits.show(asked ? picture.hit_tokens / asked : null, `${count(picture.hit_tokens)} tokens`);
     const { used, limit } = picture.blocks;
     this.used.show(used, `of at most ${count(limit)}`);
   }
@@ -251,6 +251,7 @@ export class Live {
       this.bars.delete(id);
       bar.row.dataset.state = "ended";
       bar.what.textContent = "ended";
+      if (this.map.marked === bar.owner) this.map.mark(null);
       setTimeout(() => bar.row.remove(), LINGER_MS);
     }
     const hidden = picture.running + picture.waiting - picture.rows.length;

@@ -73,7 +73,11 @@ $("key-dialog").addEventListener("close", () => {
   asksForKey = false;
   const given = $("key").value.trim();
   $("key").value = "";
-  if (!given) return void ($("live-state").textContent = "Without a key there is nothing to see. Send a message to be asked again.");
+  if (!given) {
+    $("live-state").hidden = false;
+    $("live-state").textContent = "Without a key there is nothing to see. Send a message to be asked again.";
+    return;
+  }
   key.set(given);
   connect();
   $("ask").focus();
