@@ -3,7 +3,8 @@
 A kernel's least is each byte of its inputs and outputs once (of a pool: of the tokens that are seen). What it
 moves is each element once a threadgroup: the cores' own caches keep it so long, at best. Shapes are those of
 Qwen2-1.5B with 4-bit weights, with fewer outputs, of which all are alike. From these and the chips' published
-figures: tokens/s that no run has measured, at most. Prints two tables and one JSON line.
+figures: tokens/s that no run has measured, at most. Reuse is how many rows use what is moved, each time.
+Prints two tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.metal import watch
 from tiny_llm.ops.paged_attention import paged_attention
-from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.quantized_matmul import quantized_matmul, tiles_keep_bits
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
@@ -44,19 +45,24 @@ class Row:
     what: str
     ratio: float
     all_ratio: float
+    reuse: float
     simd_operations: float
     barriers: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an op; ``least`` is the bytes that each buffer must move, ``main`` those that matter most."""
+    """A call of an op; ``least`` is the bytes that each buffer must move, ``main`` those that matter most.
+
+    ``uses`` is how many rows need each element of those.
+    """
 
     size: str
     main: Sequence[str]
     least: Moved
     outputs: int
     call: Callable[[], object]
+    uses: int = 1
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
@@ -71,7 +77,7 @@ def matmul_case(rows: int, outputs: int) -> Case:
     least = {"x": x.nbytes, "packed": packed.nbytes, "scales": scales.nbytes, "biases": biases.nbytes}
     least |= {"rows": 4, "outputs": 4, "out": rows * outputs * 2}
     main = ("packed", "scales", "biases")
-    return Case(f"{rows} rows", main, least, rows * outputs, lambda: quantized_matmul(x, weight))
+    return Case(f"{rows} rows", main, least, rows * outputs, lambda: quantized_matmul(x, weight), rows)
 
 
 def attention_case(sequences: int, context: int) -> Case:
@@ -88,7 +94,14 @@ def attention_case(sequences: int, context: int) -> Case:
     least = {"q": q.nbytes, "keys": tokens, "values": tokens, "tables": tables.nbytes, "out": q.nbytes}
     least |= {"work": 16 * sequences, "width": 4, "scale": 4}
     size = f"{sequences} x {context} tokens"
-    return Case(size, ("keys", "values"), least, q.size, lambda: paged_attention(q, k, k, pool, pages))
+    return Case(
+        size,
+        ("keys", "values"),
+        least,
+        q.size,
+        lambda: paged_attention(q, k, k, pool, pages),
+        HEADS // KV_HEADS,
+    )
 
 
 def small_cases(rows: int) -> Iterator[Case]:
@@ -131,6 +144,7 @@ def measure(case: Case) -> Row:
         "+".join(case.main),
         main,
         every,
+        case.uses / main,
         sum(traffic.simd_operations for _, traffic in seen) / lanes / per,
         sum(traffic.barriers for _, traffic in seen) / per,
     )
@@ -174,17 +188,18 @@ def main() -> None:
         return
     with use("metalsim"):
         cases = [
-            *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64)),
+            *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64, 128)),
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
             *small_cases(16),
         ]
+        tiles_keep_bits("metalsim")  # asks once, and that is none of a case's traffic
         rows = [measure(case) for case in cases]
-    columns = "kernel | size | moved over least | of | all buffers | simdgroup operations an output"
+    columns = "kernel | size | moved over least | of | reuse | all buffers | simdgroup operations an output"
     print(f"| {columns} | threads at barriers |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {r.what} | {r.all_ratio:.2f} "
+            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {r.what} | {r.reuse:.1f} | {r.all_ratio:.2f} "
             f"| {r.simd_operations:.2f} | {r.barriers:.2f} |"
         )
     print(

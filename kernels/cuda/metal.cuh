@@ -50,6 +50,10 @@ inline V simd_shuffle(V value, ushort lane) {
     return __shfl_sync(ALL, value, lane);
 }
 
+inline float simd_shuffle_xor(float value, ushort apart) {
+    return __shfl_xor_sync(ALL, value, apart);
+}
+
 namespace precise {
 
 inline float exp(float x) { return ::expf(x); }
@@ -70,6 +74,7 @@ inline void threadgroup_barrier(mem_flags) {
 
 using metal::simd_max;
 using metal::simd_shuffle;
+using metal::simd_shuffle_xor;
 using metal::simd_sum;
 
 #define thread_position_in_grid (::metal::grid_thread())

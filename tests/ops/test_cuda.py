@@ -51,7 +51,7 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     positions, inv_freq = mx.arange(3, dtype=mx.int32), rope_frequencies(64, 1e6)
     yield lambda: rope_qk(q, k, positions, inv_freq, None, None, 1e-6)
     yield lambda: rope_qk(q, k, positions, inv_freq, head, head, 1e-6)
-    for rows in (1, 5, 40):
+    for rows in (1, 5, 16):
         for bits in (4, 8):
             many = normal(rows, 128, dtype=dtype)
             matrix = QuantizedTensor(*mx.quantize(normal(10, 128, dtype=dtype), 64, bits), 64, bits)
@@ -124,7 +124,12 @@ def constant(name: str, value: Any) -> str:
 
 
 def test_nvidias_compiler_takes_every_kernel(nvcc: str, made: list[str], tmp_path: Path) -> None:
-    every = {name for file in metal.folder().glob("*.metal") for name in metal.texts(file.stem)}
+    every = {
+        name
+        for file in metal.folder().glob("*.metal")
+        for name, text in metal.texts(file.stem).items()
+        if "simdgroup_matrix" not in text.body  # CUDA has them not, and the op does not ask for them there
+    }
     assert every == {text.split("_of_")[1].split(" ")[0] for text in made}, "a kernel without a call here"
     prelude = (metal.folder("cuda") / "metal.cuh").read_text()
     (tmp_path / "all.cu").write_text(INCLUDES + prelude + "".join(made))

@@ -213,6 +213,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         swiglu(x, x),
         *rope_qk(q, q, mx.arange(3), rope_frequencies(64, 1e4), weight[:64], weight[:64], 1e-6),
         quantized_matmul(x, quantized(8, 256, 64, 4, dtype)),
+        quantized_matmul(normal(17, 256, dtype=dtype), quantized(8, 256, 64, 4, dtype)),
         *paged_attention(*paged([150, 3], [1, 3], 4, 2, 64, 16, dtype)),
         *paged_attention(*paged([300, 3], [1, 1], 4, 2, 64, 16, dtype)),
     ]

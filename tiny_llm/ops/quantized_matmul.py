@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.ops.backend import active, cpu
 from tiny_llm.ops.metal import kernel, on_metal
 
-_COLUMNS = 4  # outputs that a simdgroup makes
+_COLUMNS = 2  # outputs that a lane makes
 _MOST_ROWS = 16  # rows of x that share what is read of the matrix
+_TILE = 4  # matrices of 8 x 8 along each side of a tile
 
 
 def quantized_matmul_ref(x: mx.array, weight: QuantizedTensor) -> mx.array:
@@ -52,22 +55,61 @@ def _cpu(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
 
 def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
-    """Rows in blocks of a power of two, up to 16; a block's order of sums is that of one row.
+    """Rows in blocks of a power of two, up to 16; more by tiles, where those give a row the same bits.
 
     Up to 4 blocks are in one threadgroup, so that what one reads of the matrix is near for the others.
     """
-    (T, width), outputs = x.shape, weight.packed.shape[0]
+    if x.shape[0] > _MOST_ROWS and tiles_keep_bits(active()):
+        return _tiles(x, weight)
+    return _blocks(x, weight)
+
+
+def _blocks(x: mx.array, weight: QuantizedTensor) -> mx.array:
+    T, outputs = x.shape[0], weight.packed.shape[0]
     rows = min(_MOST_ROWS, 1 << (T - 1).bit_length())
     blocks = -(-T // rows)
-    (out,) = kernel("quantized_matmul")(
+    columns = ("COLUMNS", _COLUMNS)
+    grid, threads = (32, -(-outputs // (4 * _COLUMNS)), blocks), (32, 2, min(blocks, 4))
+    return _run("quantized_matmul", x, weight, [("R", rows), columns], grid, threads)
+
+
+def _tiles(x: mx.array, weight: QuantizedTensor) -> mx.array:
+    """A threadgroup a tile. Tiles that share what is read of the matrix come after each other."""
+    side = 8 * _TILE
+    grid = (256 * -(-x.shape[0] // side), -(-weight.packed.shape[0] // side), 1)
+    return _run("quantized_matmul_tile", x, weight, [("M", _TILE), ("N", _TILE)], grid, (256, 1, 1))
+
+
+def _run(
+    name: str,
+    x: mx.array,
+    weight: QuantizedTensor,
+    sizes: list[tuple[str, int]],
+    grid: tuple[int, int, int],
+    threads: tuple[int, int, int],
+) -> mx.array:
+    (T, width), outputs = x.shape, weight.packed.shape[0]
+    (out,) = kernel(name)(
         inputs=[x, weight.packed, weight.scales, weight.biases, T, outputs],
-        template=[
-            *(("T", x.dtype), ("I", width), ("BITS", weight.bits), ("GROUP", weight.group_size)),
-            *(("R", rows), ("COLUMNS", _COLUMNS)),
-        ],
-        grid=(32, -(-outputs // _COLUMNS), blocks),
-        threadgroup=(32, 2, min(blocks, 4)),
+        template=[("T", x.dtype), ("I", width), ("BITS", weight.bits), ("GROUP", weight.group_size), *sizes],
+        grid=grid,
+        threadgroup=threads,
         output_shapes=[(T, outputs)],
         output_dtypes=[x.dtype],
     )
     return out
+
+
+@cache
+def tiles_keep_bits(backend: str) -> bool:
+    """Whether tiles may be used on ``backend``: there are some, and they give a row the bits it has alone.
+
+    Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
+    """
+    if backend not in ("metal", "metalsim"):
+        return False
+    width, outputs = 352, 9  # the 8 parts of a sum are of different lengths
+    x = mx.random.normal((5, width), key=mx.random.key(0))
+    packed = mx.quantize(mx.random.normal((outputs, width), key=mx.random.key(1)), 32, 4)
+    weight = QuantizedTensor(*packed, 32, 4)
+    return bool(mx.array_equal(_tiles(x, weight)[2:3], _blocks(x[2:3], weight)).item())

@@ -50,13 +50,15 @@ MSIM_FUNC void simdgroup_store(simdgroup_matrix<T, 8, 8> m, P to, ulong row_leng
 }
 
 struct msim_operands { float a[2], b[2]; };
+// A chain of fma in order of k. Apple says neither the order nor where it rounds: a kernel whose bits must be those of
+// another one has to ask the device.
 MSIM_QUIET float2 msim_product(const Exchange* e, float2 c) {
   msim_spot s = msim_spot_of(msim_lane());
   for (uint k = 0; k < 8; ++k) {
     const msim_operands* left = (const msim_operands*)e->in[msim_lane_of(s.row, k)];
     const msim_operands* right = (const msim_operands*)e->in[msim_lane_of(k, s.column)];
-    c[0] += left->a[k & 1] * right->b[0];
-    c[1] += left->a[k & 1] * right->b[1];
+    c[0] = __builtin_fmaf(left->a[k & 1], right->b[0], c[0]);
+    c[1] = __builtin_fmaf(left->a[k & 1], right->b[1], c[1]);
   }
   return c;
 }
