@@ -11,12 +11,13 @@ import pytest
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.models.decoder import DecoderLayer
 from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
 from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
-EXPERIMENTS = {"1.2": "rope", "1.3": "groups"}
+EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp"}
 
 
 def text_of(number: str) -> str:
@@ -51,6 +52,8 @@ def test_the_experiments_print_what_the_pages_show(run, tmp_path: Path, number: 
         ("1.3", "groups-unfolded-wrongly", "The password of the small dog is pedo."),
         ("1.3", "sees-one-ahead", "The password of the red door is zimbro."),
         ("1.3", "strangers-seen", "The password of the red door is zimbro."),
+        ("1.4", "gate-and-up-swapped", "use, Lenat a."),
+        ("1.4", "bias-forgotten", "The password of the red door is zimbro."),
     ],
 )
 def test_the_symptoms_are_as_told(run, book, number: str, mutant: str, said: str) -> None:
@@ -78,3 +81,12 @@ def test_the_predictions_of_1_3() -> None:
     assert f"**{2 * keys.nbytes:,}** bytes" in text_of("1.3")
     masked = mx.sum(mx.isinf(causal_mask(3, 8, offset=5))).item()
     assert f"**{masked} scores**" in text_of("1.3")
+
+
+def test_the_predictions_of_1_4() -> None:
+    shapes = DecoderLayer.shapes(ModelConfig.from_hf(config_of("qwen2-0.5b")))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    part = sum(size for name, size in sizes.items() if name.startswith("mlp.")) / sum(sizes.values())
+    assert f"**{100 * part:.0f} %**" in text_of("1.4")
+    squares = mx.square(mx.arange(1000).astype(mx.float16)).tolist()
+    assert f"**{squares.index(math.inf)}** squared" in text_of("1.4")
