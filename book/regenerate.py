@@ -1,7 +1,8 @@
 """Runs the pages' experiments, and puts what they print and draw into the pages: make book-experiments.
 
-An experiment on a page is a sh block whose one line runs book/experiments/NAME.py, and after it a text block:
-what it printed. Where there is a docs/img/NAME.svg, --svg draws it anew.
+An experiment on a page is a sh block whose one line runs book/experiments/NAME.py or a benchmark, and after
+it a text block: what it printed, but for a benchmark's line of JSON. Where there is a docs/img/NAME.svg,
+--svg draws it anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 BOOK = Path(__file__).resolve().parent
 EXPERIMENT = re.compile(
-    r"^```sh\npython (book/experiments/(\w+)\.py[^\n]*)\n```\n\n```text\n(.*?)^```$", re.M | re.S
+    r"^```sh\npython ((?:book/experiments|benchmarks)/(\w+)\.py[^\n]*)\n```\n\n```text\n(.*?)^```$",
+    re.M | re.S,
 )
 
 
@@ -29,7 +31,7 @@ def run(command: str, name: str) -> str:
     done = subprocess.run(
         words, cwd=BOOK.parent, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    return done.stdout
+    return re.sub(r"^{.*}\n\Z", "", done.stdout, flags=re.M)
 
 
 def regenerated(page: str, run: Callable[[str, str], str]) -> str:

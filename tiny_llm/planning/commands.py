@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tiny_llm.config import Quantization
 from tiny_llm.engine.memory import available_memory_bytes, parse_bytes
+from tiny_llm.errors import RequestError
 from tiny_llm.ops.backend import use
 from tiny_llm.options import BackendOption, DebugOption, DtypeOption, JsonOption, ModelOption, QuantizeOption
-from tiny_llm.planning.memory import plan_memory
-from tiny_llm.planning.memory_report import as_json, as_svg, show
+from tiny_llm.planning.memory import find_config, plan_memory
+from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
+from tiny_llm.planning.speed import FORMAT, measure_machine, predict
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +41,12 @@ def memory(
     svg: Annotated[
         Path | None, typer.Option(help="Also draw it, into this file.", rich_help_panel="Output")
     ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="Also measure this machine, and say what it allows.", rich_help_panel="Output"
+        ),
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -50,9 +59,16 @@ def memory(
         plan = plan_memory(
             model, available=free, dtype=dtype, quantize=quantize, context=context, batch=batch
         )
+        if speed and quantize is None:
+            raise RequestError("--speed measures quantized matrices; give --quantize 4 or 8.")
+        machine = measure_machine() if speed else None
     if json:
         print(as_json(plan))
     else:
         show(plan, Console())
+    if machine is not None and quantize is not None:
+        format = Quantization(quantize, FORMAT.group_size)
+        size = {"prompt": plan.context, "answer": 1, "batch": batch}
+        print(roofs(machine, predict(find_config(model), machine, quantize=format, **size)))
     if svg is not None:
         svg.write_text(as_svg(plan), encoding="utf-8")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tiny_llm.planning.memory import MemoryPlan
+from tiny_llm.planning.speed import Machine, Speed
 
 GIGA = 1e9
 COLORS: Sequence[str] = ("#e6862b", "#3b7dd8", "#7aa874", "#b65fcf", "#8a8f98")
@@ -70,6 +71,17 @@ def verdict(plan: MemoryPlan) -> list[str]:
     most = " or ".join(filter(None, reach)) or "nothing, since weights and one step alone are too large"
     trains = "fits" if sum(plan.training) <= free else "does not fit"
     return [f"{size(free)} of memory: {fits}. At most {most}.", f"Training with that many tokens {trains}."]
+
+
+def roofs(machine: Machine, speed: Speed) -> str:
+    """What this machine allows, and the speeds that say so."""
+    speeds = (machine.bytes_s, machine.matrix_flops_s, machine.attention_flops_s)
+    read, matrices, attention = (speed / GIGA for speed in speeds)
+    return (
+        f"At most {speed.decode:,.1f} tokens a second in answers, {speed.prefill:,.0f} in a prompt: "
+        f"this machine reads {read:.1f} GB/s, makes {matrices:,.0f} GFLOP/s in matrices, "
+        f"{attention:,.0f} in attention."
+    )
 
 
 def size(count: int) -> str:

@@ -1,0 +1,68 @@
+"""Owns how much work a step is, from a model's config alone: operations, bytes, and the least time for both.
+
+Counts the matrix products and attention; norms, RoPE and the gate are a hundredth of these. A multiplication
+and an addition are two operations. Refuses to know any machine's speed. Chapter 0.3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tiny_llm.config import ModelConfig
+
+
+class Work(NamedTuple):
+    """A part of a step: floating-point operations, and bytes that must come from memory."""
+
+    flops: int
+    bytes: int
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte."""
+        return self.flops / self.bytes
+
+
+class Step(NamedTuple):
+    """A step's two parts, which run one after the other in each layer."""
+
+    matrices: Work
+    attention: Work
+
+
+def matrix_flops(config: ModelConfig, tokens: int, rows: int) -> int:
+    """Operations of all matrix products for ``tokens`` T in, and logits of ``rows`` out.
+
+    A matrix [O, I] takes 2 O I for each token. A layer has those of queries [H D, E], keys and values
+    [K D, E], the output [E, H D], gate and up [F, E] and down [E, F]; the head is [V, E], for ``rows`` only.
+    """
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    layer = 2 * E * D * (config.num_heads + config.num_kv_heads) + 3 * E * F
+    return 2 * tokens * config.num_layers * layer + 2 * rows * config.vocab_size * E
+
+
+def attention_flops(config: ModelConfig, start: int, tokens: int) -> int:
+    """Operations of attention for ``tokens`` T from position ``start`` on, each on itself and all before it.
+
+    A pair of tokens takes 2 D for its score and 2 D for its part of the values, in each head and layer.
+    """
+    pairs = tokens * start + tokens * (tokens + 1) // 2
+    return 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+
+
+def step_of(
+    config: ModelConfig, weights: int, kv_token: int, *, start: int, tokens: int, sequences: int = 1
+) -> Step:
+    """The work of a step of ``sequences``, each with ``tokens`` new ones from ``start`` on and one row out.
+
+    ``weights`` bytes are read once for all of them; ``kv_token`` bytes for each token of each one's context.
+    """
+    return Step(
+        Work(matrix_flops(config, sequences * tokens, sequences), weights),
+        Work(sequences * attention_flops(config, start, tokens), sequences * (start + tokens) * kv_token),
+    )
+
+
+def least_seconds(work: Work, flops_s: float, bytes_s: float) -> float:
+    """The roofline: the longer of what the operations take at ``flops_s`` and the bytes at ``bytes_s``."""
+    return max(work.flops / flops_s, work.bytes / bytes_s)

@@ -1,0 +1,106 @@
+"""Owns the answer to "how fast could it be here?": three speeds of this machine, and what a model needs.
+
+The speeds are measured on our own operations, large ones, alone: reading weights, a matrix product of many
+rows, attention of many tokens. What a model then does worse than predicted is lost between operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.data import Batch, Matrix
+from tiny_llm.kv.dense import DenseCache
+from tiny_llm.models.cost import Step, least_seconds, step_of
+from tiny_llm.models.footprint import kv_token_bytes, tensor_bytes, weights_bytes
+from tiny_llm.ops.linear import linear
+from tiny_llm.ops.pack import pack
+from tiny_llm.weights.dummy import dummy_weights
+
+FORMAT = Quantization(4, 64)
+MATRICES, SHAPE, ROWS = 12, (4096, 4096), 512  # 113 MB: more than caches hold
+HEADS, KV_HEADS, HEAD_DIM, TOKENS = 14, 2, 64, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Units a second: bytes of weights read, operations of matrix products, operations of attention."""
+
+    bytes_s: float
+    matrix_flops_s: float
+    attention_flops_s: float
+
+    def seconds(self, step: Step) -> float:
+        """The least time of a step: its parts follow one another."""
+        matrices = least_seconds(step.matrices, self.matrix_flops_s, self.bytes_s)
+        return matrices + least_seconds(step.attention, self.attention_flops_s, self.bytes_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second."""
+
+    prefill: float
+    decode: float
+
+
+def measure_machine(rounds: int = 5) -> Machine:
+    """Measure this machine, on the backend in use: the best of ``rounds``. Takes seconds."""
+    shapes = {f"{i}.weight": SHAPE for i in range(MATRICES)}
+    tensors = dummy_weights(
+        shapes,
+        dtype=mx.bfloat16,
+        quantize=FORMAT,
+        quantizable=shapes,
+        finish=lambda weight: pack(weight, exact=False),
+    )
+    weights = list(tensors.values())
+    size, entries = tensor_bytes(SHAPE, 2, FORMAT), SHAPE[0] * SHAPE[1]
+    read = _seconds(lambda: _products(weights, 1), rounds)
+    product = _seconds(lambda: _products(weights[:2], ROWS), rounds)
+    attend = _seconds(_attention, rounds)
+    pairs = TOKENS * (TOKENS + 1) // 2
+    return Machine(
+        MATRICES * size / read, 2 * 2 * ROWS * entries / product, 4 * HEADS * HEAD_DIM * pairs / attend
+    )
+
+
+def predict(
+    config: ModelConfig, machine: Machine, *, quantize: Quantization, prompt: int, answer: int, batch: int = 1
+) -> Speed:
+    """Tokens a second: of one ``prompt`` at once, then of ``batch`` answers together, in their middle."""
+    kv = kv_token_bytes(config, 2)
+    weights = weights_bytes(config, 2, 4, quantize)
+    if not config.tie_word_embeddings:  # of the table of tokens, only rows are read
+        weights -= tensor_bytes((config.vocab_size, config.hidden_size), 2, quantize)
+    first = machine.seconds(step_of(config, weights, kv, start=0, tokens=prompt))
+    middle = step_of(config, weights, kv, start=prompt + answer // 2, tokens=1, sequences=batch)
+    return Speed(prompt / first, batch / machine.seconds(middle))
+
+
+def _products(weights: list[Matrix], rows: int) -> list[mx.array]:
+    x = mx.ones((rows, SHAPE[1]))
+    return [linear(x, weight, None) for weight in weights]
+
+
+def _attention() -> list[mx.array]:
+    q = mx.ones((TOKENS, HEADS, HEAD_DIM))
+    k = mx.ones((TOKENS, KV_HEADS, HEAD_DIM))
+    positions = mx.arange(TOKENS)
+    batch = Batch(positions, positions, (0, TOKENS), positions[-1:])
+    return [DenseCache(1, mx.bfloat16).attend(0, q, k, k, batch)]
+
+
+def _seconds(make: Callable[[], list[mx.array]], rounds: int) -> float:
+    """The shortest time of an evaluation: a ceiling is what there is at best."""
+    taken = []
+    for _ in range(rounds + 1):
+        arrays = make()
+        began = time.perf_counter()
+        mx.eval(arrays)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
