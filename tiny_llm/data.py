@@ -25,6 +25,9 @@ EndReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"
 LogitsProcessor: TypeAlias = "Callable[[list[int], mx.array], mx.array]"
 """(tokens so far, prompt included; logits float32 [V]) -> logits [V] to choose from."""
 
+Constraint: TypeAlias = "Callable[[list[int]], bytes]"
+"""(the answer's tokens so far) -> a byte for each of V tokens, 0 for those that may not come next."""
+
 
 def _require(ok: bool, name: str, given: object, expected: str) -> None:
     if not ok:
@@ -43,8 +46,8 @@ class SamplingParams:
     ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
     multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
     for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
-    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other;
-    ``constraint`` makes the last of them, one for each answer, as it remembers where that answer is.
+    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other.
+    ``constraint`` makes what bans tokens at the end, one for each answer, as it remembers where that is.
 
     Raises RequestError for a value out of range, NaN and infinity included.
     """
@@ -66,7 +69,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     processors: tuple[LogitsProcessor, ...] = ()
-    constraint: Callable[[], LogitsProcessor] | None = None
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

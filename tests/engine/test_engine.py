@@ -85,6 +85,28 @@ def test_a_processor_decides(llm: LLM) -> None:
     assert done[0].token_ids == [7, 7, 7]
 
 
+def test_a_form_decides_and_one_that_fails_ends_its_own_request(llm: LLM) -> None:
+    vocab, seen = llm.config.vocab_size, list[int]()
+
+    def seven_then_eight(answer: list[int]) -> bytes:
+        seen.append(len(answer))
+        wanted = 7 if len(answer) < 2 else 8
+        return bytes(wanted) + b"\1" + bytes(vocab - wanted - 1)
+
+    def fail(answer: list[int]) -> bytes:
+        raise ZeroDivisionError("by design")
+
+    engine, asked = llm.with_engine(SETTINGS).engine, prompt(llm, "What is decode?")
+    held = engine.add(asked, replace(GREEDY, max_tokens=3, constraint=lambda: seven_then_eight))
+    failing = engine.add(asked, replace(GREEDY, constraint=lambda: fail))
+    free = engine.add(asked, replace(GREEDY, max_tokens=3))
+    ended = {number: answers[0] for number, answers in drain(engine).items()}
+    assert ended[held].token_ids == [7, 7, 8] and seen == [0, 1, 2]
+    assert ended[failing].finish_reason == "error" and "by design" in str(ended[failing].error)
+    assert ended[free].token_ids == llm.generate(asked, replace(GREEDY, max_tokens=3))[0].token_ids
+    assert engine.healthy and used(engine) == 0
+
+
 def test_logits_that_are_not_finite_end_their_request_alone(llm: LLM) -> None:
     def spoil(batch: Batch, logits: mx.array) -> mx.array:
         sick = batch.tokens[batch.logit_rows] == first  # the row whose last token is the bad request's

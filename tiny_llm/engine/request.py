@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from tiny_llm.data import Chunk, Completion, EndReason, SamplingParams, Timing
+from tiny_llm.data import Chunk, Completion, Constraint, EndReason, SamplingParams, Timing
 from tiny_llm.decoding.stop import Answer
 from tiny_llm.sampling.penalties import History
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ class Choice:
     params: SamplingParams
     answer: Answer
     history: History
+    constraint: Constraint | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
     error: str | None = None
     last_s: float = 0.0
@@ -98,8 +99,8 @@ class Request:
         banned = {*params.stop_token_ids, *end_ids}
         for index in range(params.n):
             seed = (cast(int, params.seed) + index * _NEXT_SEED) % 2**64
-            last = (params.constraint(),) if params.constraint else ()
-            own = replace(params, seed=seed, processors=(*params.processors, *last))
+            own = replace(params, seed=seed)
+            form = params.constraint() if params.constraint else None
             answer = Answer(tokenizer.stream(), own, end_ids, limit)
-            request.choices.append(Choice(request, index, own, answer, History(seen, banned)))
+            request.choices.append(Choice(request, index, own, answer, History(seen, banned), form))
         return request

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from tiny_llm.engine.request import Choice
 from tiny_llm.engine.stats import StepClock
+from tiny_llm.sampling.allowed import keep_allowed
 from tiny_llm.sampling.logprobs import Reported, named, reported
 from tiny_llm.sampling.penalties import changes_logits, penalize
 from tiny_llm.sampling.sampler import sample
@@ -77,11 +78,11 @@ def begin(logits: mx.array, choices: Sequence[Choice], ahead: int, clock: StepCl
 def needs_history(choice: Choice) -> bool:
     """Whether this answer's next logits are changed by what the token before them is."""
     answered = len(choice.answer.token_ids) + 1
-    return bool(choice.params.processors) or changes_logits(choice.params, answered)
+    return bool(choice.params.processors or choice.constraint) or changes_logits(choice.params, answered)
 
 
 def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | None]) -> mx.array:
-    """Penalties for the rows that ask for them, then each row's processors; a fault goes to ``errors``."""
+    """Penalties for the rows that ask for them, each row's processors, forms; a fault goes to ``errors``."""
     rows = [r for r, c in enumerate(choices) if changes_logits(c.params, len(c.answer.token_ids))]
     if rows:
         own = [choices[r] for r in rows]
@@ -89,7 +90,22 @@ def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | Non
     changed = {r: _processed(logits[r], c, errors, r) for r, c in enumerate(choices) if c.params.processors}
     if changed:
         logits = mx.stack([changed[r] if r in changed else logits[r] for r in range(len(choices))])
+    if any(choice.constraint for choice in choices):
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the model runs while forms are asked
+        allowed = [_allowed(choice, errors, row) for row, choice in enumerate(choices)]
+        logits = keep_allowed(logits, allowed)
     return logits
+
+
+def _allowed(choice: Choice, errors: list[str | None], row: int) -> bytes | None:
+    """The tokens that the answer's form can go on with; None for all of them."""
+    if choice.constraint is None or errors[row] is not None:
+        return None
+    try:
+        return choice.constraint(choice.answer.token_ids)
+    except Exception as error:
+        errors[row] = f"The answer's form failed: {type(error).__name__}: {error}"
+        return None
 
 
 def _processed(row: mx.array, choice: Choice, errors: list[str | None], number: int) -> mx.array:

@@ -13,10 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import mlx.core as mx
 from llguidance import LLMatcher, LLTokenizer
 
-from tiny_llm.data import LogitsProcessor
+from tiny_llm.data import Constraint
 from tiny_llm.engine.llm import LLM
 from tiny_llm.server.problems import Problem
 
@@ -68,7 +67,7 @@ class Grammars:
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
 
-    async def constraint(self, llm: LLM, form: str, param: str) -> Callable[[], LogitsProcessor]:
+    async def constraint(self, llm: LLM, form: str, param: str) -> Callable[[], Constraint]:
         """What makes an answer's constraint. Raises Problem about ``param`` for what cannot be compiled."""
         made = self._kept.get(form)
         if made is None:
@@ -99,22 +98,21 @@ class Grammars:
 
 
 class _Constraint:
-    """One answer's place in its form: a logits processor."""
+    """One answer's place in its form."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
-        self._seen = -1
+        self._seen = 0
 
-    def __call__(self, tokens: list[int], logits: mx.array) -> mx.array:
-        """Take in what was drawn since last asked; logits [V] without what the form cannot go on with."""
-        if self._seen >= 0 and not self._matcher.is_stopped():
+    def __call__(self, tokens: list[int]) -> bytes:
+        """Take in what was drawn since last asked; a byte a token: 0 where the form cannot go on with it."""
+        if not self._matcher.is_stopped():
             self._matcher.consume_tokens(tokens[self._seen :])
         self._seen = len(tokens)
         allowed = self._matcher.compute_logit_bias()
         if self._matcher.is_error():
             raise ValueError(self._matcher.get_error())
-        mask = mx.array(memoryview(allowed))  # type: ignore[arg-type]  # a byte a token
-        return mx.where(mask > 0, logits, -mx.inf)
+        return allowed
 
 
 def _require_small(text: str) -> None:
