@@ -74,6 +74,7 @@ def bytes_as_letters() -> list[str]:
     return [chr(byte) if byte in kept else chr(next(spare)) for byte in range(256)]
 
 
+@pytest.mark.chapter("0.1")
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_character_comes_with_its_last_byte_and_not_before(small: Backend, text: str) -> None:
     tokenizer = tokenizer_of(small)
@@ -89,6 +90,7 @@ def test_a_character_comes_with_its_last_byte_and_not_before(small: Backend, tex
     assert stream.finish() == "", "all was complete, nothing may be held"
 
 
+@pytest.mark.chapter("0.1")
 def test_an_unfinished_character_is_held_until_finish(small: Backend) -> None:
     tokenizer = tokenizer_of(small)
     letters = bytes_as_letters()

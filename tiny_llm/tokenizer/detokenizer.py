@@ -53,10 +53,11 @@ class _ByteLevel:
     """
 
     def __init__(self) -> None:
-        self._byte_of = _byte_alphabet()
+        self._byte_of = byte_alphabet()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: str) -> Iterable[str]:
+        """Return one piece: the text that is certain now. An unfinished character waits for its last byte."""
         return (self._utf8.decode(self.bytes_of(token)),)
 
     def bytes_of(self, token: str) -> bytes:
@@ -146,8 +147,11 @@ class _SpaceJoin:
         return ()
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the rest from U+0100 upwards."""
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's table from letter to byte: printable bytes are themselves, the rest go from U+0100 upwards.
+
+    Printable are 0x21 to 0x7E, 0xA1 to 0xAC and 0xAE to 0xFF. Bytes and letters rise together in each part.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)).difference(printable))
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,133 @@
+"""BPE by its definition: by hand, and as the library has it, merge by merge and id by id."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+
+from tiny_llm.errors import ConfigError
+from tiny_llm.tokenizer.bpe import BPE, merged, train
+from tiny_llm.tokenizer.detokenizer import byte_alphabet
+
+pytestmark = pytest.mark.chapter("0.1")
+
+ROOT = Path(__file__).resolve().parents[2]
+HUGS = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
+TEXTS = (
+    "Grüße aus Köln, naïve café — 你好世界! Привет 🌍👩‍🚀",
+    "<|im_start|>user\nWhat is 48 + 35?<|im_end|>\n<|im_start|>assistant\n",
+    "aaaa  aaa\n\n\n\n   tabs\tand  spaces ",
+    "no mark: <|im_star t|> <|im_end",
+    "",
+)
+
+
+def small(*merges: str, **special: int) -> BPE:
+    """A vocabulary of letters and ``merges`` ("a b"); words are what spaces part."""
+    pairs = [(left, right) for left, right in map(str.split, merges)]
+    tokens = [*"abcdefghijklmnopqrstuvwxyz_", *("".join(pair) for pair in pairs)]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return BPE(vocab, {pair: i for i, pair in enumerate(pairs)}, special, lambda text: text.split())
+
+
+def texts_of(bpe: BPE, ids: list[int]) -> list[str]:
+    """The tokens of ids."""
+    names = {number: token for token, number in bpe.vocab.items()}
+    return [names[number] for number in ids]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[BPE, Backend]:
+    """The bundled model's tokenizer: ours and the library's."""
+    text = (ROOT / "tiny_llm" / "demo" / "tokenizer.json").read_text(encoding="utf-8")
+    return BPE.from_json(text), Backend.from_str(text)
+
+
+def test_merged_by_hand() -> None:
+    assert merged(list("abcab"), ("a", "b")) == ["ab", "c", "ab"]
+    assert merged(list("aaaaa"), ("a", "a")) == ["aa", "aa", "a"], "from the left, and no letter twice"
+    assert merged(["ab", "c"], ("b", "c")) == ["ab", "c"], "whole tokens are compared"
+
+
+def test_training_by_hand() -> None:
+    """u g stands in 20 words, u n in 16, then h ug in 15."""
+    assert train(HUGS, 259) == [("u", "g"), ("u", "n"), ("h", "ug")]
+
+
+def test_a_word_counts_as_often_as_it_stands_in_the_text() -> None:
+    assert train({"ab": 9, "cd": 1, "cdx": 1, "cdy": 1}, 257) == [("a", "b")]
+
+
+def test_of_equals_the_oldest_tokens_win() -> None:
+    assert train({"xy": 3, "ab": 3}, 258) == [("a", "b"), ("x", "y")]
+    assert train({"abc": 2}, 258) == [("a", "b"), ("ab", "c")]
+
+
+def test_training_ends_when_nothing_is_left() -> None:
+    assert train({"ab": 1}, 1000) == [("a", "b")]
+    assert train({}, 300) == []
+
+
+def test_the_library_learns_the_same_merges(bundled: tuple[BPE, Backend]) -> None:
+    bpe, backend = bundled
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    corpus = [*licence.splitlines(keepends=True)[:80], *TEXTS]
+    theirs = Backend(models.BPE())
+    theirs.pre_tokenizer = backend.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert set(alphabet) == set(byte_alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator(corpus, trainer)
+    learnt = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    ours = train(Counter(word for text in corpus for word in bpe.split(text)), 400)
+    assert ours == learnt and len(ours) == 144
+
+
+def test_what_was_learnt_first_is_merged_first() -> None:
+    bpe = small("b c", "a b")
+    assert texts_of(bpe, bpe.encode_word("abc")) == ["a", "bc"], "the leftmost pair is not the first learnt"
+    bpe = small("a b", "ab c", "c d")
+    assert texts_of(bpe, bpe.encode_word("abcd")) == ["abc", "d"]
+    assert texts_of(bpe, bpe.encode_word("z")) == ["z"]
+
+
+def test_special_tokens_are_found_before_anything_is_split() -> None:
+    bpe = small("a b", **{"_ab_": 100, "_ab_ab_": 101})
+    assert bpe.encode("ab_ab_ab") == [*bpe.encode_word("ab"), 100, *bpe.encode_word("ab")]
+    assert bpe.encode("_ab_ab_") == [101], "the longest special token wins"
+    assert bpe.encode("_ab_ _ab_") == [100, 100] and bpe.encode("") == []
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_the_library_s(bundled: tuple[BPE, Backend], text: str) -> None:
+    bpe, backend = bundled
+    ids = bpe.encode(text)
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    assert bpe.decode(ids) == backend.decode(ids, skip_special_tokens=False) == text
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=30))
+def test_any_text_comes_back(bundled: tuple[BPE, Backend], text: str) -> None:
+    bpe, backend = bundled
+    ids = bpe.encode(text)
+    assert ids == backend.encode(text, add_special_tokens=False).ids and bpe.decode(ids) == text
+
+
+def test_a_character_may_lie_across_tokens(bundled: tuple[BPE, Backend]) -> None:
+    bpe, _ = bundled
+    ids = bpe.encode("🌍")
+    assert len(ids) > 1 and bpe.decode(ids) == "🌍", "bytes are joined before they are read as UTF-8"
+    assert bpe.decode(ids[:1]) == "\ufffd"
+
+
+def test_another_kind_of_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no byte-level BPE"):
+        BPE.from_json(Backend(models.BPE()).to_str())
