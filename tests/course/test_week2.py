@@ -1,4 +1,4 @@
-"""Week 2: tables are what the experiments print, predictions are computed, symptoms are as told."""
+"""Chapters 0.1, 2.1 to 2.3: tables are what the experiments print, answers are computed, symptoms as told."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 
 from tiny_llm.config import Quantization
 from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.tokenizer.bpe import BPE
+from tiny_llm.tokenizer.detokenizer import byte_alphabet
 from tiny_llm.weights.quantize import quantize_matrix
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
@@ -115,3 +117,27 @@ def test_the_tables_of_2_2(run, tmp_path: Path) -> None:
     assert frame(printed) == frame(told)
     assert printed.partition("\n\n")[2] == told.partition("\n\n")[2], "what is simulated is the same anywhere"
     assert drawn.read_text() == (ROOT / "book/docs/img/measuring.svg").read_text(), "draw it again"
+
+
+def test_the_predictions_of_0_1() -> None:
+    lengths, text = (10, 50, 500, 1000), text_of("0.1")
+    whole = 1 - sum(lengths) / (4 * 1000)
+    cuts = [at * lengths[at - 1] + (4 - at) * lengths[-1] for at in (1, 2, 3)]
+    assert f"**{whole:.0%}**".replace("%", " %") in text
+    assert f"**{1 - sum(lengths) / min(cuts):.0%}**".replace("%", " %") in text
+    demo = BPE.from_json((ROOT / "tiny_llm" / "demo" / "tokenizer.json").read_text(encoding="utf-8"))
+    english = BPE({token: i for i, token in enumerate(byte_alphabet())}, {}, {}, demo.split)
+    assert f"**{len(english.encode('你' * 1000)):,}** tokens" in text
+
+
+def test_the_tables_of_0_1(run, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.svg"
+    printed = run("book/experiments/bpe.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
+    assert printed == tables_of("0.1")[0], f"copy this into the page:\n{printed}"
+    assert drawn.read_text() == (ROOT / "book/docs/img/bpe.svg").read_text(), "draw it again"
+
+
+def test_a_stream_that_reads_tokens_alone_is_well_in_english_only(run, book) -> None:
+    book.add_mutant(next(m for m in read_manifest()["0.1"].mutants if m.name == "streamed-alone"))
+    asked = ("generate", "--prompt", "What is 48 + 35?", "--max-tokens", "12")
+    assert "83" in run("main.py", *asked, "--course", book.folder).stdout
