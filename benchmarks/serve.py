@@ -30,7 +30,7 @@ from measure.dummy_folder import dummy_folder
 from measure.engine import data_folder
 from measure.environments import PeerMissing, default_folder
 from measure.gguf_file import gguf_file
-from measure.http_load import Target, run
+from measure.http_load import PATHS, Target, run
 from measure.machine import Watch, foreign_share_now, warning
 from measure.serve_plot import draw
 from measure.servers import BUNDLED, EngineAlone, Server, ServerError, llama_server, mlx_lm_server, ours
@@ -247,6 +247,21 @@ def poisson_case(
     return found
 
 
+def added_ttft(options: argparse.Namespace, streams: int) -> float | None:
+    """The median of what HTTP adds to each request's first token: the client's time less the engine's own, in
+    ms, while so many clients ask. None if ours does not start."""
+    try:
+        with closing(ours(model_of(options), options.threads)) as server:
+            target = Target(server.target.url, server.target.model, path=PATHS[-1])
+            over_http(target, Work([(16, 8)] * streams, [0.0] * streams, streams, "warm"))
+            lengths = mixed_lengths(max(24, 4 * streams), 32, 24)
+            asked, _, _ = over_http(target, Work(lengths, [0.0] * len(lengths), streams, "ttft"))
+    except ServerError as error:
+        print(f"ours is missing: {error}", file=sys.stderr)
+        return None
+    return statistics.median(1e3 * (one.ttft - one.engine_ttft_s) for one in asked if not one.error)
+
+
 def gates(found: dict[str, dict[str, Row]]) -> dict[str, float]:
     """What HTTP costs beside the engine alone, and ours over each peer, by case."""
     told: dict[str, float] = {}
@@ -256,7 +271,6 @@ def gates(found: dict[str, dict[str, Row]]) -> dict[str, float]:
             continue
         if alone is not None:
             told[f"{case}: throughput lost to HTTP"] = round(1 - mine["tok_s"] / alone["tok_s"], 4)
-            told[f"{case}: TTFT added by HTTP, ms"] = round(mine["ttft_p50_ms"] - alone["ttft_p50_ms"], 2)
         for name, row in rows.items():
             if name not in ("tiny_llm", "engine alone") and row["tok_s"]:
                 told[f"{case}: tokens over {name}"] = round(mine["tok_s"] / row["tok_s"], 3)
@@ -302,7 +316,7 @@ def main() -> None:
         print(said)
     if options.url:
         found: dict[str, dict[str, Row]] = {}
-        target = Target(options.url, options.model, options.key, options.chat)
+        target = Target(options.url, options.model, options.key, PATHS[options.chat])
         sides: list[Side] = [(options.model, lambda work: over_http(target, work))]
         for streams in options.streams:
             found[f"{streams} streams"] = measure(sides, closed(options, streams), options)
@@ -312,6 +326,10 @@ def main() -> None:
     else:
         found = compare(options)
     told = gates(found)
+    for streams in () if options.url or "ours" not in options.sides else (1, max(options.streams)):
+        added = added_ttft(options, streams)
+        if added is not None:
+            told[f"TTFT added by HTTP at {streams}, ms"] = round(added, 2)
     for name, value in told.items():
         print(f"{name:<60}{value:>10}")
     if options.svg:

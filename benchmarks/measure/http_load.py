@@ -17,16 +17,20 @@ from measure.serving import Asked
 
 Read = tuple[float, bytes]
 PATIENCE_S = 300.0
+PATHS = ("/v1/completions", "/v1/chat/completions", "/generate")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to ask: an OpenAI server's address, its model's name, perhaps a key."""
+    """Where to ask: an OpenAI server's address, its model's name, perhaps a key.
+
+    ``path`` is one of ``PATHS``; the last is ours alone, and tells the engine's own time to the first token.
+    """
 
     url: str
     model: str
     key: str = ""
-    chat: bool = False
+    path: str = PATHS[0]
 
     @property
     def place(self) -> tuple[str, int]:
@@ -37,12 +41,12 @@ class Target:
     def request(self, prompt: str, most: int, more: Mapping[str, object]) -> bytes:
         """A whole HTTP request for a stream of exactly ``most`` tokens, where that can be demanded."""
         asked: dict[str, object] = {"model": self.model, "max_tokens": most, "stream": True, "temperature": 0}
-        asked |= {"ignore_eos": True, "stream_options": {"include_usage": True}, **more}
-        asked |= {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        asked |= {"ignore_eos": True, **more}
+        chat = "chat" in self.path
+        asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        asked |= {"stream_options": {"include_usage": True}} if self.path != PATHS[-1] else {}
         body = json.dumps(asked).encode()
-        path = urlsplit(self.url).path.rstrip("/") + (
-            "/v1/chat/completions" if self.chat else "/v1/completions"
-        )
+        path = urlsplit(self.url).path.rstrip("/") + self.path
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
         host, port = self.place
         head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n{key}"
@@ -151,7 +155,8 @@ def read(asked: Asked, reads: Sequence[Read]) -> None:
         usage = told.get("usage") or {}
         asked.tokens = usage.get("completion_tokens", asked.tokens)
         asked.prompt_tokens = usage.get("prompt_tokens", asked.prompt_tokens)
-        for choice in told.get("choices", ()):
+        asked.engine_ttft_s = told.get("ttft_s", asked.engine_ttft_s)
+        for choice in told.get("choices", (told,)):
             if choice.get("text") or (choice.get("delta") or {}).get("content"):
                 asked.came.append(at)
             ends = choice.get("finish_reason") or ends

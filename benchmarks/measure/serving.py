@@ -17,7 +17,8 @@ class Asked:
     """A request: how long, when it is due (seconds from the start), and when its tokens came.
 
     ``began`` and ``came`` are seconds of one clock; ``came`` has a time for each piece of text.
-    ``tokens`` is how many there were, if that is not the number of pieces. ``error``: it failed.
+    ``tokens`` is how many there were, if that is not the number of pieces. ``engine_ttft_s``: the first token
+    after the engine took it, if the server tells. ``error``: it failed.
     """
 
     prompt: int
@@ -28,6 +29,7 @@ class Asked:
     ended: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
+    engine_ttft_s: float = 0.0
     error: str = ""
 
     @property

@@ -100,8 +100,16 @@ def test_a_server_that_is_not_there_is_a_failed_request() -> None:
 
 
 def test_chat_is_asked_as_chat() -> None:
-    request = Target("http://h:8000/base", "m", chat=True).request("hello", 4, {})
+    request = Target("http://h:8000/base", "m", path="/v1/chat/completions").request("hello", 4, {})
     assert request.startswith(b"POST /base/v1/chat/completions ") and b'"messages"' in request
+
+
+def test_our_own_path_tells_the_engines_time() -> None:
+    texts = [event(index=0, text="t", token_ids=[i]) for i in range(2)]
+    last = event(index=0, text="u", finish_reason="length", ttft_s=0.25)
+    asked = Asked(5, 3)
+    read(asked, [(1.0, HEAD + texts[0]), (2.0, texts[1] + last)])
+    assert not asked.error and asked.engine_ttft_s == 0.25 and asked.came == [1.0, 2.0, 2.0]
 
 
 def test_figures_of_known_times() -> None:

@@ -113,6 +113,7 @@ class AsyncLLM:
         """
         checked = [self.llm.check(prompt, params) for prompt in prompts]
         mailbox = _Mailbox()
+        options["arrival_s"] = time.perf_counter()  # the engine's clock; it may be in the middle of a step
         asked = [_Asked(i, ids, own, options, mailbox) for i, (ids, own) in enumerate(checked)]
         self._post(lambda: self._add(asked))
         left = sum(one.left for one in asked)

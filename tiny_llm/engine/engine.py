@@ -178,13 +178,16 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
         salt: str = "",
+        arrival_s: float | None = None,
     ) -> int:
         """Take a request in and return its id; the prompt fits the context. Without a seed it draws one.
+
+        ``arrival_s``: when it came, by the engine's clock, if that was before now.
 
         Raises CapacityError if it can never fit the KV memory, BusyError if too many wait,
         RequestError for a priority out of range.
         """
-        now = self._clock()
+        now = self._clock() if arrival_s is None else arrival_s
         limit = min(params.max_tokens, self._max_context - len(prompt))
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(64))
