@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +32,14 @@ class Process:
 
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
+
+    def ask(self, body: dict[str, object]) -> socket.socket:
+        """Send a completion's request on a connection of its own, and do not wait."""
+        data = json.dumps(body).encode()
+        one = socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        one.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        return one
 
     def tell(self, number: signal.Signals) -> None:
         self._child.send_signal(number)
@@ -77,28 +87,22 @@ def test_what_runs_completes_and_new_ones_are_refused(process: Process, number: 
 @pytest.mark.parametrize("process", [("--max-concurrent", "4")], indirect=True)
 def test_under_load_nothing_that_was_taken_is_lost(process: Process) -> None:
     """Streams and whole answers, those that run and those that still wait for their turn."""
-    ends: list[str] = []
-
-    def ask(number: int) -> None:
-        body = {**LONG, "prompt": f"Story {number}", "max_tokens": 300, "stream": number % 2 == 0}
-        with process.http() as http:
-            answer = http.post("/v1/completions", json=body)
-        whole = '"finish_reason":"length"' in answer.text and answer.status_code == 200
-        ends.append("whole" if whole else answer.text)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
-    for thread in threads:
-        thread.start()
+    clients = [process.ask({**LONG, "prompt": f"Story {i}", "stream": i % 2 == 0}) for i in range(12)]
     with process.http() as http:
-        for _ in range(400):
-            told = http.get("/metrics").text
-            if 'num_requests_waiting{model_name="demo"} 8.0' in told:
+        for _ in range(1000):
+            told = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line)
+            running, waiting = (
+                float(told[f'tiny_llm_num_requests_{state}{{model_name="demo"}}'])
+                for state in ("running", "waiting")
+            )
+            if (running, waiting) == (4, 8):
                 break
-        assert 'num_requests_running{model_name="demo"} 4.0' in told
+    assert (running, waiting) == (4, 8)
     process.tell(signal.SIGTERM)
-    for thread in threads:
-        thread.join()
-    assert ends == ["whole"] * 12
+    for client in clients:
+        said = b"".join(iter(lambda one=client: one.recv(1 << 16), b"")).decode()
+        assert said.startswith("HTTP/1.1 200 ") and '"finish_reason":"length"' in said, said
+        client.close()
     assert process.wait() == 0
 
 
