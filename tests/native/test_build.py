@@ -88,6 +88,7 @@ def test_without_a_compiler_the_package_is_pure(tree: Path, what: str, environme
     assert what == "build_editable" or "tiny_llm/ops/backend.py" in names
     assert what == "build_editable" or "tiny_llm/kernels/metal/swiglu.metal" in names
     assert what == "build_editable" or "tiny_llm/metalsim/runtime.cpp" in names
+    assert what == "build_editable" or "tiny_llm/server/page/index.html" in names
     left = subprocess.run(["git", "status", "--short"], cwd=tree, capture_output=True, text=True).stdout
     assert "kernels" not in left.replace("?? kernels/\n", ""), f"a build leaves what git shows:\n{left}"
 

@@ -17,11 +17,13 @@ from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playw
 
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+PATIENCE_MS = 20_000
 CHAT = "**/v1/chat/completions"
 FLAGS = (
     "--no-sandbox",
@@ -49,7 +51,7 @@ class Visit:
     def __init__(self, browser: Browser, url: str, **options: Any) -> None:
         self.context = browser.new_context(base_url=url, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(PATIENCE_MS)
         self.wrong: list[str] = []
         self._url = url
         self.page.on("console", lambda said: self._note(said.type in ("error", "warning"), said.text))
@@ -76,6 +78,7 @@ def browser() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip("no Chromium here: apt install chromium")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         one = playwright.chromium.launch(executable_path=path, headless=True, args=list(FLAGS))
         yield one
@@ -120,26 +123,36 @@ def answer(page: Page) -> Any:
 
 
 def ended(page: Page) -> None:
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible(timeout=20_000)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
-def test_a_chat_streams_and_remembers(visit: Visit) -> None:
+def test_an_answer_comes_in_pieces(visit: Visit) -> None:
     page = visit.page
-    write(page, "The password of the red door is zimbro.")
+    page.evaluate(
+        """() => {
+            window.seen = new Set();
+            const note = () => seen.add(document.querySelector(".assistant > .text")?.textContent.length);
+            const all = { childList: true, subtree: true };
+            new MutationObserver(note).observe(document.getElementById("messages"), all);
+        }"""
+    )
+    saying(page, "piece by piece " * 20)
+    write(page, "Go on.")
     expect(page.locator(".busy")).to_be_visible()
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
     ended(page)
-    seen = []
+    assert page.evaluate("seen.size") > 3, "the text grew as it came"
+
+
+def test_a_chat_is_remembered_until_the_next(visit: Visit) -> None:
+    page = visit.page
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("0")
     page.get_by_role("button", name="Done").click()
+    write(page, "The password of the red door is zimbro.")
+    ended(page)
     write(page, "Which password opens the red door?")
-    text = answer(page).locator(".text").last
-    expect(text).not_to_be_empty()
-    while page.locator(".busy").count():
-        seen.append(text.inner_text())
-    expect(text).to_have_text("The password of the red door is zimbro.")
-    assert len(set(seen)) > 2, "it came in pieces"
+    expect(answer(page).locator(".text").last).to_have_text("The password of the red door is zimbro.")
     expect(answer(page).locator(".note")).to_contain_text("tokens · first after")
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".message")).to_have_count(0)
@@ -349,6 +362,25 @@ def test_settings_go_with_the_request(visit: Visit) -> None:
     assert (body["temperature"], body["seed"], body["max_tokens"], body["top_p"]) == (0.3, 7, 5, 1)
     expect(answer(page).locator(".note")).to_contain_text("5 tokens")
     expect(answer(page).locator(".note")).to_contain_text("cut")
+
+
+def test_a_request_that_reads_one_that_answers_and_one_that_waits(browser: Browser, start: Any) -> None:
+    with start(scheduler=SchedulerSettings(max_running=1, max_step_tokens=32)) as one, one.http() as http:
+        one.slow_down(0.05)
+        visit = Visit(browser, one.url)
+        bars = visit.page.locator("#batch li")
+        body = {"prompt": [[7] * 900, [8] * 20], "max_tokens": 30, "ignore_eos": True}
+        asking = threading.Thread(target=lambda: http.post("/v1/completions", json=body))
+        asking.start()
+        expect(bars).to_have_count(2)
+        expect(bars.nth(0)).to_have_text(re.compile(r"prefill \d+ of 900"))
+        expect(bars.nth(1)).to_contain_text("waiting")
+        expect(bars.nth(0)).to_contain_text(re.compile(r"decode \d+"))
+        assert bars.nth(0).evaluate("bar => bar.querySelector('.part-made').offsetWidth") > 0
+        expect(bars).to_have_count(0)
+        asking.join()
+        visit.context.close()
+        assert not visit.wrong
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
