@@ -14,10 +14,11 @@ from tiny_llm.course.manifest import ROOT, read_manifest
 from tiny_llm.models.decoder import DecoderLayer
 from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
+from tiny_llm.sampling.logprobs import log_probabilities
 from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
-EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp"}
+EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp", "1.7": "sampling"}
 
 
 def text_of(number: str) -> str:
@@ -90,3 +91,21 @@ def test_the_predictions_of_1_4() -> None:
     assert f"**{100 * part:.0f} %**" in text_of("1.4")
     squares = mx.square(mx.arange(1000).astype(mx.float16)).tolist()
     assert f"**{squares.index(math.inf)}** squared" in text_of("1.4")
+
+
+def test_the_predictions_of_1_7() -> None:
+    cold = mx.exp(log_probabilities(mx.array([[2.0, 1.0, 0.0]]) / 0.5))[0, 0].item()
+    assert f"**{100 * cold:.0f} %**" in text_of("1.7")
+    long_tail = mx.concatenate([mx.array([10.0]), mx.zeros(151_935)])[None]
+    assert f"**{100 * mx.exp(log_probabilities(long_tail))[0, 0].item():.0f} %**" in text_of("1.7")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "said"),
+    [("crossing-token-dropped", "!ant!-!! gives! by zero"), ("temperature-upside-down", "Once there was")],
+)
+def test_the_symptoms_of_1_7(run, book, mutant: str, said: str) -> None:
+    book.add_mutant(next(m for m in read_manifest()["1.7"].mutants if m.name == mutant))
+    asked = ("--prompt", "Tell me a short story about a fox.", "--max-tokens", "12", "--seed", "1")
+    drawn = ("--temperature", "0.8", "--top-p", "0.9", "--course", book.folder)
+    assert run("main.py", "generate", *asked, *drawn).stdout.startswith(said)
