@@ -10,16 +10,17 @@ import argparse
 import ctypes
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import mlx.core as mx
 
 from tiny_llm.course.native import CPU, build, compiler
 from tiny_llm.course.sections import whole
 from tiny_llm.data import QuantizedTensor
+from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.ops.backend import set_threads, use, works
 from tiny_llm.ops.linear import linear
 from tiny_llm.ops.pack import pack
@@ -120,20 +121,21 @@ def packed_call(x: mx.array, weight: QuantizedTensor, exact: bool) -> Callable[[
     """A call of the kernel that models run on: its matrix is packed."""
     with use("cpu"):
         packed = pack(weight, exact=exact)
-    return lambda: mx.eval(linear(x, packed))
+    return lambda: linear(x, packed)
 
 
-def read_rate() -> float:
-    """Bytes a second that one thread can read at most."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "ceilings"
-        source = ROOT / "benchmarks" / "measure" / "ceilings.cpp"
-        flags = ["-O3", "-march=native", "-ffast-math", "-std=c++17", "-pthread"]
-        subprocess.run([compiler(), *flags, str(source), "-o", str(program)], check=True)
-        done = subprocess.run(
-            [str(program)], input="read 1\n" * 3, capture_output=True, text=True, check=True
-        )
-    return max(map(float, done.stdout.split()))
+@contextmanager
+def reader(folder: Path) -> Iterator[Callable[[], float]]:
+    """A call that measures how many bytes a second one thread can read."""
+    source, program = ROOT / "benchmarks" / "measure" / "ceilings.cpp", folder / "ceilings"
+    flags = ["-O3", "-march=native", "-ffast-math", "-std=c++17", "-pthread"]
+    subprocess.run([compiler(), *flags, str(source), "-o", str(program)], check=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([str(program)], text=True, bufsize=1, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        asked, told = process.stdin, process.stdout
+        yield lambda: asked.write("read 1\n") and float(told.readline())
+        asked.close()
 
 
 def speed_table(mine: Path | None) -> str:
@@ -144,24 +146,20 @@ def speed_table(mine: Path | None) -> str:
     parts = [words, mx.random.normal(groups), mx.random.normal(groups)]
     mx.eval(x, out, parts)
     set_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        libraries = kernels(mine, Path(folder))
-        calls = {name: call_of(library, [x, *parts, out]) for name, library in libraries.items()}
-    if works():
-        for name, exact in (("packed, float32 x", True), ("packed, int8 x", False)):
-            calls[name] = packed_call(x, QuantizedTensor(*parts, GROUP, 4), exact)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    ceiling, read = read_rate(), sum(part.nbytes for part in parts)
+    read = sum(part.nbytes for part in parts)
+    with tempfile.TemporaryDirectory() as folder, reader(Path(folder)) as read_rate:
+        calls = {n: call_of(lib, [x, *parts, out]) for n, lib in kernels(mine, Path(folder)).items()}
+        if works():
+            for name, exact in (("packed, float32 x", True), ("packed, int8 x", False)):
+                calls[name] = packed_call(x, QuantizedTensor(*parts, GROUP, 4), exact)
+        trials = [Trial((name,), read, partial(seconds_of, call)) for name, call in calls.items()]
+        trials.append(Trial(("only reading",), read, lambda: read / read_rate()))
+        rates = interleave(trials, ROUNDS, warm_up=1)
+    ceiling = rates["only reading",].median
     lines = ["one thread, one row      ms   GB/s   of the ceiling"]
-    for name, spent in {**{n: median(s) for n, s in seconds.items()}, "only reading": read / ceiling}.items():
-        lines.append(
-            f"{name:<20} {1e3 * spent:>6.1f} {read / spent / 1e9:>6.1f} {read / spent / ceiling:>16.0%}"
-        )
+    for (name,), rate in rates.items():
+        share = rate.median / ceiling
+        lines.append(f"{name:<20} {1e3 * read / rate.median:>6.1f} {rate.median / 1e9:>6.1f} {share:>16.0%}")
     return "\n".join(lines)
 
 
