@@ -87,9 +87,9 @@ def picture() -> str:
     drawn.append(f'<text class="x" x="{left + wide / 2}" y="{top + high + 34}">operations a byte</text>')
     drawn.append(f'<text x="10" y="{top - 6}">GFLOP/s</text>')
     drawn.append(f'<path class="roof" d="M{roof}"/>')
-    x, y = at(3.2, READ * 3.2)
+    x, y = at(8, READ * 8)
     drawn.append(
-        f'<text class="slope" x="{x - 130:.1f}" y="{y - 18:.1f}">{READ / 1e9:.0f} GB/s of memory</text>'
+        f'<text class="slope" x="{x - 116:.1f}" y="{y - 4:.1f}">{READ / 1e9:.0f} GB/s of memory</text>'
     )
     x, y = at(corner, PEAK)
     drawn.append(f'<text class="slope" x="{x + 120:.1f}" y="{y - 9:.1f}">{PEAK / 1e9:.0f} GFLOP/s</text>')
