@@ -96,6 +96,7 @@ def test_200_clients_that_die_leave_no_block_in_use(running: Running) -> None:
     for thread in threads:
         thread.join()
     running.wait_until_idle()
+    assert engine_of(running).healthy and not running.engine.restarts
     with running.http() as http:
         assert http.post("/v1/completions", json=SHORT).status_code == 200
         text = http.get("/metrics").text

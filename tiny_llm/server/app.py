@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -45,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.include_router(page_routes())
-    app.include_router(_operations(service))
+    app.include_router(_operations(service), responses=_documented_errors())
     app.include_router(_asking(service), responses=_documented_errors())
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
@@ -63,7 +63,7 @@ def _operations(service: Service) -> APIRouter:
     """What tells about the server."""
     router, settings, live = APIRouter(tags=["operations"]), service.settings, Live(service)
 
-    @router.get("/health")
+    @router.get("/health", responses={503: {"description": "Not ready; the body says what we are."}})
     async def health() -> JSONResponse:
         state = service.state
         body = {"status": state, "live": state != "dead", "ready": state == "ready"}
@@ -74,7 +74,7 @@ def _operations(service: Service) -> APIRouter:
     async def about() -> dict[str, str]:
         return {"version": VERSION}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         asked = service.engine.call(lambda llm: exposition(llm, settings.name, service.prompt_tokens))
         return Response(await asyncio.wait_for(asked, METRICS_TIMEOUT_S), media_type=CONTENT_TYPE)
@@ -108,27 +108,27 @@ def _asking(service: Service) -> APIRouter:
     """What the model does."""
     router = APIRouter(route_class=StrictRoute, tags=["inference"])
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=_documented("id", "object", "choices", "usage", streams=True))
     async def completions(request: Request, body: CompletionBody) -> Response:
         return await complete(service, request, body)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=_documented("id", "choices", "usage", streams=True))
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         return await chat(service, request, body)
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=_documented("id", "status", "output", "usage", streams=True))
     async def responses(request: Request, body: ResponseBody) -> Response:
         return await respond(service, request, body)
 
-    @router.post("/generate")
+    @router.post("/generate", responses=_documented("answers", "usage", streams=True))
     async def generated(request: Request, body: GenerateBody) -> Response:
         return await generate(service, request, body)
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=_documented("count", "tokens", "max_model_len"))
     async def tokenized(body: TokenizeBody) -> dict[str, object]:
         return await asyncio.to_thread(tokenize, service, body)
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses=_documented("prompt"))
     async def detokenized(body: DetokenizeBody) -> dict[str, object]:
         return await asyncio.to_thread(detokenize, service, body)
 
@@ -145,13 +145,24 @@ async def _failed(request: Request, error: Exception) -> Response:
     return problem.response()
 
 
+def _documented(*keys: str, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What an answer has at least; what it may be in other cases is in OpenAI's own documentation."""
+    content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": list(keys)}}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return {200: {"description": "The answer.", "content": content}}
+
+
 def _documented_errors() -> dict[int | str, dict[str, Any]]:
     told = {
         400: "The request is wrong; error.param names the field.",
         401: "The API key is missing or wrong.",
         404: "There is no such model.",
+        408: "The body did not arrive in time.",
         413: "The body is too large.",
+        415: "The Content-Type is not application/json.",
         429: "The queue is full; try again after Retry-After seconds.",
+        431: "Too many headers, or too large ones.",
         500: "A fault of the server.",
         503: "Loading, draining, waited too long, or the engine is dead.",
     }
