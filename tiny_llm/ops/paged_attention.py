@@ -82,14 +82,16 @@ def paged_attention(
 
 
 def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
-    """The pool with k, v [T, K, D] at ``slots``."""
+    """The pool with k, v [T, K, D] at ``slots``, written in place where nobody else holds it.
+
+    A pool that is seen transposed would be copied, here or by the kernel that reads it.
+    """
     keys, values = pool
     size = keys.shape[3]
     block, place = slots // size, slots % size
-    keys = keys.swapaxes(2, 3)  # [N, K, S, D]
-    keys[block, :, place] = k.astype(keys.dtype)
+    keys[block, :, :, place] = k.astype(keys.dtype)
     values[block, :, place] = v.astype(values.dtype)
-    return keys.swapaxes(2, 3), values
+    return keys, values
 
 
 def _metal(
@@ -153,14 +155,15 @@ def paged_attention_ref(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
     keys, values = _write(pool, k, v, pages.slots)
-    size, keys = keys.shape[3], keys.swapaxes(2, 3)
+    size = keys.shape[3]
     starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
     outs = []
     for b, (start, end) in enumerate(pairwise(starts)):
         table = pages.tables[b, : -(-lens[b] // size)]
-        own_k, own_v = (_tokens(pages_of[table])[: lens[b]].astype(q.dtype) for pages_of in (keys, values))
+        blocks = keys[table].swapaxes(2, 3), values[table]
+        own_k, own_v = (_tokens(read)[: lens[b]].astype(q.dtype) for read in blocks)
         outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=lens[b] - (end - start)))
-    return mx.concatenate(outs), keys.swapaxes(2, 3), values
+    return mx.concatenate(outs), keys, values
 
 
 def _tokens(blocks: mx.array) -> mx.array:
