@@ -173,6 +173,16 @@ def test_vectors(run: Run) -> None:
     np.testing.assert_array_equal(np.array(out), expected)
 
 
+def test_an_atomic_store_reads_nothing(run: Run) -> None:
+    body = """
+        threadgroup atomic_uint held[32];
+        uint i = thread_position_in_grid.x;
+        atomic_store_explicit(&held[i], i * 3, memory_order_relaxed);
+        out[i] = float(atomic_load_explicit(&held[i], memory_order_relaxed));
+    """
+    assert run(body)[0].tolist() == [i * 3.0 for i in range(32)]
+
+
 def test_atomics(run: Run) -> None:
     source = """
         uint i = thread_position_in_grid.x;

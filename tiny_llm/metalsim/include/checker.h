@@ -186,7 +186,9 @@ void* __tsan_memset(void* to, int value, size_t bytes) {
   check((u64)to, u32(bytes), true, false, false, 1, HERE);
   return memset(to, value, bytes);
 }
-void msim_atomic(void* at, u32 bytes) { check((u64)at, bytes, true, true, true, bytes, HERE); }
+void msim_atomic(void* at, u32 bytes, bool write, bool read) {
+  check((u64)at, bytes, write, read, true, bytes, HERE);
+}
 
 static void undefined(const char* what, u64 pc) {
   Report report{};

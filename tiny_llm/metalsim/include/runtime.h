@@ -35,7 +35,7 @@ const msim_thread* msim_me();
 MSIM_IN_STEP Exchange* msim_collective(u32 op, const void* in, u32 bytes, u32 flags);
 MSIM_IN_STEP void msim_barrier(u32 flags);
 void* msim_array(u32 id, u32 bytes, u32 element, const char* name);
-void msim_atomic(void* at, u32 bytes);
+void msim_atomic(void* at, u32 bytes, bool write, bool read);
 }
 
 constexpr u32 MAX_BUFFERS = 96;
