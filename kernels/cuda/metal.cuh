@@ -54,6 +54,21 @@ inline float simd_shuffle_xor(float value, ushort apart) {
     return __shfl_xor_sync(ALL, value, apart);
 }
 
+template <typename A, typename B>
+inline A as_type(B value) {
+    static_assert(sizeof(A) == sizeof(B), "as_type needs two types of one size");
+    A same;
+    memcpy(&same, &value, sizeof(A));
+    return same;
+}
+
+// Two numbers under Metal's names; CUDA's own pair has no constructor.
+struct pair {
+    uint x, y;
+    pair() = default;
+    __device__ pair(uint first, uint second) : x(first), y(second) {}
+};
+
 namespace precise {
 
 inline float exp(float x) { return ::expf(x); }
@@ -72,6 +87,14 @@ inline void threadgroup_barrier(mem_flags) {
     __syncthreads();
 }
 
+enum memory_order_of_metal { memory_order_relaxed };
+using atomic_uint = uint;
+
+inline uint atomic_fetch_add_explicit(uint* at, uint value, memory_order_of_metal) {
+    return atomicAdd(at, value);
+}
+
+using metal::as_type;
 using metal::simd_max;
 using metal::simd_shuffle;
 using metal::simd_shuffle_xor;
@@ -83,3 +106,4 @@ using metal::simd_sum;
 #define thread_index_in_threadgroup (::metal::flat_thread())
 #define thread_index_in_simdgroup (::metal::flat_thread() % 32)
 #define simdgroup_index_in_threadgroup (::metal::flat_thread() / 32)
+#define uint2 ::metal::pair

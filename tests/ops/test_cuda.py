@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.cuda import blocks, source
@@ -23,6 +23,7 @@ from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
+from tiny_llm.sampling.sampler import sample
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 CUDA_TYPE = {
@@ -63,6 +64,8 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     blocks = mx.arange(20) % 8, mx.array([0, 1]), mx.array([320])
     long = Pages(*(a.astype(mx.int32) for a in (mx.array([63]), blocks[0][None], *blocks[1:])))
     yield lambda: paged_attention(q[:1], k[:1], k[:1], pool, long)
+    few = [SamplingParams(temperature=0.9, top_k=k, top_p=0.8, seed=k) for k in (0, 9)]
+    yield lambda: sample(normal(2, 900), few, [1, 2])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
@@ -22,6 +22,7 @@ from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+from tiny_llm.sampling.sampler import sample
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # One rounding of the result, and in float32 what another order of a sum makes.
@@ -203,6 +204,10 @@ def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
     assert mx.array_equal(out, together[:1]).item()
 
 
+def drawn(top_k: int) -> SamplingParams:
+    return SamplingParams(temperature=0.9, top_k=top_k, top_p=0.8, seed=top_k)
+
+
 def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
     """What one call of each kernel gives, its inputs larger than what MLX passes as constants."""
     x, weight = normal(3, 256, dtype=dtype), normal(256, seed=1, dtype=dtype)
@@ -216,6 +221,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         quantized_matmul(normal(17, 256, dtype=dtype), quantized(8, 256, 64, 4, dtype)),
         *paged_attention(*paged([150, 3], [1, 3], 4, 2, 64, 16, dtype)),
         *paged_attention(*paged([300, 3], [1, 1], 4, 2, 64, 16, dtype)),
+        sample(normal(3, 300), [drawn(k) for k in (0, 9, 1)], [1, 2, 3]),
     ]
 
 

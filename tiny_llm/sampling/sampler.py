@@ -18,9 +18,12 @@ import mlx.core as mx
 from tiny_llm.data import SamplingParams
 from tiny_llm.ops.argmax import argmax
 from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.metal import kernel, on_metal
 
 _LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
 _LEAST_NOISE = -4.0
+_THREADS = 256
+_MOST_TOKENS = 2**19  # that the Metal kernel can rank
 
 
 def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
@@ -34,6 +37,8 @@ def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequen
     scores = logits.astype(mx.float32)
     if all(p.temperature == 0 for p in params):
         return argmax(scores)
+    if on_metal("sample", scores) and 0 < scores.shape[1] <= _MOST_TOKENS and scores.shape[0]:
+        return _sample_metal(scores, params, positions)
     if not on_cpu("sample", scores):
         return sample_ref(scores, params, positions)
     return cpu.sample(
@@ -45,6 +50,30 @@ def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequen
         [_seed_of(p) for p in params],
         list(positions),
     )
+
+
+def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
+    """A threadgroup a row. Top-p is a share of 2^32 there, 0 where it keeps all."""
+    rows, vocab = logits.shape
+    shares = [max(1, min(2**32 - 1, round(p.top_p * 2**32))) if p.top_p < 1 else 0 for p in params]
+    floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    (tokens,) = kernel("sample")(
+        inputs=[
+            logits,
+            mx.array([p.temperature for p in params], mx.float32),
+            mx.array([min(p.top_k, vocab) for p in params], mx.int32),
+            mx.array(shares, mx.uint32),
+            mx.array(floors, mx.float32),
+            noise_keys([_seed_of(p) for p in params], positions),
+            vocab,
+        ],
+        template=[("TG", _THREADS)],
+        grid=(_THREADS, rows, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(rows,)],
+        output_dtypes=[mx.uint32],
+    )
+    return tokens
 
 
 def sample_ref(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
@@ -115,9 +144,17 @@ def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocab: int) -> 
     that is alone could not win.
     """
 
-    def row(seed_key: mx.array, position_key: mx.array) -> mx.array:
-        key = mx.random.split(seed_key)[0] ^ position_key
+    def row(key: mx.array) -> mx.array:
         return mx.maximum(mx.random.gumbel((vocab,), key=key), _LEAST_NOISE)
+
+    return mx.vmap(row)(noise_keys(seeds, positions))
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> mx.array:
+    """The key of each row's noise, uint32 [R, 2]; see ``gumbel_noise``."""
+
+    def row(seed_key: mx.array, position_key: mx.array) -> mx.array:
+        return mx.random.split(seed_key)[0] ^ position_key
 
     seed_keys = mx.stack([mx.random.key(seed) for seed in seeds])
     position_keys = mx.stack([mx.random.key(position) for position in positions])
