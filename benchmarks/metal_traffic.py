@@ -25,7 +25,9 @@ from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.metal import watch
 from tiny_llm.ops.paged_attention import paged_attention
-from tiny_llm.ops.quantized_matmul import quantized_matmul, tiles_keep_bits
+from tiny_llm.ops.paged_attention import tiles_keep_bits as attention_tiles
+from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.quantized_matmul import tiles_keep_bits as matrix_tiles
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
@@ -80,28 +82,23 @@ def matmul_case(rows: int, outputs: int) -> Case:
     return Case(f"{rows} rows", main, least, rows * outputs, lambda: quantized_matmul(x, weight), rows)
 
 
-def attention_case(sequences: int, context: int) -> Case:
-    """One new token a sequence, over a paged context."""
-    blocks = -(-context // BLOCK)
+def attention_case(sequences: int, context: int, new: int = 1) -> Case:
+    """``new`` tokens a sequence, the last of a paged context."""
+    blocks, rows = -(-context // BLOCK), sequences * new
     tables = mx.arange(sequences * blocks, dtype=mx.int32).reshape(sequences, blocks)
-    last = tables[:, (context - 1) // BLOCK] * BLOCK + (context - 1) % BLOCK
-    lens, starts = mx.full((sequences,), context, mx.int32), mx.arange(sequences + 1, dtype=mx.int32)
-    pages = Pages(last.astype(mx.int32), tables, starts, lens)
-    q, k = normal(sequences, HEADS, DIM), normal(sequences, KV_HEADS, DIM, seed=1)
+    at = mx.arange(context - new, context, dtype=mx.int32)
+    slots = (tables[:, at // BLOCK] * BLOCK + at % BLOCK).reshape(-1)
+    lens, starts = mx.full((sequences,), context, mx.int32), mx.arange(sequences + 1, dtype=mx.int32) * new
+    pages = Pages(slots.astype(mx.int32), tables, starts, lens)
+    q, k = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, DIM, seed=1)
     count = sequences * blocks
     pool = normal(count, KV_HEADS, DIM, BLOCK), normal(count, KV_HEADS, BLOCK, DIM)
     tokens = sequences * context * KV_HEADS * DIM * 2
     least = {"q": q.nbytes, "keys": tokens, "values": tokens, "tables": tables.nbytes, "out": q.nbytes}
-    least |= {"work": 16 * sequences, "width": 4, "scale": 4}
-    size = f"{sequences} x {context} tokens"
-    return Case(
-        size,
-        ("keys", "values"),
-        least,
-        q.size,
-        lambda: paged_attention(q, k, k, pool, pages),
-        HEADS // KV_HEADS,
-    )
+    least |= {"work": 16 * rows, "width": 4, "scale": 4}
+    size = f"{sequences} x {new} of {context} tokens" if new > 1 else f"{sequences} x {context} tokens"
+    uses = new * HEADS // KV_HEADS
+    return Case(size, ("keys", "values"), least, q.size, lambda: paged_attention(q, k, k, pool, pages), uses)
 
 
 def small_cases(rows: int) -> Iterator[Case]:
@@ -190,9 +187,11 @@ def main() -> None:
         cases = [
             *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64, 128)),
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
+            attention_case(1, 128, 64),
             *small_cases(16),
         ]
-        tiles_keep_bits("metalsim")  # asks once, and that is none of a case's traffic
+        for ask in (matrix_tiles, attention_tiles):
+            ask("metalsim")  # once, and that is none of a case's traffic
         rows = [measure(case) for case in cases]
     columns = "kernel | size | moved over least | of | reuse | all buffers | simdgroup operations an output"
     print(f"| {columns} | threads at barriers |")

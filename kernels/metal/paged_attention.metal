@@ -47,7 +47,7 @@
             for (int d = 0; d < D && counts; d++) {
                 float key = static_cast<float>(keys[block + d * S + token]);
                 for (int g = 0; g < G; g++) {
-                    scores[n][g] += query[g * D + d] * key;
+                    scores[n][g] = fma(query[g * D + d], key, scores[n][g]);
                 }
             }
         }
@@ -63,7 +63,10 @@
                 scores[n][g] = metal::precise::exp(scores[n][g] - higher);
                 added += scores[n][g];
             }
-            total[g] = total[g] * shrink + simd_sum(added);
+            for (ushort apart = 1; apart < 32; apart *= 2) {  // simd_sum, in an order that is known
+                added += simd_shuffle_xor(added, apart);
+            }
+            total[g] = total[g] * shrink + added;
             top[g] = higher;
             for (int n = 0; n < HELD; n++) {
                 sums[g][n] *= shrink;
@@ -79,7 +82,7 @@
             for (int g = 0; g < G; g++) {
                 float share = simd_shuffle(scores[token / 32][g], ushort(token % 32));
                 for (int n = 0; n < HELD; n++) {
-                    sums[g][n] += share * value[n];
+                    sums[g][n] = fma(share, value[n], sums[g][n]);
                 }
             }
         }
@@ -127,17 +130,15 @@
     ulong head = thread_position_in_grid.y;
     ulong row = thread_position_in_grid.z;
     int first = items[row], end = items[row + 1];
-    float best = -INFINITY;
-    for (int i = first; i < end; i++) {
-        best = max(best, parts[(ulong(i) * H + head) * (D + 2) + D]);
-    }
     for (int d = int(lane); d < D; d += 32) {
-        float all = 0.0f, sum = 0.0f;
+        float best = -INFINITY, all = 0.0f, sum = 0.0f;
         for (int i = first; i < end; i++) {
             ulong at = (ulong(i) * H + head) * (D + 2);
-            float share = metal::precise::exp(parts[at + D] - best);
-            all += share * parts[at + D + 1];
-            sum += share * parts[at + d];
+            float higher = max(best, parts[at + D]);
+            float kept = metal::precise::exp(best - higher), added = metal::precise::exp(parts[at + D] - higher);
+            all = all * kept + added * parts[at + D + 1];
+            sum = sum * kept + added * parts[at + d];
+            best = higher;
         }
         out[(row * H + head) * D + d] = static_cast<T>(sum / all);
     }

@@ -220,6 +220,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         quantized_matmul(x, quantized(8, 256, 64, 4, dtype)),
         quantized_matmul(normal(17, 256, dtype=dtype), quantized(8, 256, 64, 4, dtype)),
         *paged_attention(*paged([150, 3], [1, 3], 4, 2, 64, 16, dtype)),
+        *paged_attention(*paged([40], [5], 4, 2, 80, 16, dtype)),
         *paged_attention(*paged([300, 3], [1, 1], 4, 2, 64, 16, dtype)),
         sample(normal(3, 300), [drawn(k) for k in (0, 9, 1)], [1, 2, 3]),
     ]

@@ -12,10 +12,12 @@ from itertools import product
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend, metal
+from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops import quantized_matmul as matmul
+from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref, tiles_keep_bits
 
 Off = Callable[[mx.array, mx.array], float]
@@ -107,4 +109,99 @@ def test_a_device_that_sums_in_another_order_gets_blocks_of_rows(monkeypatch: py
 
 @pytest.mark.parametrize("name", ["ref", "cpu", "cuda"])
 def test_only_metal_has_tiles(name: str) -> None:
-    assert not tiles_keep_bits(name)
+    assert not tiles_keep_bits(name) and not attention.tiles_keep_bits(name)
+
+
+Case = tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]
+
+
+def paged(
+    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype, seed: int = 0
+) -> Case:
+    """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks alternate.
+
+    What the pool holds beyond the last token is NaN: no row may see it.
+    """
+    B, W = len(lens), max(-(-length // S) for length in lens)
+    tables = [[i * B + b for i in range(W)] for b in range(B)]
+    slots = [tables[b][p // S] * S + p % S for b, end in enumerate(lens) for p in range(end - new[b], end)]
+    starts = [sum(new[:b]) for b in range(B + 1)]
+    pages = Pages(*(mx.array(x, mx.int32) for x in (slots, tables, starts, lens)))
+    known = mx.arange(W * S)[None] < mx.array(lens)[:, None]  # [B, W * S]
+    known = known.reshape(B, W, S).swapaxes(0, 1).reshape(W * B, 1, S)
+    T, key = sum(new), 4 * seed
+    q, k, v = (normal(T, heads, D, seed=key + n, dtype=dtype) for n, heads in enumerate((H, K, K)))
+    keys = mx.where(known[:, :, None], normal(W * B, K, D, S, seed=key + 3), mx.nan).astype(dtype)
+    values = mx.where(known[..., None], normal(W * B, K, S, D, seed=key + 4), mx.nan).astype(dtype)
+    return q, k, v, (keys, values), pages
+
+
+# New rows of 1, 7, 8, 33, with and without tokens before them; two spans; heads that share and do not.
+# Half of them unless in full.
+BATCHES: list[tuple[list[int], list[int], int, int]] = [
+    ([1], [1], 1, 1),
+    ([7, 40], [7, 1], 6, 2),
+    ([41, 8, 3], [8, 8, 1], 3, 3),
+    ([290], [33], 2, 1),
+]
+
+
+def heads() -> Iterator[tuple[int, int, mx.Dtype]]:
+    """Head dim, tokens a block and dtype: each dim once, in full each with each."""
+    dims = (64, 80, 96, 128, 256)
+    if FULL:
+        yield from product(dims, (16, 32), DTYPES)
+    else:
+        yield from ((dim, (16, 32)[i % 2], DTYPES[i % 3]) for i, dim in enumerate(dims))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("D", "S", "dtype"), list(heads()), ids=str)
+def test_tiles_and_rows_of_attention_are_as_ref_and_have_the_same_bits(
+    D: int, S: int, dtype: mx.Dtype, seed: int, off: Off
+) -> None:
+    assert attention.tiles_keep_bits(backend.active()), "the device sums in another order"
+    scale = D**-0.5
+    for lens, new, H, K in BATCHES if FULL else BATCHES[D // 16 % 3 % 2 :: 2]:
+        q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, seed)
+        expected = paged_attention_ref(q, k, v, (mx.array(pool[0]), mx.array(pool[1])), pages, scale)[0]
+        keys, values = attention._write(pool, k, v, pages.slots)
+        tiles, rows = (
+            attend(q, keys, values, pages, scale) for attend in (attention._tiles, attention._rows)
+        )
+        assert (tiles.shape, tiles.dtype) == (expected.shape, dtype)
+        assert off(tiles, expected) < TOLERANCE[dtype], f"{new} of {lens}"
+        assert mx.array_equal(tiles, rows).item(), f"{new} of {lens}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype) -> None:
+    length, H, K, D, S = 41, 4, 2, 64, 16
+    q, k, v, pool, pages = paged([length], [length], H, K, D, S, dtype)
+    whole = paged_attention(q, k, v, pool, pages)[0]
+    begin, pool = 0, paged([length], [length], H, K, D, S, dtype)[3]
+    for end in (1, 8, 9, 41):  # chunks of 1, 7, 1, 32
+        part = slice(begin, end)
+        one = Pages(
+            pages.slots[part],
+            pages.tables,
+            mx.array([0, end - begin], mx.int32),
+            mx.array([end], mx.int32),
+        )
+        out, *pool = paged_attention(q[part], k[part], v[part], pool, one)
+        assert mx.array_equal(out, whole[part]).item(), f"rows {begin} to {end}"
+        begin = end
+
+
+def test_pages_are_read_once_for_all_queries_of_a_tile(where: str) -> None:
+    if where != "metalsim":
+        pytest.skip("what runs is seen in the simulator alone")
+    assert attention.tiles_keep_bits(where)
+    q, k, v, pool, pages = paged([64], [4], 8, 2, 64, 16, mx.bfloat16)  # 16 pairs for each of the 2 heads
+    with metal.watch() as seen:
+        paged_attention(q, k, v, pool, pages)
+    ((name, traffic),) = seen
+    assert name == "paged_attention_tile"
+    assert (
+        traffic.fetched["keys"] == traffic.fetched["values"] == 64 * 2 * 64 * 2
+    )  # tokens, heads, dim, bytes

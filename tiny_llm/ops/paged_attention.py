@@ -9,6 +9,7 @@ each d, so that a kernel scores all of them at once. (Kwon et al. 2023, PagedAtt
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -97,10 +98,17 @@ def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
 def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """MLX writes k and v; then a threadgroup a query row, key/value head and span of the row's context."""
+    """MLX writes k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
     keys, values = _write(pool, k, v, pages.slots)
+    many = q.shape[0] > pages.context_lens.shape[0] and tile_fits(keys.shape[3], q.shape[2])
+    attend = _tiles if many and tiles_keep_bits(active()) else _rows
+    return attend(q, keys, values, pages, scale), keys, values
+
+
+def _rows(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: float) -> mx.array:
+    """A threadgroup a query row, key/value head and span of the row's context."""
     (T, H, D), (_, K, _, S) = q.shape, keys.shape
-    span = max(1, _SPAN // S) * S
+    span = _span(S)
     if "work" not in pages.derived:
         pages.derived["work"] = _work(pages, span)
     work, items = pages.derived["work"]
@@ -126,7 +134,70 @@ def _metal(
             output_shapes=[q.shape],
             output_dtypes=[q.dtype],
         )
-    return out, keys, values
+    return out
+
+
+def _tiles(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: float) -> mx.array:
+    """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries."""
+    (_, H, D), (_, K, _, S) = q.shape, keys.shape
+    parts, tile = _parts(H // K, D), 2 if D <= 128 else 1
+    key = f"tiles of {8 * tile} pairs, {H // K} a row"
+    if key not in pages.derived:
+        pages.derived[key] = (_tile_work(pages, H // K, 8 * tile),)
+    (work,) = pages.derived[key]
+    (out,) = kernel("paged_attention_tile")(
+        inputs=[q, keys, values, pages.tables, work, pages.tables.shape[1], scale],
+        template=[
+            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
+            *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
+        ],
+        grid=(32 * parts, K, work.shape[0]),
+        threadgroup=(32 * parts, 1, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return out
+
+
+def tile_fits(size: int, dim: int) -> bool:
+    """Whether tiles can take blocks of ``size`` tokens and heads of ``dim``."""
+    return dim % 8 == 0 and dim <= 256 and size % 8 == 0 and (size <= 32 or size % 32 == 0)
+
+
+@cache
+def tiles_keep_bits(backend: str) -> bool:
+    """Whether tiles may be used on ``backend``: there are some, and they give a row the bits it has alone.
+
+    Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
+    """
+    if backend not in ("metal", "metalsim"):
+        return False
+    context, new = _SPAN + 43, 3
+    table = mx.arange(-(-context // 16), dtype=mx.int32)[None]
+    starts, lens = mx.array([0, new], mx.int32), mx.array([context], mx.int32)
+    pages = Pages(mx.zeros((new,), mx.int32), table, starts, lens)
+    q, keys, values = (
+        mx.random.normal(shape, key=mx.random.key(seed))
+        for seed, shape in enumerate([(new, 6, 64), (table.size, 2, 64, 16), (table.size, 2, 16, 64)])
+    )
+    tiles, rows = (attend(q, keys, values, pages, 0.125) for attend in (_tiles, _rows))
+    return bool(mx.array_equal(tiles, rows).item())
+
+
+def _tile_work(pages: Pages, group: int, pairs: int) -> mx.array:
+    """What there is to do [N, 5], as kernels/metal/paged_attention_tile.metal has it; ``pairs`` a tile."""
+    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    work = [
+        (start, end - start, b, lens[b] - (end - start) + 1, pair)
+        for b, (start, end) in enumerate(pairwise(starts))
+        for pair in range(0, (end - start) * group, pairs)
+    ]
+    return mx.array(work, mx.int32)
+
+
+def _span(size: int) -> int:
+    """Tokens of a span: whole blocks of ``size``."""
+    return max(1, _SPAN // size) * size
 
 
 def _work(pages: Pages, size: int) -> tuple[mx.array, mx.array]:

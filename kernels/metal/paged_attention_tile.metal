@@ -1,0 +1,210 @@
+// Attention of many query rows over the blocks of their sequence, by 8 x 8 matrices of a simdgroup: flash attention
+// (Dao et al. 2022) on pages, causal by each row's own count of tokens that it sees.
+// A threadgroup of PARTS simdgroups takes one key/value head and 8 * M pairs of a query row and one of the G heads
+// that share it: what is read of keys and values serves all of them, and a decode row fills G of the pairs.
+// The order is that of paged_attention: simdgroup p sees the blocks p, p + PARTS, ... of a span of SPAN tokens, the
+// parts become one in their order, and then the spans. So a row's bits are those that paged_attention gives, where the
+// matrix instruction is a chain of fma in order; ops/paged_attention.py asks the device before it uses this.
+// work: for each threadgroup its sequence's first row, how many rows that has, the sequence, the tokens that its
+// first row sees, and the first of the threadgroup's pairs.
+#include <metal_simdgroup_matrix>
+
+// kernel paged_attention_tile(q, keys, values, tables, work, width, scale) -> (out)
+    constexpr int ROWS = 8 * M;
+    constexpr int SLICE = 64;  // columns of the result that the parts put together at a time
+    constexpr int SLICES = (D + SLICE - 1) / SLICE;
+    constexpr int THREADS = PARTS * 32;
+    constexpr int HELD = (ROWS * SLICE + THREADS - 1) / THREADS;
+    threadgroup float query[ROWS * D];
+    threadgroup float largest[PARTS * ROWS];
+    threadgroup float weight[PARTS * ROWS];
+    threadgroup float kept[ROWS];
+    threadgroup float added[ROWS];
+    threadgroup float all[ROWS];
+    threadgroup float partial[PARTS * ROWS * SLICE];
+    int thread_index = int(thread_index_in_threadgroup);
+    int lane = int(thread_index_in_simdgroup);
+    int part = int(simdgroup_index_in_threadgroup);
+    int down = (lane / 4 & 4) + lane / 2 % 4;  // a lane's places in a matrix: (down, right) and the next one
+    int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
+    int head = int(thread_position_in_grid.y);
+    ulong item = ulong(thread_position_in_grid.z) * 5;
+    ulong start = work[item];
+    int pairs = work[item + 1] * G, pair = work[item + 4];
+    ulong table = ulong(work[item + 2]) * width;
+    int length = work[item + 3] + (min(pair + ROWS, pairs) - 1) / G;  // what the last row sees
+
+    for (int i = thread_index; i < ROWS * D; i += THREADS) {
+        int mine = min(pair + i / D, pairs - 1);  // past the end: the last one, and not stored
+        ulong at = ((start + mine / G) * K + head) * (G * D) + mine % G * D + i % D;
+        query[i] = static_cast<float>(q[at]) * scale;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    int seen[M];
+    for (int m = 0; m < M; m++) {
+        seen[m] = work[item + 3] + min(pair + m * 8 + down, pairs - 1) / G;
+    }
+    float highest = -INFINITY, whole = 0.0f;  // of row thread_index, over the spans so far
+    float result[SLICES][HELD];
+    for (int slice = 0; slice < SLICES; slice++) {
+        for (int n = 0; n < HELD; n++) {
+            result[slice][n] = 0.0f;
+        }
+    }
+    for (int begin = 0; begin < length; begin += SPAN) {
+        float top[M], total[M];
+        simdgroup_matrix<float, 8, 8> sums[M][D / 8];
+        for (int m = 0; m < M; m++) {
+            top[m] = -INFINITY;
+            total[m] = 0.0f;
+            for (int f = 0; f < D / 8; f++) {
+                sums[m][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+            }
+        }
+        int end = min(length, begin + SPAN);
+        for (int b = begin / S + part; b * S < end; b += PARTS) {
+            ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
+            simdgroup_matrix<float, 8, 8> scores[M][S / 8];
+            for (int m = 0; m < M; m++) {
+                for (int j = 0; j < S / 8; j++) {
+                    scores[m][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                }
+            }
+            for (int d = 0; d < D; d += 8) {
+                simdgroup_matrix<float, 8, 8> rows[M];
+                for (int m = 0; m < M; m++) {
+                    int at = (m * 8 + down) * D + d + right;
+                    rows[m].thread_elements()[0] = query[at];
+                    rows[m].thread_elements()[1] = query[at + 1];
+                }
+                for (int j = 0; j < S / 8; j++) {
+                    simdgroup_matrix<float, 8, 8> key;
+                    ulong at = block + (d + down) * S + j * 8 + right;
+                    key.thread_elements()[0] = static_cast<float>(keys[at]);
+                    key.thread_elements()[1] = static_cast<float>(keys[at + 1]);
+                    for (int m = 0; m < M; m++) {
+                        simdgroup_multiply_accumulate(scores[m][j], rows[m], key, scores[m][j]);
+                    }
+                }
+            }
+            for (int m = 0; m < M; m++) {
+                float best = -INFINITY;
+                for (int j = 0; j < S / 8; j++) {
+                    for (int i = 0; i < 2; i++) {
+                        bool counts = b * S + j * 8 + right + i < seen[m];
+                        float score = counts ? scores[m][j].thread_elements()[i] : -INFINITY;
+                        scores[m][j].thread_elements()[i] = score;
+                        best = max(best, score);
+                    }
+                }
+                best = max(best, simd_shuffle_xor(best, ushort(1)));  // the 4 lanes that hold a row
+                best = max(best, simd_shuffle_xor(best, ushort(8)));
+                float higher = max(top[m], best);
+                float base = higher == -INFINITY ? 0.0f : higher;  // a row that sees nothing here
+                float shrink = metal::precise::exp(top[m] - base);
+                float shares[4][2];  // of tokens t, t + 32, ... together, as paged_attention's lanes have them
+                for (int j = 0; j < 4; j++) {
+                    shares[j][0] = 0.0f;
+                    shares[j][1] = 0.0f;
+                }
+                for (int j = 0; j < S / 8; j++) {
+                    for (int i = 0; i < 2; i++) {
+                        float share = metal::precise::exp(scores[m][j].thread_elements()[i] - base);
+                        scores[m][j].thread_elements()[i] = share;
+                        shares[j % 4][i] += share;
+                    }
+                }
+                float eight[4];
+                for (int j = 0; j < 4; j++) {
+                    eight[j] = shares[j][0] + shares[j][1];
+                    eight[j] += simd_shuffle_xor(eight[j], ushort(1));
+                    eight[j] += simd_shuffle_xor(eight[j], ushort(8));
+                }
+                total[m] = total[m] * shrink + ((eight[0] + eight[1]) + (eight[2] + eight[3]));
+                top[m] = higher;
+                for (int f = 0; f < D / 8; f++) {
+                    sums[m][f].thread_elements()[0] *= shrink;
+                    sums[m][f].thread_elements()[1] *= shrink;
+                }
+            }
+            for (int j = 0; j < S / 8; j++) {
+                int token = j * 8 + down;
+                bool counts = b * S + token < length;  // what lies behind may be anything, and 0 * NaN is not 0
+                for (int f = 0; f < D / 8; f++) {
+                    simdgroup_matrix<float, 8, 8> value;
+                    for (int i = 0; i < 2; i++) {
+                        ulong at = block + token * D + f * 8 + right + i;
+                        value.thread_elements()[i] = counts ? static_cast<float>(values[at]) : 0.0f;
+                    }
+                    for (int m = 0; m < M; m++) {
+                        simdgroup_multiply_accumulate(sums[m][f], scores[m][j], value, sums[m][f]);
+                    }
+                }
+            }
+        }
+
+        for (int m = 0; m < M; m++) {
+            if (right == 0) {
+                largest[part * ROWS + m * 8 + down] = top[m];
+                weight[part * ROWS + m * 8 + down] = total[m];
+            }
+        }
+        for (int slice = 0; slice < SLICES; slice++) {
+            for (int m = 0; m < M; m++) {
+                for (int f = 0; f < SLICE / 8; f++) {
+                    int from = slice * (SLICE / 8) + f;
+                    if (from < D / 8) {
+                        int at = (part * ROWS + m * 8 + down) * SLICE + f * 8 + right;
+                        partial[at] = sums[m][from].thread_elements()[0];
+                        partial[at + 1] = sums[m][from].thread_elements()[1];
+                    }
+                }
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            if (slice == 0) {
+                if (thread_index < ROWS) {
+                    float best = -INFINITY, sum = 0.0f;
+                    for (int p = 0; p < PARTS; p++) {
+                        best = max(best, largest[p * ROWS + thread_index]);
+                    }
+                    float base = best == -INFINITY ? 0.0f : best;
+                    for (int p = 0; p < PARTS; p++) {
+                        float share = metal::precise::exp(largest[p * ROWS + thread_index] - base);
+                        sum += share * weight[p * ROWS + thread_index];
+                        largest[p * ROWS + thread_index] = share;
+                    }
+                    float higher = max(highest, best);  // a row sees something of the first span
+                    kept[thread_index] = metal::precise::exp(highest - higher);
+                    added[thread_index] = metal::precise::exp(best - higher);
+                    whole = whole * kept[thread_index] + added[thread_index] * sum;
+                    highest = higher;
+                    all[thread_index] = whole;
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            for (int n = 0; n < HELD; n++) {
+                int i = thread_index + n * THREADS;
+                int row = i / SLICE;
+                if (i < ROWS * SLICE && slice * SLICE + i % SLICE < D) {
+                    float sum = 0.0f;
+                    for (int p = 0; p < PARTS; p++) {
+                        sum += largest[p * ROWS + row] * partial[p * ROWS * SLICE + i];
+                    }
+                    result[slice][n] = result[slice][n] * kept[row] + added[row] * sum;
+                }
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
+    }
+
+    for (int slice = 0; slice < SLICES; slice++) {
+        for (int n = 0; n < HELD; n++) {
+            int i = thread_index + n * THREADS;
+            int mine = pair + i / SLICE, d = slice * SLICE + i % SLICE;
+            if (i < ROWS * SLICE && d < D && mine < pairs) {
+                ulong at = ((start + mine / G) * K + head) * (G * D) + mine % G * D + d;
+                out[at] = static_cast<T>(result[slice][n] / all[i / SLICE]);
+            }
+        }
+    }
