@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,9 @@ import pytest
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.data import Batch, KVCache, SamplingParams
+from tiny_llm.decoding.generate import generate_without_cache
+from tiny_llm.decoding.stop import find_stop, open_length
 from tiny_llm.models.decoder import DecoderLayer
 from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
@@ -18,7 +22,7 @@ from tiny_llm.sampling.logprobs import log_probabilities
 from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
-EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp", "1.7": "sampling"}
+EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp", "1.6": "generate", "1.7": "sampling"}
 
 
 def text_of(number: str) -> str:
@@ -109,3 +113,26 @@ def test_the_symptoms_of_1_7(run, book, mutant: str, said: str) -> None:
     asked = ("--prompt", "Tell me a short story about a fox.", "--max-tokens", "12", "--seed", "1")
     drawn = ("--temperature", "0.8", "--top-p", "0.9", "--course", book.folder)
     assert run("main.py", "generate", *asked, *drawn).stdout.startswith(said)
+
+
+def test_the_predictions_of_1_6() -> None:
+    rows = []
+
+    def counting(batch: Batch, _: KVCache) -> mx.array:
+        rows.append(batch.tokens.size)
+        return mx.zeros((1, 4))
+
+    assert len(list(islice(generate_without_cache(counting, [0] * 100, SamplingParams()), 50))) == 50
+    assert f"**{sum(rows):,} rows**" in text_of("1.6")
+    assert f"**{open_length('a##', ['###'])}**" in text_of("1.6")
+    assert find_stop("a long stop", ["long stop", "on"]) == "a long stop".find("on")
+
+
+@pytest.mark.parametrize(("mutant", "said"), [("nothing-held", "48 + 35 = 83"), (None, "48 + 35")])
+def test_the_symptoms_of_1_6(run, book, mutant: str | None, said: str) -> None:
+    book.folder.mkdir()
+    for it in read_manifest()["1.6"].mutants:
+        if it.name == mutant:
+            book.add_mutant(it)
+    asked = ("--prompt", "What is 48 + 35?", "--max-tokens", "16", "--stop", "= 83")
+    assert run("main.py", "generate", *asked, "--course", book.folder).stdout.strip() == said
