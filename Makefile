@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve book-experiments bench bench-metal soak kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course book book-serve book-experiments bench bench-metal metal-grid soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -87,6 +87,11 @@ bench-metal: .venv/run.stamp
 	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --context 16,512,4096
 	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --rows 16
 	TINY_LLM_BACKEND=metal $(python) benchmarks/prefill.py --shape qwen2-1.5b --against mlx-lm
+
+# Every kernel, shape and dtype with three seeds, every access checked; CI takes one seed.
+metal-grid: .venv/test.stamp
+	TINY_LLM_METAL_GRID=full TINY_LLM_METALSIM=strict $(python) -m pytest tests/ops/test_metal.py \
+		tests/sampling/test_metal_sampling.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so

@@ -26,6 +26,7 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.memory import parse_bytes, peak_memory_bytes
 from tiny_llm.errors import RequestError, TinyLLMError
 from tiny_llm.options import (
+    EXAMPLES,
     ActivationsOption,
     ApiKeyOption,
     BackendOption,
@@ -69,20 +70,6 @@ if TYPE_CHECKING:  # 60 ms that only a large model needs
 ANSWER_TOKENS = 512
 LARGE_BYTES = 2**28
 """Weights from this size on get a progress bar; smaller ones are there before it would be seen."""
-
-EXAMPLES = """
-[b]python main.py[/b] · chat with the bundled model
-
-[b]python main.py --model qwen2-1.5b --quantize 4[/b] · with a larger one
-
-[b]python main.py generate --prompt "What is a KV cache?"[/b] · one answer
-
-[b]python main.py generate --prompt "Hi" --json[/b] · answer and figures, on one line
-
-[b]python main.py bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
-
-[b]echo "12 + 30 = ?" | python main.py[/b] · the answer alone, for pipes
-"""
 
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 """Any mistake in the arguments; typer exports only this subclass of it."""
@@ -330,6 +317,16 @@ def memory(context: typer.Context) -> None:
     from tiny_llm.planning.commands import app as calculator
 
     _pass_on(context, calculator)
+
+
+@app.command(
+    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def doctor(context: typer.Context) -> None:
+    """Say which backends this machine has, and where our kernels or MLX's own run."""
+    from tiny_llm.planning.doctor import app as report
+
+    _pass_on(context, report)
 
 
 def _pass_on(context: typer.Context, to: typer.Typer) -> None:

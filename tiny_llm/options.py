@@ -149,3 +149,17 @@ MaxStepOption = Annotated[
         rich_help_panel="Speed",
     ),
 ]
+
+EXAMPLES = """
+[b]python main.py[/b] · chat with the bundled model
+
+[b]python main.py --model qwen2-1.5b --quantize 4[/b] · with a larger one
+
+[b]python main.py generate --prompt "What is a KV cache?"[/b] · one answer
+
+[b]python main.py generate --prompt "Hi" --json[/b] · answer and figures, on one line
+
+[b]python main.py bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
+
+[b]echo "12 + 30 = ?" | python main.py[/b] · the answer alone, for pipes
+"""
