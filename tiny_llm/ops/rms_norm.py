@@ -33,7 +33,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
     if on_metal("rms_norm", x, weight):
-        if active() == "metal" and not _ours(x.shape[-1], x.dtype):
+        if x.size and active() == "metal" and not _ours(x.shape[-1], x.dtype):
             return mx.fast.rms_norm(x, weight, eps)
         (out,) = _metal("rms_norm", [x, weight, eps], x, outputs=1)
         return out
@@ -67,7 +67,8 @@ def _ours(width: int, dtype: mx.Dtype) -> bool:
         return bool(mx.array_equal(mx.fast.rms_norm(many, weight, 1e-6)[20:21], alone).item())
 
     def ours() -> list[mx.array]:
-        return _metal("rms_norm", [rows(1), weight, 1e-6], rows(1), outputs=1)
+        one = rows(1)
+        return _metal("rms_norm", [one, weight, 1e-6], one, outputs=1)
 
     def theirs() -> mx.array:
         return mx.fast.rms_norm(rows(1), weight, 1e-6)
