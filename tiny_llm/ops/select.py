@@ -1,9 +1,9 @@
 """Our kernel or MLX's own op: owns what was measured on this machine, and remembers it in the user's cache.
 
 Each case, that is op, width and dtype, is measured once for a device, a version of MLX and the text of our
-kernels; a file about another, or one that cannot be read, is as none. A case does not name how many rows there
-are: one and many must be the same op's. Knows no op: it is given two calls. MLX's is taken only where it is
-faster and gives a row the same bits alone and among others.
+kernels; a file about another, or one that cannot be read, is as none. A case does not name how many rows
+there are: one and many must be the same op's. Knows no op: it is given two calls. MLX's is taken only
+where it is faster and gives a row the same bits alone and among others.
 """
 
 from __future__ import annotations
