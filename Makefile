@@ -39,7 +39,8 @@ test: .venv/test.stamp .venv/kernels.stamp
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m mypy
-	$(python) -m pytest --durations=10
+	$(python) -m pytest -n $(cores) tests/course
+	$(python) -m pytest --ignore=tests/course --durations=10
 
 course: .venv/test.stamp .venv/kernels.stamp
 	@$(python) main.py course list
