@@ -46,7 +46,7 @@ def run_tests(
     }
     command = [sys.executable, "-m", "pytest", "--chapter", chapter.id, *_QUIET, *chapter.tests]
     command += ["-x"] if first_only else []
-    hang = ["-o", f"faulthandler_timeout={seconds / 4:g}"]  # prints where it was, on stderr
+    hang = ["-o", f"faulthandler_timeout={seconds / 8:g}"]  # prints where it was, on stderr
     try:
         return subprocess.run(
             command + hang, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
