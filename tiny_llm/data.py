@@ -40,8 +40,9 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
     ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
-    ``logprobs`` n reports the chosen token's log-probability and the n likeliest. ``n`` answers
-    are drawn for one prompt. No end before ``min_tokens``.
+    ``logprobs`` n reports the chosen token's log-probability and the n likeliest, ``prompt_logprobs``
+    those of the prompt's tokens, which are all computed then. ``n`` answers are drawn for one prompt.
+    No end before ``min_tokens``.
 
     ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
     multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
@@ -62,6 +63,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     min_tokens: int = 0
     repetition_penalty: float = 1.0
@@ -94,7 +96,9 @@ def _check_params(p: SamplingParams) -> None:
     _require(between(p.top_p, 0, 1) and p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
     _require(between(p.min_p, 0, 1), "min_p", p.min_p, "from 0 to 1")
     _require(p.seed is None or (whole(p.seed, 0) and p.seed < 2**64), "seed", p.seed, "from 0 to 2**64 - 1")
-    _require(p.logprobs is None or whole(p.logprobs, 0), "logprobs", p.logprobs, "a whole number, or None")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(p, name)
+        _require(count is None or whole(count, 0), name, count, "a whole number, or None")
     _require(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "strings that are not empty")
     _require(all(whole(i, 0) for i in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "token ids")
     _require(whole(p.n, 1), "n", p.n, "a whole number of at least 1")
@@ -148,7 +152,8 @@ class Completion:
 class Chunk:
     """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``.
 
-    ``logprobs`` are those of its tokens, where the request asked for them.
+    ``logprobs`` are those of its tokens, where the request asked for them; the first chunk has the
+    ``prompt_logprobs``, from the prompt's second token on.
     """
 
     text: str
@@ -156,6 +161,7 @@ class Chunk:
     completion: Completion | None = None
     index: int = 0
     logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

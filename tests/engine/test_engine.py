@@ -333,3 +333,32 @@ def test_memory_stays_flat_over_many_steps(llm: LLM) -> None:
         engine.step()
     assert mx.get_active_memory() - before < 200_000
     assert mx.get_peak_memory() - before < 5_000_000
+
+
+def test_a_prompt_s_logprobs_are_the_same_in_whatever_chunks_and_company(llm: LLM) -> None:
+    asked = prompt(llm, "What is a KV cache? Say it at length, in many words and sentences, please.") * 3
+    params = replace(GREEDY, max_tokens=4, prompt_logprobs=2)
+
+    def scored(company: int, step_tokens: int, kv_blocks: int = 256) -> list[dict[int, float]]:
+        scheduler = SchedulerSettings(max_running=16, max_step_tokens=step_tokens)
+        engine = llm.with_engine(EngineSettings(kv_blocks, scheduler=scheduler)).engine
+        numbers = [engine.add(asked, replace(params, n=2)), engine.add(asked, params)]
+        others = [engine.add(asked[: 9 + i], GREEDY) for i in range(company)]
+        told: dict[int, list[list[dict[int, float]]]] = {}
+        while len(engine):
+            for number, chunk in engine.step():
+                if chunk.prompt_logprobs is not None:
+                    told.setdefault(number, []).append(chunk.prompt_logprobs)
+            engine.scheduler.check_integrity()
+        assert engine.healthy and not told.keys() & set(others)
+        assert [len(told[number]) for number in numbers] == [2, 1], "once for each answer"
+        first, *rest = [rows for number in numbers for rows in told[number]]
+        assert all(rows == first for rows in rest)
+        return first
+
+    whole = scored(0, 4096)
+    assert len(whole) == len(asked) - 1 and all(
+        next(iter(row)) == token for row, token in zip(whole, asked[1:], strict=True)
+    )
+    for company, step_tokens, kv_blocks in ((0, 17, 256), (6, 64, 256), (6, 33, 24)):
+        assert scored(company, step_tokens, kv_blocks) == whole, f"{company} others, {step_tokens} a step"

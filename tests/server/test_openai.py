@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import openai
@@ -143,6 +144,30 @@ def test_completion_logprobs_have_offsets(client: openai.OpenAI) -> None:
     assert "".join(told.tokens) == got.text and told.text_offset[0] == 0
     assert all(len(row) == 2 for row in told.top_logprobs)
     assert told.text_offset[1] == len(told.tokens[0])
+
+
+def test_an_echo_tells_how_likely_the_prompt_was(running: Running, client: openai.OpenAI, alone: LLM) -> None:
+    ids = alone.tokenizer.encode(PROMPT * 9)  # of several chunks and blocks
+    lax = running.openai(strict=False)  # the first token has no log-probability, which the strict one minds
+    asked = {"prompt": ids, "max_tokens": 3, "logprobs": 2, "echo": True, **ON}
+    got = lax.completions.create(**asked).choices[0]
+    told = got.logprobs
+    assert told is not None and told.tokens and told.token_logprobs and told.top_logprobs
+    assert len(told.tokens) == len(ids) + 3 and "".join(told.tokens) == got.text
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert told.text_offset is not None and told.text_offset[-1] == len(got.text) - len(told.tokens[-1])
+    for place in (1, 17, len(ids) - 1):  # what a request that ends there says of its next token
+        before = client.completions.create(prompt=ids[:place], max_tokens=1, logprobs=20, **ON).choices[0]
+        assert before.logprobs is not None and before.logprobs.top_logprobs is not None
+        likely = before.logprobs.top_logprobs[0]
+        both = likely.keys() & told.top_logprobs[place].keys()
+        assert len(both) >= 2 and all(likely[token] == told.top_logprobs[place][token] for token in both)
+    with ThreadPoolExecutor(6) as clients:
+        many = clients.map(lambda _: lax.completions.create(**asked).choices[0].logprobs, range(6))
+        assert all(one == told for one in many), "what else is in the batch changes nothing"
+    parts = [c.choices[0] for c in lax.completions.create(stream=True, **asked)]
+    joined = [value for part in parts for value in (part.logprobs.token_logprobs or [])]
+    assert joined == told.token_logprobs and "".join(part.text for part in parts) == got.text
 
 
 def test_what_changes_the_choice_does(client: openai.OpenAI, alone: LLM) -> None:

@@ -36,7 +36,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = 16
+EXAMPLES = 12
 KINDS = {"counter", "gauge", "histogram"}
 
 

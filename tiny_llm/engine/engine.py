@@ -13,18 +13,18 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.data import Advance, Chunk, EndReason, Output, Plan, SamplingParams
+from tiny_llm.data import Advance, Chunk, EndReason, Output, Plan, PlanItem, SamplingParams
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.engine.request import Choice, Request
-from tiny_llm.engine.sample_step import Drawing, Drawn, begin, needs_history
+from tiny_llm.engine.sample_step import Drawing, Drawn, Scoring, begin, needs_history
 from tiny_llm.engine.stats import EngineStats, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import ConfigError
@@ -94,12 +94,16 @@ class _Flight:
     rows: list[list[Choice]]
     logits: mx.array | None = None
     drawing: Drawing | None = None
+    scorings: Sequence[Scoring] = ()
     error: Exception | None = None
 
     def end(self, clock: StepClock) -> list[Drawn]:
         """Wait for it. Raises whatever went wrong."""
         if self.error is not None:
             raise self.error
+        for scoring in self.scorings:
+            mx.eval(*scoring.report)
+            scoring.keep()
         if self.drawing is not None:
             return self.drawing.end(clock)
         mx.eval(self.logits)
@@ -193,6 +197,8 @@ class Engine:
             params = replace(params, seed=secrets.randbits(64))
         number = next(self._numbers)
         request = Request.of(number, prompt, params, self._tokenizer, self._end_ids, limit, now)
+        if params.prompt_logprobs is not None:  # a prefix that is found would have no logits
+            salt = f"{salt}/{number}"
         deadline = now + timeout_s if timeout_s is not None else float("inf")
         own = replace(params, max_tokens=limit)
         self.scheduler.add(
@@ -303,7 +309,7 @@ class Engine:
 
     def _launch(self, plan: Plan, tokens: mx.array | None, clock: StepClock) -> _Flight:
         """From a plan to tokens that are being drawn. ``tokens`` are those that the plan does not know."""
-        flight = _Flight(plan, [self._drawing(item.seq_id) for item in plan.items if item.logit_rows])
+        flight = _Flight(plan, [self._drawn_from(item) for item in plan.items if item.logit_rows])
         try:
             with use(self._backend):
                 batch = build_batch(plan, self.settings.block_size, tokens)
@@ -311,15 +317,36 @@ class Engine:
                 clock.lap("build")
                 flight.logits = logits = self._model(batch, self.cache)
                 clock.lap("forward")
+                flight.scorings = self._scorings(plan, logits)
                 choices = [choice for row in flight.rows for choice in row]
-                if len(choices) > len(flight.rows):  # several answers begin from one prompt's last row
-                    logits = logits[mx.array([r for r, row in enumerate(flight.rows) for _ in row])]
+                ends = accumulate(item.logit_rows for item in plan.items if item.logit_rows)
+                rows = [end - 1 for end, row in zip(ends, flight.rows, strict=True) for _ in row]
+                if choices and rows != list(range(logits.shape[0])):
+                    # Several answers begin from one prompt's last row, or others are of a prompt itself.
+                    logits = logits[mx.array(rows)]
                 if choices:
                     flight.drawing = begin(logits, choices, int(tokens is not None), clock)
                     flight.logits = None
         except Exception as error:
             flight.error = error
         return flight
+
+    def _drawn_from(self, item: PlanItem) -> list[Choice]:
+        """The choices that get a token from an item's last row: none in the middle of a prompt."""
+        choices = self._drawing(item.seq_id)
+        is_whole = item.start + len(item.tokens) >= len(choices[0].request.prompt)
+        return choices if is_whole else []
+
+    def _scorings(self, plan: Plan, logits: mx.array) -> list[Scoring]:
+        """What is to be reported of prompts in this step."""
+        found, first = [], 0
+        for item in plan.items:
+            choice, end = self._choices[item.seq_id], first + item.logit_rows
+            within = first < end and item.start + 1 < len(choice.request.prompt)
+            if within and choice.params.prompt_logprobs is not None:
+                found.append(Scoring.of(logits[first:end], choice, item.start))
+            first = end
+        return found
 
     def _drawing(self, seq_id: int) -> list[Choice]:
         choice = self._choices[seq_id]
@@ -332,6 +359,9 @@ class Engine:
         remaining, now = iter(drawn), self._clock()
         seq_ids = [item.seq_id for item in plan.items if item.logit_rows]
         for seq_id, choices in zip(seq_ids, rows, strict=True):
+            if not choices:
+                advances.append(Advance(seq_id, ()))
+                continue
             if self.scheduler.sequence(seq_id) is None:  # it ended while this step was under way
                 for _ in choices:
                     next(remaining)
@@ -347,7 +377,7 @@ class Engine:
             advances.append(advance)
         self.scheduler.commit(plan, advances)
         for advance, choices in zip(advances, rows, strict=True):
-            if advance.finish_reason or advance.forks:
+            if choices and (advance.finish_reason or advance.forks):
                 self._forget(advance.seq_id, choices[0].request)
         return events
 

@@ -39,7 +39,10 @@ class Choice:
         piece = self.answer.push(token)
         reason = self.answer.finish_reason
         whole = self.completion(reason, now) if reason else None
-        return Chunk(piece, (token,), whole, self.index, None if logprobs is None else [logprobs])
+        told = None if logprobs is None else [logprobs]
+        first = self.params.prompt_logprobs is not None and len(self.answer.token_ids) == 1
+        scored = [request.prompt_logprobs[i] for i in range(1, len(request.prompt))] if first else None
+        return Chunk(piece, (token,), whole, self.index, told, scored)
 
     def ended(self, reason: EndReason, now: float, error: str | None = None) -> Chunk:
         """The chunk of an answer that something else ends."""
@@ -81,6 +84,7 @@ class Request:
     started_s: float = 0.0
     first_token_s: float = 0.0
     cached_tokens: int = 0
+    prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # by position
 
     @classmethod
     def of(

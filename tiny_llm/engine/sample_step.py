@@ -56,6 +56,31 @@ class Drawing:
         return drawn
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """A part of a prompt: what is reported of the ``targets`` that come from position ``start`` on."""
+
+    choice: Choice
+    start: int
+    targets: list[int]
+    report: Reported
+
+    @classmethod
+    def of(cls, logits: mx.array, choice: Choice, position: int) -> Scoring:
+        """Rows [n, V] of the prompt's tokens from ``position`` on; the last one's successor is no prompt."""
+        start = position + 1
+        targets = choice.request.prompt[start : start + logits.shape[0]]
+        rows, tokens = logits[: len(targets)], mx.array(targets, mx.uint32)
+        return cls(choice, start, targets, reported(rows, tokens, choice.params.prompt_logprobs or 0))
+
+    def keep(self) -> None:
+        """Give the request what has been computed."""
+        chosen, ids, values = (cast(list[list[float]], array.tolist()) for array in self.report)
+        for i, target in enumerate(self.targets):
+            told = named(target, cast(float, chosen[i]), cast(list[int], ids[i]), values[i])
+            self.choice.request.prompt_logprobs[self.start + i] = told
+
+
 def begin(logits: mx.array, choices: Sequence[Choice], ahead: int, clock: StepClock) -> Drawing:
     """Start drawing a token for each choice from its row of logits [R, V].
 

@@ -27,6 +27,7 @@ from tiny_llm.scheduler.speed import StepTime, context_of
 _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time
 _BEHIND_ALL: Rank = (inf, 0)
+_MOST_ROWS = 128  # of logits in a step, for a prompt whose own log-probabilities are wanted
 _UNKNOWN = array("i", (0,))
 
 
@@ -273,16 +274,18 @@ class Scheduler:
         if not step.chunk_tokens:
             within = max(within, _LEAST_CHUNK)
         wanted = len(seq.tokens) - start
-        count = int(min(wanted, step.tokens, within))
+        # Once it has answered, its prompt's rows are known: it catches up like any other.
+        scored = seq.params.prompt_logprobs is not None and len(seq.tokens) == seq.prompt_len
+        count = int(min(wanted, step.tokens, within, _MOST_ROWS if scored else wanted))
         if count:
             end = start + count
-            last = int(end == len(seq.tokens))
-            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, entry.table.blocks, last))
+            rows = count if scored else int(end == len(seq.tokens))
+            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, entry.table.blocks, rows))
             step.tokens -= count
             step.ms -= self.speed.chunk_ms(start, count)
             step.chunk_tokens += count
             step.chunk_context += context_of(start, count)
-        if count < wanted:  # what may be left of the time is a crumb
+        if count < wanted or scored:  # what may be left of the time is a crumb; rows take memory
             step.tokens = 0
 
     def _admit(self, step: _Step, before: Rank) -> None:

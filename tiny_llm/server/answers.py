@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
-from math import isfinite
+from math import isfinite, isnan
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
@@ -67,7 +67,10 @@ def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, obj
 def completion_logprobs(
     tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int, offset: int
 ) -> dict[str, list[object]]:
-    """Tokens as /v1/completions has them; ``offset`` is where the first one's text begins."""
+    """Tokens as /v1/completions has them; ``offset`` is where the first one's text begins.
+
+    What is NaN is not known, and told as null.
+    """
     told: dict[str, list[object]] = {
         "text_offset": [],
         "token_logprobs": [],
@@ -79,10 +82,11 @@ def completion_logprobs(
         best = sorted(ids, key=lambda i: -row[i])[:count]
         text = token_text(tokenizer, ids[0])
         told["text_offset"].append(offset)
-        told["token_logprobs"].append(logprob(row[ids[0]]))
+        known = not isnan(row[ids[0]])
+        told["token_logprobs"].append(logprob(row[ids[0]]) if known else None)
         told["tokens"].append(text)
         top = {token_text(tokenizer, i): logprob(row[i]) for i in dict.fromkeys([*best, ids[0]])}
-        told["top_logprobs"].append(top)
+        told["top_logprobs"].append(top if known else None)
         offset += len(text)
     return told
 

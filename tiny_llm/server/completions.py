@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
+from math import nan
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -30,7 +32,6 @@ from tiny_llm.server.params import (
     prompt_ids,
     require_model,
 )
-from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Pieces, Service, aside
 
 
@@ -46,13 +47,12 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
 
 
 def _job(service: Service, request: Request, body: CompletionBody) -> Job:
-    if body.echo and body.logprobs is not None:
-        what = "echo together with logprobs is not supported: a prompt's own log-probabilities are not kept."
-        raise Problem(400, what, code="unsupported_field", param="echo")
     llm = service.llm
     prompts = prompt_ids(llm, body.prompt)
     most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
+    if body.echo:
+        params = replace(params, prompt_logprobs=body.logprobs)
     return job_of(body, prompts, params, request.state.salt)
 
 
@@ -64,7 +64,7 @@ class _Answer:
         self._body = body
         self._job = job
         self._echoes = [self._echo(number) for number in range(len(job.prompts))] if body.echo else []
-        self._offsets = [len(self._before(i)) for i in range(len(job.prompts) * body.n)]
+        self._offsets = [0] * (len(job.prompts) * body.n)
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -77,7 +77,7 @@ class _Answer:
         choices = []
         for index, chunks in enumerate(answers):
             text = self._before(index) + "".join(chunk.text for chunk in chunks)
-            rows = [row for chunk in chunks for row in chunk.logprobs or ()]
+            rows = [row for chunk in chunks for row in self._rows(index, chunk)]
             choices.append(self._choice(index, text, rows, chunks[-1].completion))
         ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
         return {**self._head, "choices": choices, "usage": usage(ended)}
@@ -106,7 +106,7 @@ class _Answer:
                     if last is not None:
                         ended.append(last)
                     if text or chunk.logprobs or last:
-                        events.append(event_of(event(index, text, chunk.logprobs or (), last)))
+                        events.append(event_of(event(index, text, self._rows(index, chunk), last)))
                 if events:
                     yield b"".join(events)
         tail = event_of({**self._head, "choices": [], "usage": usage(ended)}) if with_usage else b""
@@ -122,10 +122,18 @@ class _Answer:
         reason = None if ended is None else ended.finish_reason
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
+    def _rows(self, index: int, chunk: Chunk) -> list[dict[int, float]]:
+        """The log-probabilities that come with a chunk: its own, after the prompt's if it is echoed."""
+        rows = list(chunk.logprobs or ())
+        if chunk.prompt_logprobs is None:
+            return rows
+        first = self._job.prompts[index // self._body.n][0]  # how likely it was, nothing tells
+        return [{first: nan}, *chunk.prompt_logprobs, *rows]
+
     def _before(self, index: int) -> str:
         """What stands before answer ``index``: its prompt, where that is to be echoed."""
         return self._echoes[index // self._body.n] if self._echoes else ""
 
     def _echo(self, number: int) -> str:
         given = self._body.prompt[number]
-        return given if isinstance(given, str) else self._tokenizer.decode(given)
+        return given if isinstance(given, str) else self._tokenizer.decode(given, skip_special_tokens=False)
