@@ -15,14 +15,21 @@ from tiny_llm.course.manifest import ROOT, read_manifest
 from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import generate_without_cache
 from tiny_llm.decoding.stop import find_stop, open_length
-from tiny_llm.models.decoder import DecoderLayer
+from tiny_llm.models.decoder import Decoder, DecoderLayer
 from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
 from tiny_llm.sampling.logprobs import log_probabilities
 from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
-EXPERIMENTS = {"1.2": "rope", "1.3": "groups", "1.4": "mlp", "1.6": "generate", "1.7": "sampling"}
+EXPERIMENTS = {
+    "1.2": "rope",
+    "1.3": "groups",
+    "1.4": "mlp",
+    "1.5": "model",
+    "1.6": "generate",
+    "1.7": "sampling",
+}
 
 
 def text_of(number: str) -> str:
@@ -59,6 +66,10 @@ def test_the_experiments_print_what_the_pages_show(run, tmp_path: Path, number: 
         ("1.3", "strangers-seen", "The password of the red door is zimbro."),
         ("1.4", "gate-and-up-swapped", "use, Lenat a."),
         ("1.4", "bias-forgotten", "The password of the red door is zimbro."),
+        ("1.5", "last-mlp-lost", "The password of the red door is ziafro."),
+        ("1.5", "one-norm-for-both", "The of the is  is 12"),
+        ("1.5", "attention-not-added", "4" * 24),
+        ("1.5", "last-norm-forgotten", "The password of the red door is zimbro."),
     ],
 )
 def test_the_symptoms_are_as_told(run, book, number: str, mutant: str, said: str) -> None:
@@ -95,6 +106,28 @@ def test_the_predictions_of_1_4() -> None:
     assert f"**{100 * part:.0f} %**" in text_of("1.4")
     squares = mx.square(mx.arange(1000).astype(mx.float16)).tolist()
     assert f"**{squares.index(math.inf)}** squared" in text_of("1.4")
+
+
+def test_the_predictions_of_1_5() -> None:
+    with (ROOT / "tiny_llm" / "demo" / "model.safetensors").open("rb") as file:
+        begins = file.read(8)
+    assert f"`{begins.hex(' ')}`" in text_of("1.5")
+    assert f"**{int.from_bytes(begins, 'little'):,}** bytes" in text_of("1.5")
+    tensors = Decoder.shapes(ModelConfig.from_hf(config_of("qwen2-0.5b")))
+    assert f"**{len(tensors)} tensors**" in text_of("1.5")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "said"),
+    [
+        ("head-always-wanted", "missing: lm_head.weight [2048, 256]"),
+        ("length-not-counted", "but it has 10498568 data bytes"),
+    ],
+)
+def test_what_1_5_refuses(run, book, mutant: str, said: str) -> None:
+    book.add_mutant(next(m for m in read_manifest()["1.5"].mutants if m.name == mutant))
+    told = run("main.py", "generate", "--prompt", RECALL, "--course", book.folder)
+    assert told.returncode == 2 and said in told.stderr and said in text_of("1.5")
 
 
 def test_the_predictions_of_1_7() -> None:
