@@ -77,6 +77,15 @@ def test_every_cut_of_a_text_reads_the_same(
         assert len({call["id"] for call in message.get("tool_calls", [])}) == len(calls)
 
 
+@pytest.mark.parametrize("size", [1, 3, len(BARE)])
+def test_after_the_only_bare_call_that_is_wanted_nothing_more_is_told(size: int) -> None:
+    reader = Reader("bare", several=False)
+    pieces = [BARE[i : i + size] for i in range(0, len(BARE), size)]
+    message = message_of([delta for piece in pieces for delta in reader.push(piece)] + reader.finish())
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"a": "b; }"}'} and message["content"] is None
+
+
 def test_a_template_tells_the_style() -> None:
     assert style_of("within <tool_call></tool_call> tags") == "tags"
     assert style_of('{"name": function name, "parameters": dictionary}') == "bare"

@@ -48,7 +48,8 @@ async def chat_job(service: Service, request: Request, body: ChatBody) -> Job:
 
 def reader_of(service: Service, body: ChatBody) -> Reader:
     """What reads one of its answers."""
-    return Reader(style_of(service.llm.tokenizer.chat_template) if _may_call(body) else None)
+    style = style_of(service.llm.tokenizer.chat_template) if _may_call(body) else None
+    return Reader(style, several=body.parallel_tool_calls)
 
 
 def _job(service: Service, request: Request, body: ChatBody) -> Job:

@@ -94,12 +94,14 @@ class _Value:
 class Reader:
     """One answer's text as deltas of OpenAI's message: content, reasoning_content, tool_calls.
 
-    ``style`` None: no tools were offered, and whatever looks like a call is text.
+    ``style`` None: no tools were offered, and whatever looks like a call is text. Unless ``several`` calls
+    are wanted, what follows a bare one is dropped; tags have an end, where the answer is stopped.
     """
 
-    def __init__(self, style: Style | None) -> None:
+    def __init__(self, style: Style | None, *, several: bool = True) -> None:
         self.calls = 0
         self._style = style
+        self._several = several
         self._state = self._start
         self._text = ""
         self._value: _Value | None = None
@@ -150,6 +152,9 @@ class Reader:
 
     def _bare(self, found: list[dict[str, Any]]) -> bool:
         """A bare call can only be at the beginning, or after another one."""
+        if self.calls and not self._several:
+            self._text = ""
+            return False
         begun = self._text.lstrip("; \n" if self.calls else None).removeprefix("<|python_tag|>")
         if not begun or (self._text.lstrip().startswith("<|") and not begun.startswith("{")):
             return False
