@@ -103,7 +103,7 @@ def attention_case(sequences: int, context: int, new: int = 1) -> Case:
 
 def small_cases(rows: int) -> Iterator[Case]:
     """Norms, the gated unit, and rotary embedding."""
-    x, weight, eps = normal(rows, WIDTH), normal(WIDTH), {"eps": 4}
+    x, weight, eps = normal(rows, WIDTH), normal(WIDTH), {"eps": 4, "rows": 4}
     one = {"x": x.nbytes, "weight": weight.nbytes, "out": x.nbytes} | eps
     size = f"{rows} rows"
     yield Case(size, ("x", "out"), one, x.size, lambda: rms_norm(x, weight, 1e-6))
@@ -189,6 +189,7 @@ def main() -> None:
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
             attention_case(1, 128, 64),
             *small_cases(16),
+            *small_cases(64),
         ]
         for ask in (matrix_tiles, attention_tiles):
             ask("metalsim")  # once, and that is none of a case's traffic

@@ -77,15 +77,16 @@ def _ours(width: int, dtype: mx.Dtype) -> bool:
 
 
 def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: int) -> list[mx.array]:
-    """A threadgroup a row, of a size that depends on the row's width alone."""
+    """A threadgroup for up to 8 rows, of a size that depends on a row's width alone."""
     if not x.size:
         return [mx.zeros_like(x)] * outputs
     width = x.shape[-1]
-    threads = min(1024, max(32, -(-width // 128) * 32))
+    threads, rows = min(1024, max(32, -(-width // 128) * 32)), x.size // width
+    together = min(8, 1 << (-(-rows // 8) - 1).bit_length())  # so many that 8 threadgroups have work
     return kernel(name, "rms_norm")(
-        inputs=inputs,
-        template=[("T", x.dtype), ("E", width), ("TG", threads)],
-        grid=(x.size // width * threads, 1, 1),
+        inputs=[*inputs, rows],
+        template=[("T", x.dtype), ("E", width), ("TG", threads), ("R", together)],
+        grid=(-(-rows // together) * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape] * outputs,
         output_dtypes=[x.dtype] * outputs,
