@@ -19,43 +19,16 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+from measure.dummy_folder import write_dummy
 
-from tiny_llm.config import ModelConfig, Quantization
-from tiny_llm.data import QuantizedTensor, SamplingParams
+from tiny_llm.data import SamplingParams
 from tiny_llm.decoding.generate import generate
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import expected_tensors, load_model, quantizable_tensors
+from tiny_llm.models.registry import load_model
 from tiny_llm.ops.backend import set_threads
-from tiny_llm.weights.dummy import dummy_weights
-from tiny_llm.weights.names import config_of
-from tiny_llm.weights.quantize import part_names
 
-FILE = "model.safetensors"
-FORMAT = Quantization(4, 64)
 PIECE = 16 << 20
-
-
-def write_checkpoint(folder: Path, model: str) -> None:
-    """A folder that loads as a short name's 4-bit checkpoint would."""
-    facts = config_of(model)
-    config = ModelConfig.from_hf(facts)
-    weights = dummy_weights(
-        expected_tensors(config),
-        dtype=mx.bfloat16,
-        quantize=FORMAT,
-        quantizable=quantizable_tensors(config),
-    )
-    arrays: dict[str, mx.array] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, QuantizedTensor):
-            parts = (weight.packed, weight.scales, weight.biases)
-            arrays |= dict(zip(part_names(name), parts, strict=True))
-        elif isinstance(weight, mx.array):
-            arrays[name] = weight
-    mx.save_safetensors(str(folder / FILE), arrays)
-    quantization = {"group_size": FORMAT.group_size, "bits": FORMAT.bits}
-    (folder / "config.json").write_text(json.dumps(facts | {"quantization": quantization}))
 
 
 def forget(file: Path) -> None:
@@ -98,9 +71,8 @@ def run_child(folder: Path) -> dict[str, float]:
     return figures
 
 
-def measure(folder: Path, rounds: int, cold: bool) -> dict[str, float]:
-    """Medians of reading the file and of loading it, which take turns."""
-    file = folder / FILE
+def measure(file: Path, rounds: int, cold: bool) -> dict[str, float]:
+    """Medians of reading the weights' file and of loading its folder, which take turns."""
     reads, loads = [], []
     for _ in range(rounds):
         if cold:
@@ -108,7 +80,7 @@ def measure(folder: Path, rounds: int, cold: bool) -> dict[str, float]:
         reads.append(read_s(file))
         if cold:
             forget(file)
-        loads.append(run_child(folder))
+        loads.append(run_child(file.parent))
     found = {name: statistics.median(load[name] for load in loads) for name in loads[0]}
     read = statistics.median(reads)
     size = file.stat().st_size
@@ -133,9 +105,9 @@ def main() -> None:
     print(f"{'':<8}{'read s':>10}{'load s':>10}{'token s':>10}{'ratio':>8}{'peak over the file':>20}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_checkpoint(folder, options.model)
+        file = write_dummy(folder, options.model)
         for state in ("warm", "cold")[: 1 + can_forget]:
-            found = results[state] = measure(folder, options.rounds, state == "cold")
+            found = results[state] = measure(file, options.rounds, state == "cold")
             times = "".join(f"{found[key]:>10.3f}" for key in ("read_s", "load_s", "first_token_s"))
             print(f"{state:<8}{times}{found['ratio']:>8.2f}{found['peak_ratio']:>20.3f}")
     print(json.dumps({"benchmark": "load_time", "model": options.model, "results": results}))

@@ -26,13 +26,21 @@ def dummy_folder(shape: str, tokenizer: Path, parent: Path) -> Path:
         return folder
     part = folder.with_suffix(f".{os.getpid()}.part")
     part.mkdir(parents=True)
+    for file in tokenizer.glob("*.json"):
+        shutil.copy(file, part)
+    write_dummy(part, shape)
+    part.replace(folder)
+    return folder
+
+
+def write_dummy(folder: Path, shape: str) -> Path:
+    """Put a short name's weights and config into ``folder``; return the weights' file."""
     facts = config_of(shape)
     config = ModelConfig.from_hf(facts)
-    format = Quantization(BITS, QUANTIZE_GROUP)
     weights = dummy_weights(
         expected_tensors(config),
         dtype=mx.bfloat16,
-        quantize=format,
+        quantize=Quantization(BITS, QUANTIZE_GROUP),
         quantizable=quantizable_tensors(config),
     )
     arrays: dict[str, mx.array] = {}
@@ -42,10 +50,8 @@ def dummy_folder(shape: str, tokenizer: Path, parent: Path) -> Path:
             arrays |= dict(zip(part_names(name), parts, strict=True))
         else:
             arrays[name] = weight
-    mx.save_safetensors(str(part / "model.safetensors"), arrays)
-    for file in tokenizer.glob("*.json"):
-        shutil.copy(file, part)
+    file = folder / "model.safetensors"
+    mx.save_safetensors(str(file), arrays)
     quantization = {"bits": BITS, "group_size": QUANTIZE_GROUP}
-    (part / "config.json").write_text(json.dumps({**facts, "quantization": quantization}))
-    part.replace(folder)
-    return folder
+    (folder / "config.json").write_text(json.dumps({**facts, "quantization": quantization}))
+    return file

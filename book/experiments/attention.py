@@ -5,13 +5,13 @@ python book/experiments/attention.py [--svg book/docs/img/attention.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm.data import Batch
 from tiny_llm.decoding.generate import one_sequence
@@ -113,11 +113,7 @@ def picture(seen: Seen) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     seen = look()
     print(table(seen))
     if arguments.svg:

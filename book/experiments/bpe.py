@@ -5,11 +5,12 @@ python book/experiments/bpe.py [--svg book/docs/img/bpe.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from command_line import parser_of
 
 from tiny_llm.tokenizer.bpe import BPE, train
 from tiny_llm.tokenizer.detokenizer import byte_alphabet
@@ -89,11 +90,7 @@ def picture(made: Sequence[BPE]) -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     made = learnt()
     print(size_table(made), padding_table(), sep="\n\n")
     if arguments.svg:

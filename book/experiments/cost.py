@@ -5,10 +5,10 @@ python book/experiments/cost.py [--svg book/docs/img/cost.svg]
 
 from __future__ import annotations
 
-import argparse
 from math import log10
-from pathlib import Path
 from typing import NamedTuple
+
+from command_line import parser_of
 
 from tiny_llm.config import Quantization
 from tiny_llm.models.cost import Work, least_seconds, step_of
@@ -110,11 +110,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     print(table())
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")

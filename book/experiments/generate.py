@@ -5,13 +5,12 @@ python book/experiments/generate.py [--svg book/docs/img/generate.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from itertools import islice
 from math import exp
-from pathlib import Path
 from typing import NamedTuple
 
+from command_line import parser_of
 from rope import DEMO
 
 from tiny_llm.data import SamplingParams
@@ -86,11 +85,7 @@ def picture(made: list[Step]) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     made = list(steps())
     print(table(made))
     if arguments.svg:

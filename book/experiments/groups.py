@@ -5,12 +5,11 @@ python book/experiments/groups.py [--svg book/docs/img/groups.svg]
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
-from pathlib import Path
 
 import mlx.core as mx
 from attention import look
+from command_line import parser_of
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.ops.attention import causal_mask
@@ -90,11 +89,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     print("\n".join([*looks(), "", *sizes()]))
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")

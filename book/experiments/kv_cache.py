@@ -5,7 +5,6 @@ python book/experiments/kv_cache.py [--mistakes | --say] [--svg book/docs/img/kv
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm.course.manifest import read_manifest
 from tiny_llm.course.workbook import Workbook
@@ -136,12 +136,9 @@ def picture(model: Forward) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--mistakes", action="store_true")
     parser.add_argument("--say", action="store_true")
-    parser.add_argument("--svg", type=Path)
     arguments = parser.parse_args()
     if arguments.mistakes or arguments.say:
         print(mistakes() if arguments.mistakes else said())

@@ -5,14 +5,13 @@ python book/experiments/measuring.py [--svg book/docs/img/measuring.svg]
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.ops.linear import linear
@@ -110,11 +109,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     print(lazy_table(), fooled_table(), sep="\n\n")
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")

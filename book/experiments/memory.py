@@ -5,8 +5,7 @@ python book/experiments/memory.py [--svg book/docs/img/memory.svg]
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from command_line import parser_of
 
 from tiny_llm.config import Quantization
 from tiny_llm.models.footprint import (
@@ -94,11 +93,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     print(table())
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")

@@ -5,13 +5,12 @@ python book/experiments/mlp.py [--svg book/docs/img/mlp.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 from rope import DEMO, Case, batch_of, cases
 
 from tiny_llm.kv.no_cache import NoCache
@@ -148,11 +147,7 @@ def picture(gates: mx.array) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     tokenizer = Tokenizer.from_folder(DEMO)
     recall, added = cases(tokenizer), sums(tokenizer)
     model = load_model(DEMO)

@@ -5,12 +5,11 @@ python book/experiments/model.py [--svg book/docs/img/model.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 from mlp import hits, size, sums
 from rope import DEMO, cases
 
@@ -134,11 +133,7 @@ def picture(names: Sequence[str], lines: Sequence[Sequence[Said]]) -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
     assert isinstance(model, Decoder)
     names, lines = lens(model, tokenizer)

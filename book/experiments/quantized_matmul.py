@@ -6,7 +6,6 @@ python book/experiments/quantized_matmul.py --speed [--mine my_llm]
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm.course.native import CPU, build, compiler
 from tiny_llm.course.sections import whole
@@ -165,12 +165,9 @@ def speed_table(mine: Path | None) -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--mine", type=Path)
-    parser.add_argument("--svg", type=Path)
     arguments = parser.parse_args()
     if arguments.speed or arguments.mine:
         print(speed_table(arguments.mine))

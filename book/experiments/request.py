@@ -5,7 +5,6 @@ python book/experiments/request.py [--svg book/docs/img/request.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.config import ModelConfig
@@ -175,11 +175,7 @@ def picture(way: Sequence[Station]) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     way = stations(follow())
     print(table(way))
     if arguments.svg:

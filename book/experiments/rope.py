@@ -5,7 +5,6 @@ python book/experiments/rope.py [--svg book/docs/img/rope.svg]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
@@ -13,6 +12,7 @@ from math import cos, sin, tau
 from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 
 from tiny_llm.data import Batch
 from tiny_llm.kv.no_cache import NoCache
@@ -128,11 +128,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     print(table())
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")

@@ -5,11 +5,10 @@ python book/experiments/sampling.py [--svg book/docs/img/sampling.svg]
 
 from __future__ import annotations
 
-import argparse
 from html import escape
-from pathlib import Path
 
 import mlx.core as mx
+from command_line import parser_of
 from rope import DEMO
 
 from tiny_llm import LLM, SamplingParams
@@ -101,11 +100,7 @@ def picture(llm: LLM) -> str:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--svg", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     llm = LLM("demo")
     print(table(llm))
     if arguments.svg:
