@@ -65,7 +65,17 @@ def attention(config: ModelConfig, sequences: int, new: int, context: int) -> Pa
     pool = normal(sequences * blocks, K, D, BLOCK), normal(sequences * blocks, K, BLOCK, D)
     dense = normal(sequences, K, context, D), normal(sequences, K, context, D, seed=1)
     queries = normal(sequences, H, new, D)
-    mx.eval(q, k, pool, dense, queries, pages.slots, pages.tables, pages.starts, pages.context_lens)
+    mx.eval(
+        q,
+        k,
+        pool,
+        dense,
+        queries,
+        pages.slot_mapping,
+        pages.block_tables,
+        pages.query_start_loc,
+        pages.context_lens,
+    )
 
     def ours() -> mx.array:
         return paged_attention(q, k, k, pool, pages)[0]

@@ -133,7 +133,10 @@ def serve(scheduler: Scheduler, requests: Iterator[Request], concurrent: int, mo
 def new_scheduler(concurrent: int, block_size: int, blocks: int) -> Scheduler:
     """Room for ``concurrent`` sequences, and a budget with which prompts keep up with decodes."""
     settings = SchedulerSettings(
-        max_running=concurrent, max_step_tokens=33 * concurrent, max_step_ms=1e9, max_waiting=concurrent
+        max_num_seqs=concurrent,
+        max_num_batched_tokens=33 * concurrent,
+        max_step_ms=1e9,
+        max_queued_requests=concurrent,
     )
     return Scheduler(BlockManager(block_size, blocks, slab=4096), settings)
 

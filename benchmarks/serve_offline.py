@@ -43,7 +43,7 @@ SHOWN = (
 )
 SHARES = (0.6, 0.9)  # of the capacity
 CHUNKED = SchedulerSettings()
-WHOLE = SchedulerSettings(max_step_tokens=2**20, max_step_ms=1e9)  # a prompt is read in one step
+WHOLE = SchedulerSettings(max_num_batched_tokens=2**20, max_step_ms=1e9)  # a prompt is read in one step
 
 
 @dataclass(slots=True)

@@ -231,7 +231,10 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     limits = SchedulerSettings(
-        max_running=max_concurrent, max_step_ms=max_step_ms, max_waiting=max_queue, max_wait_s=max_wait
+        max_num_seqs=max_concurrent,
+        max_step_ms=max_step_ms,
+        max_queued_requests=max_queue,
+        max_wait_s=max_wait,
     )
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     options = _Options(dtype, quantize, offline, backend, threads, activations, memory, limits).arguments()

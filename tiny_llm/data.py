@@ -186,15 +186,15 @@ Matrix: TypeAlias = "mx.array | QuantizedTensor | PackedMatrix"
 class Pages:
     """Where a paged cache keeps a batch's keys and values; all int32.
 
-    ``slots`` [T]: for each new row, block * block_size + place in the block. ``tables`` [B, W]: each
-    sequence's blocks in order, filled up with 0. ``starts`` [B + 1]: as ``Batch.starts``.
+    ``slot_mapping`` [T]: for each new row, block * block_size + place in the block. ``block_tables`` [B, W]:
+    each sequence's blocks in order, filled up with 0. ``query_start_loc`` [B + 1]: as the batch's.
     ``context_lens`` [B]: tokens of each sequence, the new ones included. ``derived`` is what an op works out
     of these, for all layers of the step.
     """
 
-    slots: mx.array
-    tables: mx.array
-    starts: mx.array
+    slot_mapping: mx.array
+    block_tables: mx.array
+    query_start_loc: mx.array
     context_lens: mx.array
     derived: dict[str, tuple[mx.array, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -204,13 +204,13 @@ class Batch:
     """One step's input: flat and ragged, never padded.
 
     ``tokens`` and ``positions`` int32 [T]; sequence ``b`` owns rows
-    ``starts[b]:starts[b + 1]`` (B + 1 offsets); ``logit_rows`` int32 [R]. ``pages`` is for a
-    cache that has blocks.
+    ``query_start_loc[b]:query_start_loc[b + 1]`` (B + 1 offsets); ``logit_rows`` int32 [R]. ``pages`` is
+    for a cache that has blocks.
     """
 
     tokens: mx.array
     positions: mx.array
-    starts: tuple[int, ...]
+    query_start_loc: tuple[int, ...]
     logit_rows: mx.array
     pages: Pages | None = None
 
@@ -233,7 +233,7 @@ class Sequence:
     ``tokens`` is an array("i"): half a list's memory, and Python's garbage collector, which would
     look at each token of each list again and again (0.1 s for 1,000 long prompts), passes it by.
 
-    ``tokens[:computed]`` have their keys and values in the cache, or in its host copy.
+    ``tokens[:num_computed_tokens]`` have their keys and values in the cache, or in its host copy.
     ``priority`` is higher for the more urgent. ``arrival`` and ``deadline`` are seconds of one
     clock. Blocks are shared only between sequences of the same ``salt``. ``cached_tokens``
     counts the tokens that the prefix cache spared it when it first ran.
@@ -247,7 +247,7 @@ class Sequence:
     deadline: float = math.inf
     salt: str = ""
     prompt_len: int = -1  # -1: all of ``tokens``
-    computed: int = 0
+    num_computed_tokens: int = 0
     cached_tokens: int = 0
     status: Status = "waiting"
     finish_reason: EndReason | None = None
@@ -260,7 +260,7 @@ class Sequence:
 class PlanItem(NamedTuple):
     """What one sequence does in a step. A tuple, as a step makes one for each sequence.
 
-    ``tokens`` [n] go to positions ``start:start + n``; ``blocks`` is the sequence's block table
+    ``tokens`` [n] go to positions ``start:start + n``; ``block_table`` is the sequence's
     and reaches beyond them: read it, never write it, and not after the step's commit.
     Logits are wanted of the item's last ``logit_rows`` tokens.
     """
@@ -268,7 +268,7 @@ class PlanItem(NamedTuple):
     seq_id: int
     tokens: array[int]
     start: int
-    blocks: array[int]
+    block_table: array[int]
     logit_rows: int
 
 

@@ -56,7 +56,7 @@ class Ours:
     def decode(self, setting: str, context: int, steps: int) -> float:
         """Steps in which every sequence gets a token. Prompts are found again from the round before."""
         engine = self._engine
-        engine.settings = replace(engine.settings, run_ahead=setting == "ahead")
+        engine.settings = replace(engine.settings, async_scheduling=setting == "ahead")
         params = SamplingParams(max_tokens=steps + SPARE, ignore_eos=True)
         numbers = [engine.add(self._prompt(row, context), params) for row in range(self._rows)]
         begun: set[int] = set()

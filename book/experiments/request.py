@@ -69,7 +69,7 @@ def follow() -> Seen:
     watched = Watched(llm._model)
     llm._model = watched
     settings = llm.engine.settings
-    llm = llm.with_engine(replace(settings, run_ahead=False, kv_blocks=64))
+    llm = llm.with_engine(replace(settings, async_scheduling=False, kv_blocks=64))
     plans: list[Plan] = []
     commit = llm.engine.scheduler.commit
     llm.engine.scheduler.commit = lambda plan, advances: plans.append(plan) or commit(plan, advances)  # type: ignore[method-assign, func-returns-value]
@@ -97,7 +97,7 @@ def stations(seen: Seen) -> list[Station]:
             "plan",
             "scheduler/scheduler.py",
             f"sequence {item.seq_id}: tokens {item.start} to {item.start + len(item.tokens) - 1}, "
-            f"in blocks {_some(item.blocks[:blocks])}",
+            f"in blocks {_some(item.block_table[:blocks])}",
             True,
         ),
         Station(

@@ -70,7 +70,9 @@ def picture(llm: LLM) -> str:
     ids = [*prompt, *story]
     batch = one_sequence(ids, start=0)
     rows = mx.arange(len(prompt) - 1, len(ids) - 1)
-    logits = load_model(DEMO)(type(batch)(batch.tokens, batch.positions, batch.starts, rows), NoCache())
+    logits = load_model(DEMO)(
+        type(batch)(batch.tokens, batch.positions, batch.query_start_loc, rows), NoCache()
+    )
     shares = mx.softmax(logits, axis=-1)
     least = int(mx.argmin(mx.abs(2 + mx.sum(shares * mx.log2(shares + 1e-9), axis=-1))).item())
     row = logits[least : least + 1]

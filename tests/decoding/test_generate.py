@@ -61,7 +61,9 @@ def test_each_token_goes_through_the_model_once() -> None:
 
     def watched(batch: Batch, kv: KVCache) -> mx.array:
         passes.append(batch.positions.tolist())
-        assert batch.starts == (0, batch.tokens.size) and batch.logit_rows.tolist() == [batch.tokens.size - 1]
+        assert batch.query_start_loc == (0, batch.tokens.size) and batch.logit_rows.tolist() == [
+            batch.tokens.size - 1
+        ]
         return model(batch, kv)
 
     ids(generate(watched, DenseCache(1), PROMPT, SamplingParams(), chunk=4), 3)

@@ -26,7 +26,7 @@ class Watched:
         self.passes: list[tuple[tuple[int, ...], list[int]]] = []
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
-        self.passes.append((batch.starts, batch.positions.tolist()))
+        self.passes.append((batch.query_start_loc, batch.positions.tolist()))
         return mx.zeros((batch.logit_rows.size, 7))
 
 

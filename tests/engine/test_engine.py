@@ -173,7 +173,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(llm: LLM) -> None:
 
 
 def test_a_full_queue_refuses(llm: LLM) -> None:
-    engine = llm.with_engine(EngineSettings(64, scheduler=SchedulerSettings(max_waiting=2))).engine
+    engine = llm.with_engine(EngineSettings(64, scheduler=SchedulerSettings(max_queued_requests=2))).engine
     for _ in range(2):
         engine.add(prompt(llm, "What is prefill?"), GREEDY)
     with pytest.raises(BusyError):
@@ -340,7 +340,7 @@ def test_a_prompt_s_logprobs_are_the_same_in_whatever_chunks_and_company(llm: LL
     params = replace(GREEDY, max_tokens=4, prompt_logprobs=2)
 
     def scored(company: int, step_tokens: int, kv_blocks: int = 256) -> list[dict[int, float]]:
-        scheduler = SchedulerSettings(max_running=16, max_step_tokens=step_tokens)
+        scheduler = SchedulerSettings(max_num_seqs=16, max_num_batched_tokens=step_tokens)
         engine = llm.with_engine(EngineSettings(kv_blocks, scheduler=scheduler)).engine
         numbers = [engine.add(asked, replace(params, n=2)), engine.add(asked, params)]
         others = [engine.add(asked[: 9 + i], GREEDY) for i in range(company)]

@@ -17,7 +17,7 @@ LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
 def fresh(llm: LLM, blocks: int = 256, running: int = 256) -> LLM:
-    limits = SchedulerSettings(max_running=running)
+    limits = SchedulerSettings(max_num_seqs=running)
     return llm.with_engine(EngineSettings(kv_blocks=blocks, scheduler=limits))
 
 

@@ -88,7 +88,7 @@ SETTINGS: Mapping[str, EngineSettings] = {
     "no prefix cache": EngineSettings(kv_blocks=512, prefix_cache=False),
     "blocks of 32": EngineSettings(kv_blocks=256, block_size=32),
     "small chunks": EngineSettings(
-        kv_blocks=512, scheduler=SchedulerSettings(max_step_tokens=9, max_running=8)
+        kv_blocks=512, scheduler=SchedulerSettings(max_num_batched_tokens=9, max_num_seqs=8)
     ),
     "recompute": EngineSettings(kv_blocks=14, scheduler=SchedulerSettings(preemption="recompute")),
     "swap": EngineSettings(kv_blocks=14, host_blocks=64, scheduler=SchedulerSettings(preemption="swap")),

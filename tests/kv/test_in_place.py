@@ -31,7 +31,7 @@ def step(cache: PagedCache, number: int, *, layers: int = LAYERS) -> list[mx.arr
     pages = Pages(at, (at // S)[:, None], starts, lens)
     batch = Batch(at, at, tuple(range(T + 1)), at, pages)
     q, k, v = (mx.random.normal((T, K, D), key=mx.random.key(number * 3 + i)) for i in range(3))
-    mx.eval(q, k, v, at, pages.tables, starts, lens)
+    mx.eval(q, k, v, at, pages.block_tables, starts, lens)
     return [cache.attend(layer, q, k, v, batch) for layer in range(layers)]
 
 

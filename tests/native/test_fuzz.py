@@ -320,9 +320,9 @@ def draw_attention(d: Draw) -> Case:
         counts = [sum(b == own for b, _ in rows) for own in batch]
         width = max(len(tables[b]) for b in batch)
         pages = Pages(
-            slots=mx.array([tables[b][p // size] * size + p % size for b, p in rows], mx.int32),
-            tables=mx.array([tables[b] + [0] * (width - len(tables[b])) for b in batch], mx.int32),
-            starts=mx.array([sum(counts[:n]) for n in range(len(counts) + 1)], mx.int32),
+            slot_mapping=mx.array([tables[b][p // size] * size + p % size for b, p in rows], mx.int32),
+            block_tables=mx.array([tables[b] + [0] * (width - len(tables[b])) for b in batch], mx.int32),
+            query_start_loc=mx.array([sum(counts[:n]) for n in range(len(counts) + 1)], mx.int32),
             context_lens=mx.array([max(p for own, p in rows if own == b) + 1 for b in batch], mx.int32),
         )
         k, v = (mx.stack([source[b][p] for b, p in rows]) for source in (keys, values))

@@ -213,7 +213,7 @@ def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
     """The others are so long that all rows go through partial sums."""
     q, k, v, pool, pages = paged([90, 17, 600], [1, 17, 1], 4, 2, 64, 16, mx.float32)
     together = paged_attention(q, k, v, tuple(mx.array(p) for p in pool), pages)[0]
-    alone = Pages(pages.slots[:1], pages.tables[:1], mx.array([0, 1]), pages.context_lens[:1])
+    alone = Pages(pages.slot_mapping[:1], pages.block_tables[:1], mx.array([0, 1]), pages.context_lens[:1])
     out = paged_attention(q[:1], k[:1], v[:1], pool, alone)[0]
     assert mx.array_equal(out, together[:1]).item()
 

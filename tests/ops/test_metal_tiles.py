@@ -165,7 +165,7 @@ def test_tiles_and_rows_of_attention_are_as_ref_and_have_the_same_bits(
     for lens, new, H, K in BATCHES if FULL else BATCHES[D // 16 % 3 % 2 :: 2]:
         q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, seed)
         expected = paged_attention_ref(q, k, v, (mx.array(pool[0]), mx.array(pool[1])), pages, scale)[0]
-        keys, values = attention._write(pool, k, v, pages.slots)
+        keys, values = attention._write(pool, k, v, pages.slot_mapping)
         tiles, rows = (
             attend(q, keys, values, pages, scale) for attend in (attention._tiles, attention._rows)
         )
@@ -183,8 +183,8 @@ def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype) -> None:
     for end in (1, 8, 9, 41):  # chunks of 1, 7, 1, 32
         part = slice(begin, end)
         one = Pages(
-            pages.slots[part],
-            pages.tables,
+            pages.slot_mapping[part],
+            pages.block_tables,
             mx.array([0, end - begin], mx.int32),
             mx.array([end], mx.int32),
         )

@@ -43,7 +43,7 @@ def shape(plan: Plan) -> list[tuple[int, int, int]]:
 
 
 def test_a_prompt_is_taken_in_by_chunks_beside_decodes() -> None:
-    scheduler = make(max_step_tokens=8, max_running=4)
+    scheduler = make(max_num_batched_tokens=8, max_num_seqs=4)
     scheduler.add(request(0, length=4))
     assert shape(step(scheduler)) == [(0, 4, 1)]
     scheduler.add(request(1, length=18))
@@ -67,7 +67,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_a_full_queue_and_a_wild_priority_are_refused() -> None:
-    scheduler = make(max_waiting=1)
+    scheduler = make(max_queued_requests=1)
     with pytest.raises(RequestError, match="priority is 101, but must be from -100 to 100"):
         scheduler.add(request(0, priority=101))
     scheduler.add(request(0))
@@ -80,9 +80,12 @@ def test_a_full_queue_and_a_wild_priority_are_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_running": 0}, "max_running is 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_step_ms": float("nan")}, "max_step_ms is nan"),
-        ({"max_running": 8, "max_step_tokens": 7}, "max_step_tokens is 7, but must be at least max_running"),
+        (
+            {"max_num_seqs": 8, "max_num_batched_tokens": 7},
+            "max_num_batched_tokens is 7, but must be at least max_num_seqs",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -91,7 +94,7 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], message: s
 
 
 def test_a_level_of_priority_is_worth_some_seconds_of_waiting() -> None:
-    scheduler = make(max_running=1, max_step_tokens=100, ageing_s=10.0)
+    scheduler = make(max_num_seqs=1, max_num_batched_tokens=100, ageing_s=10.0)
     scheduler.add(request(0, arrival=0.0))
     scheduler.add(request(1, arrival=11.0, priority=1))
     scheduler.add(request(2, arrival=9.0, priority=1))
@@ -104,7 +107,7 @@ def test_a_level_of_priority_is_worth_some_seconds_of_waiting() -> None:
 
 
 def test_the_lowest_priority_and_the_latest_arrival_make_room() -> None:
-    scheduler = make(blocks=6, max_running=3)
+    scheduler = make(blocks=6, max_num_seqs=3)
     for number, priority in ((0, -1), (1, 0), (2, 0)):
         scheduler.add(request(number, length=4, most=12, priority=priority, arrival=0.0))
     gone = []
@@ -116,7 +119,7 @@ def test_the_lowest_priority_and_the_latest_arrival_make_room() -> None:
 
 
 def test_who_was_preempted_goes_on_before_who_came_later() -> None:
-    scheduler = make(blocks=5, max_running=2)
+    scheduler = make(blocks=5, max_num_seqs=2)
     scheduler.add(request(0, length=7, most=10))
     scheduler.add(request(1, length=7, most=10))
     while scheduler.preempted["recompute"] == 0:
@@ -128,7 +131,7 @@ def test_who_was_preempted_goes_on_before_who_came_later() -> None:
 
 
 def test_a_block_is_left_for_each_that_runs() -> None:
-    scheduler = make(blocks=5, max_running=2)
+    scheduler = make(blocks=5, max_num_seqs=2)
     scheduler.add(request(0, length=7, most=2))
     step(scheduler)
     scheduler.add(request(1, length=12, most=2))
@@ -157,7 +160,7 @@ def test_preemption_takes_the_way_that_costs_less(policy: str, swap_ms: float, e
     assert taken == {expected}
     assert len(plan.swap_out) == (3 if expected == "swap" else 0)
     seq = scheduler.sequence(1)
-    assert seq and seq.status == "waiting" and seq.computed == (12 if expected == "swap" else 0)
+    assert seq and seq.status == "waiting" and seq.num_computed_tokens == (12 if expected == "swap" else 0)
     scheduler.cancel(0)
     plan = step(scheduler)
     assert len(plan.swap_in) == (expected == "swap"), "one block had been given away, two are still cached"
@@ -189,14 +192,14 @@ def test_forks_share_a_prompt_and_go_their_own_ways() -> None:
     assert scheduler.usage().used == 2, "six tokens take two blocks, once"
     plan = step(scheduler)
     assert [item.tokens for item in plan.items] == [[20], [21]]
-    assert plan.items[0].blocks[0] == plan.items[1].blocks[0]
+    assert plan.items[0].block_table[0] == plan.items[1].block_table[0]
     assert plan.copies == [(plan.items[1].blocks[1], plan.items[0].blocks[1])]
     child = scheduler.sequence(10)
     assert child and list(child.tokens) == [100] * 6 + [21, 1] and child.prompt_len == 6
 
 
 def test_a_fork_too_many_waits_and_finds_the_prompt_cached() -> None:
-    scheduler = make(max_running=1)
+    scheduler = make(max_num_seqs=1)
     scheduler.add(request(0, length=9))
     scheduler.commit(scheduler.schedule(), [Advance(0, (20,), None, (Advance(10, (21,)),))])
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
@@ -216,7 +219,9 @@ def test_a_draft_is_more_tokens_in_an_item_of_which_some_are_kept() -> None:
     plan.items[0] = item._replace(tokens=[*item.tokens, 31, 32], logit_rows=3)
     scheduler.commit(plan, [Advance(0, (31, 40))])
     seq = scheduler.sequence(0)
-    assert seq and seq.tokens[5:] == [1, 31, 40] and seq.computed == 7, "31 was right and is held, 32 is not"
+    assert seq and seq.tokens[5:] == [1, 31, 40] and seq.num_computed_tokens == 7, (
+        "31 was right and is held, 32 is not"
+    )
     assert step(scheduler).items[0].tokens == [40]
 
 
@@ -238,7 +243,7 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_cached() -> None:
 
 
 def test_time_outs_end_waiting_and_running_requests() -> None:
-    scheduler = make(max_running=1, max_wait_s=5.0)
+    scheduler = make(max_num_seqs=1, max_wait_s=5.0)
     scheduler.add(request(0, deadline=20.0))
     scheduler.add(request(1))
     step(scheduler)
@@ -261,7 +266,7 @@ def test_what_ended_while_its_step_ran_is_passed_over() -> None:
 
 
 def test_after_a_failed_step_the_others_start_over() -> None:
-    scheduler = make(max_step_tokens=8, max_running=2)
+    scheduler = make(max_num_batched_tokens=8, max_num_seqs=2)
     scheduler.add(request(0, length=8))
     scheduler.add(request(1, length=8))
     step(scheduler)
@@ -273,7 +278,7 @@ def test_after_a_failed_step_the_others_start_over() -> None:
 
 
 def test_many_more_than_may_run_are_all_served_in_order() -> None:
-    scheduler = make(blocks=1000, max_running=4, max_step_tokens=64)
+    scheduler = make(blocks=1000, max_num_seqs=4, max_num_batched_tokens=64)
     for number in range(100):
         scheduler.add(request(number, length=5, most=3))
     first: list[int] = []

@@ -59,7 +59,7 @@ def test_a_long_prompt_keeps_the_gap_between_tokens_under_the_bound(machine: Mac
     scheduler.add(Sequence(99, [7] * 8192, arrival=1.0))
     seq = scheduler.sequence(99)
     gaps: list[float] = []
-    while seq and seq.computed < 8192:
+    while seq and seq.num_computed_tokens < 8192:
         plan, ms = step(scheduler, machine, noise)
         assert plan.decodes >= 16, "every running sequence gets its token in every step"
         gaps.append(ms)
@@ -116,7 +116,9 @@ def test_prompts_move_on_even_where_decodes_take_all_the_time() -> None:
 
 
 def test_without_decodes_a_chunk_takes_the_whole_budget() -> None:
-    scheduler = Scheduler(BlockManager(16, 1000), SchedulerSettings(max_step_tokens=512, max_step_ms=1.0))
+    scheduler = Scheduler(
+        BlockManager(16, 1000), SchedulerSettings(max_num_batched_tokens=512, max_step_ms=1.0)
+    )
     scheduler.add(Sequence(0, [7] * 1000))
     assert step(scheduler, laptop, random.Random(1))[0].chunk_tokens == 512
 

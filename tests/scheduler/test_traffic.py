@@ -75,7 +75,7 @@ class Model:
 
     def spoil(self, item: PlanItem) -> None:
         """What a step writes for a sequence that has ended in the meantime."""
-        slot = item.blocks[item.start // SIZE] * SIZE + item.start % SIZE
+        slot = item.block_table[item.start // SIZE] * SIZE + item.start % SIZE
         if slot < len(self.slots):  # else the pool has shrunk
             self.slots[slot] = None
 
@@ -84,11 +84,11 @@ class Model:
         state = len(seq.salt)
         for position, token in enumerate(seq.tokens[: item.start]):
             state = following(state, token)
-            found = self.slots[item.blocks[position // SIZE] * SIZE + position % SIZE]
+            found = self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE]
             assert found == state, f"sequence {seq.id} has lost position {position} of {item.start}"
         for position, token in enumerate(item.tokens, item.start):
             state = following(state, token)
-            self.slots[item.blocks[position // SIZE] * SIZE + position % SIZE] = state
+            self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE] = state
         return state
 
 
@@ -122,10 +122,10 @@ class Traffic(RuleBasedStateMachine):
     ) -> None:
         blocks = BlockManager(SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching)
         self.settings = SchedulerSettings(
-            max_running=running,
-            max_step_tokens=running + extra_tokens,
+            max_num_seqs=running,
+            max_num_batched_tokens=running + extra_tokens,
             max_step_ms=step_ms,
-            max_waiting=12,
+            max_queued_requests=12,
             max_wait_s=20.0,
             ageing_s=AGEING_S,
             preemption=preemption,
@@ -176,7 +176,7 @@ class Traffic(RuleBasedStateMachine):
             assert not fits
             self.seen["refused"] += 1
         except BusyError:
-            assert self.scheduler.num_waiting >= self.settings.max_waiting
+            assert self.scheduler.num_waiting >= self.settings.max_queued_requests
             self.seen["busy"] += 1
         else:
             assert fits
@@ -276,13 +276,17 @@ class Traffic(RuleBasedStateMachine):
         waiting = {seq.id for seq in self.live.values() if seq.status == "waiting"}
         plan = self.scheduler.schedule()
         running = [seq for seq in self.live.values() if seq.status == "running"]
-        assert sum(len(item.tokens) for item in plan.items) <= self.settings.max_step_tokens
-        assert len(running) == self.scheduler.num_running <= self.settings.max_running
+        assert sum(len(item.tokens) for item in plan.items) <= self.settings.max_num_batched_tokens
+        assert len(running) == self.scheduler.num_running <= self.settings.max_num_seqs
         assert plan.items or not self.live
         self._check_items(plan)
         self._check_time(plan)
         decoded = {item.seq_id for item in plan.items[: plan.decodes]}
-        due = {seq.id for seq in running if seq.id not in waiting and len(seq.tokens) - seq.computed == 1}
+        due = {
+            seq.id
+            for seq in running
+            if seq.id not in waiting and len(seq.tokens) - seq.num_computed_tokens == 1
+        }
         assert due == decoded, "each sequence that may decode does so in every step"
         if running:
             assert min(running, key=rank).id in {item.seq_id for item in plan.items}, "the first goes on"
@@ -296,9 +300,13 @@ class Traffic(RuleBasedStateMachine):
         assert len({item.seq_id for item in plan.items}) == len(plan.items)
         for index, item in enumerate(plan.items):
             seq, end = self.live[item.seq_id], item.start + len(item.tokens)
-            assert item.start == seq.computed and item.tokens == seq.tokens[item.start : end] and item.tokens
+            assert (
+                item.start == seq.num_computed_tokens
+                and item.tokens == seq.tokens[item.start : end]
+                and item.tokens
+            )
             assert item.logit_rows == (end == len(seq.tokens))
-            assert len(item.blocks) * SIZE >= end and max(item.blocks) < plan.num_blocks
+            assert len(item.block_table) * SIZE >= end and max(item.block_table) < plan.num_blocks
             assert index >= plan.decodes or len(item.tokens) == 1
         decodes, chunks = plan.items[: plan.decodes], plan.items[plan.decodes :]
         assert plan.decode_context == sum(item.start for item in decodes)

@@ -137,7 +137,7 @@ def test_a_second_signal_ends_it_at_once(process: Process) -> None:
         (["--model", "no-such-model-folder/x/y"], "no-such-model"),
         (["--port", "99999"], "99999"),
         (["--api-key", ""], "--api-key"),
-        (["--max-concurrent", "0"], "max_running"),
+        (["--max-concurrent", "0"], "max_num_seqs"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(options: list[str], what: str) -> None:

@@ -154,7 +154,7 @@ def test_cors_is_for_friends_only(guarded: Running, running: Running) -> None:
 
 
 def test_a_full_queue_is_a_429_and_a_long_wait_a_503(start: Any, until: Callable[..., None]) -> None:
-    scheduler = SchedulerSettings(max_running=1, max_waiting=1, max_wait_s=0.5)
+    scheduler = SchedulerSettings(max_num_seqs=1, max_queued_requests=1, max_wait_s=0.5)
     with start(scheduler=scheduler) as one, one.http() as http, one.openai() as client:
         one.slow_down(0.005)
         with http.stream("POST", "/v1/completions", json=LONG) as running:

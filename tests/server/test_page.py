@@ -365,7 +365,10 @@ def test_settings_go_with_the_request(visit: Visit) -> None:
 
 
 def test_a_request_that_reads_one_that_answers_and_one_that_waits(browser: Browser, start: Any) -> None:
-    with start(scheduler=SchedulerSettings(max_running=1, max_step_tokens=32)) as one, one.http() as http:
+    with (
+        start(scheduler=SchedulerSettings(max_num_seqs=1, max_num_batched_tokens=32)) as one,
+        one.http() as http,
+    ):
         one.slow_down(0.05)
         visit = Visit(browser, one.url)
         bars = visit.page.locator("#batch li")

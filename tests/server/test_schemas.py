@@ -167,7 +167,7 @@ def schemas() -> list[Schema]:
 @pytest.fixture(scope="module")
 def wild() -> LLM:
     """The bundled model's shape and tokenizer, and weights that mean nothing."""
-    llm = LLM("demo", engine=EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_running=BATCH)))
+    llm = LLM("demo", engine=EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_num_seqs=BATCH)))
     shapes, finish = expected_tensors(llm.config), partial(pack, exact=False)
     weights = dummy_weights(shapes, dtype=mx.float32, quantize=None, quantizable=frozenset(), finish=finish)
     llm.engine._model = build(llm.config, weights)

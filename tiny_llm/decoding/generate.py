@@ -75,7 +75,7 @@ def one_sequence(tokens: Sequence[int], start: int) -> Batch:
     return Batch(
         tokens=mx.array(list(tokens), mx.int32),
         positions=mx.arange(start, start + rows, dtype=mx.int32),
-        starts=(0, rows),
+        query_start_loc=(0, rows),
         logit_rows=mx.array([rows - 1], mx.int32),
     )
 

@@ -23,11 +23,11 @@ def build_batch(plan: Plan, block_size: int, known: mx.array | None = None) -> B
         if len(item.tokens) == 1:
             position = item.start
             positions.append(position)
-            slots.append(item.blocks[position // block_size] * block_size + position % block_size)
+            slots.append(item.block_table[position // block_size] * block_size + position % block_size)
         else:
             reach = range(item.start, item.start + len(item.tokens))
             positions.extend(reach)
-            blocks = item.blocks
+            blocks = item.block_table
             slots.extend([blocks[p // block_size] * block_size + p % block_size for p in reach])
     ends = [item.start + len(item.tokens) for item in items]
     rows = [
@@ -37,9 +37,9 @@ def build_batch(plan: Plan, block_size: int, known: mx.array | None = None) -> B
         for i in range(rows)
     ]
     pages = Pages(
-        slots=_ints(slots),
-        tables=_tables(plan, [-(-end // block_size) for end in ends]),
-        starts=_ints(array("i", starts)),
+        slot_mapping=_ints(slots),
+        block_tables=_tables(plan, [-(-end // block_size) for end in ends]),
+        query_start_loc=_ints(array("i", starts)),
         context_lens=_ints(array("i", ends)),
     )
     ids = _ints(tokens) if known is None else known
@@ -51,7 +51,7 @@ def _tables(plan: Plan, used: list[int]) -> mx.array:
     width = max(used)
     tables = array("i")
     for item, count in zip(plan.items, used, strict=True):
-        tables.extend(item.blocks[:count])
+        tables.extend(item.block_table[:count])
         if count < width:
             tables.frombytes(bytes(tables.itemsize * (width - count)))
     return _ints(tables).reshape(len(used), width)

@@ -158,7 +158,7 @@ class Separate:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Return [T, H, D]: each sequence's rows attend through its own cache."""
         outs = []
-        for kv, (start, end) in zip(self._caches, pairwise(batch.starts), strict=True):
+        for kv, (start, end) in zip(self._caches, pairwise(batch.query_start_loc), strict=True):
             rows = slice(start, end)
             alone = Batch(batch.tokens[rows], batch.positions[rows], (0, end - start), batch.logit_rows)
             outs.append(kv.attend(layer, q[rows], k[rows], v[rows], alone))

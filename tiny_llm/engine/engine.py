@@ -50,7 +50,7 @@ BUFFER_POOL_BYTES = 2**29
 class EngineSettings:
     """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens.
 
-    ``run_ahead``: where the next step is known but for its tokens, prepare it while this one runs.
+    ``async_scheduling``: where the next step is known but for its tokens, prepare it while this one runs.
     """
 
     kv_blocks: int
@@ -58,7 +58,7 @@ class EngineSettings:
     slab_blocks: int = 256
     host_blocks: int = 0
     prefix_cache: bool = True
-    run_ahead: bool = True
+    async_scheduling: bool = True
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     @classmethod
@@ -256,7 +256,7 @@ class Engine:
             return events
         plan = flight.plan
         try:
-            if flight.drawing is not None and self.settings.run_ahead:
+            if flight.drawing is not None and self.settings.async_scheduling:
                 self._ahead = self._following(flight, flight.drawing, clock)
             drawn = flight.end(clock)
         except Exception as error:  # whatever it was, those who are not in this step must not pay for it

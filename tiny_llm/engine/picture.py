@@ -61,4 +61,13 @@ def _row(seq: Sequence, blocks: int) -> list[int]:
     """As ``picture`` says."""
     most = seq.prompt_len + seq.params.max_tokens
     running = int(seq.status == "running")
-    return [seq.id, running, seq.prompt_len, seq.computed, len(seq.tokens), most, seq.cached_tokens, blocks]
+    return [
+        seq.id,
+        running,
+        seq.prompt_len,
+        seq.num_computed_tokens,
+        len(seq.tokens),
+        most,
+        seq.cached_tokens,
+        blocks,
+    ]

@@ -44,7 +44,9 @@ class DenseCache:
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Append k, v [T, K, D] to the layer and return q's attention [T, H, D] over all it now holds."""
-        assert len(batch.starts) == 2, f"DenseCache holds one sequence, got {len(batch.starts) - 1}"
+        assert len(batch.query_start_loc) == 2, (
+            f"DenseCache holds one sequence, got {len(batch.query_start_loc) - 1}"
+        )
         if active() == "cpu":
             return self._attend_pool(layer, q, k, v, batch)
         return self.attend_arrays(layer, q, k, v)
@@ -84,9 +86,9 @@ def _in_order(start: int, end: int) -> Pages:
     """Rows ``start:end`` of one sequence whose blocks are 0, 1, 2 and on."""
     used = -(-end // _BLOCK_SIZE)
     return Pages(
-        slots=mx.arange(start, end, dtype=mx.int32),
-        tables=mx.arange(used, dtype=mx.int32)[None],
-        starts=mx.array([0, end - start], mx.int32),
+        slot_mapping=mx.arange(start, end, dtype=mx.int32),
+        block_tables=mx.arange(used, dtype=mx.int32)[None],
+        query_start_loc=mx.array([0, end - start], mx.int32),
         context_lens=mx.array([end], mx.int32),
     )
 

@@ -18,6 +18,6 @@ class NoCache:
         scale = q.shape[-1] ** -0.5
         outs = [
             attention(q[start:end], k[start:end], v[start:end], scale=scale, offset=0)
-            for start, end in pairwise(batch.starts)
+            for start, end in pairwise(batch.query_start_loc)
         ]
         return mx.concatenate(outs)

@@ -63,7 +63,7 @@ def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
 def paged_attention(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Write k, v [T, K, D] to ``pages.slots``, then attend: return out [T, H, D] and the pool.
+    """Write k, v [T, K, D] to ``pages.slot_mapping``, then attend: return out [T, H, D] and the pool.
 
     Query row t of sequence b stands at position ``context_lens[b] - starts[b + 1] + t`` and sees its
     own sequence up to there. See ``paged_attention_ref``.
@@ -71,11 +71,20 @@ def paged_attention(
     scale = q.shape[-1] ** -0.5
     if on_cpu("paged_attention", q, k, v):
         return cpu.attend(
-            q, k, v, pool[0], pool[1], pages.slots, pages.tables, pages.starts, pages.context_lens, scale
+            q,
+            k,
+            v,
+            pool[0],
+            pool[1],
+            pages.slot_mapping,
+            pages.block_tables,
+            pages.query_start_loc,
+            pages.context_lens,
+            scale,
         )
-    rows = pages.slots.shape[0]
+    rows = pages.slot_mapping.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
-        shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slots.shape}"
+        shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
     if on_metal("paged_attention", q, k, v):
         return _metal(q, k, v, pool, pages, scale)
@@ -99,7 +108,7 @@ def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
     """MLX writes k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
-    keys, values = _write(pool, k, v, pages.slots)
+    keys, values = _write(pool, k, v, pages.slot_mapping)
     many = q.shape[0] > pages.context_lens.shape[0] and tile_fits(keys.shape[3], q.shape[2])
     attend = _tiles if many and tiles_keep_bits(active()) else _rows
     return attend(q, keys, values, pages, scale), keys, values
@@ -115,7 +124,7 @@ def _rows(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: fl
     split, parts = work.shape[0] > T, _parts(H // K, D)
     dtype = mx.float32 if split else q.dtype
     (out,) = kernel("paged_attention")(
-        inputs=[q, keys, values, pages.tables, work, pages.tables.shape[1], scale],
+        inputs=[q, keys, values, pages.block_tables, work, pages.block_tables.shape[1], scale],
         template=[
             *(("T", q.dtype), ("OUT", dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
             *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
@@ -146,7 +155,7 @@ def _tiles(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: f
         pages.derived[key] = (_tile_work(pages, H // K, 8 * tile),)
     (work,) = pages.derived[key]
     (out,) = kernel("paged_attention_tile")(
-        inputs=[q, keys, values, pages.tables, work, pages.tables.shape[1], scale],
+        inputs=[q, keys, values, pages.block_tables, work, pages.block_tables.shape[1], scale],
         template=[
             *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
@@ -186,7 +195,10 @@ def tiles_keep_bits(backend: str) -> bool:
 
 def _tile_work(pages: Pages, group: int, pairs: int) -> mx.array:
     """What there is to do [N, 5], as kernels/metal/paged_attention_tile.metal has it; ``pairs`` a tile."""
-    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    starts, lens = (
+        cast(list[int], pages.query_start_loc.tolist()),
+        cast(list[int], pages.context_lens.tolist()),
+    )
     work = [
         (start, end - start, b, lens[b] - (end - start) + 1, pair)
         for b, (start, end) in enumerate(pairwise(starts))
@@ -205,7 +217,10 @@ def _work(pages: Pages, size: int) -> tuple[mx.array, mx.array]:
 
     A span is ``size`` tokens.
     """
-    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    starts, lens = (
+        cast(list[int], pages.query_start_loc.tolist()),
+        cast(list[int], pages.context_lens.tolist()),
+    )
     work: list[tuple[int, int, int, int]] = []
     items = [0]
     for b, (start, end) in enumerate(pairwise(starts)):
@@ -225,12 +240,15 @@ def paged_attention_ref(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
-    keys, values = _write(pool, k, v, pages.slots)
+    keys, values = _write(pool, k, v, pages.slot_mapping)
     size = keys.shape[3]
-    starts, lens = cast(list[int], pages.starts.tolist()), cast(list[int], pages.context_lens.tolist())
+    starts, lens = (
+        cast(list[int], pages.query_start_loc.tolist()),
+        cast(list[int], pages.context_lens.tolist()),
+    )
     outs = []
     for b, (start, end) in enumerate(pairwise(starts)):
-        table = pages.tables[b, : -(-lens[b] // size)]
+        table = pages.block_tables[b, : -(-lens[b] // size)]
         blocks = keys[table].swapaxes(2, 3), values[table]
         own_k, own_v = (_tokens(read)[: lens[b]].astype(q.dtype) for read in blocks)
         outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=lens[b] - (end - start)))

@@ -86,11 +86,11 @@ class Serving:
         """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
         scheduler = SchedulerSettings()
         blocks = batch * -(-context // BLOCK_SIZE)
-        step = min(scheduler.max_step_tokens, batch * context)
+        step = min(scheduler.max_num_batched_tokens, batch * context)
         return Need(
             weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
             blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes),
-            activation_bytes(self.config, step, min(batch, scheduler.max_running)),
+            activation_bytes(self.config, step, min(batch, scheduler.max_num_seqs)),
         )
 
 

@@ -1,7 +1,7 @@
 """Owns the queues and the sequences: who takes part in the next step, and with which tokens.
 
-There is one rule. A sequence has ``computed < len(tokens)``, and a step lets sequences catch up
-within a budget. One token behind is a decode: all of those go first, so that no prompt can hold
+There is one rule. A sequence has ``num_computed_tokens < len(tokens)``, and a step lets
+them catch up within a budget. One token behind is a decode: all of those go first, so that no prompt can hold
 them up. The rest of the budget goes to chunks of whoever is further behind: new prompts, what a
 prefix hit left over, what was preempted. A draft to be checked would be more tokens in an item.
 
@@ -125,7 +125,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step. It has no items only if there is nothing to do."""
-        step = _Step(self.settings.max_step_tokens)
+        step = _Step(self.settings.max_num_batched_tokens)
         behind = self._decode(step)
         for entry in behind:
             self._admit(step, entry.rank)
@@ -151,7 +151,7 @@ class Scheduler:
         Every sequence of ``plan`` gets one more token, which is not known and for which 0 stands, but
         for those ``leaving``. A sequence that turns out to have ended is passed over by ``commit``.
         """
-        admits = self.num_waiting and self.num_running < self.settings.max_running
+        admits = self.num_waiting and self.num_running < self.settings.max_num_seqs
         if plan.decodes != self.num_running or plan.chunk_tokens or admits:
             return None
         items, context = [], 0
@@ -190,7 +190,7 @@ class Scheduler:
                     self._fork(entry, advance.forks)
                 seq.tokens.extend(advance.tokens)
                 end = min(end, len(seq.tokens) - 1)  # a draft's rejected tokens are not held
-            seq.computed = end
+            seq.num_computed_tokens = end
             if end >= entry.table.full_at:
                 self.blocks.register(entry.table, seq.tokens, end)
             if advance is not None and advance.finish_reason:
@@ -202,7 +202,7 @@ class Scheduler:
         failed = [self.cancel(item.seq_id, "error") for item in plan.items]
         for entry in self._entries.values():
             self.blocks.free(entry.table)
-            entry.seq.computed = 0
+            entry.seq.num_computed_tokens = 0
         for entry in list(self._running.items):
             self._running.remove(entry.rank)
             self._wait(entry)
@@ -211,7 +211,9 @@ class Scheduler:
 
     def usage(self) -> Usage:
         """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
-        return self.blocks.usage((entry.table, entry.seq.computed) for entry in self._running.items)
+        return self.blocks.usage(
+            (entry.table, entry.seq.num_computed_tokens) for entry in self._running.items
+        )
 
     def running(self) -> list[tuple[Sequence, BlockTable]]:
         """Who takes part in steps, by rank, and its blocks: to be looked at, and only between two steps."""
@@ -230,7 +232,7 @@ class Scheduler:
         )
 
     def _check(self, seq: Sequence) -> None:
-        assert seq.id not in self._entries and seq.tokens and not seq.computed
+        assert seq.id not in self._entries and seq.tokens and not seq.num_computed_tokens
         if abs(seq.priority) > MAX_PRIORITY:
             raise RequestError(
                 f"priority is {seq.priority}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}."
@@ -243,7 +245,7 @@ class Scheduler:
                 f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.max_blocks}: "
                 "shorten the prompt, lower max_tokens, or give more memory with --kv-memory."
             )
-        if self.num_waiting >= self.settings.max_waiting:
+        if self.num_waiting >= self.settings.max_queued_requests:
             raise BusyError(f"{self.num_waiting} requests are waiting, which is the most; try again later.")
 
     def _decode(self, step: _Step) -> list[_Entry]:
@@ -251,7 +253,7 @@ class Scheduler:
         items, behind, context = step.items, [], 0
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
             seq = entry.seq
-            tokens, start, table = seq.tokens, seq.computed, entry.table
+            tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
             if len(tokens) > table.writable and not self._make_room(entry, step):
                 break
             if len(tokens) - start > 1:
@@ -269,7 +271,7 @@ class Scheduler:
         """Let a sequence catch up as far as the budget goes."""
         if not step.has_room:
             return
-        seq, start = entry.seq, entry.seq.computed
+        seq, start = entry.seq, entry.seq.num_computed_tokens
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
             within = max(within, _LEAST_CHUNK)
@@ -290,7 +292,7 @@ class Scheduler:
 
     def _admit(self, step: _Step, before: Rank) -> None:
         """Start those that wait and rank before ``before``, in order: no one is overtaken for its size."""
-        while step.has_room and self.num_running < self.settings.max_running:
+        while step.has_room and self.num_running < self.settings.max_num_seqs:
             first = self._waiting.first()
             if first is None or first[0] > before or not self._start(first[1]):
                 return
@@ -306,7 +308,7 @@ class Scheduler:
         if known is None:
             entry.blocked_at = available
             return False
-        seq.computed = known
+        seq.num_computed_tokens = known
         seq.status = "running"
         self._waiting.discard(entry)
         self._running.add(entry.rank, entry)
@@ -318,7 +320,7 @@ class Scheduler:
     def _make_room(self, entry: _Entry, step: _Step) -> bool:
         """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
         seq = entry.seq
-        while not self.blocks.reserve(entry.table, seq.computed, len(seq.tokens)):
+        while not self.blocks.reserve(entry.table, seq.num_computed_tokens, len(seq.tokens)):
             last = self._running.items[-1]
             step.preempted.append((last.seq.id, self._preempt(last)))
             if last is entry:
@@ -328,10 +330,12 @@ class Scheduler:
     def _preempt(self, entry: _Entry) -> bool:
         """Take a running sequence's blocks; it goes on later, from the host (True) or from its tokens."""
         seq = entry.seq
-        swapped = self._is_swap_better(seq.computed) and self.blocks.swap_out(entry.table, seq.computed)
+        swapped = self._is_swap_better(seq.num_computed_tokens) and self.blocks.swap_out(
+            entry.table, seq.num_computed_tokens
+        )
         if not swapped:
-            self.blocks.free(entry.table, seq.tokens, seq.computed)
-            seq.computed = 0
+            self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
+            seq.num_computed_tokens = 0
         self.preempted["swap" if swapped else "recompute"] += 1
         self._running.remove(entry.rank)
         self._wait(entry)
@@ -355,13 +359,13 @@ class Scheduler:
             child.tokens.extend(fork.tokens)
             table = self.blocks.fork(entry.table, len(seq.tokens))
             branch = _Entry(child, table, self.settings.ageing_s)
-            child.computed = len(seq.tokens)
+            child.num_computed_tokens = len(seq.tokens)
             self._enter(branch)
-            if self.num_running < self.settings.max_running or fork.finish_reason:
+            if self.num_running < self.settings.max_num_seqs or fork.finish_reason:
                 self._running.add(branch.rank, branch)
             else:  # it waits like any other, and finds most of what it needs in the prefix cache
-                self.blocks.free(table, child.tokens, child.computed)
-                child.computed = 0
+                self.blocks.free(table, child.tokens, child.num_computed_tokens)
+                child.num_computed_tokens = 0
                 self._wait(branch)
             if fork.finish_reason:
                 self._end(branch, fork.finish_reason)
@@ -383,7 +387,7 @@ class Scheduler:
         self._waiting.discard(entry)
         self._deadlines.discard(entry)
         self._patience.discard(entry)
-        self.blocks.free(entry.table, seq.tokens, seq.computed)
+        self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
         del self._entries[seq.id]
         seq.status = "finished"
         seq.finish_reason = reason
