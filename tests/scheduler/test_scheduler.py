@@ -193,7 +193,7 @@ def test_forks_share_a_prompt_and_go_their_own_ways() -> None:
     plan = step(scheduler)
     assert [item.tokens for item in plan.items] == [[20], [21]]
     assert plan.items[0].block_table[0] == plan.items[1].block_table[0]
-    assert plan.copies == [(plan.items[1].blocks[1], plan.items[0].blocks[1])]
+    assert plan.copies == [(plan.items[1].block_table[1], plan.items[0].block_table[1])]
     child = scheduler.sequence(10)
     assert child and list(child.tokens) == [100] * 6 + [21, 1] and child.prompt_len == 6
 
