@@ -12,10 +12,14 @@ import pydantic
 import pytest
 
 from tiny_llm import LLM
-from tiny_llm.server.grammars import Grammars, schema_form
+from tiny_llm.data import SamplingParams
+from tiny_llm.errors import ConfigError
+from tiny_llm.server.grammars import Grammars, regex_form, schema_form
 from tiny_llm.server.problems import Problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import httpx2 as httpx
     import openai
 
@@ -178,6 +182,25 @@ def test_compiling_has_a_deadline(llm: LLM) -> None:
         assert len(grammars._kept) == 1, "compiled once"
 
     asyncio.run(compile_one())
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(demo_copy: Path) -> None:
+    tokenizer = json.loads((demo_copy / "tokenizer.json").read_text())
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append({**last, "id": 2048, "content": "<|new|>"})
+    (demo_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wide = LLM(demo_copy)
+    form = asyncio.run(Grammars(20.0).constraint(wide, regex_form("[0-9]{3}"), "regex"))
+    (completion,) = wide.generate("Count:", SamplingParams(max_tokens=9, constraint=form))
+    assert completion.error is None and re.fullmatch("[0-9]{3}", completion.text), completion
+
+
+def test_a_model_without_end_tokens_is_told_that_no_form_could_end(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "_end_ids", frozenset())
+    with pytest.raises(ConfigError, match="names no end token"):
+        asyncio.run(Grammars(20.0).constraint(llm, regex_form("a"), "regex"))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from tiny_llm.data import Constraint
 from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import ConfigError
 from tiny_llm.server.problems import Problem
 
 MAX_FORM_BYTES = 2**17
@@ -84,12 +85,16 @@ class Grammars:
         self._kept.move_to_end(form)
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
-        return lambda: _Constraint(made.deep_copy())
+        vocab = llm.config.vocab_size
+        return lambda: _Constraint(made.deep_copy(), vocab)
 
     def _compile(self, llm: LLM, form: str) -> LLMatcher:
         if self._tokenizer is None:
+            if not llm.end_ids:
+                raise ConfigError("The model names no end token, so that an answer in a form could not end.")
+            known = max(llm.config.vocab_size, llm.tokenizer.vocab_size)
             self._tokenizer = LLTokenizer(
-                llm.tokenizer.to_json(), n_vocab=llm.config.vocab_size, eos_token=sorted(llm.end_ids)
+                llm.tokenizer.to_json(), n_vocab=known, eos_token=sorted(llm.end_ids)
             )
         matcher = LLMatcher(self._tokenizer, form, log_level=0)
         if not matcher.is_error():
@@ -98,10 +103,11 @@ class Grammars:
 
 
 class _Constraint:
-    """One answer's place in its form."""
+    """One answer's place in its form. A tokenizer may know more tokens than the model's ``vocab``."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, vocab: int) -> None:
         self._matcher = matcher
+        self._vocab = vocab
         self._seen = 0
 
     def __call__(self, tokens: list[int]) -> bytes:
@@ -112,7 +118,7 @@ class _Constraint:
         allowed = self._matcher.compute_logit_bias()
         if self._matcher.is_error():
             raise ValueError(self._matcher.get_error())
-        return allowed
+        return allowed[: self._vocab]
 
 
 def _require_small(text: str) -> None:
