@@ -22,6 +22,9 @@ from tiny_llm.errors import RequestError
         {"stop_token_ids": 5},
         {"stop_token_ids": "12"},
         {"stop_token_ids": [-1]},
+        {"stop_token_ids": [2**31]},
+        {"top_k": 2**63},
+        {"min_tokens": 2**31},
         {"temperature": None},
         {"temperature": "1"},
         {"temperature": math.nan},
@@ -44,3 +47,10 @@ def test_stops_may_come_in_any_collection() -> None:
     params = SamplingParams(stop="end", stop_token_ids={3})  # type: ignore[arg-type]
     assert (params.stop, params.stop_token_ids) == (("end",), (3,))
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_a_bias_that_the_caller_changes_later_is_not_taken_over() -> None:
+    own = {3: 1.0}
+    params = SamplingParams(logit_bias=own)
+    own[10**9] = 1.0
+    assert params.logit_bias == {3: 1.0}

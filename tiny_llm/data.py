@@ -29,6 +29,10 @@ Constraint: TypeAlias = "Callable[[list[int]], bytes]"
 """(the answer's tokens so far) -> a byte for each of V tokens, 0 for those that may not come next."""
 
 
+MOST = 2**31
+"""Token ids and counts are below it, so that a kernel's integer holds them."""
+
+
 def _require(ok: bool, name: str, given: object, expected: str) -> None:
     if not ok:
         raise RequestError(f"{name} is {given!r}, but must be {expected}.")
@@ -50,7 +54,8 @@ class SamplingParams:
     ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other.
     ``constraint`` makes what bans tokens at the end, one for each answer, as it remembers where that is.
 
-    Raises RequestError for a value out of range, NaN and infinity included.
+    Raises RequestError for a value out of range, NaN and infinity included. Whether an id is in the
+    vocabulary is for whoever knows the model to check: see ``require_known``.
     """
 
     max_tokens: int = 256
@@ -81,11 +86,13 @@ class SamplingParams:
             _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
             object.__setattr__(self, name, tuple(given))
         _check_params(self)
+        if self.logit_bias is not None:  # the caller's own may change after it was checked
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 def _check_params(p: SamplingParams) -> None:
-    def whole(value: object, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    def whole(value: object, least: int, end: int = MOST) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
 
     def between(value: float, low: float, high: float) -> bool:
         return isinstance(value, (int, float)) and low <= value <= high  # NaN is in no range
@@ -95,7 +102,7 @@ def _check_params(p: SamplingParams) -> None:
     _require(whole(p.top_k, 0), "top_k", p.top_k, "a whole number, 0 meaning off")
     _require(between(p.top_p, 0, 1) and p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
     _require(between(p.min_p, 0, 1), "min_p", p.min_p, "from 0 to 1")
-    _require(p.seed is None or (whole(p.seed, 0) and p.seed < 2**64), "seed", p.seed, "from 0 to 2**64 - 1")
+    _require(p.seed is None or whole(p.seed, 0, 2**64), "seed", p.seed, "from 0 to 2**64 - 1")
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(p, name)
         _require(count is None or whole(count, 0), name, count, "a whole number, or None")
@@ -116,6 +123,14 @@ def _check_params(p: SamplingParams) -> None:
     )
     _require(all(callable(f) for f in p.processors), "processors", p.processors, "callables")
     _require(p.constraint is None or callable(p.constraint), "constraint", p.constraint, "a callable")
+
+
+def require_known(params: SamplingParams, vocab_size: int) -> None:
+    """Raise RequestError for a token id that the model does not have: an index that nobody checks again."""
+    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in ids:
+            expected = f"token ids in the vocabulary, which is 0 to {vocab_size - 1}"
+            _require(token_id < vocab_size, name, token_id, expected)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from copy import copy
 from pathlib import Path
 
 from tiny_llm.config import load_end_ids
-from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.data import Chunk, Completion, SamplingParams, require_known
 from tiny_llm.engine.engine import Engine, EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
@@ -73,12 +73,13 @@ class LLM:
         with use(self.backend):
             kept = kv_dtype(self.config, dtype=dtype, quantize=quantize)
         self._kept = kept
-        self._end_ids = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
+        named = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
+        self._end_ids = frozenset(token_id for token_id in named if token_id < self.config.vocab_size)
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """The tokens that end an answer. An id beyond the vocabulary can never be drawn, and is left out."""
         return self._end_ids
 
     @property
@@ -206,6 +207,7 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}, but must be a SamplingParams.")
+        require_known(params, self.config.vocab_size)
         tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
         ids = _as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
         if not ids:

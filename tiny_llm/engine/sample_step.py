@@ -117,17 +117,24 @@ def _changed(logits: mx.array, choices: Sequence[Choice], errors: list[str | Non
         logits = mx.stack([changed[r] if r in changed else logits[r] for r in range(len(choices))])
     if any(choice.constraint for choice in choices):
         mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the model runs while forms are asked
-        allowed = [_allowed(choice, errors, row) for row, choice in enumerate(choices)]
+        vocab = logits.shape[-1]
+        allowed = [_allowed(choice, errors, row, vocab) for row, choice in enumerate(choices)]
         logits = keep_allowed(logits, allowed)
     return logits
 
 
-def _allowed(choice: Choice, errors: list[str | None], row: int) -> bytes | None:
-    """The tokens that the answer's form can go on with; None for all of them."""
+def _allowed(choice: Choice, errors: list[str | None], row: int, vocab: int) -> bytes | None:
+    """The tokens that the answer's form can go on with; None for all of them.
+
+    A form may be the caller's code: a mask that does not fit is that request's fault, not the step's.
+    """
     if choice.constraint is None or errors[row] is not None:
         return None
     try:
-        return choice.constraint(choice.answer.token_ids)
+        mask = choice.constraint(choice.answer.token_ids)
+        if not isinstance(mask, bytes) or len(mask) != vocab:
+            raise TypeError(f"expected {vocab} bytes, got {mask!r:.60}")
+        return mask
     except Exception as error:
         errors[row] = f"The answer's form failed: {type(error).__name__}: {error}"
         return None

@@ -39,13 +39,16 @@ def changes_logits(params: SamplingParams, answered: int) -> bool:
 def penalize(
     logits: mx.array, rows: Sequence[int], params: Sequence[SamplingParams], histories: Sequence[History]
 ) -> mx.array:
-    """Return logits [R, V] as float32 with ``rows`` changed by their ``params`` and ``histories``."""
+    """Return logits [R, V] as float32 with ``rows`` changed by their ``params`` and ``histories``.
+
+    Raises ValueError for an id that is not in the vocabulary: MLX would write to memory beyond the row.
+    """
     scores = logits.astype(mx.float32)
     each = list(zip(rows, params, histories, strict=True))
     repeated = [(r, p.repetition_penalty, h) for r, p, h in each if p.repetition_penalty != 1]
     seen = [(r, i, factor) for r, factor, h in repeated for i in h.prompt | h.answer.keys()]
     if seen:
-        at, factors = _entries(seen)
+        at, factors = _entries(seen, scores.shape[-1])
         found = scores[at]
         scores[at] = mx.where(found > 0, found / factors, found * factors)
     added = [
@@ -54,13 +57,17 @@ def penalize(
         *((r, i, -inf) for r, p, h in each if h.answer.total() < p.min_tokens for i in h.end_ids),
     ]
     if added:
-        at, amounts = _entries(added)
+        at, amounts = _entries(added, scores.shape[-1])
         scores = scores.at[at].add(amounts)
     return scores
 
 
-def _entries(entries: Iterable[tuple[int, int, float]]) -> tuple[tuple[mx.array, mx.array], mx.array]:
+def _entries(
+    entries: Iterable[tuple[int, int, float]], vocab: int
+) -> tuple[tuple[mx.array, mx.array], mx.array]:
     rows, ids, values = zip(*entries, strict=True)
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise ValueError(f"[penalize] expected token ids from 0 to {vocab - 1}, got {min(ids)} to {max(ids)}")
     return (mx.array(rows), mx.array(ids)), mx.array(values, mx.float32)
 
 

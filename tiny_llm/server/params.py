@@ -35,8 +35,6 @@ def params_of(
     llm: LLM, body: Sampling, prompts: Sequence[list[int]], *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
     """How to answer ``prompts``; without ``max_tokens``, as long as context and pool allow."""
-    _require_ids("logit_bias", body.logit_bias, llm)
-    _require_ids("stop_token_ids", body.stop_token_ids, llm)
     if body.n * len(prompts) > MAX_ANSWERS:
         what = f"{len(prompts)} prompts with n {body.n} are more than {MAX_ANSWERS} answers."
         raise Problem(400, what, code="invalid_value", param="n")
@@ -150,15 +148,6 @@ def _plain_call(call: ToolCall) -> dict[str, object]:
         raise Problem(400, what, code="invalid_value", param="messages") from error
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def _require_ids(name: str, ids: Mapping[int, float] | Sequence[int], llm: LLM) -> None:
-    """MLX does not check an index, so that ours must be right."""
-    size = llm.config.vocab_size
-    for token in ids:
-        if not 0 <= token < size:
-            what = f"{name}: token id {token} is not in the vocabulary, which is 0 to {size - 1}."
-            raise Problem(400, what, code="invalid_value", param=name)
 
 
 def _room(llm: LLM, prompt: int) -> int:
