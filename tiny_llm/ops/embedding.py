@@ -9,16 +9,21 @@ from tiny_llm.ops.backend import cpu
 
 
 def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
-    """Return [T, E]: row ``tokens[t]`` of weight [V, E] for each t. A quantized table unpacks only these."""
+    """Return [T, E]: row ``tokens[t]`` of weight [V, E] for each t. A quantized table unpacks only these.
+
+    They are unpacked in float32, and rounded to the dtype of the scales: so a table that is the head too
+    has the same numbers in both places.
+    """
     if not isinstance(weight, QuantizedTensor):
         return weight[tokens]
-    return mx.dequantize(
+    rows = mx.dequantize(
         weight.packed[tokens],
-        weight.scales[tokens],
-        weight.biases[tokens],
+        weight.scales[tokens].astype(mx.float32),
+        weight.biases[tokens].astype(mx.float32),
         group_size=weight.group_size,
         bits=weight.bits,
     )
+    return rows.astype(weight.scales.dtype)
 
 
 def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
