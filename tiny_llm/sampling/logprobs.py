@@ -11,6 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.sums import row_sums
 
 Reported = tuple[mx.array, mx.array, mx.array]
 
@@ -19,7 +20,7 @@ def log_probabilities(logits: mx.array) -> mx.array:
     """Log-softmax over the vocabulary: [R, V] -> float32 [R, V], ``x - log(sum(exp(x)))``."""
     scores = logits.astype(mx.float32)
     scores = scores - mx.max(scores, axis=-1, keepdims=True)  # small numbers keep their last bits
-    return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    return scores - mx.log(row_sums(mx.exp(scores)))
 
 
 def reported(logits: mx.array, tokens: mx.array, count: int) -> Reported:

@@ -19,6 +19,7 @@ from tiny_llm.data import SamplingParams
 from tiny_llm.ops.argmax import argmax
 from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.sums import row_sums, sums_before
 
 _LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
 _LEAST_NOISE = -4.0
@@ -128,10 +129,9 @@ def top_k_top_p_mask(scores: mx.array, params: Sequence[SamplingParams]) -> mx.a
     weights = mx.exp(mx.take_along_axis(scores, order, axis=-1))
     among_k = mx.arange(vocab) < _column([p.top_k or vocab for p in params])
     weights = mx.where(among_k, weights, 0)
-    before = mx.cumsum(weights, axis=-1, inclusive=False)
     # p = 1 keeps all; rounding in the sum must not cut the tail.
     share = _column([max(p.top_p, _LEAST) if p.top_p < 1 else math.inf for p in params])
-    keep = among_k & (before < share * mx.sum(weights, axis=-1, keepdims=True))
+    keep = among_k & (sums_before(weights) < share * row_sums(weights))
     return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), order, keep, axis=-1)
 
 
