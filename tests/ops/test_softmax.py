@@ -39,6 +39,16 @@ def test_half_precision_sums_in_float32() -> None:
         assert got[0].item() == 1 / 4096, f"{dtype}: the sum must be made in float32"
 
 
+def test_half_precision_subtracts_in_float32() -> None:
+    # 0.1 less 40 is -40 in bfloat16, and its exponential 10 % too small; 1 / 256 less 9 is -9 in float16.
+    for dtype, least, most in ((mx.bfloat16, 0.1, 40.0), (mx.float16, 1 / 256, 9.0)):
+        x = mx.array([least, most], dtype=dtype)
+        got, exact = softmax(x)[0].item(), math.exp(x[0].item() - most)
+        rounding = mx.finfo(dtype).eps / 2
+        off = abs(got - exact / (1 + exact)) / exact
+        assert off <= rounding, f"{dtype}: off by {off:.2%}: go to float32 before you subtract"
+
+
 def test_no_values_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"\[softmax\] expected at least one value a row, got shape \(2, 0\)"

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def linear_ref(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Return ``x weight^T + bias``; x [T, I], weight [O, I] as checkpoints store it, bias [O]."""
+    """Return ``x weight^T + bias``; x [T, I], weight [O, I] as checkpoints store it, bias [O].
+
+    The product is rounded to x's dtype before the bias is added.
+    """
     y = mx.matmul(x, weight.T)
     return y if bias is None else y + bias
 

@@ -12,7 +12,8 @@ from tiny_llm.ops.select import choices
 def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis; x [..., E], weight [E].
 
-    The mean is made in float32; the result has x's dtype.
+    The mean is made in float32; the quotient is rounded to x's dtype, which the weight has too, and then
+    multiplied, as transformers does it.
     """
     wide = x.astype(mx.float32)
     mean_square = mx.mean(wide * wide, axis=-1, keepdims=True)

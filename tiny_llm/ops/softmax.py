@@ -11,10 +11,10 @@ def softmax_ref(x: mx.array) -> mx.array:
     """Return ``exp(x) / sum(exp(x))`` over the last axis, in x's shape and dtype.
 
     The row's largest value is subtracted first: the quotient stays the same and no
-    exponential overflows. -inf becomes 0. Sums are made in float32.
+    exponential overflows. -inf becomes 0. All is made in float32, and rounded to x's dtype at the end.
     """
-    shifted = (x - mx.max(x, axis=-1, keepdims=True)).astype(mx.float32)
-    exponentials = mx.exp(shifted)
+    wide = x.astype(mx.float32)
+    exponentials = mx.exp(wide - mx.max(wide, axis=-1, keepdims=True))
     return (exponentials / mx.sum(exponentials, axis=-1, keepdims=True)).astype(x.dtype)
 
 

@@ -9,7 +9,10 @@ from tiny_llm.ops.metal import kernel, on_metal
 
 
 def swiglu_ref(gate: mx.array, up: mx.array) -> mx.array:
-    """Return ``silu(gate) * up`` elementwise, where ``silu(x) = x / (1 + exp(-x))``; all three [..., F]."""
+    """Return ``silu(gate) * up`` elementwise, where ``silu(x) = x / (1 + exp(-x))``; all three [..., F].
+
+    silu is made in float32, and rounded to the gate's dtype before it is multiplied, as transformers does it.
+    """
     wide = gate.astype(mx.float32)
     silu = wide / (1 + mx.exp(-wide))
     return silu.astype(gate.dtype) * up
