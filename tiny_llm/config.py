@@ -25,23 +25,53 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a ``model_type`` fixes by itself. None leaves the fact to config.json."""
+    """What a ``model_type`` fixes by itself. None leaves the fact to config.json.
+
+    ``defaults`` are the fields of a config.json that does not mention them, as transformers' class for
+    the family has them: what a checkpoint leaves out is what its author's tool would fill in. All but
+    ``eos_token_id``: other files name it too, and theirs for LLaMA, 2, is "#" in the vocabulary of LLaMA 3.
+    """
 
     attention_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = None
     qk_norm: bool = False
-    head_dim: int | None = None  # when config.json has none; None: hidden_size / heads
-    sliding_window: int | None = None  # when config.json does not mention it
     window_needs_switch: bool = False  # a window counts only with use_sliding_window
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
+
+def _defaults(vocab: int, intermediate: int, positions: int, **more: object) -> Mapping[str, object]:
+    """The defaults in which families differ, and what they have in common."""
+    common = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    sizes = {"vocab_size": vocab, "intermediate_size": intermediate, "max_position_embeddings": positions}
+    return MappingProxyType({**common, **sizes, **more})
+
+
+_LLAMA = _defaults(32_000, 11_008, 2_048)
+_MISTRAL = _defaults(32_000, 14_336, 131_072, num_key_value_heads=8, sliding_window=4_096)
+_QWEN2 = _defaults(
+    151_936, 22_016, 32_768, num_key_value_heads=32, sliding_window=4_096, max_window_layers=28
+)
+_QWEN3 = MappingProxyType({**_QWEN2, "head_dim": 128})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": Family(),
-        "mistral": Family(attention_bias=False, output_bias=False, mlp_bias=False, sliding_window=4096),
-        "qwen2": Family(attention_bias=True, output_bias=False, mlp_bias=False, window_needs_switch=True),
-        "qwen3": Family(mlp_bias=False, qk_norm=True, head_dim=128, window_needs_switch=True),
+        "llama": Family(defaults=_LLAMA),
+        "mistral": Family(attention_bias=False, output_bias=False, mlp_bias=False, defaults=_MISTRAL),
+        "qwen2": Family(
+            attention_bias=True,
+            output_bias=False,
+            mlp_bias=False,
+            window_needs_switch=True,
+            defaults=_QWEN2,
+        ),
+        "qwen3": Family(mlp_bias=False, qk_norm=True, window_needs_switch=True, defaults=_QWEN3),
     }
 )
 
@@ -153,12 +183,14 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read config.json's fields; ``family_of`` looks up ``model_type``, by default among FAMILIES.
 
+        A field that is absent has its family's default; null is no default but what the field has for it.
+
         Raises ConfigError for a field that is missing, of the wrong type or out of
         range, and for an option that changes the result and is not supported.
         """
-        fields = _Fields(raw)
-        model_type = fields.text("model_type")
+        model_type = _Fields(raw).text("model_type")
         family = (family_of or built_in_family)(model_type)
+        fields = _Fields({**family.defaults, **raw})
         layers = fields.whole("num_hidden_layers", most=10_000)
         positions = fields.whole("max_position_embeddings")
         _refuse_unsupported(raw)
@@ -174,7 +206,7 @@ class ModelConfig:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=_num_kv_heads(fields, heads),
-            head_dim=_head_dim(fields, family, hidden, heads),
+            head_dim=_head_dim(fields, hidden, heads),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -249,9 +281,6 @@ class _Fields:
     def get(self, name: str) -> object:
         return self._raw.get(name)
 
-    def has(self, name: str) -> bool:
-        return name in self._raw
-
     def names(self) -> set[str]:
         return {name for name, value in self._raw.items() if value is not None}
 
@@ -321,10 +350,10 @@ def _refuse_sliding_window(fields: _Fields, family: Family, layers: int, positio
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
         raise fields.wrong("layer_types", f"{layers} times 'full_attention'")
-    window = fields.get("sliding_window") if fields.has("sliding_window") else family.sliding_window
+    window = fields.get("sliding_window")
     slides = window is not None
     if family.window_needs_switch:
-        full_layers = fields.whole("max_window_layers", 28, least=0)
+        full_layers = fields.whole("max_window_layers", layers, least=0)
         switched = fields.flag("use_sliding_window", False)
         slides = slides and switched and full_layers < layers and not fields.get("layer_types")
     slides = slides or "sliding_attention" in kinds
@@ -391,10 +420,10 @@ def _num_kv_heads(fields: _Fields, heads: int) -> int:
     return kv_heads
 
 
-def _head_dim(fields: _Fields, family: Family, hidden: int, heads: int) -> int:
-    if fields.get("head_dim") is None and family.head_dim is None and hidden % heads:
+def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:
+    if fields.get("head_dim") is None and hidden % heads:
         raise fields.wrong("head_dim", f"a size, since {heads} heads do not divide hidden_size {hidden}")
-    head_dim = fields.whole("head_dim", family.head_dim or hidden // heads)
+    head_dim = fields.whole("head_dim", hidden // heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim is {head_dim}, expected an even size: RoPE rotates pairs.")
     return head_dim
