@@ -35,7 +35,7 @@ MOST = 2**31
 
 def _require(ok: bool, name: str, given: object, expected: str) -> None:
     if not ok:
-        raise RequestError(f"{name} is {given!r}, but must be {expected}.")
+        raise RequestError(f"{name} is {given!r}, but must be {expected}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,15 @@ class WeightError(TinyLLMError):
 
 
 class RequestError(TinyLLMError):
-    """One request is invalid; the engine and every other request go on."""
+    """One request is invalid; the engine and every other request go on.
+
+    ``param`` names the argument that is wrong, and ``code`` the kind of fault, for callers that pass both on.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class ContextError(RequestError):

@@ -234,9 +234,8 @@ class Scheduler:
     def _check(self, seq: Sequence) -> None:
         assert seq.id not in self._entries and seq.tokens and not seq.num_computed_tokens
         if abs(seq.priority) > MAX_PRIORITY:
-            raise RequestError(
-                f"priority is {seq.priority}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}."
-            )
+            what = f"priority is {seq.priority}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}."
+            raise RequestError(what, param="priority")
         answer = seq.params.max_tokens
         needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
         if needed > self.blocks.max_blocks:

@@ -6,7 +6,6 @@ of our insides.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,6 @@ _LONGEST_MESSAGE = 1_000
 _KINDS = ((400, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"))
 _KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
 """pydantic tells which kind of input item it took one for, as if that were a field."""
-_NAMED = re.compile(r"(\w+) is .* but must be ")  # how SamplingParams and the scheduler begin
 
 
 class Problem(HTTPException):
@@ -74,8 +72,7 @@ def problem_of(error: Exception) -> Problem:
         case CapacityError() | ContextError():
             return Problem(400, str(error), code="context_length_exceeded", param="messages")
         case RequestError():
-            named = _NAMED.match(str(error))
-            return Problem(400, str(error), param=named[1] if named else None)
+            return Problem(400, str(error), code=error.code, param=error.param)
         case ConfigError():  # of the model: no chat template, for example
             return Problem(400, str(error), code="unsupported")
         case EngineDeadError() | TinyLLMError():
