@@ -145,11 +145,48 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model calls; ``arguments`` is JSON, cut short where the answer was."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantMessage:
+    """A chat's answer as what it consists of; ``content`` is None where there are calls and no text."""
+
+    content: str | None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What is new of the call with that ``index``; its first delta has ``id`` and ``name``."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageDelta:
+    """What is new of an AssistantMessage: one of the three."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_call: ToolCallDelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One answer. ``logprobs`` has, for each token, {token id: log-probability} or is None.
 
     ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
-    cache. ``error`` says what went wrong where ``finish_reason`` is "error".
+    cache. ``error`` says what went wrong where ``finish_reason`` is "error". ``message`` is a chat's.
     """
 
     text: str
@@ -161,6 +198,7 @@ class Completion:
     index: int = 0
     cached_tokens: int = 0
     error: str | None = None
+    message: AssistantMessage | None = None
 
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long
@@ -168,7 +206,7 @@ class Chunk:
     """A piece of answer ``index`` to a prompt; its last one carries the whole in ``completion``.
 
     ``logprobs`` are those of its tokens, where the request asked for them; the first chunk has the
-    ``prompt_logprobs``, from the prompt's second token on.
+    ``prompt_logprobs``, from the prompt's second token on. ``deltas`` are what a chat's message gets of it.
     """
 
     text: str
@@ -177,6 +215,7 @@ class Chunk:
     index: int = 0
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float]] | None = None
+    deltas: Collection[MessageDelta] = ()
 
 
 @dataclass(frozen=True, slots=True)

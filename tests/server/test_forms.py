@@ -11,15 +11,12 @@ import jsonschema
 import pydantic
 import pytest
 
-from tiny_llm import LLM
-from tiny_llm.data import SamplingParams
-from tiny_llm.errors import ConfigError
-from tiny_llm.server.grammars import Grammars, regex_form, schema_form
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.decoding.structured_output import schema_grammar
+from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import httpx2 as httpx
     import openai
 
@@ -152,7 +149,7 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_its_keyword(
         ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
         ({"regex": "a", "min_tokens": 5}, "min_tokens"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
-        ({"regex": "a" * 2**18}, "response_format"),
+        ({"regex": "a" * 2**18}, "regex"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "text", "more": 1}}, "response_format.more"),
@@ -170,37 +167,16 @@ def test_what_is_no_form_is_refused(http: httpx.Client, fields: dict[str, Any], 
 
 def test_compiling_has_a_deadline(llm: LLM) -> None:
     """CVE-2026-55574 and others: a form is not waited for without end, and others can be compiled."""
+    params = SamplingParams()
+    wide = schema_grammar(object_of(**{f"property_{i}": {"type": "string"} for i in range(2_000)}))
 
     async def compile_one() -> None:
-        wide = object_of(**{f"property_{i}": {"type": "string"} for i in range(2_000)})
         with pytest.raises(Problem, match="took more than"):
-            await Grammars(1e-4).constraint(llm, schema_form(wide), "response_format")
-        grammars = Grammars(20.0)
-        first = await grammars.constraint(llm, schema_form(SCHEMAS[0]), "response_format")
-        again = await grammars.constraint(llm, schema_form(SCHEMAS[0]), "response_format")
-        assert first() is not again(), "each answer has a place of its own"
-        assert len(grammars._kept) == 1, "compiled once"
+            await GrammarThreads(1e-4).constrain(llm.grammars, params, wide)
+        other = await GrammarThreads(20.0).constrain(llm.grammars, params, schema_grammar(SCHEMAS[0]))
+        assert other.constraint is not None
 
     asyncio.run(compile_one())
-
-
-def test_a_tokenizer_that_knows_more_tokens_than_the_model(demo_copy: Path) -> None:
-    tokenizer = json.loads((demo_copy / "tokenizer.json").read_text())
-    last = tokenizer["added_tokens"][-1]
-    tokenizer["added_tokens"].append({**last, "id": 2048, "content": "<|new|>"})
-    (demo_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    wide = LLM(demo_copy)
-    form = asyncio.run(Grammars(20.0).constraint(wide, regex_form("[0-9]{3}"), "regex"))
-    (completion,) = wide.generate("Count:", SamplingParams(max_tokens=9, constraint=form))
-    assert completion.error is None and re.fullmatch("[0-9]{3}", completion.text), completion
-
-
-def test_a_model_without_end_tokens_is_told_that_no_form_could_end(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llm, "_end_ids", frozenset())
-    with pytest.raises(ConfigError, match="names no end token"):
-        asyncio.run(Grammars(20.0).constraint(llm, regex_form("a"), "regex"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import openai
 import pydantic
 import pytest
 
+from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.server.response_bodies import ResponseBody, chat_of
 from tiny_llm.server.response_items import Items
 
@@ -166,13 +167,13 @@ def test_logprobs_are_of_the_text(client: openai.OpenAI) -> None:
 
 def test_reasoning_and_calls_are_items_of_their_own() -> None:
     items = Items()
-    deltas: list[dict[str, Any]] = [
-        {"reasoning_content": "Hm"},
-        {"reasoning_content": "."},
-        {"content": "Let me see."},
-        {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
-        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "g", "arguments": ""}}]},
+    deltas = [
+        MessageDelta(reasoning="Hm"),
+        MessageDelta(reasoning="."),
+        MessageDelta(content="Let me see."),
+        MessageDelta(tool_call=ToolCallDelta(0, "", "c1", "f")),
+        MessageDelta(tool_call=ToolCallDelta(0, "{}")),
+        MessageDelta(tool_call=ToolCallDelta(1, "", "c2", "g")),
     ]
     events = [event for delta in deltas for event in items.push([delta], [])] + list(
         items.finish(whole=False)

@@ -1,4 +1,4 @@
-"""Tool calls: read from any cut of a text, made by the bundled model, demanded by a grammar."""
+"""Tool calls over HTTP: made by the bundled model, demanded by a grammar."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from tiny_llm.server.tools import Reader, Style, message_of, style_of
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -38,58 +36,6 @@ LOOKUP = {
         },
     },
 }
-ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [1, {}]}}\n</tool_call>'
-TWO = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
-ODD = '<tool_call>{"arguments": {"x": 1}, "name": "h"}</tool_call>'
-BARE = '{"name": "f", "parameters": {"a": "b; }"}}; {"name": "g", "parameters": {}}'
-ARGUMENTS = '{"a": "</tool_call> {\\"", "b": [1, {}]}'
-CASES: list[tuple[Style | None, str, str | None, str | None, list[tuple[str, str]]]] = [
-    ("tags", "Just text, 1 < 2.", "Just text, 1 < 2.", None, []),
-    ("tags", ONE, None, None, [("f", ARGUMENTS)]),
-    ("tags", f"Let me see.\n{ONE}\n{TWO}\n", "Let me see.", None, [("f", ARGUMENTS), ("g", "{}")]),
-    ("tags", ODD, None, None, [("h", '{"x": 1}')]),
-    ("tags", "<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", None, []),
-    ("tags", "<tool_call>never closed", "<tool_call>never closed", None, []),
-    ("tags", ONE[:40], None, None, [("f", ONE[40 - 3 : 40] and ARGUMENTS[: 40 - ONE.index('{"a"')])]),
-    ("tags", f"<think>\nHm. <tool_call>\n</think>\n\n{TWO}", None, "Hm. <tool_call>\n", [("g", "{}")]),
-    ("tags", "<think>never ends", "", "never ends", []),
-    (None, f"<think>a</think>b {TWO}", f"b {TWO}", "a", []),
-    (None, "<thin", "<thin", None, []),
-    ("bare", BARE, None, None, [("f", '{"a": "b; }"}'), ("g", "{}")]),
-    ("bare", "<|python_tag|>" + BARE, None, None, [("f", '{"a": "b; }"}'), ("g", "{}")]),
-    ("bare", "A {word}.", "A {word}.", None, []),
-    ("bare", '{"just": "json"}', '{"just": "json"}', None, []),
-]
-
-
-@pytest.mark.parametrize(("style", "text", "content", "reasoning", "calls"), CASES)
-def test_every_cut_of_a_text_reads_the_same(
-    style: Style | None, text: str, content: str | None, reasoning: str | None, calls: list[tuple[str, str]]
-) -> None:
-    for size in (1, 2, 3, 7, len(text)):
-        reader = Reader(style)
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
-        message = message_of(deltas)
-        made = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", [])]
-        assert made == calls, f"in pieces of {size}"
-        assert message["content"] == content and message.get("reasoning_content") == reasoning
-        assert len({call["id"] for call in message.get("tool_calls", [])}) == len(calls)
-
-
-@pytest.mark.parametrize("size", [1, 3, len(BARE)])
-def test_after_the_only_bare_call_that_is_wanted_nothing_more_is_told(size: int) -> None:
-    reader = Reader("bare", several=False)
-    pieces = [BARE[i : i + size] for i in range(0, len(BARE), size)]
-    message = message_of([delta for piece in pieces for delta in reader.push(piece)] + reader.finish())
-    (call,) = message["tool_calls"]
-    assert call["function"] == {"name": "f", "arguments": '{"a": "b; }"}'} and message["content"] is None
-
-
-def test_a_template_tells_the_style() -> None:
-    assert style_of("within <tool_call></tool_call> tags") == "tags"
-    assert style_of('{"name": function name, "parameters": dictionary}') == "bare"
-    assert style_of("") == "tags"
 
 
 def calculate(expression: str) -> str:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion, SamplingParams, require_known
+from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
+from tiny_llm.decoding.message import with_messages
+from tiny_llm.decoding.structured_output import GrammarCompiler, response_grammar
 from tiny_llm.engine.engine import Engine, EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
@@ -75,6 +78,7 @@ class LLM:
         self._kept = kept
         named = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
         self._end_ids = frozenset(token_id for token_id in named if token_id < self.config.vocab_size)
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
 
     @property
@@ -177,20 +181,49 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, object]] | None = None,
+        tools: Sequence[ToolSpec] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, object] | None = None,
     ) -> Completion:
-        """Answer a conversation: messages like {"role": "user", "content": "..."}."""
-        return _completions(self.stream_chat(messages, params, tools=tools))[0]
+        """Answer a conversation: messages like {"role": "user", "content": "..."}.
+
+        The completion's ``message`` has what was said, what was thought before, and the calls of ``tools``.
+        All arguments are as OpenAI has them. Raises RequestError for what cannot be answered so.
+        """
+        chunks = self.stream_chat(
+            messages,
+            params,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+        )
+        return _completions(chunks)[0]
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, object]] | None = None,
+        tools: Sequence[ToolSpec] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, object] | None = None,
     ) -> Iterator[Chunk]:
-        """``chat`` as ``stream``: a chunk a token."""
-        return self.stream(self.chat_prompt(messages, tools=tools), params)
+        """``chat`` as ``stream``: a chunk a token, whose ``deltas`` are what the message gets of it."""
+        form = ChatFormat.of(
+            self.tokenizer,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            grammar=response_grammar(response_format),
+        )
+        prompt = self.chat_prompt(messages, tools=form.tools)
+        held = form.params(SamplingParams() if params is None else params)
+        if form.grammar is not None:
+            held = self.grammars.constrain(held, form.grammar)
+        return with_messages(self.stream(prompt, held), form.parser)
 
     def chat_prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, object]] | None = None

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
 from math import isfinite, isnan
+from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from tiny_llm.data import Completion
+from tiny_llm.data import AssistantMessage, Completion, MessageDelta, ToolCall
 from tiny_llm.server.problems import problem_of
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
@@ -98,6 +99,31 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def delta_json(delta: MessageDelta) -> dict[str, Any]:
+    """What is new of a message, as the chat API has it."""
+    call = delta.tool_call
+    if call is None:
+        return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
+    if call.id is None:
+        return {"tool_calls": [{"index": call.index, "function": {"arguments": call.arguments}}]}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": function}]}
+
+
+def message_json(message: AssistantMessage) -> dict[str, Any]:
+    """A whole message, as the chat API has it."""
+    told: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+    if message.reasoning is not None:
+        told["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        told["tool_calls"] = [_call_json(call) for call in message.tool_calls]
+    return told
+
+
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def dumps(value: object) -> bytes:

@@ -216,8 +216,8 @@ class CalledFunction(Body):
     arguments: str
 
 
-class ToolCall(Body):
-    """One call of an assistant's message."""
+class PastToolCall(Body):
+    """A call that an earlier answer made."""
 
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
@@ -231,7 +231,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
+    tool_calls: Annotated[list[PastToolCall], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
         default_factory=list
     )
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None

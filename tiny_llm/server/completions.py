@@ -26,7 +26,7 @@ from tiny_llm.server.answers import (
 from tiny_llm.server.bodies import CompletionBody
 from tiny_llm.server.params import (
     DEFAULT_COMPLETION_TOKENS,
-    form_of,
+    grammar_of,
     job_of,
     params_of,
     prompt_ids,
@@ -38,8 +38,8 @@ from tiny_llm.server.service import Job, Pieces, Service, aside
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    form, job = await aside(request, lambda: (form_of(body), _job(service, request, body)))
-    job = await service.shaped(job, form)
+    grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
+    job = await service.constrained(job, grammar)
     answer = _Answer(service, body, job)
     if body.stream:
         return EventStream(answer.events(await service.begin(request, job)))

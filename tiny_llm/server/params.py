@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pydantic_core import from_json
 
 from tiny_llm.data import SamplingParams
+from tiny_llm.decoding.structured_output import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
-from tiny_llm.server.bodies import Message, Sampling, TemplateArguments, ToolCall
-from tiny_llm.server.grammars import lark_form, regex_form, schema_form
+from tiny_llm.server.bodies import Message, PastToolCall, ResponseFormat, Sampling, TemplateArguments
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.service import Job
 from tiny_llm.server.settings import MAX_ANSWERS
@@ -58,39 +58,28 @@ def params_of(
     )
 
 
-def form_of(body: Sampling) -> tuple[str, str] | None:
-    """The field that says what form the answer must have, and that form; None if it may be anything."""
-    wanted = [name for name in ("response_format", "regex", "grammar") if _is_form(body, name)]
-    if not wanted:
-        return None
-    name = wanted[0]
+def grammar_of(body: Sampling) -> Grammar | None:
+    """What the answer must match; None if it may be anything. Raises Problem for several such wishes."""
+    asked = response_grammar(_plain_format(body.response_format))
+    fields = ("response_format", "regex", "grammar")
+    wanted = [name for name, value in zip(fields, (asked, body.regex, body.grammar), strict=True) if value]
     if len(wanted) > 1:
         what = f"{' and '.join(wanted)} were given; an answer can have one form."
         raise Problem(400, what, code="invalid_value", param=wanted[1])
-    require_no_late_end(body, name)
     if body.regex is not None:
-        return name, regex_form(body.regex)
+        return regex_grammar(body.regex)
     if body.grammar is not None:
-        return name, lark_form(body.grammar)
-    asked = body.response_format
-    assert asked is not None
-    if asked.type == "json_schema" and asked.json_schema is None:
-        what = "response_format.json_schema is missing."
-        raise Problem(400, what, code="missing", param="response_format.json_schema")
-    return name, schema_form(asked.json_schema.schema_ if asked.json_schema else {"type": "object"})
+        return lark_grammar(body.grammar)
+    return asked
 
 
-def require_no_late_end(body: Sampling, name: str) -> None:
-    """Raise Problem if the answer is to go on beyond the end of the form that ``name`` asks for."""
-    if body.min_tokens or body.ignore_eos:
-        param = "min_tokens" if body.min_tokens else "ignore_eos"
-        what = f"{name} ends where the form does: min_tokens and ignore_eos cannot put that off."
-        raise Problem(400, what, code="invalid_value", param=param)
-
-
-def _is_form(body: Sampling, name: str) -> bool:
-    asked = getattr(body, name)
-    return asked is not None and not (name == "response_format" and asked.type == "text")
+def _plain_format(asked: ResponseFormat | None) -> dict[str, object] | None:
+    """A response_format as the client wrote it."""
+    if asked is None:
+        return None
+    if asked.json_schema is None:
+        return {"type": asked.type}
+    return {"type": asked.type, "json_schema": {"schema": asked.json_schema.schema_}}
 
 
 def job_of(body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, key_salt: str) -> Job:
@@ -139,7 +128,7 @@ def _plain(message: Message) -> dict[str, object]:
     return {**plain, "role": role, "content": message.content or ""}
 
 
-def _plain_call(call: ToolCall) -> dict[str, object]:
+def _plain_call(call: PastToolCall) -> dict[str, object]:
     """A call with its arguments as an object: templates write JSON themselves."""
     try:
         arguments = from_json(call.function.arguments, allow_inf_nan=False)

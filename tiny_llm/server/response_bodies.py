@@ -24,11 +24,11 @@ from tiny_llm.server.bodies import (
     Name,
     NamedFunction,
     NamedTool,
+    PastToolCall,
     ResponseFormat,
     TemplateArguments,
     Text,
     Tool,
-    ToolCall,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -226,7 +226,7 @@ def _add(messages: list[Message], item: Said | Called | Thoughts) -> None:
         last.reasoning_content = _joined(item.content or item.summary)
     else:
         function = CalledFunction(name=item.name, arguments=item.arguments)
-        last.tool_calls = [*last.tool_calls, ToolCall(id=item.call_id, function=function)]
+        last.tool_calls = [*last.tool_calls, PastToolCall(id=item.call_id, function=function)]
 
 
 def _ends(last: Message, item: Said | Called | Thoughts) -> bool:

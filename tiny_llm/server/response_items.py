@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.server.answers import new_id
 
 Event = dict[str, Any]
 _PARTS: Mapping[str, tuple[str, str, str]] = {
-    # a delta's field: the kind of item that it is a part of, the kind of its part, its event
+    # a message's field: the kind of item that it is a part of, the kind of its part, its event
     "content": ("message", "output_text", "response.output_text"),
-    "reasoning_content": ("reasoning", "reasoning_text", "response.reasoning_text"),
+    "reasoning": ("reasoning", "reasoning_text", "response.reasoning_text"),
 }
 
 
@@ -26,25 +27,30 @@ class Items:
         self._open: _Item | None = None
         self._rows: list[dict[str, Any]] = []
 
-    def push(self, deltas: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[Event]:
-        """Take what a piece of text added to the chat's message; ``rows`` are its tokens' logprobs."""
+    def push(self, deltas: Sequence[MessageDelta], rows: Sequence[dict[str, Any]]) -> Iterator[Event]:
+        """Take what a piece of text added to the message; ``rows`` are its tokens' logprobs."""
         self._rows += rows
         for delta in deltas:
-            for name in delta.keys() & _PARTS.keys():
-                yield from self._grow(name, delta[name])
-            for call in delta.get("tool_calls", ()):
-                if "id" in call:
-                    yield from self._close("completed")
-                    yield from self._begin(_Call(len(self.done), call))
-                assert isinstance(self._open, _Call)
-                if new := call["function"]["arguments"]:
-                    yield self._open.grow(new)
+            if delta.tool_call is not None:
+                yield from self._call(delta.tool_call)
+            elif delta.reasoning:
+                yield from self._grow("reasoning", delta.reasoning)
+            else:
+                yield from self._grow("content", delta.content)
 
     def finish(self, *, whole: bool) -> Iterator[Event]:
         """No more comes. An answer of nothing is an empty message."""
         if self._open is None and not self.done:
             yield from self._begin(_Text(len(self.done), "content"))
         yield from self._close("completed" if whole else "incomplete")
+
+    def _call(self, call: ToolCallDelta) -> Iterator[Event]:
+        if call.id is not None:
+            yield from self._close("completed")
+            yield from self._begin(_Call(len(self.done), call))
+        assert isinstance(self._open, _Call)
+        if call.arguments:
+            yield self._open.grow(call.arguments)
 
     def _grow(self, name: str, text: str) -> Iterator[Event]:
         if not isinstance(self._open, _Text) or self._open.name != name:
@@ -140,10 +146,10 @@ class _Text(_Item):
 class _Call(_Item):
     """A call of a function."""
 
-    def __init__(self, index: int, call: Mapping[str, Any]) -> None:
+    def __init__(self, index: int, call: ToolCallDelta) -> None:
         super().__init__(index, "fc")
-        self._call_id = call["id"]
-        self._name = call["function"]["name"]
+        self._call_id = call.id
+        self._name = call.name
         self._arguments = ""
 
     def grow(self, arguments: str) -> Event:

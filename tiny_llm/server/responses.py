@@ -14,10 +14,10 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
+from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, named_event, new_id
-from tiny_llm.server.bodies import ChatBody
-from tiny_llm.server.chat_completions import chat_job, reader_of
+from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.response_bodies import ResponseBody, chat_of
 from tiny_llm.server.response_items import Items
@@ -47,9 +47,9 @@ _REPEATED = (
 async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
     """Answer one request, at once or as a stream."""
     chat = chat_of(body)
-    answer = _Answer(service, body, chat)
     try:
-        job = await chat_job(service, request, chat)
+        form, job = await chat_job(service, request, chat)
+        answer = _Answer(service, body, form)
         if body.stream:
             return EventStream(answer.events(await service.begin(request, job)))
         told = answer.whole(await service.whole(request, job))
@@ -71,12 +71,12 @@ def _in_our_words(problem: Problem) -> Problem:
 class _Answer:
     """One request's response in the making."""
 
-    def __init__(self, service: Service, body: ResponseBody, chat: ChatBody) -> None:
+    def __init__(self, service: Service, body: ResponseBody, form: ChatFormat) -> None:
         self._tokenizer = service.llm.tokenizer
         self._body = body
-        self._reader = reader_of(service, chat)
+        self._parser = form.parser()
         self._items = Items()
-        self._top = chat.top_logprobs or 0
+        self._top = body.top_logprobs or 0
         self._thought_tokens = 0
         self._count = 0
         self._head = _head(body, service.settings.name)
@@ -114,12 +114,12 @@ class _Answer:
 
     def _told(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """A chunk as events."""
-        thinking = self._reader.is_thinking
-        deltas = self._reader.push(chunk.text)
-        if thinking or self._reader.is_thinking:
+        thinking = self._parser.is_thinking
+        deltas = self._parser.push(chunk.text)
+        if thinking or self._parser.is_thinking:
             self._thought_tokens += len(chunk.token_ids)
         if chunk.completion is not None:
-            deltas += self._reader.finish()
+            deltas += self._parser.finish()
         rows = chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top)
         yield from self._items.push(deltas, rows)
         if chunk.completion is not None:

@@ -10,15 +10,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar
 
 from fastapi import Request
 
 from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.decoding.structured_output import Grammar
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.grammars import Grammars
+from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
@@ -59,7 +59,7 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.prompt_tokens = 0
-        self._grammars = Grammars(settings.compile_timeout_s)
+        self._grammars = GrammarThreads(settings.compile_timeout_s)
         self._load = load
         self._engine: AsyncLLM | None = None
 
@@ -131,12 +131,12 @@ class Service:
         self._count(job)
         return answers
 
-    async def shaped(self, job: Job, form: tuple[str, str] | None) -> Job:
-        """The job, held to a form: (the field that asks for it, the form). Raises Problem if it has none."""
-        if form is None:
+    async def constrained(self, job: Job, grammar: Grammar | None) -> Job:
+        """The job, held to a grammar. Raises Problem or RequestError for one that cannot be kept to."""
+        if grammar is None:
             return job
-        constraint = await self._grammars.constraint(self.llm, form[1], form[0])
-        return job._replace(params=replace(job.params, constraint=constraint))
+        params = await self._grammars.constrain(self.llm.grammars, job.params, grammar)
+        return job._replace(params=params)
 
     def _count(self, job: Job) -> None:
         self.prompt_tokens += sum(map(len, job.prompts))

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob, usage
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
-from tiny_llm.server.params import chat_ids, form_of, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Pieces, Service, aside
 
@@ -21,8 +21,8 @@ DEFAULT_TOKENS = 256
 async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
     """Answer one request: the engine's own view of it, token ids included."""
     require_model(body.model, service.settings.name)
-    form, job = await aside(request, lambda: (form_of(body), _job(service, request, body)))
-    job = await service.shaped(job, form)
+    grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
+    job = await service.constrained(job, grammar)
     if body.stream:
         return EventStream(_events(await service.begin(request, job)))
     ended = [chunks[-1].completion for chunks in await service.whole(request, job)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -14,12 +13,12 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, SamplingParams
-from tiny_llm.data import Completion, Constraint
+from tiny_llm.data import Completion
+from tiny_llm.decoding.structured_output import schema_grammar
 from tiny_llm.engine.engine import EngineSettings
 from tiny_llm.models.registry import build, expected_tensors
 from tiny_llm.ops.pack import pack
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.server.grammars import Grammars, schema_form
 from tiny_llm.weights.dummy import dummy_weights
 
 Schema = dict[str, Any]
@@ -176,9 +175,9 @@ def wild() -> LLM:
 
 def test_a_model_of_random_weights_is_always_valid(wild: LLM) -> None:
     asked = schemas()
-    constraints = asyncio.run(compiled(wild, asked))
     begun = {}
-    for number, constraint in enumerate(constraints):
+    for number, schema in enumerate(asked):
+        constraint = wild.grammars.compile(schema_grammar(schema))
         params = SamplingParams(max_tokens=300, temperature=1.0, seed=number, constraint=constraint)
         begun[wild.engine.add([number % 2000 + 1] * 4, params)] = number
     ended: dict[int, Completion] = {}
@@ -194,8 +193,3 @@ def test_a_model_of_random_weights_is_always_valid(wild: LLM) -> None:
     for number, one in whole.items():
         value = json.loads(one.text)
         jsonschema.Draft202012Validator(asked[number], format_checker=checker).validate(value)
-
-
-async def compiled(llm: LLM, asked: Sequence[Schema]) -> list[Callable[[], Constraint]]:
-    grammars = Grammars(20.0)
-    return [await grammars.constraint(llm, schema_form(schema), "response_format") for schema in asked]

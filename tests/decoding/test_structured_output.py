@@ -1,0 +1,156 @@
+"""What an answer must match: made from a schema, a regex, a grammar; compiled once; copied at any token."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.decoding import structured_output
+from tiny_llm.decoding.structured_output import (
+    GrammarCompiler,
+    lark_grammar,
+    regex_grammar,
+    response_grammar,
+    schema_grammar,
+)
+from tiny_llm.errors import ConfigError, RequestError
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+    "required": ["x", "y"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("demo")
+
+
+@pytest.fixture
+def compiler(llm: LLM) -> GrammarCompiler:
+    return GrammarCompiler(llm.tokenizer, llm.config.vocab_size, llm.end_ids)
+
+
+def test_a_grammar_is_compiled_once_and_the_latest_are_kept(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured_output, "MAX_KEPT", 2)
+    a, b, c = (regex_grammar(letter) for letter in "abc")
+    first, again = compiler.compile(a), compiler.compile(a)
+    assert first() is not again(), "each answer has a place of its own"
+    compiler.compile(b)
+    compiler.compile(a)
+    compiler.compile(c)
+    assert [compiler.is_kept(one) for one in (a, b, c)] == [True, False, True], "b was asked for longest ago"
+
+
+def test_a_copy_at_any_token_goes_on_by_itself(llm: LLM, compiler: GrammarCompiler) -> None:
+    """Beams fork an answer in its middle: what one of them draws then is nothing to the others."""
+    one = llm.tokenizer.encode('{"x": 1, "y": 2}', add_special_tokens=False)
+    other = llm.tokenizer.encode('{"x": 34567, "y": -2}', add_special_tokens=False)
+    make = compiler.compile(schema_grammar(POINT))
+
+    def masks(tokens: list[int]) -> list[bytes]:
+        constraint = make()
+        return [constraint(tokens[:end]) for end in range(len(tokens) + 1)]
+
+    alone, shared = masks(other), next(i for i in range(9) if one[i] != other[i])
+    for at in range(shared + 1):
+        constraint = make()
+        for end in range(at + 1):
+            constraint(one[:end])
+        fork = constraint.copy()
+        for end in range(at + 1, len(one) + 1):  # the first goes its way
+            constraint(one[:end])
+        assert [fork(other[:end]) for end in range(at, len(other) + 1)] == alone[at:], f"forked at {at}"
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, schema_grammar({"type": "object"})),
+        ({"type": "json_schema", "json_schema": {"name": "p", "schema": POINT}}, schema_grammar(POINT)),
+        ({"type": "json_schema", "json_schema": {"name": "p"}}, schema_grammar({})),
+    ],
+)
+def test_a_response_format_is_a_grammar(given: Any, grammar: object) -> None:
+    assert response_grammar(given) == grammar
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": 5}}, "response_format.json_schema"),
+        ({"type": "yaml"}, "response_format"),
+        ({}, "response_format"),
+        ("json", "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": {1, 2}}}}, "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": float("nan")}}}, "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": "\ud800"}}}, "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": "a" * 2**18}}}, "response_format"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_response_format_is_refused(given: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        response_grammar(given)
+    assert caught.value.param == param and param in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "param"),
+    [
+        (lambda: regex_grammar("("), "regex"),
+        (lambda: regex_grammar("a" * 2**18), "regex"),
+        (lambda: lark_grammar("no rule"), "grammar"),
+        (lambda: lark_grammar("start: start"), "grammar"),
+        (lambda: schema_grammar({"$ref": "#"}), "response_format"),
+        (lambda: schema_grammar({"not": {}}), "response_format"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_without_a_parsers_inner_state(
+    compiler: GrammarCompiler, make: Any, param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        compiler.compile(make())
+    assert caught.value.param == param and param in str(caught.value)
+    assert "<state>" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_answer_cannot_go_on_beyond_its_form(compiler: GrammarCompiler) -> None:
+    grammar = regex_grammar("a")
+    for params, param in (
+        (SamplingParams(min_tokens=2), "min_tokens"),
+        (SamplingParams(ignore_eos=True), "ignore_eos"),
+        (SamplingParams(constraint=compiler.compile(grammar)), "regex"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            compiler.constrain(params, grammar)
+        assert caught.value.param == param
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(demo_copy: Path) -> None:
+    tokenizer = json.loads((demo_copy / "tokenizer.json").read_text())
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append({**last, "id": 2048, "content": "<|new|>"})
+    (demo_copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wide = LLM(demo_copy)
+    params = wide.grammars.constrain(SamplingParams(max_tokens=9), regex_grammar("[0-9]{3}"))
+    (completion,) = wide.generate("Count:", params)
+    assert completion.error is None and re.fullmatch("[0-9]{3}", completion.text), completion
+
+
+def test_a_model_without_end_tokens_is_told_that_no_form_could_end(llm: LLM) -> None:
+    endless = GrammarCompiler(llm.tokenizer, llm.config.vocab_size, ())
+    with pytest.raises(ConfigError, match="names no end token"):
+        endless.compile(regex_grammar("a"))

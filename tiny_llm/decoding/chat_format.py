@@ -1,0 +1,111 @@
+"""Owns what the answers of a chat may be: calls of which functions, a form, and how they are read.
+
+The library and the server ask here alike. Knows no HTTP; what is wrong is a RequestError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.decoding.message import MessageParser
+from tiny_llm.decoding.structured_output import Grammar, lark_grammar
+from tiny_llm.decoding.tool_grammar import calls_grammar
+from tiny_llm.decoding.tool_parser import CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
+from tiny_llm.errors import RequestError
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+ToolSpec: TypeAlias = Mapping[str, Any]
+"""{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}."""
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Mapping[str, Any]
+"""Whether to call; {"type": "function", "function": {"name": ...}} demands a call of that one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a chat's answers are held and read.
+
+    ``tools`` are those that the template shows, None where no call may be made; ``tool_format`` is how this
+    model writes a call. ``grammar`` is what the answer must match.
+    """
+
+    tools: Sequence[ToolSpec] | None
+    tool_format: ToolFormat
+    parallel_tool_calls: bool = True
+    grammar: Grammar | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[ToolSpec] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        grammar: Grammar | None = None,
+    ) -> ChatFormat:
+        """The format of a request in OpenAI's words; ``grammar`` is of its ``response_format``.
+
+        Raises RequestError for tools that are none, and for a call that is demanded and cannot be made.
+        """
+        functions = [_function(tool, number) for number, tool in enumerate(tools or ())]
+        tool_format = tool_format_of(tokenizer.chat_template)
+        demanded = _demanded(functions, tool_choice)
+        if demanded and grammar is not None:
+            what = f"tool_choice demands a call, which {grammar.param} forbids."
+            raise RequestError(what, param="tool_choice", code="invalid_value")
+        if demanded:
+            several = parallel_tool_calls and tool_choice == "required"
+            tag_tokens = len(tokenizer.encode(OPEN, add_special_tokens=False)) == 1
+            text = calls_grammar(demanded, tool_format, several=several, tag_tokens=tag_tokens)
+            grammar = lark_grammar(text, "tools")
+        offered = tools if functions and tool_choice != "none" else None
+        return cls(offered, tool_format, parallel_tool_calls, grammar)
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """``params`` for such answers: where one call is wanted, its end is the answer's."""
+        if not self.tools or self.parallel_tool_calls or self.tool_format != "hermes":
+            return params
+        return replace(params, stop=(*params.stop, CLOSE))
+
+    def parser(self) -> MessageParser:
+        """What reads one answer."""
+        if not self.tools:
+            return MessageParser()
+        return MessageParser(ToolParser(self.tool_format, parallel=self.parallel_tool_calls))
+
+
+def _function(tool: object, number: int) -> Mapping[str, Any]:
+    """The function that a tool is."""
+    match tool:
+        case {"type": "function", "function": {"name": str()} as function}:
+            assert isinstance(function, Mapping)
+            return function
+        case _:
+            expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+            what = f"tools[{number}] is {tool!r}, but must be like {expected}."
+            raise RequestError(what, param="tools", code="invalid_value")
+
+
+def _demanded(
+    functions: Sequence[Mapping[str, Any]], choice: ToolChoice | None
+) -> Sequence[Mapping[str, Any]]:
+    """The functions of which one must be called, none where that is left to the model."""
+    match choice:
+        case None | "none" | "auto":
+            return ()
+        case "required":
+            if functions:
+                return functions
+            what = "tool_choice demands a call, which needs tools."
+        case {"type": "function", "function": {"name": name}}:
+            named = [function for function in functions if function["name"] == name]
+            if named:
+                return named
+            what = f"tool_choice names {name!r}, which is not among the tools."
+        case _:
+            expected = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+            what = f"tool_choice is {choice!r}, but must be {expected}."
+    raise RequestError(what, param="tool_choice", code="invalid_value")

@@ -1,0 +1,224 @@
+"""Owns answers that must have a form: a JSON schema, a regular expression, a grammar. By llguidance.
+
+A form becomes a grammar in llguidance's own notation, a grammar is compiled once for a model's tokens, and
+each answer gets a constraint with a state of its own, which leaves only those tokens that the grammar can
+go on with. Compiling takes as long as it takes: whoever needs a deadline calls from a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+
+from tiny_llm.data import SamplingParams
+from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+MAX_GRAMMAR_BYTES = 2**17
+"""Of a schema, a regular expression or a grammar, as it was given."""
+MAX_KEPT = 128
+"""Compiled grammars that are kept, the latest ones used."""
+_JSON_OPTIONS: Mapping[str, object] = {
+    # Of all the ways to write a value, the one that models have read most; no room for endless spaces.
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,  # what it does not know it refuses, and names
+    "coerce_one_of": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match, in llguidance's notation; ``param`` is the argument that asked for it."""
+
+    text: str
+    param: str
+
+
+def schema_grammar(schema: Mapping[str, object], param: str = "response_format") -> Grammar:
+    """JSON values that are valid against ``schema``. Its own wishes on llguidance's options are dropped.
+
+    Raises RequestError for a schema that is too large or has a keyword that cannot be kept.
+    """
+    own = {name: value for name, value in schema.items() if name != "x-guidance"}
+    try:
+        text = json.dumps(own, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
+    _require_small(text, param)
+    options: Any = dict(_JSON_OPTIONS)  # llguidance names their type in its stubs alone
+    try:
+        return Grammar(str(LLMatcher.grammar_from_json_schema(text, overrides=options)), param)
+    except ValueError as error:
+        raise RequestError(f"{param}: {error}", param=param, code="invalid_schema") from error
+
+
+def regex_grammar(pattern: str, param: str = "regex") -> Grammar:
+    """Texts that ``pattern`` matches whole. Raises RequestError for one that is too large."""
+    _require_small(pattern, param)
+    return Grammar(str(LLMatcher.grammar_from_regex(pattern)), param)
+
+
+def lark_grammar(grammar: str, param: str = "grammar") -> Grammar:
+    """Texts that a grammar in Lark's notation makes, from its rule ``start``.
+
+    Raises RequestError for one that is too large.
+    """
+    _require_small(grammar, param)
+    return Grammar(str(LLMatcher.grammar_from_lark(grammar)), param)
+
+
+def response_grammar(response_format: Mapping[str, object] | None) -> Grammar | None:
+    """OpenAI's ``response_format``: None where the answer may be anything.
+
+    Raises RequestError for a type other than "text", "json_object" and "json_schema", and for the latter
+    without {"json_schema": {"schema": {...}}}.
+    """
+    if response_format is None:
+        return None
+    match response_format:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return schema_grammar({"type": "object"})
+        case {"type": "json_schema", "json_schema": {"schema": Mapping() as schema}}:
+            return schema_grammar(schema)
+        case {"type": "json_schema", "json_schema": {**rest}} if "schema" not in rest:
+            return schema_grammar({})
+        case {"type": "json_schema"}:
+            what = "response_format.json_schema is missing, or its schema is no object."
+            raise RequestError(what, param="response_format.json_schema", code="missing")
+        case _:
+            expected = (
+                '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}'
+            )
+            what = f"response_format is {response_format!r}, but must be {expected}."
+            raise RequestError(what, param="response_format", code="invalid_value")
+
+
+class GrammarConstraint:
+    """One answer's place in its grammar. The matcher may know more tokens than the model's ``vocab_size``."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, seen: int = 0) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._seen = seen
+
+    def __call__(self, tokens: list[int]) -> bytes:
+        """Take in what was drawn since last asked; a byte a token: 0 where the grammar cannot go on with it.
+
+        Raises ValueError where llguidance gives up.
+        """
+        if not self._matcher.is_stopped():
+            self._matcher.consume_tokens(tokens[self._seen :])
+        self._seen = len(tokens)
+        allowed = self._matcher.compute_logit_bias()
+        if self._matcher.is_error():
+            raise ValueError(_fault(self._matcher))
+        return allowed[: self._vocab_size]
+
+    def copy(self) -> GrammarConstraint:
+        """The same place, for an answer that goes on by itself from here."""
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._seen)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model's tokens, and keeps the latest ones. Several threads may call it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
+        """``vocab_size``: the model's, which may be more than the tokenizer's tokens, or fewer."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_ids = sorted(end_ids)
+        self._tokens: LLTokenizer | None = None
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def constrain(self, params: SamplingParams, grammar: Grammar) -> SamplingParams:
+        """``params`` whose answers are held to ``grammar``.
+
+        Raises RequestError for a grammar that cannot be compiled, and for answers that are to go on beyond
+        its end or are constrained already.
+        """
+        _require_open_end(params, grammar)
+        return replace(params, constraint=self.compile(grammar))
+
+    def is_kept(self, grammar: Grammar) -> bool:
+        """Whether it has been compiled already, so that ``constrain`` takes no time."""
+        return grammar.text in self._kept
+
+    def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
+        """What makes an answer's constraint.
+
+        Raises RequestError for a grammar that cannot be compiled, ConfigError if no token ends an answer.
+        """
+        with self._lock:
+            matcher = self._kept.get(grammar.text)
+        if matcher is None:
+            matcher = self._compiled(grammar)
+        with self._lock:
+            self._kept[grammar.text] = matcher
+            self._kept.move_to_end(grammar.text)
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return GrammarConstraint(matcher, self._vocab_size).copy
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        matcher = LLMatcher(self._own_tokens(), grammar.text, log_level=0)
+        _require_sound(matcher, grammar.param)
+        trial = matcher.deep_copy()
+        trial.compute_logit_bias()  # the first mask takes longest, and tells what compiling did not
+        _require_sound(trial, grammar.param)
+        return matcher
+
+    def _own_tokens(self) -> LLTokenizer:
+        """The vocabulary in llguidance's form, made at the first need: that takes a moment."""
+        with self._lock:
+            if self._tokens is None:
+                if not self._end_ids:
+                    what = "The model names no end token, so that an answer in a form could not end."
+                    raise ConfigError(what)
+                known = max(self._vocab_size, self._tokenizer.vocab_size)
+                self._tokens = LLTokenizer(self._tokenizer.to_json(), n_vocab=known, eos_token=self._end_ids)
+            return self._tokens
+
+
+def _require_open_end(params: SamplingParams, grammar: Grammar) -> None:
+    """Raise RequestError if answers are to go on beyond ``grammar``'s end, or have a constraint already."""
+    param = grammar.param
+    if params.constraint is not None:
+        what = f"{param} and a constraint were both given; an answer can be held to one of them."
+        raise RequestError(what, param=param, code="invalid_value")
+    for late in ("min_tokens", "ignore_eos"):
+        if getattr(params, late):
+            what = f"{param} ends where the form does: min_tokens and ignore_eos cannot put that off."
+            raise RequestError(what, param=late, code="invalid_value")
+
+
+def _fault(matcher: LLMatcher) -> str:
+    """What is wrong, without the parser's inner state that llguidance puts after it."""
+    told = matcher.get_error().partition("\n<state>")[0]
+    return "no finite answer satisfies it" if told == "NoExtensionBias" else told
+
+
+def _require_sound(matcher: LLMatcher, param: str) -> None:
+    if matcher.is_error():
+        raise RequestError(f"{param}: {_fault(matcher)}", param=param, code="invalid_form")
+
+
+def _require_small(text: str, param: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        what = f"{param} has half of a surrogate pair, which is no character: {error}."
+        raise RequestError(what, param=param, code="invalid_value") from error
+    if size > MAX_GRAMMAR_BYTES:
+        what = f"{param} has {size} bytes, but may have at most {MAX_GRAMMAR_BYTES}."
+        raise RequestError(what, param=param, code="too_complex")
