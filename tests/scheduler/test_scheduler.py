@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from math import inf
 from typing import Any
 
 import pytest
 
-from tiny_llm.data import Advance, Output, Plan, SamplingParams, Sequence
+from tiny_llm.data import Advance, Output, Plan, PlanItem, SamplingParams, Sequence
 from tiny_llm.errors import BusyError, CapacityError, ConfigError, RequestError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.scheduler.scheduler import Scheduler
@@ -184,7 +185,7 @@ def test_a_swapped_sequence_comes_back_from_the_host() -> None:
 
 def test_forks_share_a_prompt_and_go_their_own_ways() -> None:
     scheduler = make()
-    scheduler.add(request(0, length=6))
+    scheduler.add(request(0, length=6, most=8))
     plan = scheduler.schedule()
     forks = (Advance(10, (21,)), Advance(11, (22,), "stop"))
     advance = Advance(0, (20,), None, forks)
@@ -268,7 +269,7 @@ def test_what_ended_while_its_step_ran_is_passed_over() -> None:
 def test_after_a_failed_step_the_others_start_over() -> None:
     scheduler = make(max_num_batched_tokens=8, max_num_seqs=2)
     scheduler.add(request(0, length=8))
-    scheduler.add(request(1, length=8))
+    scheduler.add(request(1, length=8, most=8))
     step(scheduler)
     plan = scheduler.schedule()
     plan.items[:] = [item for item in plan.items if item.seq_id == 0]
@@ -290,3 +291,20 @@ def test_many_more_than_may_run_are_all_served_in_order() -> None:
             plan, [Advance(i.seq_id, (1,), "length" if ends[i.seq_id] else None) for i in plan.items]
         )
     assert first == list(range(100))
+
+
+def test_a_step_that_cannot_be_planned_ahead_leaves_no_copy_for_another_plan() -> None:
+    """The first of two answers needs a copy of the block that they share, the third sequence a block of its own."""
+    scheduler = make(blocks=5)
+    scheduler.add(request(0, length=6, most=8))
+    scheduler.add(request(1, length=8, most=8))
+    plan = scheduler.schedule()
+    fork = Advance(2, (5,))
+    scheduler.commit(plan, [Advance(0, (4,), forks=(fork,)), Advance(1, (4,))])
+    held = [
+        PlanItem(seq_id, array("i", (4,)), start - 1, array("i"), 1)
+        for seq_id, start in ((0, 6), (2, 6), (1, 8))
+    ]
+    assert scheduler.blocks.available == 1
+    assert scheduler.follow(Plan(held, 5, [], [], [], decodes=3), ()) is None
+    assert not any(scheduler.blocks.drain()) and scheduler.blocks.available == 1

@@ -70,7 +70,10 @@ class Model:
             (plan.swap_in, self.host, self.slots),
         ):
             assert len({new for _, new in pairs}) == len(pairs), "two moves to one place"
+            written: set[int] = set()
             for old, new in pairs:
+                assert source is not target or old not in written, "what one copy writes, another reads"
+                written.add(new)
                 target[new * SIZE : (new + 1) * SIZE] = source[old * SIZE : (old + 1) * SIZE]
 
     def spoil(self, item: PlanItem) -> None:
@@ -260,6 +263,7 @@ class Traffic(RuleBasedStateMachine):
             leaving = {advance.seq_id for advance in advances if advance.finish_reason == "length"}
             self.ahead = self.scheduler.follow(plan, leaving)
             self.seen["ahead"] += self.ahead is not None
+            assert not any(self.scheduler.blocks.drain()), "a move is left for another plan"
         for advance in self.scheduler.commit(plan, advances):
             if child := self.scheduler.sequence(advance.seq_id):
                 self.live[advance.seq_id] = child

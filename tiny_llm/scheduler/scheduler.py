@@ -154,17 +154,19 @@ class Scheduler:
         admits = self.num_waiting and self.num_running < self.settings.max_num_seqs
         if plan.decodes != self.num_running or plan.chunk_tokens or admits:
             return None
-        items, context = [], 0
+        items, growing, context = [], [], 0
         for seq_id, _, last, _, _ in plan.items:
             entry, start = self._entries[seq_id], last + 1
             if seq_id in leaving:
                 continue
-            if start >= entry.table.writable and not self.blocks.reserve(entry.table, start, start + 1):
-                return None
+            if start >= entry.table.writable:
+                growing.append((entry.table, start))
             items.append(PlanItem(seq_id, _UNKNOWN, start, entry.table.blocks, 1))
             context += start
-        if not items:
-            return None
+        if not items or len(growing) > self.blocks.available:
+            return None  # with nothing reserved: what is to be copied must not be left for another plan
+        for table, start in growing:
+            assert self.blocks.reserve(table, start, start + 1), "one token takes one block at most"
         swap_out, copies, swap_in = self.blocks.drain()
         return Plan(items, self.blocks.capacity, swap_out, copies, swap_in, len(items), context)
 
