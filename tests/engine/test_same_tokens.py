@@ -108,6 +108,23 @@ def test_64_others_change_no_token(llm: LLM) -> None:
     assert together(llm, settings, asks) == alone(llm, asks)
 
 
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_swap_brings_back_the_keys_and_values_that_went_out(
+    stories260k: Path, backend: str, async_scheduling: bool
+) -> None:
+    """The copy to the host was evaluated when others had written the blocks: three of six answers changed."""
+    llm = LLM(stories260k, dtype="float32", backend=backend)
+    beginnings = ("Once upon a time", "Lily had a", "The dog", "A big red", "Tom and Sam", "One day")
+    prompts = [llm.tokenizer.encode(text) for text in beginnings]
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    swap = SchedulerSettings(preemption="swap")
+    small = EngineSettings(kv_blocks=24, host_blocks=64, async_scheduling=async_scheduling, scheduler=swap)
+    tight, roomy = llm.with_engine(small), llm.with_engine(EngineSettings(kv_blocks=512))
+    expected = [answer.token_ids for answer in roomy.generate(prompts, params)]
+    assert [answer.token_ids for answer in tight.generate(prompts, params)] == expected
+    assert tight.engine.scheduler.preempted["swap"] > 1, "the pool is too large to show anything"
+
+
 @pytest.mark.parametrize("policy", ["recompute", "swap"])
 def test_preemption_happens_here(llm: LLM, policy: str) -> None:
     """The two above prove nothing unless the pool is too small for them."""

@@ -154,6 +154,7 @@ class Engine:
             config.head_dim,
             block_size=settings.block_size,
             max_blocks=settings.kv_blocks,
+            host_blocks=settings.host_blocks,
             dtype=kv_dtype,
         )
         blocks = BlockManager(

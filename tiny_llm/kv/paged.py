@@ -23,16 +23,26 @@ Pool = tuple[mx.array, mx.array]
 class PagedCache:
     """Keys and values of many sequences, in blocks of ``block_size`` tokens. Satisfies ``data.KVCache``.
 
-    ``heads`` K and ``head_dim`` D are the model's; ``dtype`` is what is stored.
+    ``heads`` K and ``head_dim`` D are the model's; ``dtype`` is what is stored. ``max_blocks`` is what the
+    pool may grow to, ``host_blocks`` what those who are swapped out may take beside it.
     """
 
     def __init__(
-        self, num_layers: int, heads: int, head_dim: int, *, block_size: int, max_blocks: int, dtype: mx.Dtype
+        self,
+        num_layers: int,
+        heads: int,
+        head_dim: int,
+        *,
+        block_size: int,
+        max_blocks: int,
+        host_blocks: int = 0,
+        dtype: mx.Dtype,
     ) -> None:
         self.block_size = block_size
         self._shape = (heads, head_dim, block_size)
         self._dtype = dtype
         self._max_blocks = max_blocks
+        self._host_blocks = host_blocks
         self._num_layers = num_layers
         self._layers: list[Pool] = []
         self._host: list[Pool] = []
@@ -65,16 +75,20 @@ class PagedCache:
         self._layers, self._host = [], []
 
     def prepare(self, plan: Plan) -> None:
-        """Grow to the plan's blocks, then swap out, copy and swap in as it says."""
-        self._layers = self._sized(self._layers, plan.num_blocks)
+        """Grow to the plan's blocks, then swap out, copy and swap in as it says.
+
+        The moves are done, or under way ahead of all that follows, when this returns: the next to write
+        the pool writes it where it lies, and waits for nobody who only means to read it.
+        """
+        self._layers = self._sized(self._layers, plan.num_blocks, self._max_blocks)
         if plan.swap_out:
             most = 1 + max(slot for _, slot in plan.swap_out)
-            self._host = self._sized(self._host, max(most, _blocks(self._host)))
-            self._host = _copied(self._layers, self._host, plan.swap_out)
+            self._host = self._sized(self._host, self._host_room(most), self._host_blocks)
+            _move(self._layers, self._host, plan.swap_out)
         if plan.copies:
-            self._layers = _copied(self._layers, self._layers, plan.copies)
+            _move(self._layers, self._layers, plan.copies)
         if plan.swap_in:
-            self._layers = _copied(self._host, self._layers, plan.swap_in)
+            _move(self._host, self._layers, plan.swap_in)
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Write k, v [T, K, D] to their slots; return q's attention [T, H, D] over its sequence so far."""
@@ -83,9 +97,14 @@ class PagedCache:
         self._layers[layer] = (pool[0], pool[1])
         return out
 
-    def _sized(self, pools: list[Pool], blocks: int) -> list[Pool]:
+    def _host_room(self, blocks: int) -> int:
+        """Blocks that the host is to have for ``blocks``: at least doubled, so that growing is rare."""
+        has = _blocks(self._host)
+        return has if blocks <= has else min(max(blocks, 2 * has), self._host_blocks)
+
+    def _sized(self, pools: list[Pool], blocks: int, most: int) -> list[Pool]:
         if not pools:
-            one = (self._shape, blocks, self._max_blocks, self._dtype)
+            one = (self._shape, blocks, most, self._dtype)
             return [empty_pool(*one) for _ in range(self._num_layers)]
         if _blocks(pools) >= blocks:
             return pools
@@ -96,6 +115,11 @@ def _blocks(pools: list[Pool]) -> int:
     return pools[0][0].shape[0] if pools else 0
 
 
-def _copied(source: list[Pool], target: list[Pool], pairs: Sequence[tuple[int, int]]) -> list[Pool]:
+def _move(source: list[Pool], target: list[Pool], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks (from, to) in each layer; no pair reads what an earlier one has written."""
+    assert max(old for old, _ in pairs) < _blocks(source), "a block that is not there is moved"
+    assert max(new for _, new in pairs) < _blocks(target), "a block is moved to where none is"
     moved = mx.array(list(pairs), mx.int32)
-    return [copy_blocks(old, new, moved) for old, new in zip(source, target, strict=True)]
+    for layer, old in enumerate(source):
+        target[layer] = copy_blocks(old, target[layer], moved)
+    mx.async_eval([list(pool) for pool in target])  # type: ignore[no-untyped-call]  # MLX's stubs lack its types

@@ -49,14 +49,20 @@ def resize_pool(pool: Pool, blocks: int) -> Pool:
 
 
 def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
-    """``target`` with ``source``'s blocks ``pairs[:, 0]`` in its blocks ``pairs[:, 1]``; perhaps in place."""
+    """``target`` with ``source``'s blocks ``pairs[:, 0]`` in its blocks ``pairs[:, 1]``; perhaps in place.
+
+    On backend "cpu" it is to be evaluated before anything else is told to write ``source``.
+    """
     if active() == "cpu":
         return (
             cpu.copy_blocks(source[0], target[0], pairs),
             cpu.copy_blocks(source[1], target[1], pairs),
         )
     for old, new in zip(source, target, strict=True):
-        new[pairs[:, 1]] = old[pairs[:, 0]]
+        blocks = old[pairs[:, 0]]
+        mx.eval(blocks)  # whoever has yet to read a pool keeps it from being written where it lies
+        new[pairs[:, 1]] = blocks
+        mx.eval(new)
     return target
 
 
