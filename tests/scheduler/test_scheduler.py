@@ -294,7 +294,7 @@ def test_many_more_than_may_run_are_all_served_in_order() -> None:
 
 
 def test_a_step_that_cannot_be_planned_ahead_leaves_no_copy_for_another_plan() -> None:
-    """The first of two answers needs a copy of the block that they share, the third sequence a block of its own."""
+    """One of two answers needs a copy of the block that they share, the other sequence one more block."""
     scheduler = make(blocks=5)
     scheduler.add(request(0, length=6, most=8))
     scheduler.add(request(1, length=8, most=8))
