@@ -21,6 +21,4 @@ def keep_allowed(logits: mx.array, allowed: Sequence[bytes | None]) -> mx.array:
     everything = b"\xff" * vocab
     joined = b"".join(everything if mask is None else mask for mask in allowed)
     mask = mx.array(memoryview(joined)).reshape(rows, vocab)  # type: ignore[arg-type]
-    # A minimum takes a seventh of the time of ``where``, which is not vectorised on a CPU.
-    most = (mask.astype(mx.float32) - 0.5) * mx.inf
-    return mx.minimum(logits.astype(mx.float32), most)
+    return mx.where(mask, logits.astype(mx.float32), -mx.inf)
