@@ -1,4 +1,4 @@
-"""main.py doctor: backends, and choices as they were stored."""
+"""main.py doctor: backends, and measurements as they were stored."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from tiny_llm.cli import app
+from tiny_llm.ops.autotune import Autotuner, about_this_machine, autotuner
 from tiny_llm.ops.backend import BACKENDS
-from tiny_llm.ops.select import Choices, about_this_machine, choices
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choices.cache_clear()
+    autotuner.cache_clear()
     yield
-    choices.cache_clear()
+    autotuner.cache_clear()
 
 
 def doctor() -> str:
@@ -35,7 +35,9 @@ def test_each_backend_is_there_or_why_not() -> None:
 
 
 def test_what_was_measured_is_printed(tmp_path: Path) -> None:
-    stored = Choices(tmp_path / "tiny_llm" / "choices.json", about_this_machine(), lambda call: float(call()))  # type: ignore[arg-type]
+    stored = Autotuner(
+        tmp_path / "tiny_llm" / "autotune.json", about_this_machine(), lambda call: float(call())
+    )  # type: ignore[arg-type]
     stored.ours("rms_norm 1536 bfloat16", lambda: 2e-5, lambda: 1e-5, lambda: True)
     stored.ours("rms_norm 896 bfloat16", lambda: 2e-5, lambda: 1e-5, lambda: False)
     lines = doctor().splitlines()

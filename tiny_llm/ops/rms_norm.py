@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from tiny_llm.ops.autotune import autotuner
 from tiny_llm.ops.backend import active, cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
-from tiny_llm.ops.select import choices
 
 
 def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -74,7 +74,7 @@ def _ours(width: int, dtype: mx.Dtype) -> bool:
     def theirs() -> mx.array:
         return mx.fast.rms_norm(rows(1), weight, 1e-6)
 
-    return choices().ours(f"rms_norm {width} {dtype}", ours, theirs, keeps_bits)
+    return autotuner().ours(f"rms_norm {width} {dtype}", ours, theirs, keeps_bits)
 
 
 def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: int) -> list[mx.array]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import typer
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.ops.autotune import about_this_machine, autotuner
 from tiny_llm.ops.backend import BACKENDS, active, choose
-from tiny_llm.ops.select import about_this_machine, choices
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
 
@@ -27,12 +27,12 @@ def report() -> Iterator[str]:
     yield f"backend   {active()}"
     for name in BACKENDS:
         yield f"  {name:<9} {_state(name)}"
-    measured = choices().known()
+    measured = autotuner().known()
     yield "kernels   ours or MLX's own, as measured here" + ("" if measured else ": nothing measured yet")
-    for case, choice in measured.items():
-        times = f"ours {choice.ours_us:.0f} us, MLX {choice.theirs_us:.0f} us"
-        bits = "" if choice.theirs_keeps_bits else ", whose bits depend on other rows"
-        yield f"  {case:<40} {'ours' if choice.ours else 'MLX'}: {times}{bits}"
+    for case, found in measured.items():
+        times = f"ours {found.ours_us:.0f} us, MLX {found.theirs_us:.0f} us"
+        bits = "" if found.theirs_keeps_bits else ", whose bits depend on other rows"
+        yield f"  {case:<40} {'ours' if found.ours else 'MLX'}: {times}{bits}"
 
 
 def _state(name: str) -> str:

@@ -33,7 +33,7 @@ BUDGET = 1.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class Measurement:
     """What was measured of a case: microseconds a call, and whether MLX's op keeps a row's bits."""
 
     ours_us: float
@@ -53,8 +53,8 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - began
 
 
-class Choices:
-    """The choices for one device, in the file ``path``; any thread may ask.
+class Autotuner:
+    """What was measured on one device, in the file ``path``; any thread may ask.
 
     ``about`` names what they hold for. ``timer`` gives the seconds of a call.
     """
@@ -67,9 +67,9 @@ class Choices:
         self._timer = timer
         self._lock = Lock()
         self._spent = 0.0
-        self._known: dict[str, Choice] | None = None
+        self._known: dict[str, Measurement] | None = None
 
-    def known(self) -> dict[str, Choice]:
+    def known(self) -> dict[str, Measurement]:
         """Each case that was measured, by its name."""
         with self._lock:
             return dict(self._loaded())
@@ -88,36 +88,41 @@ class Choices:
                 self._save()
             return known[case].ours
 
-    def _measured(self, ours: Call, theirs: Call, keeps_bits: Callable[[], bool]) -> Choice:
+    def _measured(self, ours: Call, theirs: Call, keeps_bits: Callable[[], bool]) -> Measurement:
         """Medians of turns, after a first that compiles; at least of one."""
-        turns: list[tuple[float, float]] = []
-        while len(turns) < 2 or (len(turns) <= _TURNS and self._spent < BUDGET):
-            turns.append((self._timer(ours), self._timer(theirs)))
-            self._spent += sum(turns[-1])
-        ours_s, theirs_s = (median(times) for times in zip(*turns[1:], strict=True))
-        return Choice(1e6 * ours_s, 1e6 * theirs_s, keeps_bits())
+        ours_s: list[float] = []
+        theirs_s: list[float] = []
+        while len(ours_s) < 2 or (len(ours_s) <= _TURNS and self._spent < BUDGET):
+            # In turns, so that a machine that slows down does so for both.
+            ours_s.append(self._timer(ours))
+            theirs_s.append(self._timer(theirs))
+            self._spent += ours_s[-1] + theirs_s[-1]
+        return Measurement(1e6 * median(ours_s[1:]), 1e6 * median(theirs_s[1:]), keeps_bits())
 
-    def _loaded(self) -> dict[str, Choice]:
+    def _loaded(self) -> dict[str, Measurement]:
         if self._known is None:
             self._known = self._read()
         return self._known
 
-    def _read(self) -> dict[str, Choice]:
+    def _read(self) -> dict[str, Measurement]:
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
             if stored["about"] != self._about:
                 return {}
-            found = {str(case): Choice(**values) for case, values in stored["choices"].items()}
+            found = {str(case): Measurement(**values) for case, values in stored["measured"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
-        sound = (isinstance(n, int | float) for c in found.values() for n in (c.ours_us, c.theirs_us))
-        return found if all(sound) else {}
+        # A file that someone has edited may hold text where a number should be.
+        for case in found.values():
+            if not isinstance(case.ours_us, int | float) or not isinstance(case.theirs_us, int | float):
+                return {}
+        return found
 
     def _save(self) -> None:
         """Replace the file as a whole, with what another process has found meanwhile."""
         self._known = self._read() | self._loaded()
-        cases = {case: asdict(choice) for case, choice in sorted(self._known.items())}
-        text = json.dumps({"about": self._about, "choices": cases}, indent=1)
+        cases = {case: asdict(measured) for case, measured in sorted(self._known.items())}
+        text = json.dumps({"about": self._about, "measured": cases}, indent=1)
         with suppress(OSError):  # a cache that cannot be written costs a measurement, no more
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
@@ -127,10 +132,10 @@ class Choices:
 
 
 @cache
-def choices() -> Choices:
+def autotuner() -> Autotuner:
     """Those of this machine's device."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Choices(Path(base) / "tiny_llm" / "choices.json", about_this_machine())
+    return Autotuner(Path(base) / "tiny_llm" / "autotune.json", about_this_machine())
 
 
 def about_this_machine() -> dict[str, str]:

@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.metalsim.build import why_not
-from tiny_llm.ops import backend, metal, select
+from tiny_llm.ops import autotune, backend, metal
 from tiny_llm.ops import rms_norm as norms
-from tiny_llm.ops.select import Call, Choices
+from tiny_llm.ops.autotune import Autotuner, Call
 
 ABOUT = {"device": "M9", "mlx": "1", "kernels": "abc"}
 
@@ -31,11 +31,11 @@ class Timer:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "choices.json"
+    return tmp_path / "deep" / "autotune.json"
 
 
-def ask(choices: Choices, ours: float, theirs: float, *, case: str = "norm", bits: bool = True) -> bool:
-    return choices.ours(case, lambda: ours, lambda: theirs, lambda: bits)
+def ask(tuner: Autotuner, ours: float, theirs: float, *, case: str = "norm", bits: bool = True) -> bool:
+    return tuner.ours(case, lambda: ours, lambda: theirs, lambda: bits)
 
 
 @pytest.mark.parametrize(
@@ -50,32 +50,32 @@ def ask(choices: Choices, ours: float, theirs: float, *, case: str = "norm", bit
 def test_the_faster_runs_if_a_rows_bits_stay(
     path: Path, ours: float, theirs: float, bits: bool, expected: bool
 ) -> None:
-    assert ask(Choices(path, ABOUT, Timer()), ours, theirs, bits=bits) is expected
+    assert ask(Autotuner(path, ABOUT, Timer()), ours, theirs, bits=bits) is expected
 
 
 def test_a_case_is_measured_once_and_remembered(path: Path) -> None:
     timer = Timer()
-    first = Choices(path, ABOUT, timer)
+    first = Autotuner(path, ABOUT, timer)
     assert not ask(first, 3e-3, 1e-3)
     measured = timer.calls
     assert not ask(first, 1e-3, 3e-3), "as it was measured"
-    assert not ask(Choices(path, ABOUT, timer), 1e-3, 3e-3), "by the next process too"
+    assert not ask(Autotuner(path, ABOUT, timer), 1e-3, 3e-3), "by the next process too"
     assert timer.calls == measured
     assert ask(first, 1e-3, 3e-3, case="another")
-    assert set(Choices(path, ABOUT).known()) == {"norm", "another"}
+    assert set(Autotuner(path, ABOUT).known()) == {"norm", "another"}
 
 
 def test_the_first_call_which_compiles_counts_for_nothing(path: Path) -> None:
     times: Iterator[float] = iter([0.5, 1e-3] + [1e-3, 2e-3] * 5)
-    choices = Choices(path, ABOUT, lambda _: next(times))
-    assert ask(choices, 0, 0)
-    assert choices.known()["norm"].ours_us == pytest.approx(1000)
+    tuner = Autotuner(path, ABOUT, lambda _: next(times))
+    assert ask(tuner, 0, 0)
+    assert tuner.known()["norm"].ours_us == pytest.approx(1000)
 
 
 @pytest.mark.parametrize("what", ["device", "mlx", "kernels"])
-def test_choices_for_something_else_are_made_anew(path: Path, what: str) -> None:
-    ask(Choices(path, ABOUT, Timer()), 3e-3, 1e-3)
-    other = Choices(path, {**ABOUT, what: "new"}, Timer())
+def test_measurements_of_something_else_are_made_anew(path: Path, what: str) -> None:
+    ask(Autotuner(path, ABOUT, Timer()), 3e-3, 1e-3)
+    other = Autotuner(path, {**ABOUT, what: "new"}, Timer())
     assert other.known() == {}
     assert ask(other, 1e-3, 3e-3)
     assert json.loads(path.read_text())["about"][what] == "new"
@@ -84,55 +84,55 @@ def test_choices_for_something_else_are_made_anew(path: Path, what: str) -> None
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "{", "[]", "null", '{"about": 1}', '{"about": %s}', '{"about": %s, "choices": []}'),
-        *('{"about": %s, "choices": {"norm": 3}}', '{"about": %s, "choices": {"norm": {"ours_us": 1}}}'),
-        '{"about": %s, "choices": {"norm": {"ours_us": "x", "theirs_us": 1, "theirs_keeps_bits": true}}}',
+        *("", "{", "[]", "null", '{"about": 1}', '{"about": %s}', '{"about": %s, "measured": []}'),
+        *('{"about": %s, "measured": {"norm": 3}}', '{"about": %s, "measured": {"norm": {"ours_us": 1}}}'),
+        '{"about": %s, "measured": {"norm": {"ours_us": "x", "theirs_us": 1, "theirs_keeps_bits": true}}}',
     ],
 )
 def test_a_file_that_is_broken_is_written_anew(path: Path, text: str) -> None:
     path.parent.mkdir()
     path.write_text(text.replace("%s", json.dumps(ABOUT)))
-    assert not ask(Choices(path, ABOUT, Timer()), 3e-3, 1e-3)
-    assert not Choices(path, ABOUT).known()["norm"].ours
+    assert not ask(Autotuner(path, ABOUT, Timer()), 3e-3, 1e-3)
+    assert not Autotuner(path, ABOUT).known()["norm"].ours
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
 
 
 def test_bytes_that_are_no_text_are_as_no_file(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\x00")
-    assert Choices(path, ABOUT).known() == {}
+    assert Autotuner(path, ABOUT).known() == {}
 
 
 def test_measuring_ends_after_a_second(path: Path) -> None:
     timer = Timer()
-    choices = Choices(path, ABOUT, timer)
-    assert not ask(choices, 0.7, 0.6, case="slow")
+    tuner = Autotuner(path, ABOUT, timer)
+    assert not ask(tuner, 0.7, 0.6, case="slow")
     assert timer.calls == 4, "a turn that compiles, and one that counts"
-    assert ask(choices, 3e-3, 1e-3), "ours, for now"
+    assert ask(tuner, 3e-3, 1e-3), "ours, for now"
     assert timer.calls == 4
-    assert set(Choices(path, ABOUT).known()) == {"slow"}, "what was not measured is not remembered"
+    assert set(Autotuner(path, ABOUT).known()) == {"slow"}, "what was not measured is not remembered"
 
 
 def test_a_folder_that_cannot_be_made_costs_no_answer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    choices = Choices(tmp_path / "file" / "choices.json", ABOUT, Timer())
-    assert not ask(choices, 3e-3, 1e-3)
-    assert not ask(choices, 1e-3, 3e-3)
+    tuner = Autotuner(tmp_path / "file" / "autotune.json", ABOUT, Timer())
+    assert not ask(tuner, 3e-3, 1e-3)
+    assert not ask(tuner, 1e-3, 3e-3)
 
 
-def test_two_processes_keep_each_others_choices(path: Path) -> None:
-    one, other = Choices(path, ABOUT, Timer()), Choices(path, ABOUT, Timer())
+def test_two_processes_keep_each_others_measurements(path: Path) -> None:
+    one, other = Autotuner(path, ABOUT, Timer()), Autotuner(path, ABOUT, Timer())
     assert one.known() == other.known() == {}
     ask(one, 3e-3, 1e-3, case="one")
     ask(other, 3e-3, 1e-3, case="other")
-    assert set(Choices(path, ABOUT).known()) == {"one", "other"}
+    assert set(Autotuner(path, ABOUT).known()) == {"one", "other"}
 
 
 def test_threads_measure_a_case_once(path: Path) -> None:
     timer = Timer()
-    choices = Choices(path, ABOUT, timer)
+    tuner = Autotuner(path, ABOUT, timer)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: ask(choices, 3e-3, 1e-3), range(40)))
+        answers = list(pool.map(lambda _: ask(tuner, 3e-3, 1e-3), range(40)))
     assert answers == [False] * 40
     assert timer.calls == 12
 
@@ -140,11 +140,11 @@ def test_threads_measure_a_case_once(path: Path) -> None:
 def test_this_machine_is_known_by_its_device_mlx_and_our_text(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = select.about_this_machine()
+    before = autotune.about_this_machine()
     assert all(before.values()) and set(before) == set(ABOUT)
     (tmp_path / "new.metal").write_text("// other text")
-    monkeypatch.setattr(select, "folder", lambda: tmp_path)
-    after = select.about_this_machine()
+    monkeypatch.setattr(autotune, "folder", lambda: tmp_path)
+    after = autotune.about_this_machine()
     assert after["kernels"] != before["kernels"] and after["device"] == before["device"]
 
 
@@ -156,9 +156,9 @@ def test_the_norm_is_the_one_that_was_faster(
     if reason := why_not():
         pytest.skip(reason)
     x, weight = mx.random.normal((3, 96), key=mx.random.key(0)), mx.ones(96)
-    made = Choices(path, ABOUT, lambda call: 1e-3 if call.__name__ == faster else 2e-3)  # type: ignore[attr-defined]
+    made = Autotuner(path, ABOUT, lambda call: 1e-3 if call.__name__ == faster else 2e-3)  # type: ignore[attr-defined]
     monkeypatch.setattr(norms, "active", lambda: "metal")
-    monkeypatch.setattr(norms, "choices", lambda: made)
+    monkeypatch.setattr(norms, "autotuner", lambda: made)
     with backend.use("metalsim"), metal.watch() as dispatched:
         out = norms.rms_norm(x, weight, 1e-6)
     assert mx.allclose(out, norms.rms_norm_ref(x, weight, 1e-6), rtol=1e-5, atol=1e-6).item()
