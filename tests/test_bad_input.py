@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tiny_llm import cli
+from tiny_llm.commands import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,7 +183,7 @@ def test_a_bug_of_ours_is_called_one(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in two\nlines")
 
-    monkeypatch.setattr(cli, "LLM", fail)
+    monkeypatch.setattr(loading, "LLM", fail)
     assert cli.main(["generate", "--prompt", "Hello"]) == 1
     _, err = capsys.readouterr()
     assert err == "error: ZeroDivisionError: in two lines (this is a bug; --debug shows where)\n"

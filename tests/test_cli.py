@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(ROOT / "main.py")]
 KEYS = [
     "model",
+    "index",
     "text",
     "token_ids",
     "finish_reason",
     "prompt_tokens",
     "completion_tokens",
     "ttft_s",
+    "logprobs",
     "prefill_tok_s",
     "decode_tok_s",
     "peak_memory_bytes",
@@ -348,13 +350,16 @@ def test_generate_in_a_terminal_needs_a_prompt() -> None:
 
 def test_large_weights_show_a_bar_that_goes_away() -> None:
     """Seen by a small model, once the border between small and large is moved."""
-    code = "from tiny_llm import cli; cli.LARGE_BYTES = 1; cli.main(['generate', '-p', 'Hi', '-n', '3'])"
+    code = (
+        "from tiny_llm import cli; from tiny_llm.commands import loading; loading.LARGE_BYTES = 1; "
+        "cli.main(['generate', '-p', 'Hi', '-n', '3'])"
+    )
     environment = {**os.environ, "TERM": "xterm"}  # a dumb terminal shows no bar
     child = pexpect.spawn(
         sys.executable, ["-c", code], env=environment, cwd=str(ROOT), encoding="utf-8", timeout=60
     )
     child.expect("Loading.*MB")
-    child.expect_exact("\x1b[1A\x1b[2K")  # a line up, and that line cleared
+    child.expect_exact("\r\x1b[K")  # back to its beginning, and the line cleared
     child.expect("tok/s")
     child.expect(pexpect.EOF)
     child.close()

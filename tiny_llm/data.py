@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-from tiny_llm.errors import RequestError
+from tiny_llm.sampling_params import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:  # the scheduler's side of the house reads this file without mlx
     import mlx.core as mx
@@ -22,115 +22,6 @@ if TYPE_CHECKING:  # the scheduler's side of the house reads this file without m
 FinishReason = Literal["stop", "length"]
 EndReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
 """Why a sequence ended: a FinishReason, or what happened to it on the way."""
-LogitsProcessor: TypeAlias = "Callable[[list[int], mx.array], mx.array]"
-"""(tokens so far, prompt included; logits float32 [V]) -> logits [V] to choose from."""
-
-Constraint: TypeAlias = "Callable[[list[int]], bytes]"
-"""(the answer's tokens so far) -> a byte for each of V tokens, 0 for those that may not come next."""
-
-
-MOST = 2**31
-"""Token ids and counts are below it, so that a kernel's integer holds them."""
-
-
-def _require(ok: bool, name: str, given: object, expected: str) -> None:
-    if not ok:
-        raise RequestError(f"{name} is {given!r}, but must be {expected}.", param=name)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens and when to stop.
-
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
-    ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
-    ``logprobs`` n reports the chosen token's log-probability and the n likeliest, ``prompt_logprobs``
-    those of the prompt's tokens, which are all computed then. ``n`` answers are drawn for one prompt.
-    No end before ``min_tokens``.
-
-    ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
-    multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
-    for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
-    ``logit_bias`` {token id: what to add}. Then ``processors`` change the row, one after the other.
-    ``constraint`` makes what bans tokens at the end, one for each answer, as it remembers where that is.
-
-    Raises RequestError for a value out of range, NaN and infinity included. Whether an id is in the
-    vocabulary is for whoever knows the model to check: see ``require_known``.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    n: int = 1
-    min_tokens: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    processors: tuple[LogitsProcessor, ...] = ()
-    constraint: Callable[[], Constraint] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "processors"):
-            given = getattr(self, name)
-            _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
-            object.__setattr__(self, name, tuple(given))
-        _check_params(self)
-        if self.logit_bias is not None:  # the caller's own may change after it was checked
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-
-
-def _check_params(p: SamplingParams) -> None:
-    def whole(value: object, least: int, end: int = MOST) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
-
-    def between(value: float, low: float, high: float) -> bool:
-        return isinstance(value, (int, float)) and low <= value <= high  # NaN is in no range
-
-    _require(whole(p.max_tokens, 1), "max_tokens", p.max_tokens, "a whole number of at least 1")
-    _require(between(p.temperature, 0, 100), "temperature", p.temperature, "a number from 0 (greedy) to 100")
-    _require(whole(p.top_k, 0), "top_k", p.top_k, "a whole number, 0 meaning off")
-    _require(between(p.top_p, 0, 1) and p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
-    _require(between(p.min_p, 0, 1), "min_p", p.min_p, "from 0 to 1")
-    _require(p.seed is None or whole(p.seed, 0, 2**64), "seed", p.seed, "from 0 to 2**64 - 1")
-    for name in ("logprobs", "prompt_logprobs"):
-        count = getattr(p, name)
-        _require(count is None or whole(count, 0), name, count, "a whole number, or None")
-    _require(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "strings that are not empty")
-    _require(all(whole(i, 0) for i in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "token ids")
-    _require(whole(p.n, 1), "n", p.n, "a whole number of at least 1")
-    _require(whole(p.min_tokens, 0), "min_tokens", p.min_tokens, "a whole number, 0 meaning none")
-    factor = p.repetition_penalty
-    _require(between(factor, 0, 100) and factor > 0, "repetition_penalty", factor, "above 0, 1 meaning off")
-    for name in ("presence_penalty", "frequency_penalty"):
-        _require(between(getattr(p, name), -2, 2), name, getattr(p, name), "a number from -2 to 2")
-    biases = p.logit_bias or {}
-    _require(
-        isinstance(biases, Mapping) and all(whole(i, 0) and between(b, -1e4, 1e4) for i, b in biases.items()),
-        "logit_bias",
-        p.logit_bias,
-        "a mapping of token ids to numbers",
-    )
-    _require(all(callable(f) for f in p.processors), "processors", p.processors, "callables")
-    _require(p.constraint is None or callable(p.constraint), "constraint", p.constraint, "a callable")
-
-
-def require_known(params: SamplingParams, vocab_size: int) -> None:
-    """Raise RequestError for a token id that the model does not have: an index that nobody checks again."""
-    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-        for token_id in ids:
-            expected = f"token ids in the vocabulary, which is 0 to {vocab_size - 1}"
-            _require(token_id < vocab_size, name, token_id, expected)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from copy import copy
 from pathlib import Path
 
 from tiny_llm.config import load_end_ids
-from tiny_llm.data import Chunk, Completion, SamplingParams, require_known
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler, response_grammar
@@ -20,6 +20,7 @@ from tiny_llm.engine.engine import Engine, EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, choose, set_threads, use
+from tiny_llm.sampling_params import SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Progress

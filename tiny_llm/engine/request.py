@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from tiny_llm.data import Chunk, Completion, Constraint, EndReason, SamplingParams, Timing
+from tiny_llm.data import Chunk, Completion, EndReason, SamplingParams, Timing
 from tiny_llm.decoding.stop import Answer
 from tiny_llm.sampling.penalties import History
+from tiny_llm.sampling_params import Constraint
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _NEXT_SEED = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from the next request's seed

@@ -2,12 +2,14 @@
 
 Strict: "1" is no number and 1 no text. Counts have caps, so that no body asks for endless work.
 What needs the model to be checked (token ids, the context) is checked where it is used.
+A sampling option that OpenAI lacks, or has as we do, comes from where ``SamplingParams`` declares it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from math import isfinite
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,16 +20,19 @@ from pydantic import (
     Field,
     StringConstraints,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 
+from tiny_llm.sampling_params import MOST, OPTIONS
 from tiny_llm.scheduler.settings import MAX_PRIORITY
 from tiny_llm.server import settings as caps
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+AnyBody = TypeVar("AnyBody", bound="Body")
+TokenId = Annotated[int, Field(ge=0, lt=MOST)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=MOST)]
 Few = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
 
 
@@ -77,6 +82,13 @@ Stops = Annotated[
 ]
 
 
+Biases = Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(_bias),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
 class JsonSchema(Body):
     """A form by its schema, as OpenAI nests it."""
 
@@ -93,27 +105,48 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+ELSEWHERE = ("max_tokens", "n", "logprobs", "prompt_logprobs")
+"""Sampling options whose names or meanings differ from one way of asking to another."""
+
+
+def _bounds(name: str) -> Any:
+    """The range of a sampling option, and its help, in pydantic's words."""
+    option = OPTIONS[name]
+    return Field(gt=_finite(option.gt), ge=_finite(option.ge), le=_finite(option.le), description=option.help)
+
+
+def _finite(bound: float) -> float | None:
+    return bound if isfinite(bound) else None
+
+
+def _field_of(name: str) -> tuple[object, object]:
+    """A sampling option's type and default, in pydantic's words."""
+    option = OPTIONS[name]
+    kind: Any = Annotated[option.kind, _bounds(name)]
+    if option.shape == "several":
+        return Annotated[list[kind], FailFast(), Field(max_length=caps.MAX_LISTED)], Field(
+            default_factory=list
+        )
+    return (kind | None if option.optional else kind), option.default
+
+
+def with_options(body: type[AnyBody]) -> type[AnyBody]:
+    """``body``, and a field for each sampling option that it does not spell in OpenAI's way itself."""
+    spelled = {*body.model_fields, *ELSEWHERE}
+    own: dict[str, Any] = {name: _field_of(name) for name in OPTIONS if name not in spelled}
+    return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **own)
+
+
+@with_options
 class Choosing(Body):
     """The fields that say how tokens are chosen and when to stop, common to all ways of asking."""
 
     model: str | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    ignore_eos: bool = False
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[
-        dict[int, Annotated[float, Field(ge=-100, le=100)]],
-        BeforeValidator(_bias),
-        WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
-    ] = Field(default_factory=dict)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    temperature: Annotated[float, _bounds("temperature")] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=MOST), AfterValidator(lambda k: max(k, 0))] = 0
+    logit_bias: Biases | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda s: s % 2**64)] | None = None
     stop: Stops = Field(default_factory=list)
-    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=64)] = Field(default_factory=list)
     stream: bool = False
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
@@ -173,7 +206,7 @@ class GenerateBody(Sampling):
     """POST /generate: one prompt, and SamplingParams by their own names. Greedy by default."""
 
     prompt: Prompts
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    temperature: Annotated[float, _bounds("temperature")] = 0.0
     logprobs: Few | None = None
 
 

@@ -9,11 +9,18 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import from_json
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.decoding.structured_output import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
-from tiny_llm.server.bodies import Message, PastToolCall, ResponseFormat, Sampling, TemplateArguments
+from tiny_llm.sampling_params import OPTIONS, SamplingParams
+from tiny_llm.server.bodies import (
+    ELSEWHERE,
+    Message,
+    PastToolCall,
+    ResponseFormat,
+    Sampling,
+    TemplateArguments,
+)
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.service import Job
 from tiny_llm.server.settings import MAX_ANSWERS
@@ -38,24 +45,9 @@ def params_of(
     if body.n * len(prompts) > MAX_ANSWERS:
         what = f"{len(prompts)} prompts with n {body.n} are more than {MAX_ANSWERS} answers."
         raise Problem(400, what, code="invalid_value", param="n")
-    return SamplingParams(
-        max_tokens=max_tokens or _room(llm, max(map(len, prompts))),
-        temperature=body.temperature,
-        top_k=max(body.top_k, 0),
-        top_p=body.top_p,
-        min_p=body.min_p,
-        seed=None if body.seed is None else body.seed % 2**64,
-        stop=tuple(body.stop),
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        logprobs=logprobs,
-        n=body.n,
-        min_tokens=body.min_tokens,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias or None,
-    )
+    given = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
+    most = max_tokens or _room(llm, max(map(len, prompts)))
+    return SamplingParams(max_tokens=most, n=body.n, logprobs=logprobs, **given)
 
 
 def grammar_of(body: Sampling) -> Grammar | None:

@@ -19,6 +19,8 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 """Stop strings, each of at most ``MAX_STOP_LENGTH`` characters."""
 MAX_STOP_LENGTH = 256
+MAX_LISTED = 64
+"""Entries of another list of a request's, such as stop_token_ids."""
 MAX_BIASES = 1024
 """Entries of a logit_bias."""
 MAX_MESSAGES = 2048

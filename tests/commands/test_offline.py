@@ -16,9 +16,8 @@ def run(path: Path, *options: str) -> int:
     return main(["generate", "--file", str(path), "--max-tokens", "12", *options])
 
 
-def test_each_line_is_answered_as_if_alone(
-    llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_line_is_answered_as_if_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("demo")
     path = tmp_path / "prompts.jsonl"
     questions = [f"What is {i} + {i + 3}?" for i in range(10, 40)]
     lines = [json.dumps({"prompt": question}) for question in questions]
@@ -66,3 +65,34 @@ def test_a_bad_line_is_named(
     out, err = capsys.readouterr()
     assert out == "", "nothing ran"
     assert complaint in err
+
+
+def test_a_text_may_have_any_character_that_json_allows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """U+2028 ends a line for str.splitlines, not for JSON; U+0085 likewise."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two\u0085three"}\r\n{"prompt": "x"}', encoding="utf-8")
+    assert run(path) == 0
+    assert sorted(json.loads(line)["line"] for line in capsys.readouterr().out.splitlines()) == [1, 2]
+
+
+def test_a_file_that_is_not_utf_8_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "Gr\xfc\xdfe"}')
+    assert run(path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("not valid UTF-8 at byte 14; convert it first.")
+
+
+def test_log_probabilities_and_penalties_of_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "Hello", "max_tokens": 3, "logprobs": 2, "stop_token_ids": [], "ignore_eos": true}'
+    )
+    assert run(path) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert len(row["token_ids"]) == len(row["logprobs"]) == 3
+    for token, likely in zip(row["token_ids"], row["logprobs"], strict=True):
+        assert str(token) in likely and all(value <= 0 for value in likely.values())

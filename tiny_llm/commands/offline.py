@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from tiny_llm.data import Completion, SamplingParams
+from tiny_llm.commands.bar import Bar
+from tiny_llm.commands.rows import row_of
+from tiny_llm.data import Completion
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import RequestError
+from tiny_llm.sampling_params import OPTIONS, SamplingParams
 
-SETTABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "n", "logprobs")
+SETTABLE = tuple(name for name in OPTIONS if name != "prompt_logprobs")  # a completion does not carry those
 Asked = tuple[int, list[int], SamplingParams]
 """A line's number, its prompt as ids, and its params."""
 
@@ -43,16 +43,18 @@ def answer_file(
     """
     print(llm.memory, file=sys.stderr)
     asked = list(_read(llm, path, params, system, raw))
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    console = Console(stderr=True)
+    total = sum(own.n for _, _, own in asked)
+    bar = Bar("Answered")
     began, tokens = time.perf_counter(), 0
     llm.engine.trace = Trace() if trace is not None else None
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=sum(own.n for _, _, own in asked), speed="")
-        for index, completion in llm.answers((ids, own) for _, ids, own in asked):
-            tokens += len(completion.token_ids)
-            print(_as_line(asked[index][0], completion), flush=True)
-            bar.update(task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
+    answers = llm.answers((ids, own) for _, ids, own in asked)
+    for done, (index, completion) in enumerate(answers, 1):
+        tokens += len(completion.token_ids)
+        rate = tokens / (time.perf_counter() - began)
+        bar.close()  # stdout may be the same terminal
+        print(_as_line(asked[index][0], completion), flush=True)
+        bar.show(done / total, f"{done} of {total}, {rate:.0f} tok/s")
+    bar.close()
     seconds = time.perf_counter() - began
     if llm.engine.trace is not None and trace is not None:
         llm.engine.trace.save(trace)
@@ -63,7 +65,11 @@ def answer_file(
 
 
 def _read(llm: LLM, path: Path, params: SamplingParams, system: str | None, raw: bool) -> Iterator[Asked]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not valid UTF-8 at byte {error.start}; convert it first.") from error
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 too, within a text
         if line.strip():
             try:
                 yield number, *_request(llm, line, params, system, raw)
@@ -90,18 +96,5 @@ def _request(
 
 
 def _as_line(number: int, completion: Completion) -> str:
-    timing = completion.timing
-    return json.dumps(
-        {
-            "line": number,
-            "index": completion.index,
-            "text": completion.text,
-            "token_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-            "error": completion.error,
-            "prompt_tokens": timing.prompt_tokens,
-            "completion_tokens": timing.completion_tokens,
-            "cached_tokens": completion.cached_tokens,
-            "ttft_s": round(timing.ttft_s, 6),
-        }
-    )
+    about = {"error": completion.error, "cached_tokens": completion.cached_tokens}
+    return json.dumps({"line": number, **row_of(completion), **about})

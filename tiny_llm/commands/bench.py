@@ -1,0 +1,68 @@
+"""Owns ``python main.py bench``: its options, and its row as a table or as JSON."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tiny_llm.commands.grouped import Without, grouped
+from tiny_llm.engine.bench import Task
+from tiny_llm.engine.bench import bench as run
+from tiny_llm.options import ENGINE, DebugOption, EngineOptions, JsonOption, command_app
+
+app = command_app()
+
+FormatOption = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(
+        help="dummy: random weights in a short name's shapes; no download.", rich_help_panel="Model"
+    ),
+]
+PromptTokensOption = Annotated[
+    int, typer.Option(help="Tokens of a prompt; they are random.", rich_help_panel="Work")
+]
+NewTokensOption = Annotated[int, typer.Option(help="Tokens of an answer.", rich_help_panel="Work")]
+BatchOption = Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel="Work")]
+RoundsOption = Annotated[int, typer.Option(help="Of which the median counts.", rich_help_panel="Work")]
+
+
+@app.command()
+@grouped
+def bench(
+    load_format: FormatOption = "auto",
+    prompt_tokens: PromptTokensOption = 512,
+    new_tokens: NewTokensOption = 64,
+    batch: BatchOption = 1,
+    rounds: RoundsOption = 3,
+    options: Annotated[EngineOptions, Without("max_model_len", "kv_memory", "max_step_ms")] = ENGINE,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure how fast a model answers."""
+    task = Task(
+        options.model,
+        load_format,
+        options.quantize,
+        options.dtype,
+        options.activations,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        rounds=rounds,
+    )
+    row = run(task, backend=options.backend, threads=options.threads, offline=options.offline)
+    print(json_format.dumps(row)) if json else _print(row)
+
+
+def _print(row: Mapping[str, object]) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="dim")
+    for name, value in row.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)

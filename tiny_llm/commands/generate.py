@@ -1,0 +1,110 @@
+"""Owns ``python main.py generate``: the answer to one prompt, or to each of a file's."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiny_llm.chat import figures
+from tiny_llm.commands.grouped import Without, grouped
+from tiny_llm.commands.loading import load
+from tiny_llm.commands.offline import answer_file
+from tiny_llm.commands.rows import row_of
+from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin
+from tiny_llm.data import Completion
+from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.errors import RequestError
+from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
+from tiny_llm.sampling_params import SamplingParams
+
+app = command_app()
+
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help='Many prompts: {"prompt": "..."} a line, and a line back.', rich_help_panel="Prompt"
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --file: write a timeline that Perfetto (ui.perfetto.dev) opens.", rich_help_panel="Output"
+    ),
+]
+RawOption = Annotated[
+    bool,
+    typer.Option("--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one line an answer: the text and its figures.", rich_help_panel="Output"
+    ),
+]
+
+
+@app.command()
+@grouped
+def generate(
+    prompt: PromptOption = None,
+    file: FileOption = None,
+    trace: TraceOption = None,
+    raw: RawOption = False,
+    system: SystemOption = None,
+    params: Annotated[SamplingParams, Without("prompt_logprobs")] = ANSWER,
+    options: EngineOptions = ENGINE,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer one prompt, or each of a file's.
+
+    The answer goes to stdout as it is made, its figures to stderr at the end.
+    """
+    if file is not None and prompt is not None:
+        raise RequestError("--file and --prompt were both given; give one of them.")
+    if raw and system is not None:
+        raise RequestError("--system needs the chat template, which --raw leaves out; give one of them.")
+    if file is not None:
+        return answer_file(load(options), file, params, system=system, raw=raw, trace=trace)
+    if not json and (params.n > 1 or params.logprobs is not None):
+        raise RequestError("--n and --logprobs need --json or --file: plain text shows one answer alone.")
+    text = _asked(prompt)
+    messages = [] if raw else messages_of(system, text)
+    llm = load(options)
+    chunks = llm.stream(text, params) if raw else llm.stream_chat(messages, params)
+    if not json:
+        print(figures(print_stream(chunks)), file=sys.stderr)
+        return
+    answers = [chunk.completion for chunk in chunks if chunk.completion is not None]
+    for answer in sorted(answers, key=lambda answer: answer.index):
+        print(_as_json(options.model, answer))
+
+
+def _asked(prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise RequestError("There is no prompt; give --prompt TEXT, or pipe a text in.")
+    return read_stdin()
+
+
+def _as_json(model: str, completion: Completion) -> str:
+    """One line whatever the text holds: json escapes all that is not ASCII."""
+    timing = completion.timing
+    return json_format.dumps(
+        {
+            "model": model,
+            **row_of(completion),
+            "prefill_tok_s": round(timing.prefill_tok_s, 3),
+            "decode_tok_s": round(timing.decode_tok_s, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    )

@@ -1,0 +1,61 @@
+"""Owns the way from a command's options to a loaded model, with a bar while a large one is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny_llm.commands.bar import Bar
+from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.memory import parse_bytes
+from tiny_llm.options import EngineOptions
+from tiny_llm.scheduler.settings import SchedulerSettings
+
+LARGE_BYTES = 2**28
+"""Weights from this size on get a progress bar; smaller ones are there before it would be seen."""
+
+
+def load(options: EngineOptions) -> LLM:
+    """The model that ``options`` name, ready to answer."""
+    with _LoadingBar() as bar:
+        return LLM(**arguments(options), progress=bar)
+
+
+def load_async(options: EngineOptions, **limits: Any) -> AsyncLLM:
+    """The same on a thread of its own; ``limits`` are further fields of ``SchedulerSettings``."""
+    with _LoadingBar() as bar:
+        return AsyncLLM(**arguments(options, **limits), progress=bar)
+
+
+def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
+    """What ``LLM`` takes, by name."""
+    return {
+        "model": options.model,
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "offline": options.offline,
+        "backend": options.backend,
+        "threads": options.threads,
+        "activations": options.activations,
+        "max_context": options.max_model_len,
+        "kv_memory": None if options.kv_memory is None else parse_bytes(options.kv_memory),
+        "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
+    }
+
+
+class _LoadingBar:
+    """What the loader calls with its progress."""
+
+    def __init__(self) -> None:
+        self._bar = Bar("Loading")
+
+    def __enter__(self) -> _LoadingBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` bytes are read."""
+        if total >= LARGE_BYTES:
+            self._bar.show(done / total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")

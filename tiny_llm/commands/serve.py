@@ -1,0 +1,80 @@
+"""Owns ``python main.py serve``: its options, and the server's settings that they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiny_llm.commands.grouped import grouped
+from tiny_llm.commands.loading import load_async
+from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
+from tiny_llm.server.run import serve as run
+from tiny_llm.server.settings import ServerSettings
+
+app = command_app()
+
+HostOption = Annotated[
+    str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.", rich_help_panel="Server")
+]
+PortOption = Annotated[int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel="Server")]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="What clients call the model, if not as --model.", rich_help_panel="Server"),
+]
+ApiKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A key that clients must send; may be given several times.",
+        envvar="TINY_LLM_API_KEY",
+        rich_help_panel="Server",
+    ),
+]
+CorsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A site whose pages may call the server.", rich_help_panel="Server"),
+]
+DrainOption = Annotated[
+    float, typer.Option(help="What running requests get after SIGTERM.", rich_help_panel="Server")
+]
+ConcurrentOption = Annotated[
+    int, typer.Option(help="Sequences that run at a time.", rich_help_panel="Limits")
+]
+QueueOption = Annotated[
+    int, typer.Option(help="Requests that may wait; more get a 429.", rich_help_panel="Limits")
+]
+WaitOption = Annotated[
+    float, typer.Option(help="Seconds that a request may wait before a 503.", rich_help_panel="Limits")
+]
+
+
+@app.command()
+@grouped
+def serve(
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    name: NameOption = None,
+    api_key: ApiKeyOption = None,
+    cors_origin: CorsOption = None,
+    drain_seconds: DrainOption = 30.0,
+    max_concurrent: ConcurrentOption = 256,
+    max_queue: QueueOption = 256,
+    max_wait: WaitOption = 300.0,
+    options: EngineOptions = ENGINE,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients expect it."""
+    settings = ServerSettings(
+        name=name or Path(options.model).name,
+        api_keys=tuple(api_key or ()),
+        max_in_flight=max_concurrent + max_queue,
+        drain_s=drain_seconds,
+        cors_origins=tuple(cors_origin or ()),
+    )
+    limits = {
+        "max_num_seqs": max_concurrent,
+        "max_queued_requests": max_queue,
+        "max_wait_s": max_wait,
+    }
+    run(settings, host, port, lambda: load_async(options, **limits))

@@ -1,0 +1,219 @@
+"""Owns how an answer is asked for: each option is declared here, once, with its range and its help.
+
+From a declaration come the check in the library, the command line's option, the key in a line of a file,
+and the field of a request to the server. Knows none of these, and no array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tiny_llm.errors import RequestError
+
+if TYPE_CHECKING:  # the scheduler's side of the house reads this file without mlx
+    import mlx.core as mx
+
+LogitsProcessor: TypeAlias = "Callable[[list[int], mx.array], mx.array]"
+"""(tokens so far, prompt included; logits float32 [V]) -> logits [V] to choose from."""
+
+Constraint: TypeAlias = "Callable[[list[int]], bytes]"
+"""(the answer's tokens so far) -> a byte for each of V tokens, 0 for those that may not come next."""
+
+
+MOST = 2**31
+"""Token ids and counts are below it, so that a kernel's integer holds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option's ``default``, what it is for (``help``), and what it may be (``expected``, in words).
+
+    ``kind`` is the type of its value, of each of ``several``, or of what stands ``by token`` in a mapping.
+    A number is above ``gt``, at least ``ge``, at most ``le``. ``letter`` is the command line's short name.
+    """
+
+    default: object
+    help: str
+    expected: str
+    kind: type[bool] | type[int] | type[float] | type[str]
+    gt: float = -math.inf
+    ge: float = -math.inf
+    le: float = math.inf
+    shape: Literal["one", "several", "by token"] = "one"
+    letter: str | None = None
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be None."""
+        return self.default is None
+
+    def allows(self, value: object) -> bool:
+        """Whether ``value`` is one that the option may have; NaN lies in no range."""
+        if value is None:
+            return self.optional
+        if self.shape == "several":
+            return isinstance(value, Collection) and all(self._allows_one(one) for one in value)
+        if self.shape == "by token":
+            return (
+                isinstance(value, Mapping)
+                and all(type(token) is int and 0 <= token < MOST for token in value)
+                and all(self._allows_one(one) for one in value.values())
+            )
+        return self._allows_one(value)
+
+    def _allows_one(self, value: object) -> bool:
+        if self.kind is bool or isinstance(value, bool):  # True would pass for a number
+            return self.kind is bool and isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str) and value != ""
+        if not isinstance(value, (int, float) if self.kind is float else int):
+            return False
+        return value > self.gt and self.ge <= value <= self.le
+
+
+def _option(default: object, help: str, kind: type[Any], expected: str, **more: Any) -> Any:
+    """A field of SamplingParams that every front offers; ``more`` are further fields of ``Option``."""
+    if kind is int:
+        more = {"le": MOST - 1, **more}
+    return field(default=default, metadata={"option": Option(default, help, expected, kind, **more)})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
+    ``logprobs`` n reports the chosen token's log-probability and the n likeliest, ``prompt_logprobs``
+    those of the prompt's tokens, which are all computed then. ``n`` answers are drawn for one prompt.
+    No end before ``min_tokens``.
+
+    ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
+    multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted
+    for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
+    ``logit_bias`` {token id: what to add}; ids may be text, as in JSON. Then ``processors`` change the
+    row, one after the other. ``constraint`` makes what bans tokens at the end, one for each answer, as it
+    remembers where that is.
+
+    Raises RequestError for a value out of range, NaN and infinity included. Whether an id is in the
+    vocabulary is for whoever knows the model to check: see ``require_known``.
+    """
+
+    max_tokens: int = _option(
+        256, "Longest answer, in tokens.", int, "a whole number of at least 1", ge=1, letter="n"
+    )
+    temperature: float = _option(
+        0.0,
+        "0 always takes the likeliest token; 1 draws as the model thinks.",
+        float,
+        "a number from 0 (greedy) to 100",
+        ge=0,
+        le=100,
+        letter="t",
+    )
+    top_k: int = _option(
+        0, "Draw from the K likeliest tokens only; 0 is off.", int, "a whole number, 0 meaning off", ge=0
+    )
+    top_p: float = _option(
+        1.0,
+        "Draw from the fewest tokens that make up P of the mass.",
+        float,
+        "above 0 and at most 1",
+        gt=0,
+        le=1,
+    )
+    min_p: float = _option(
+        0.0, "Drop tokens less likely than P times the likeliest.", float, "from 0 to 1", ge=0, le=1
+    )
+    seed: int | None = _option(
+        None, "Makes a drawn answer repeat exactly.", int, "from 0 to 2**64 - 1", ge=0, le=2**64 - 1
+    )
+    stop: tuple[str, ...] = _option(
+        (), "End before this text.", str, "strings that are not empty", shape="several"
+    )
+    stop_token_ids: tuple[int, ...] = _option(
+        (), "End at this token.", int, "token ids", ge=0, shape="several"
+    )
+    ignore_eos: bool = _option(False, "Go on where the model would end.", bool, "True or False")
+    logprobs: int | None = _option(
+        None,
+        "Report each token's log-probability, and the N likeliest.",
+        int,
+        "a whole number, or None",
+        ge=0,
+    )
+    prompt_logprobs: int | None = _option(
+        None, "Report those of the prompt's tokens too.", int, "a whole number, or None", ge=0
+    )
+    n: int = _option(1, "Answers to one prompt.", int, "a whole number of at least 1", ge=1)
+    min_tokens: int = _option(0, "No end before so many tokens.", int, "a whole number, 0 meaning none", ge=0)
+    repetition_penalty: float = _option(
+        1.0,
+        "Above 1: less of what prompt and answer have already.",
+        float,
+        "above 0, 1 meaning off",
+        gt=0,
+        le=100,
+    )
+    presence_penalty: float = _option(
+        0.0, "Subtracted from tokens that the answer has.", float, "a number from -2 to 2", ge=-2, le=2
+    )
+    frequency_penalty: float = _option(
+        0.0, "Subtracted as often as the answer has them.", float, "a number from -2 to 2", ge=-2, le=2
+    )
+    logit_bias: Mapping[int, float] | None = _option(
+        None,
+        'Added to tokens, by id: {"50": -100}.',
+        float,
+        "a mapping of token ids to numbers",
+        ge=-1e4,
+        le=1e4,
+        shape="by token",
+    )
+    processors: tuple[LogitsProcessor, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids", "processors"):
+            given = getattr(self, name)
+            _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
+            object.__setattr__(self, name, tuple(given))
+        if isinstance(self.logit_bias, Mapping):
+            by_token = {_token_id(token): bias for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", by_token)
+        for name, option in OPTIONS.items():
+            given = getattr(self, name)
+            _require(option.allows(given), name, given, option.expected)
+        _require(all(callable(f) for f in self.processors), "processors", self.processors, "callables")
+        made = self.constraint is None or callable(self.constraint)
+        _require(made, "constraint", self.constraint, "a callable")
+
+
+OPTIONS: Mapping[str, Option] = {
+    one.name: one.metadata["option"] for one in fields(SamplingParams) if "option" in one.metadata
+}
+"""Every option that is plain data, by its name."""
+
+
+def _require(ok: bool, name: str, given: object, expected: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} is {given!r}, but must be {expected}.", param=name)
+
+
+def require_known(params: SamplingParams, vocab_size: int) -> None:
+    """Raise RequestError for a token id that the model does not have: an index that nobody checks again."""
+    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in ids:
+            expected = f"token ids in the vocabulary, which is 0 to {vocab_size - 1}"
+            _require(token_id < vocab_size, name, token_id, expected)
+
+
+def _token_id(key: object) -> object:
+    """A key of JSON, which is always text, as the number that it means."""
+    is_number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+    return int(key) if is_number else key  # type: ignore[call-overload]
