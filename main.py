@@ -1,4 +1,4 @@
-"""python main.py [chat|generate|serve|models] --model qwen2-1.5b; see python main.py --help."""
+"""The command line, from a checkout; ``python main.py --help`` says what it can."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What git tracks: text at home on any machine, every file in the README, every import declared."""
+"""What git tracks: text at home on any machine, every file in MAP.md, every import declared."""
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def clean_text(files: Mapping[str, str]) -> Iterator[str]:
                 yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}: {found.group()!r} is {what}"
 
 
-def tree_in_readme(readme: str) -> dict[str, str]:
-    """The README's file tree: path -> its words. Two spaces of indent a level, folders end in /."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.S | re.M)
-    block = next((block for block in blocks if "\ntiny_llm/" in block), "")
+MAX_README_LINES = 250
+
+
+def tree_in(page: str) -> dict[str, str]:
+    """The file tree of a page: path -> its words. Two spaces of indent a level, folders end in /."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.S | re.M)
+    block = next((block for block in blocks if re.search("^tiny_llm/", block, re.M)), "")
     entries: dict[str, str] = {}
     folders: list[str] = []
     for line in filter(str.strip, block.splitlines()):
@@ -61,19 +64,38 @@ def tree_in_readme(readme: str) -> dict[str, str]:
     return entries
 
 
-def readme_tree_is_right(readme: str, names: Sequence[str]) -> Iterator[str]:
-    """Each tracked entry at the top and each module of the package has its line; no line is stale."""
-    entries = tree_in_readme(readme)
-    folders = {f"{parent}/" for name in names for parent in map(str, Path(name).parents) if parent != "."}
+def folders_of(names: Sequence[str]) -> set[str]:
+    """Every folder that has one of these files, however deep, ending in /."""
+    return {f"{parent}/" for name in names for parent in map(str, Path(name).parents) if parent != "."}
+
+
+def map_is_right(page: str, names: Sequence[str]) -> Iterator[str]:
+    """MAP.md: each tracked entry at the top and each module of the package has its line; none is stale."""
     top = {name.split("/")[0] + ("/" if "/" in name else "") for name in names}
     modules = {n for n in names if n.startswith("tiny_llm/") and n.endswith(".py") and "/__init__" not in n}
-    for missing in sorted((top | modules) - set(entries)):
-        yield f"README.md:1: the file tree has no line for {missing}"
-    for path, words in entries.items():
-        if path not in folders and path not in names:
-            yield f"README.md:1: the file tree lists {path}, which is not there"
+    yield from tree_is_right("MAP.md", page, top | modules, folders_of(names) | set(names))
+
+
+def readme_is_right(page: str, names: Sequence[str]) -> Iterator[str]:
+    """README.md is short; its tree has the folders at the top and those of the package, and no file."""
+    lines = len(page.splitlines())
+    if lines > MAX_README_LINES:
+        yield f"README.md:1: {lines} lines; at most {MAX_README_LINES}. What is of files belongs in MAP.md"
+    folders = folders_of(names)
+    near = {f for f in folders if not f.startswith(".") and re.fullmatch(r"(tiny_llm/)?[^/]+/", f)}
+    yield from tree_is_right("README.md", page, near, folders)
+
+
+def tree_is_right(path: str, page: str, wanted: Set[str], there: Set[str]) -> Iterator[str]:
+    """The tree of the page at ``path`` has each of ``wanted``, says what it is, and nothing not ``there``."""
+    entries = tree_in(page)
+    for missing in sorted(wanted - set(entries)):
+        yield f"{path}:1: the file tree has no line for {missing}"
+    for entry, words in entries.items():
+        if entry not in there:
+            yield f"{path}:1: the file tree lists {entry}, which is not there"
         elif not words:
-            yield f"README.md:1: the file tree does not say what {path} is"
+            yield f"{path}:1: the file tree does not say what {entry} is"
 
 
 def undeclared(imports: Set[str], dependencies: Sequence[str]) -> Iterator[str]:
@@ -124,8 +146,13 @@ def test_native_files_are_short_too() -> None:
     assert lines and {f: n for f, n in lines.items() if n > 500} == {}
 
 
-def test_readme_has_a_line_for_every_file() -> None:
-    problems = list(readme_tree_is_right((ROOT / "README.md").read_text(encoding="utf-8"), tracked(ROOT)))
+def test_map_has_a_line_for_every_file() -> None:
+    problems = list(map_is_right((ROOT / "MAP.md").read_text(encoding="utf-8"), tracked(ROOT)))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_readme_is_short_and_shows_the_folders() -> None:
+    problems = list(readme_is_right((ROOT / "README.md").read_text(encoding="utf-8"), tracked(ROOT)))
     assert not problems, "\n" + "\n".join(problems)
 
 
@@ -144,19 +171,39 @@ def test_clean_text_sees_what_is_planted(path: str, text: str, complaint: str) -
     assert len(problems) == 1 and problems[0].startswith(complaint), problems
 
 
-def test_readme_tree_is_read_both_ways() -> None:
-    names = ["README.md", "tiny_llm/__init__.py", "tiny_llm/data.py", "tiny_llm/ops/rope.py"]
-    tree = ("README.md  this", "tiny_llm/  all", "  data.py  data", "  ops/  sums", "    rope.py  rope")
-    good = "\n".join(["# Title", "```text", *tree, "```", ""])
-    assert list(readme_tree_is_right(good, names)) == []
-    assert [*readme_tree_is_right(good, [*names, "LICENSE", "tiny_llm/kv/dense.py"])] == [
-        "README.md:1: the file tree has no line for LICENSE",
-        "README.md:1: the file tree has no line for tiny_llm/kv/dense.py",
+def page_with(*tree: str) -> str:
+    return "\n".join(["# Title", "```text", *tree, "```", ""])
+
+
+def test_map_is_read_both_ways() -> None:
+    names = ["MAP.md", "tiny_llm/__init__.py", "tiny_llm/data.py", "tiny_llm/ops/rope.py"]
+    tree = ("MAP.md  this", "tiny_llm/  all", "  data.py  data", "  ops/  sums", "    rope.py  rope")
+    good = page_with(*tree)
+    assert list(map_is_right(good, names)) == []
+    assert [*map_is_right(good, [*names, "LICENSE", "tiny_llm/kv/dense.py"])] == [
+        "MAP.md:1: the file tree has no line for LICENSE",
+        "MAP.md:1: the file tree has no line for tiny_llm/kv/dense.py",
     ]
     gone = [name for name in names if name != "tiny_llm/data.py"]
-    assert [*readme_tree_is_right(good, gone)] == [
-        "README.md:1: the file tree lists tiny_llm/data.py, which is not there"
+    assert [*map_is_right(good, gone)] == [
+        "MAP.md:1: the file tree lists tiny_llm/data.py, which is not there"
     ]
-    assert [*readme_tree_is_right(good.replace("this", ""), names)] == [
-        "README.md:1: the file tree does not say what README.md is"
+    assert [*map_is_right(good.replace("this", ""), names)] == [
+        "MAP.md:1: the file tree does not say what MAP.md is"
     ]
+
+
+def test_readme_is_read_both_ways() -> None:
+    names = ["README.md", ".ci/run", "tiny_llm/data.py", "tiny_llm/ops/rope.py", "tests/ops/test_rope.py"]
+    good = page_with("tiny_llm/  all", "  ops/  sums", "tests/  tests")
+    assert list(readme_is_right(good, names)) == []
+    assert [*readme_is_right(good, [*names, "tiny_llm/kv/dense.py", "book/course.toml"])] == [
+        "README.md:1: the file tree has no line for book/",
+        "README.md:1: the file tree has no line for tiny_llm/kv/",
+    ]
+    with_file = page_with("tiny_llm/  all", "  ops/  sums", "    rope.py  rope", "tests/  tests")
+    assert [*readme_is_right(with_file, names)] == [
+        "README.md:1: the file tree lists tiny_llm/ops/rope.py, which is not there"
+    ]
+    (long,) = readme_is_right(good + "\n" * MAX_README_LINES, names)
+    assert "at most 250" in long
