@@ -27,6 +27,7 @@ from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
+from tiny_llm.ops.work_lists import WorkLists
 from tiny_llm.weights.names import config_of
 
 GROUP, BITS, BLOCK, EPS = 64, 4, 16, 1e-6
@@ -77,8 +78,10 @@ def attention(config: ModelConfig, sequences: int, new: int, context: int) -> Pa
         pages.context_lens,
     )
 
+    work = WorkLists(pages)  # as in a model, where all layers of a step share it
+
     def ours() -> mx.array:
-        return paged_attention(q, k, k, pool, pages)[0]
+        return paged_attention(q, k, k, pool, pages, work)[0]
 
     def theirs() -> mx.array:
         mask = "causal" if new > 1 else None

@@ -24,10 +24,8 @@ from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.metal import watch
-from tiny_llm.ops.paged_attention import paged_attention
-from tiny_llm.ops.paged_attention import tiles_keep_bits as attention_tiles
-from tiny_llm.ops.quantized_matmul import quantized_matmul
-from tiny_llm.ops.quantized_matmul import tiles_keep_bits as matrix_tiles
+from tiny_llm.ops.paged_attention import attention_tiles_keep_bits, paged_attention
+from tiny_llm.ops.quantized_matmul import matmul_tiles_keep_bits, quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
@@ -191,7 +189,7 @@ def main() -> None:
             *small_cases(16),
             *small_cases(64),
         ]
-        for ask in (matrix_tiles, attention_tiles):
+        for ask in (matmul_tiles_keep_bits, attention_tiles_keep_bits):
             ask("metalsim")  # once, and that is none of a case's traffic
         rows = [measure(case) for case in cases]
     columns = "kernel | size | moved over least | of | reuse | all buffers | simdgroup operations an output"

@@ -133,15 +133,13 @@ class Pages:
 
     ``slot_mapping`` [T]: for each new row, block * block_size + place in the block. ``block_tables`` [B, W]:
     each sequence's blocks in order, filled up with 0. ``query_start_loc`` [B + 1]: as the batch's.
-    ``context_lens`` [B]: tokens of each sequence, the new ones included. ``derived`` is what an op works out
-    of these, for all layers of the step.
+    ``context_lens`` [B]: tokens of each sequence, the new ones included.
     """
 
     slot_mapping: mx.array
     block_tables: mx.array
     query_start_loc: mx.array
     context_lens: mx.array
-    derived: dict[str, tuple[mx.array, ...]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

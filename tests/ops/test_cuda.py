@@ -92,8 +92,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     monkeypatch.setattr(metal, "_made", note)
-    for op in ("quantized_matmul", "paged_attention"):  # as on CUDA
-        monkeypatch.setattr(f"tiny_llm.ops.{op}.tiles_keep_bits", lambda _: False)
+    for name in ("quantized_matmul.matmul_tiles_keep_bits", "paged_attention.attention_tiles_keep_bits"):
+        monkeypatch.setattr(f"tiny_llm.ops.{name}", lambda _: False)  # as on CUDA
     for dtype in DTYPES:
         with backend.use("metalsim"):
             for call in calls(dtype):

@@ -18,7 +18,8 @@ from tiny_llm.ops import backend, metal
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops import quantized_matmul as matmul
 from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
-from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref, tiles_keep_bits
+from tiny_llm.ops.quantized_matmul import matmul_tiles_keep_bits, quantized_matmul, quantized_matmul_ref
+from tiny_llm.ops.work_lists import WorkLists
 
 Off = Callable[[mx.array, mx.array], float]
 FULL = os.environ.get("TINY_LLM_METAL_GRID") == "full"
@@ -63,7 +64,7 @@ def formats() -> Iterator[tuple[int, int, mx.Dtype]]:
 def test_tiles_and_blocks_of_rows_are_as_ref_and_have_the_same_bits(
     bits: int, group: int, dtype: mx.Dtype, seed: int, off: Off
 ) -> None:
-    assert tiles_keep_bits(backend.active()), "the device sums a matrix's products in another order"
+    assert matmul_tiles_keep_bits(backend.active()), "the device sums a matrix's products in another order"
     width = 384 if group == 128 else 352 if group == 32 else 320  # parts of different lengths, some empty
     for outputs in (1, 7, 8, 33, 66):
         weight = quantized(outputs, width, bits, group, dtype, seed)
@@ -88,7 +89,7 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype: mx.Dtype) ->
 def test_tiles_are_for_more_rows_than_a_block_has(where: str) -> None:
     if where != "metalsim":
         pytest.skip("what runs is seen in the simulator alone")
-    assert tiles_keep_bits(where)
+    assert matmul_tiles_keep_bits(where)
     weight = quantized(8, 64, 4, 64, mx.float32)
     with metal.watch() as seen:
         quantized_matmul(normal(16, 64), weight)
@@ -101,15 +102,15 @@ def test_tiles_are_for_more_rows_than_a_block_has(where: str) -> None:
 def test_a_device_that_sums_in_another_order_gets_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = matmul._tiles
     monkeypatch.setattr(matmul, "_tiles", lambda x, weight: tiles(x, weight) * (1 + 2e-7))
-    assert not tiles_keep_bits.__wrapped__(backend.active())
-    monkeypatch.setattr(matmul, "tiles_keep_bits", lambda _: False)
+    assert not matmul_tiles_keep_bits.__wrapped__(backend.active())
+    monkeypatch.setattr(matmul, "matmul_tiles_keep_bits", lambda _: False)
     x, weight = normal(33, 64), quantized(9, 64, 4, 64, mx.float32)
     assert mx.array_equal(quantized_matmul(x, weight), matmul._blocks(x, weight)).item()
 
 
 @pytest.mark.parametrize("name", ["ref", "cpu", "cuda"])
 def test_only_metal_has_tiles(name: str) -> None:
-    assert not tiles_keep_bits(name) and not attention.tiles_keep_bits(name)
+    assert not matmul_tiles_keep_bits(name) and not attention.attention_tiles_keep_bits(name)
 
 
 Case = tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]
@@ -160,14 +161,14 @@ def heads() -> Iterator[tuple[int, int, mx.Dtype]]:
 def test_tiles_and_rows_of_attention_are_as_ref_and_have_the_same_bits(
     D: int, S: int, dtype: mx.Dtype, seed: int, off: Off
 ) -> None:
-    assert attention.tiles_keep_bits(backend.active()), "the device sums in another order"
+    assert attention.attention_tiles_keep_bits(backend.active()), "the device sums in another order"
     scale = D**-0.5
     for lens, new, H, K in BATCHES if FULL else BATCHES[D // 16 % 3 % 2 :: 2]:
         q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, seed)
         expected = paged_attention_ref(q, k, v, (mx.array(pool[0]), mx.array(pool[1])), pages, scale)[0]
         keys, values = attention._write(pool, k, v, pages.slot_mapping)
         tiles, rows = (
-            attend(q, keys, values, pages, scale) for attend in (attention._tiles, attention._rows)
+            attend(q, keys, values, WorkLists(pages), scale) for attend in (attention._tiles, attention._rows)
         )
         assert (tiles.shape, tiles.dtype) == (expected.shape, dtype)
         assert off(tiles, expected) < TOLERANCE[dtype], f"{new} of {lens}"
@@ -196,7 +197,7 @@ def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype) -> None:
 def test_pages_are_read_once_for_all_queries_of_a_tile(where: str) -> None:
     if where != "metalsim":
         pytest.skip("what runs is seen in the simulator alone")
-    assert attention.tiles_keep_bits(where)
+    assert attention.attention_tiles_keep_bits(where)
     q, k, v, pool, pages = paged([64], [4], 8, 2, 64, 16, mx.bfloat16)  # 16 pairs for each of the 2 heads
     with metal.watch() as seen:
         paged_attention(q, k, v, pool, pages)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Batch, Plan
 from tiny_llm.ops.paged_attention import copy_blocks, empty_pool, paged_attention, resize_pool
+from tiny_llm.ops.work_lists import WorkLists
 
 _TRIED = 64  # blocks
 Pool = tuple[mx.array, mx.array]
@@ -46,6 +47,7 @@ class PagedCache:
         self._num_layers = num_layers
         self._layers: list[Pool] = []
         self._host: list[Pool] = []
+        self._work: WorkLists | None = None  # of the step under way, the same for all layers
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -93,7 +95,9 @@ class PagedCache:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Write k, v [T, K, D] to their slots; return q's attention [T, H, D] over its sequence so far."""
         assert batch.pages is not None, "a paged cache needs the batch's pages"
-        out, *pool = paged_attention(q, k, v, self._layers[layer], batch.pages)
+        if self._work is None or self._work.pages is not batch.pages:
+            self._work = WorkLists(batch.pages)
+        out, *pool = paged_attention(q, k, v, self._layers[layer], batch.pages, self._work)
         self._layers[layer] = (pool[0], pool[1])
         return out
 

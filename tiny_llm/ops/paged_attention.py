@@ -19,6 +19,7 @@ from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.work_lists import WorkLists
 
 Pool = tuple[mx.array, mx.array]
 _SPAN = 256  # tokens of a context that one threadgroup sees, at most
@@ -67,12 +68,13 @@ def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
 
 
 def paged_attention(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, work: WorkLists | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Write k, v [T, K, D] to ``pages.slot_mapping``, then attend: return out [T, H, D] and the pool.
 
-    Query row t of sequence b stands at position ``context_lens[b] - starts[b + 1] + t`` and sees its
-    own sequence up to there. See ``paged_attention_ref``.
+    Query row t of sequence b stands at position ``context_lens[b] - query_start_loc[b + 1] + t`` and sees
+    its own sequence up to there. ``work`` is of these pages, and the same in all layers of a step; None:
+    made here. See ``paged_attention_ref``.
     """
     scale = q.shape[-1] ** -0.5
     if on_cpu("paged_attention", q, k, v):
@@ -93,7 +95,7 @@ def paged_attention(
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
     if on_metal("paged_attention", q, k, v):
-        return _metal(q, k, v, pool, pages, scale)
+        return _metal(q, k, v, pool, work or WorkLists(pages), scale)
     return paged_attention_ref(q, k, v, pool, pages, scale)
 
 
@@ -111,62 +113,70 @@ def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
 
 
 def _metal(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
     """MLX writes k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
-    keys, values = _write(pool, k, v, pages.slot_mapping)
-    many = q.shape[0] > pages.context_lens.shape[0] and tile_fits(keys.shape[3], q.shape[2])
-    attend = _tiles if many and tiles_keep_bits(active()) else _rows
-    return attend(q, keys, values, pages, scale), keys, values
+    keys, values = _write(pool, k, v, work.pages.slot_mapping)
+    sequences = work.pages.context_lens.shape[0]
+    use_tiles = (
+        q.shape[0] > sequences
+        and tile_fits(keys.shape[3], q.shape[2])
+        and attention_tiles_keep_bits(active())
+    )
+    attend = _tiles if use_tiles else _rows
+    return attend(q, keys, values, work, scale), keys, values
 
 
-def _rows(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: float) -> mx.array:
+def _rows(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale: float) -> mx.array:
     """A threadgroup a query row, key/value head and span of the row's context."""
     (T, H, D), (_, K, _, S) = q.shape, keys.shape
-    span = _span(S)
-    if "work" not in pages.derived:
-        pages.derived["work"] = _work(pages, span)
-    work, items = pages.derived["work"]
-    split, parts = work.shape[0] > T, _parts(H // K, D)
-    dtype = mx.float32 if split else q.dtype
+    G, span = H // K, _span(S)
+    parts = _parts(G, D)
+    pieces, firsts = work.spans(span)
+    # Where a context is longer than a span, a row's parts are float32 and a second kernel merges them.
+    split = pieces.shape[0] > T
+    out_dtype = mx.float32 if split else q.dtype
+    out_shape = (pieces.shape[0], H, D + 2) if split else q.shape
+    tables = work.pages.block_tables
     (out,) = kernel("paged_attention")(
-        inputs=[q, keys, values, pages.block_tables, work, pages.block_tables.shape[1], scale],
+        inputs=[q, keys, values, tables, pieces, tables.shape[1], scale],
         template=[
-            *(("T", q.dtype), ("OUT", dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
+            *(("T", q.dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
         ],
-        grid=(32 * parts, K, work.shape[0]),
+        grid=(32 * parts, K, pieces.shape[0]),
         threadgroup=(32 * parts, 1, 1),
-        output_shapes=[(work.shape[0], H, D + 2) if split else q.shape],
-        output_dtypes=[dtype],
+        output_shapes=[out_shape],
+        output_dtypes=[out_dtype],
     )
-    if split:
-        (out,) = kernel("paged_attention_merge", "paged_attention")(
-            inputs=[out, items],
-            template=[("T", q.dtype), ("H", H), ("D", D)],
-            grid=(32, H, T),
-            threadgroup=(32, 4, 1),
-            output_shapes=[q.shape],
-            output_dtypes=[q.dtype],
-        )
-    return out
+    if not split:
+        return out
+    (merged,) = kernel("paged_attention_merge", "paged_attention")(
+        inputs=[out, firsts],
+        template=[("T", q.dtype), ("H", H), ("D", D)],
+        grid=(32, H, T),
+        threadgroup=(32, 4, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return merged
 
 
-def _tiles(q: mx.array, keys: mx.array, values: mx.array, pages: Pages, scale: float) -> mx.array:
+def _tiles(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale: float) -> mx.array:
     """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries."""
     (_, H, D), (_, K, _, S) = q.shape, keys.shape
-    parts, tile = _parts(H // K, D), 2 if D <= 128 else 1
-    key = f"tiles of {8 * tile} pairs, {H // K} a row"
-    if key not in pages.derived:
-        pages.derived[key] = (_tile_work(pages, H // K, 8 * tile),)
-    (work,) = pages.derived[key]
+    G = H // K
+    parts = _parts(G, D)
+    tile = 2 if D <= 128 else 1  # matrices of 8 pairs; what two of them hold at a larger D does not fit
+    pieces = work.tiles(G, 8 * tile)
+    tables = work.pages.block_tables
     (out,) = kernel("paged_attention_tile")(
-        inputs=[q, keys, values, pages.block_tables, work, pages.block_tables.shape[1], scale],
+        inputs=[q, keys, values, tables, pieces, tables.shape[1], scale],
         template=[
-            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", H // K)),
+            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
         ],
-        grid=(32 * parts, K, work.shape[0]),
+        grid=(32 * parts, K, pieces.shape[0]),
         threadgroup=(32 * parts, 1, 1),
         output_shapes=[q.shape],
         output_dtypes=[q.dtype],
@@ -180,8 +190,8 @@ def tile_fits(size: int, dim: int) -> bool:
 
 
 @cache
-def tiles_keep_bits(backend: str) -> bool:
-    """Whether tiles may be used on ``backend``: there are some, and they give a row the bits it has alone.
+def attention_tiles_keep_bits(backend: str) -> bool:
+    """Whether attention may go by tiles on ``backend``: it has some, and a row keeps the bits it has alone.
 
     Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
     """
@@ -190,27 +200,13 @@ def tiles_keep_bits(backend: str) -> bool:
     context, new = _SPAN + 43, 3
     table = mx.arange(-(-context // 16), dtype=mx.int32)[None]
     starts, lens = mx.array([0, new], mx.int32), mx.array([context], mx.int32)
-    pages = Pages(mx.zeros((new,), mx.int32), table, starts, lens)
-    q, keys, values = (
-        mx.random.normal(shape, key=mx.random.key(seed))
-        for seed, shape in enumerate([(new, 6, 64), (table.size, 2, 64, 16), (table.size, 2, 16, 64)])
-    )
-    tiles, rows = (attend(q, keys, values, pages, 0.125) for attend in (_tiles, _rows))
+    work = WorkLists(Pages(mx.zeros((new,), mx.int32), table, starts, lens))
+    q = mx.random.normal((new, 6, 64), key=mx.random.key(0))
+    keys = mx.random.normal((table.size, 2, 64, 16), key=mx.random.key(1))
+    values = mx.random.normal((table.size, 2, 16, 64), key=mx.random.key(2))
+    tiles = _tiles(q, keys, values, work, 0.125)
+    rows = _rows(q, keys, values, work, 0.125)
     return bool(mx.array_equal(tiles, rows).item())
-
-
-def _tile_work(pages: Pages, group: int, pairs: int) -> mx.array:
-    """What there is to do [N, 5], as kernels/metal/paged_attention_tile.metal has it; ``pairs`` a tile."""
-    starts, lens = (
-        cast(list[int], pages.query_start_loc.tolist()),
-        cast(list[int], pages.context_lens.tolist()),
-    )
-    work = [
-        (start, end - start, b, lens[b] - (end - start) + 1, pair)
-        for b, (start, end) in enumerate(pairwise(starts))
-        for pair in range(0, (end - start) * group, pairs)
-    ]
-    return mx.array(work, mx.int32)
 
 
 def _span(size: int) -> int:
@@ -218,28 +214,11 @@ def _span(size: int) -> int:
     return max(1, _SPAN // size) * size
 
 
-def _work(pages: Pages, size: int) -> tuple[mx.array, mx.array]:
-    """What there is to do: [N, 4] of row, sequence, tokens seen and span; and each row's first item [T + 1].
-
-    A span is ``size`` tokens.
-    """
-    starts, lens = (
-        cast(list[int], pages.query_start_loc.tolist()),
-        cast(list[int], pages.context_lens.tolist()),
-    )
-    work: list[tuple[int, int, int, int]] = []
-    items = [0]
-    for b, (start, end) in enumerate(pairwise(starts)):
-        for row in range(start, end):
-            seen = lens[b] - (end - row) + 1
-            work += [(row, b, seen, span) for span in range(-(-seen // size))]
-            items.append(len(work))
-    return mx.array(work, mx.int32), mx.array(items, mx.int32)
-
-
 def _parts(group: int, dim: int) -> int:
-    """Simdgroups that share a sequence: at most 4, and what they hold must fit in 32 KB."""
-    return max(1, min(4, (32 * 1024 // 4 - group * dim) // (group * (dim + 2))))
+    """Simdgroups that share a sequence: at most 4, and what they hold must fit in a threadgroup's 32 KB."""
+    floats = 32 * 1024 // 4
+    queries, result = group * dim, group * (dim + 2)  # a result has its largest score and sum with it
+    return max(1, min(4, (floats - queries) // result))
 
 
 def paged_attention_ref(
@@ -248,16 +227,15 @@ def paged_attention_ref(
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
     keys, values = _write(pool, k, v, pages.slot_mapping)
     size = keys.shape[3]
-    starts, lens = (
-        cast(list[int], pages.query_start_loc.tolist()),
-        cast(list[int], pages.context_lens.tolist()),
-    )
+    starts = cast(list[int], pages.query_start_loc.tolist())
+    lens = cast(list[int], pages.context_lens.tolist())
     outs = []
     for b, (start, end) in enumerate(pairwise(starts)):
-        table = pages.block_tables[b, : -(-lens[b] // size)]
-        blocks = keys[table].swapaxes(2, 3), values[table]
-        own_k, own_v = (_tokens(read)[: lens[b]].astype(q.dtype) for read in blocks)
-        outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=lens[b] - (end - start)))
+        length, offset = lens[b], lens[b] - (end - start)
+        table = pages.block_tables[b, : -(-length // size)]
+        own_k = _tokens(keys[table].swapaxes(2, 3))[:length].astype(q.dtype)
+        own_v = _tokens(values[table])[:length].astype(q.dtype)
+        outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=offset))
     return mx.concatenate(outs), keys, values
 
 

@@ -59,7 +59,7 @@ def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
     Up to 4 blocks are in one threadgroup, so that what one reads of the matrix is near for the others.
     """
-    if x.shape[0] > _MOST_ROWS and tiles_keep_bits(active()):
+    if x.shape[0] > _MOST_ROWS and matmul_tiles_keep_bits(active()):
         return _tiles(x, weight)
     return _blocks(x, weight)
 
@@ -101,8 +101,8 @@ def _run(
 
 
 @cache
-def tiles_keep_bits(backend: str) -> bool:
-    """Whether tiles may be used on ``backend``: there are some, and they give a row the bits it has alone.
+def matmul_tiles_keep_bits(backend: str) -> bool:
+    """Whether a product may go by tiles on ``backend``: it has some, and a row keeps the bits it has alone.
 
     Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
     """

@@ -1,0 +1,60 @@
+"""The Metal attention kernels' work lists: every row's work, once, and one list for all layers of a step."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm.data import Batch, Pages
+from tiny_llm.kv import paged
+from tiny_llm.kv.paged import PagedCache
+from tiny_llm.ops.work_lists import WorkLists
+
+
+def pages_of(lens: list[int], new: list[int]) -> Pages:
+    """Sequences of ``lens`` tokens, the last ``new`` of each in this step; where they lie does not matter."""
+    starts = [sum(new[:b]) for b in range(len(new) + 1)]
+    return Pages(*(mx.array(x, mx.int32) for x in ([0] * starts[-1], [[0]] * len(lens), starts, lens)))
+
+
+def test_spans_cover_what_each_row_sees() -> None:
+    work, firsts = WorkLists(pages_of([9, 3], [2, 1])).spans(4)
+    rows = [[0, 0, 8, 0], [0, 0, 8, 1], [1, 0, 9, 0], [1, 0, 9, 1], [1, 0, 9, 2], [2, 1, 3, 0]]
+    assert work.tolist() == rows, "row, sequence, tokens seen, span"
+    assert firsts.tolist() == [0, 2, 5, 6]
+
+
+def test_tiles_cover_each_pair_of_a_row_and_a_head() -> None:
+    work = WorkLists(pages_of([9, 3], [3, 1])).tiles(3, 8)
+    assert work.tolist() == [[0, 3, 0, 7, 0], [0, 3, 0, 7, 8], [3, 1, 1, 3, 0]]
+
+
+def test_a_list_is_made_once() -> None:
+    lists = WorkLists(pages_of([9], [2]))
+    assert lists.spans(4)[0] is lists.spans(4)[0]
+    assert lists.tiles(3, 8) is lists.tiles(3, 8)
+    assert lists.spans(8)[0].shape[0] < lists.spans(4)[0].shape[0], "another span, another list"
+    assert lists.tiles(6, 8).shape[0] > lists.tiles(3, 8).shape[0], "other heads, another list"
+
+
+def test_layers_of_a_step_share_the_lists_and_the_next_step_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[WorkLists] = []
+
+    def note(q: mx.array, k: mx.array, v: mx.array, pool: object, pages: Pages, work: WorkLists) -> object:
+        assert work.pages is pages
+        seen.append(work)
+        return q, k, v
+
+    monkeypatch.setattr(paged, "paged_attention", note)
+    cache = PagedCache(2, 1, 8, block_size=4, max_blocks=4, dtype=mx.float32)
+    cache._layers = [(mx.zeros(1), mx.zeros(1))] * 2
+    x = mx.zeros((1, 1, 8))
+    for step in (4, 5):
+        at = mx.array([step])
+        batch = Batch(at, at, (0, 1), at, pages_of([step], [1]))
+        for layer in range(2):
+            cache.attend(layer, x, x, x, batch)
+    first, second = seen[::2]
+    assert seen[:2] == [first] * 2 and seen[2:] == [second] * 2 and first is not second
