@@ -1,25 +1,17 @@
-"""Owns what all answers have in common: ids, usage, finish reasons, log-probabilities, event streams."""
+"""Owns what all answers have in common as JSON: ids, usage, log-probabilities, messages."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
-from json.encoder import encode_basestring as _quoted
+from collections.abc import Iterable, Mapping
 from math import isfinite, isnan
 from typing import Any
 
-from fastapi.responses import StreamingResponse
-from starlette.types import Send
-
 from tiny_llm.data import AssistantMessage, Completion, MessageDelta, ToolCall
-from tiny_llm.server.problems import problem_of
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
-_HOLE = "\x00"  # no other value of ours ends with it
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
-DONE = b"data: [DONE]\n\n"
 
 
 def new_id(prefix: str) -> str:
@@ -129,45 +121,3 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 def dumps(value: object) -> bytes:
     """Compact JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events from a generator, which is closed at once when the client goes away."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events = events
-
-    async def stream_response(self, send: Send) -> None:
-        """Send all events; whatever stops it, the generator does not go on.
-
-        A fault becomes an event: the status has been sent already.
-        """
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        more = True
-        async with aclosing(self._events) as events:
-            while more:
-                try:
-                    body = await anext(events)
-                except StopAsyncIteration:
-                    body, more = b"", False
-                except Exception as error:
-                    body, more = event_of(problem_of(error).body) + DONE, False
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-def event_of(value: object) -> bytes:
-    """A value as an event."""
-    return b"data: " + dumps(value) + b"\n\n"
-
-
-def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
-    """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
-    before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))
-    return lambda text: before + _quoted(text).encode() + after
-
-
-def named_event(name: str, value: object) -> bytes:
-    """A value as an event that says its name."""
-    return b"event: " + name.encode() + b"\n" + event_of(value)

@@ -16,10 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from tiny_llm.errors import TinyLLMError
-from tiny_llm.server.answers import EventStream
 from tiny_llm.server.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import complete
+from tiny_llm.server.events import EventStream
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import require_model

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -14,31 +14,18 @@ from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.message import message_of
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.answers import (
-    DONE,
-    EventStream,
-    chat_logprobs,
-    delta_json,
-    dumps,
-    event_of,
-    events_around,
-    message_json,
-    new_id,
-    usage,
-)
+from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new_id, usage
 from tiny_llm.server.bodies import ChatBody, NamedTool
+from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Pieces, Service, aside
+from tiny_llm.server.service import Job, Service, aside
 
 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
     form, job = await chat_job(service, request, body)
-    answer = _Answer(service, body, form)
-    if body.stream:
-        return EventStream(answer.events(await service.begin(request, job)))
-    return Response(dumps(answer.whole(await service.whole(request, job))), media_type="application/json")
+    return await answered(service, request, job, ChatWriter(service, body, form), stream=body.stream)
 
 
 async def chat_job(service: Service, request: Request, body: ChatBody) -> tuple[ChatFormat, Job]:
@@ -70,8 +57,8 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     return form, job_of(body, prompts, form.params(params), key_salt)
 
 
-class _Answer:
-    """One request's response in the making."""
+class ChatWriter(ResponseWriter):
+    """/v1/chat/completions' words."""
 
     def __init__(self, service: Service, body: ChatBody, form: ChatFormat) -> None:
         self._tokenizer = service.llm.tokenizer
@@ -80,6 +67,8 @@ class _Answer:
         self._created = int(time.time())
         self._model = service.settings.name
         self._parsers = [form.parser() for _ in range(body.n)]
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
 
     def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
         """The response of a request that is not streamed."""
@@ -94,49 +83,46 @@ class _Answer:
         rest = self._rest(rows, chunks[-1].completion, parser.calls)
         return {"index": index, "message": message_json(message_of(deltas)), **rest}
 
-    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-        """The response of a request that is: who speaks, then what it says, then why it ended."""
-        options, ended = self._body.stream_options, list[Completion]()
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """Who speaks, then what is said, an event a delta; the last of a chunk has its log-probabilities."""
+        deltas = self._deltas(index, chunk)
+        begun = index in self._quick
+        if not begun:
+            self._quick[index] = events_around(partial(self._saying, index))
+            deltas.insert(0, {"role": "assistant", "content": ""})
+        elif _is_text_alone(chunk) and len(deltas) == 1 and deltas[0].keys() == {"content"}:
+            return self._quick[index](deltas[0]["content"])
+        return b"".join(self._delta_events(index, deltas, chunk))
+
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """The usage, where it was asked for."""
+        if not self._with_usage:
+            return b""
         head = self._head("chat.completion.chunk")
-        with_usage = {"usage": None} if options is not None and options.include_usage else {}
+        return event_of({**head, "choices": [], "usage": usage(ended)})
 
-        def event(index: int, delta: dict[str, object], rest: dict[str, object]) -> dict[str, object]:
-            return {**head, "choices": [{"index": index, "delta": delta, **rest}], **with_usage}
+    def _delta_events(self, index: int, deltas: Sequence[dict[str, Any]], chunk: Chunk) -> Iterator[bytes]:
+        for delta in deltas[:-1]:
+            yield event_of(self._event(index, delta, self._rest([], None, 0)))
+        if deltas:
+            rest = self._rest(chunk.logprobs or [], chunk.completion, self._parsers[index].calls)
+            yield event_of(self._event(index, deltas[-1], rest))
 
-        def saying(index: int, text: str) -> dict[str, object]:
-            return event(index, {"content": text}, self._rest([], None, 0))
+    def _saying(self, index: int, text: str) -> dict[str, object]:
+        return self._event(index, {"content": text}, self._rest([], None, 0))
 
-        quick: dict[int, Callable[[str], bytes]] = {}  # for an answer that has begun: only its text changes
-        async with aclosing(pieces):
-            async for came in pieces:
-                events = []
-                for index, chunk in came:
-                    deltas = self._deltas(index, chunk)
-                    if index not in quick:
-                        deltas.insert(0, {"role": "assistant", "content": ""})
-                        quick[index] = events_around(partial(saying, index))
-                    elif len(deltas) == 1 and deltas[0].keys() == {"content"} and _says_no_more(chunk):
-                        events.append(quick[index](str(deltas[0]["content"])))
-                        continue
-                    if chunk.completion is not None:
-                        ended.append(chunk.completion)
-                    for delta in deltas:
-                        rest = self._rest([], None, 0)
-                        if delta is deltas[-1]:
-                            calls = self._parsers[index].calls
-                            rest = self._rest(chunk.logprobs or [], chunk.completion, calls)
-                        events.append(event_of(event(index, delta, rest)))
-                if events:
-                    yield b"".join(events)
-        tail = event_of({**head, "choices": [], "usage": usage(ended)}) if with_usage else b""
-        yield tail + DONE
+    def _event(self, index: int, delta: dict[str, Any], rest: dict[str, object]) -> dict[str, object]:
+        choice = {"index": index, "delta": delta, **rest}
+        told = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return {**told, "usage": None} if self._with_usage else told
 
-    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, object]]:
+    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """What a chunk adds to the message; one empty delta where only its end or a logprob is to be told."""
         parser = self._parsers[index]
         found = parser.push(chunk.text) + (parser.finish() if chunk.completion else [])
-        deltas = [delta_json(delta) for delta in found]
-        return deltas or ([{}] if chunk.completion or chunk.logprobs else [])
+        if not found and (chunk.completion or chunk.logprobs):
+            return [{}]
+        return [delta_json(delta) for delta in found]
 
     def _rest(
         self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int
@@ -154,6 +140,5 @@ class _Answer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
 
-def _says_no_more(chunk: Chunk) -> bool:
-    """Whether a chunk is its text alone."""
+def _is_text_alone(chunk: Chunk) -> bool:
     return chunk.completion is None and not chunk.logprobs

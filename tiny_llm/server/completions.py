@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import nan
@@ -13,17 +12,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.server.answers import (
-    DONE,
-    EventStream,
-    completion_logprobs,
-    dumps,
-    event_of,
-    events_around,
-    new_id,
-    usage,
-)
+from tiny_llm.server.answers import completion_logprobs, new_id, usage
 from tiny_llm.server.bodies import CompletionBody
+from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.params import (
     DEFAULT_COMPLETION_TOKENS,
     grammar_of,
@@ -32,7 +23,7 @@ from tiny_llm.server.params import (
     prompt_ids,
     require_model,
 )
-from tiny_llm.server.service import Job, Pieces, Service, aside
+from tiny_llm.server.service import Job, Service, aside
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
@@ -40,10 +31,8 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
     require_model(body.model, service.settings.name)
     grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
     job = await service.constrained(job, grammar)
-    answer = _Answer(service, body, job)
-    if body.stream:
-        return EventStream(answer.events(await service.begin(request, job)))
-    return Response(dumps(answer.whole(await service.whole(request, job))), media_type="application/json")
+    writer = CompletionWriter(service, body, job)
+    return await answered(service, request, job, writer, stream=body.stream)
 
 
 def _job(service: Service, request: Request, body: CompletionBody) -> Job:
@@ -56,8 +45,8 @@ def _job(service: Service, request: Request, body: CompletionBody) -> Job:
     return job_of(body, prompts, params, request.state.salt)
 
 
-class _Answer:
-    """One request's response in the making."""
+class CompletionWriter(ResponseWriter):
+    """/v1/completions' words."""
 
     def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
         self._tokenizer = service.llm.tokenizer
@@ -65,6 +54,8 @@ class _Answer:
         self._job = job
         self._echoes = [self._echo(number) for number in range(len(job.prompts))] if body.echo else []
         self._offsets = [0] * (len(job.prompts) * body.n)
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -82,35 +73,29 @@ class _Answer:
         ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
         return {**self._head, "choices": choices, "usage": usage(ended)}
 
-    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-        """The response of a request that is."""
-        options, ended = self._body.stream_options, list[Completion]()
-        with_usage = {"usage": None} if options is not None and options.include_usage else {}
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """One event a chunk that has something to tell."""
+        begun = index in self._quick
+        if begun and chunk.completion is None and not chunk.logprobs:
+            return self._quick[index](chunk.text) if chunk.text else b""
+        if not begun:
+            self._quick[index] = events_around(partial(self._event, index))
+        text = chunk.text if begun else self._before(index) + chunk.text
+        if not text and not chunk.logprobs and chunk.completion is None:
+            return b""
+        return event_of(self._event(index, text, self._rows(index, chunk), chunk.completion))
 
-        def event(index: int, text: str, rows: Sequence[dict[int, float]], last: Completion | None) -> object:
-            return {**self._head, "choices": [self._choice(index, text, rows, last)], **with_usage}
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """The usage, where it was asked for."""
+        if not self._with_usage:
+            return b""
+        return event_of({**self._head, "choices": [], "usage": usage(ended)})
 
-        quick: dict[int, Callable[[str], bytes]] = {}  # for an answer that has begun: only its text changes
-        async with aclosing(pieces):
-            async for came in pieces:
-                events = []
-                for index, chunk in came:
-                    text, last = chunk.text, chunk.completion
-                    if last is None and not chunk.logprobs and index in quick:
-                        if text:
-                            events.append(quick[index](text))
-                        continue
-                    if index not in quick:
-                        text = self._before(index) + text
-                        quick[index] = events_around(partial(event, index, rows=(), last=None))
-                    if last is not None:
-                        ended.append(last)
-                    if text or chunk.logprobs or last:
-                        events.append(event_of(event(index, text, self._rows(index, chunk), last)))
-                if events:
-                    yield b"".join(events)
-        tail = event_of({**self._head, "choices": [], "usage": usage(ended)}) if with_usage else b""
-        yield tail + DONE
+    def _event(
+        self, index: int, text: str, rows: Sequence[dict[int, float]] = (), ended: Completion | None = None
+    ) -> dict[str, object]:
+        told = {**self._head, "choices": [self._choice(index, text, rows, ended)]}
+        return {**told, "usage": None} if self._with_usage else told
 
     def _choice(
         self, index: int, text: str, rows: Sequence[dict[int, float]], ended: Completion | None

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from tiny_llm.engine.picture import picture
-from tiny_llm.server.answers import event_of
+from tiny_llm.server.events import event_of
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Service
+from tiny_llm.server.service import Service, with_first
 
 PERIOD_S = 0.25
 MAX_SHARE = 0.005
@@ -32,7 +31,7 @@ class Live:
     async def watch(self) -> AsyncGenerator[bytes, None]:
         """Events until the watcher leaves or the server drains. Raises Problem if too many watch."""
         events = self._events()
-        return _with_first(await anext(events), events)  # so that a refusal still has its status
+        return with_first(await anext(events), events)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         if self.watchers >= MAX_WATCHERS:
@@ -58,10 +57,3 @@ class Live:
         assert isinstance(cost, float)
         self._due = loop.time() + max(PERIOD_S, cost / MAX_SHARE)
         return event_of(taken)
-
-
-async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event

@@ -6,8 +6,7 @@ A request is a chat in other words, so a chat is what the engine is asked. Nothi
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -16,12 +15,13 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.errors import TinyLLMError
-from tiny_llm.server.answers import DONE, EventStream, chat_logprobs, dumps, named_event, new_id
+from tiny_llm.server.answers import chat_logprobs, new_id
 from tiny_llm.server.chat_completions import chat_job
+from tiny_llm.server.events import ResponseWriter, answered, named_event
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.response_bodies import ResponseBody, chat_of
 from tiny_llm.server.response_items import Items
-from tiny_llm.server.service import Pieces, Service
+from tiny_llm.server.service import Service
 
 _THEIR_NAMES = (
     ("response_format.json_schema", "text.format.schema"),
@@ -49,13 +49,10 @@ async def respond(service: Service, request: Request, body: ResponseBody) -> Res
     chat = chat_of(body)
     try:
         form, job = await chat_job(service, request, chat)
-        answer = _Answer(service, body, form)
-        if body.stream:
-            return EventStream(answer.events(await service.begin(request, job)))
-        told = answer.whole(await service.whole(request, job))
+        writer = ResponsesWriter(service, body, form)
+        return await answered(service, request, job, writer, stream=body.stream)
     except (Problem, TinyLLMError) as error:
         raise _in_our_words(problem_of(error)) from error
-    return Response(dumps(told), media_type="application/json")
 
 
 def _in_our_words(problem: Problem) -> Problem:
@@ -68,8 +65,8 @@ def _in_our_words(problem: Problem) -> Problem:
     return problem
 
 
-class _Answer:
-    """One request's response in the making."""
+class ResponsesWriter(ResponseWriter):
+    """/v1/responses' words: what the response is, each item as it grows, what it came to."""
 
     def __init__(self, service: Service, body: ResponseBody, form: ChatFormat) -> None:
         self._tokenizer = service.llm.tokenizer
@@ -88,25 +85,25 @@ class _Answer:
                 pass
         return self._response(answers[0][-1].completion)
 
-    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-        """The response of a request that is: what it is, each item as it grows, what it came to."""
-        ended: Completion | None = None
-        async with aclosing(pieces):
-            for kind in ("response.created", "response.in_progress"):
-                yield self._event({"type": kind, "response": self._response(None)})
-            try:
-                async for came in pieces:
-                    told = [self._event(event) for _, chunk in came for event in self._told(chunk)]
-                    ended = came[-1].chunk.completion
-                    if told:
-                        yield b"".join(told)
-            except Exception as error:
-                yield self._event(_failure(error))
-                yield DONE
-                return
-        response = self._response(ended)
-        yield self._event({"type": f"response.{response['status']}", "response": response})
-        yield DONE
+    def opening(self) -> bytes:
+        """That there is a response."""
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event({"type": kind, "response": self._response(None)}) for kind in kinds)
+
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """How the items grow by a chunk."""
+        return b"".join(self._event(event) for event in self._told(chunk))
+
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """The whole response."""
+        response = self._response(ended[-1])
+        return self._event({"type": f"response.{response['status']}", "response": response})
+
+    def failure(self, error: Exception) -> bytes:
+        """A fault in the interface's own form, and in the one that its clients raise an error for."""
+        problem = problem_of(error)
+        told = {"message": problem.detail, "code": problem.code, "param": problem.param}
+        return self._event({"type": "error", **told, **problem.body})
 
     def _event(self, event: dict[str, Any]) -> bytes:
         self._count += 1
@@ -175,10 +172,3 @@ def _repeated_format(body: ResponseBody) -> dict[str, Any]:
 def _repeated_tool(tool: dict[str, Any]) -> dict[str, Any]:
     required = {"parameters": None, "strict": None}
     return required | {name: value for name, value in tool.items() if value is not None}
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    """A fault as an event, in the interface's own form and in the one that its clients raise an error for."""
-    problem = problem_of(error)
-    told = {"message": problem.detail, "code": problem.code, "param": problem.param}
-    return {"type": "error", **told, **problem.body}

@@ -1,4 +1,4 @@
-"""Owns the engine as the routes see it: its state, and requests to it as streams of pieces.
+"""Owns the engine as the routes see it: its state, and requests to it as streams of chunks.
 
 Loading, ready, draining, dead: said in one place. A stream begins before its response does, so that a
 refusal still has its status; and it ends with its reader, whatever ends that one. Knows no HTTP body.
@@ -28,15 +28,9 @@ SMALL_BODY_BYTES = 2**13
 State = Literal["loading", "ready", "draining", "dead"]
 
 
-class Piece(NamedTuple):
-    """A chunk, and of which ``answer``, counted over all prompts of the request."""
-
-    answer: int
-    chunk: Chunk
-
-
-Pieces = AsyncGenerator[list[Piece], None]
-"""A job's pieces, whatever has come meanwhile at a time."""
+ChunkStream = AsyncGenerator[list[tuple[int, Chunk]], None]
+"""A job's chunks, whatever has come meanwhile at a time, each with the number of its answer, counted over all
+prompts of the request."""
 
 
 class Job(NamedTuple):
@@ -103,27 +97,27 @@ class Service:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 
-    async def begin(self, request: Request, job: Job) -> Pieces:
-        """Start a job and return its pieces once the first ones are there. Closing the stream cancels it.
+    async def begin(self, request: Request, job: Job) -> ChunkStream:
+        """Start a job and return its chunks once the first ones are there. Closing the stream cancels it.
 
         Raises what the engine refuses it with, and Problem for one that waited too long.
         """
-        pieces = _pieces(self.engine, job)
+        chunks = _chunks(self.engine, job)
         try:
-            first = await unless_gone(request, anext(pieces))
+            first = await unless_gone(request, anext(chunks))
         except BaseException:
-            await pieces.aclose()
+            await chunks.aclose()
             raise
         self._count(job)
-        return _with_first(first, pieces)
+        return with_first(first, chunks)
 
     async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
         """All chunks of each answer of a job. If the client goes, so does the job."""
         answers: list[list[Chunk]] = [[] for _ in range(len(job.prompts) * job.params.n)]
 
         async def collect() -> None:
-            async with aclosing(_pieces(self.engine, job)) as pieces:
-                async for came in pieces:
+            async with aclosing(_chunks(self.engine, job)) as chunks:
+                async for came in chunks:
                     for index, chunk in came:
                         answers[index].append(chunk)
 
@@ -172,7 +166,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _pieces(engine: AsyncLLM, job: Job) -> Pieces:
+async def _chunks(engine: AsyncLLM, job: Job) -> ChunkStream:
     """The chunks of all answers as they come: those of prompt i have the indices from i * n on.
 
     Raises Problem for an answer that ended by a fault or too late.
@@ -181,23 +175,24 @@ async def _pieces(engine: AsyncLLM, job: Job) -> Pieces:
     streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
     async with aclosing(streams):
         async for came in streams:
-            pieces: list[Piece] = []
+            chunks: list[tuple[int, Chunk]] = []
             for number, chunk in came:
                 problem = _failure(chunk.completion, begun) if chunk.completion is not None else None
                 if problem is not None:
-                    if pieces:
-                        yield pieces
+                    if chunks:  # what came before it is told before it
+                        yield chunks
                     raise problem
-                pieces.append(Piece(number * n + chunk.index, chunk))
-            yield pieces
+                chunks.append((number * n + chunk.index, chunk))
+            yield chunks
             begun = True
 
 
-async def _with_first(first: list[Piece], rest: Pieces) -> Pieces:
+async def with_first(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """``first``, then the ``rest`` that it was taken from: so that a refusal still has its status."""
     async with aclosing(rest):
         yield first
-        async for came in rest:
-            yield came
+        async for item in rest:
+            yield item
 
 
 def _failure(ended: Completion, begun: bool) -> Problem | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.server.answers import DONE, EventStream, dumps, event_of, logprob, usage
+from tiny_llm.server.answers import logprob, usage
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
+from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Pieces, Service, aside
+from tiny_llm.server.service import Job, Service, aside
 
 DEFAULT_TOKENS = 256
 
@@ -23,12 +23,7 @@ async def generate(service: Service, request: Request, body: GenerateBody) -> Re
     require_model(body.model, service.settings.name)
     grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
     job = await service.constrained(job, grammar)
-    if body.stream:
-        return EventStream(_events(await service.begin(request, job)))
-    ended = [chunks[-1].completion for chunks in await service.whole(request, job)]
-    answers = [_told(index, one) for index, one in enumerate(ended) if one is not None]
-    told = {"answers": answers, "usage": usage(one for one in ended if one is not None)}
-    return Response(dumps(told), media_type="application/json")
+    return await answered(service, request, job, GenerateWriter(), stream=body.stream)
 
 
 def _job(service: Service, request: Request, body: GenerateBody) -> Job:
@@ -39,30 +34,36 @@ def _job(service: Service, request: Request, body: GenerateBody) -> Job:
     return job_of(body, prompts, params, request.state.salt)
 
 
-def _told(index: int, completion: Completion) -> dict[str, object]:
-    rows = completion.logprobs
-    return {
-        "index": index,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": len(completion.prompt_token_ids),
-        "cached_tokens": completion.cached_tokens,
-        "ttft_s": round(completion.timing.ttft_s, 6),
-        "logprobs": rows and [{str(i): logprob(value) for i, value in row.items()} for row in rows],
-    }
+class GenerateWriter(ResponseWriter):
+    """POST /generate's words."""
 
+    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
+        """All answers, and what they took."""
+        ended = [one for chunks in answers if (one := chunks[-1].completion) is not None]
+        told = [self._told(index, completion) for index, completion in enumerate(ended)]
+        return {"answers": told, "usage": usage(ended)}
 
-async def _events(pieces: Pieces) -> AsyncGenerator[bytes, None]:
-    async with aclosing(pieces):
-        async for came in pieces:
-            yield b"".join(event_of(_part(index, chunk)) for index, chunk in came)
-    yield DONE
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """One event a chunk; the last one says all that there is to say of the answer."""
+        ended = {} if chunk.completion is None else self._told(index, chunk.completion)
+        return event_of({"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)})
 
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """Nothing: each answer's last event said it."""
+        return b""
 
-def _part(index: int, chunk: Chunk) -> dict[str, object]:
-    ended = {} if chunk.completion is None else _told(index, chunk.completion)
-    return {"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)}
+    def _told(self, index: int, completion: Completion) -> dict[str, object]:
+        rows = completion.logprobs
+        return {
+            "index": index,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": len(completion.prompt_token_ids),
+            "cached_tokens": completion.cached_tokens,
+            "ttft_s": round(completion.timing.ttft_s, 6),
+            "logprobs": rows and [{str(i): logprob(value) for i, value in row.items()} for row in rows],
+        }
 
 
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:

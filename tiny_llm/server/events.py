@@ -1,0 +1,121 @@
+"""Owns how an answer leaves: whole, or as server-sent events while it grows. One loop for all interfaces.
+
+What an interface says of an answer is its ``ResponseWriter``'s; that a stream ends with its reader, that a
+fault still becomes an event, that all who came at a time leave together, is said here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from json.encoder import encode_basestring as _quoted
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Send
+
+from tiny_llm.data import Chunk, Completion
+from tiny_llm.server.answers import dumps
+from tiny_llm.server.problems import problem_of
+from tiny_llm.server.service import ChunkStream, Job, Service
+
+DONE = b"data: [DONE]\n\n"
+_HOLE = "\x00"  # no other value of ours ends with it
+
+
+def event_of(value: object) -> bytes:
+    """A value as an event."""
+    return b"data: " + dumps(value) + b"\n\n"
+
+
+def named_event(name: str, value: object) -> bytes:
+    """A value as an event that says its name."""
+    return b"event: " + name.encode() + b"\n" + event_of(value)
+
+
+def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
+    """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
+    before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))
+    return lambda text: before + _quoted(text).encode() + after
+
+
+def failure_event(error: Exception) -> bytes:
+    """A fault as an event: the status has been sent already."""
+    return event_of(problem_of(error).body)
+
+
+class ResponseWriter(ABC):
+    """One request's response in the making, in one interface's words."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Sequence[Chunk]]) -> object:
+        """The response of a request that is not streamed, from all chunks of each answer."""
+
+    def opening(self) -> bytes:
+        """The events before the first chunk."""
+        return b""
+
+    @abstractmethod
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """What a chunk of answer ``index`` is told by; b"" if it has nothing new."""
+
+    @abstractmethod
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """The events after the last chunk."""
+
+    def failure(self, error: Exception) -> bytes:
+        """The event of a fault, after which nothing comes."""
+        return failure_event(error)
+
+
+async def answered(
+    service: Service, request: Request, job: Job, writer: ResponseWriter, *, stream: bool
+) -> Response:
+    """Have a job done, and answer with it. Raises what the job is refused with."""
+    if stream:
+        return EventStream(_written(writer, await service.begin(request, job)), writer.failure)
+    return Response(dumps(writer.whole(await service.whole(request, job))), media_type="application/json")
+
+
+async def _written(writer: ResponseWriter, chunks: ChunkStream) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; those of chunks that came together are one piece."""
+    ended: list[Completion] = []
+    async with aclosing(chunks):
+        if opening := writer.opening():
+            yield opening
+        async for came in chunks:
+            events = []
+            for index, chunk in came:
+                events.append(writer.events(index, chunk))
+                if chunk.completion is not None:
+                    ended.append(chunk.completion)
+            if piece := b"".join(events):
+                yield piece
+    yield writer.closing(ended) + DONE
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from a generator, which is closed at once when the client goes away."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], failure: Callable[[Exception], bytes] = failure_event
+    ) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._failure = failure
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events; whatever stops it, the generator does not go on. A fault becomes an event."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
+        async with aclosing(self._events) as events:
+            while more:
+                try:
+                    body = await anext(events)
+                except StopAsyncIteration:
+                    body, more = b"", False
+                except Exception as error:
+                    body, more = self._failure(error) + DONE, False
+                await send({"type": "http.response.body", "body": body, "more_body": more})
