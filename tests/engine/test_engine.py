@@ -309,10 +309,10 @@ def test_stats_are_plain_and_add_up(llm: LLM) -> None:
     for what in ("prefill", "decode"):
         engine.add(prompt(llm, f"What is {what}?"), GREEDY)
     engine.step()
-    during = json.loads(json.dumps(engine.stats()))
+    during = json.loads(json.dumps(engine.stats().as_json()))
     assert during["running"] == 2 and during["blocks"]["used"] > 0 and during["blocks"]["wasted_slots"] > 0
     drain(engine)
-    after = json.loads(json.dumps(engine.stats()))
+    after = json.loads(json.dumps(engine.stats().as_json()))
     assert (after["running"], after["waiting"], after["blocks"]["used"]) == (0, 0, 0)
     assert after["generation_tokens"] == 24 and after["ends"] == {"length": 2}
     assert (

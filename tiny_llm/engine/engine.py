@@ -25,15 +25,14 @@ from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.engine.request import Choice, Request
 from tiny_llm.engine.sample_step import Drawing, Drawn, Scoring, begin, needs_history
-from tiny_llm.engine.stats import EngineStats, StepClock
+from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.paged import PagedCache
-from tiny_llm.metrics import fallbacks
 from tiny_llm.models.footprint import kv_token_bytes
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import kernel_seconds, use
+from tiny_llm.ops.backend import use
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -211,28 +210,11 @@ class Engine:
             self.trace.arrived(number, now)
         return number
 
-    def stats(self) -> dict[str, object]:
-        """All figures of the moment, as JSON holds them. Totals are since the engine began."""
-        totals, scheduler, usage = self.totals, self.scheduler, self.scheduler.usage()
-        prefix = scheduler.blocks.prefix
-        names = ("steps", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
-        histograms = ("queue_s", "ttft_s", "inter_token_s", "step_s", "step_tokens", "step_sequences")
-        return {
-            "healthy": self.healthy,
-            "running": scheduler.num_running,
-            "waiting": scheduler.num_waiting,
-            **{name: getattr(totals, name) for name in names},
-            **{name: getattr(totals, name).summary() for name in histograms},
-            "blocks": usage._asdict(),
-            "block_bytes": self.cache.block_bytes,
-            "prefix_hit_tokens": prefix.hit_tokens if prefix else 0,
-            "prefix_miss_tokens": prefix.miss_tokens if prefix else 0,
-            "preempted": dict(scheduler.preempted),
-            "fallbacks": fallbacks().read(),
-            "kernel_s": kernel_seconds(),
-            "mlx_active_bytes": mx.get_active_memory(),
-            "mlx_cache_bytes": mx.get_cache_memory(),
-        }
+    def stats(self) -> Snapshot:
+        """All figures of the moment, for whoever reports them. To be called between two steps."""
+        return Snapshot.of(
+            self.scheduler, self.totals, healthy=self.healthy, block_bytes=self.cache.block_bytes
+        )
 
     def cancel(self, request_id: int) -> list[Event]:
         """End a request now; its blocks are free when this returns. Nothing if it has ended."""

@@ -27,27 +27,27 @@ def picture(engine: Engine) -> dict[str, object]:
     that there may be, tokens of the prompt that were cached, blocks held. ``cost_s``: what it took.
     """
     began = time.perf_counter()
-    scheduler, totals = engine.scheduler, engine.totals
-    running, usage, prefix = scheduler.running(), scheduler.usage(), scheduler.blocks.prefix
+    scheduler, stats = engine.scheduler, engine.stats()
+    totals, running = stats.totals, scheduler.running()
     cells = scheduler.blocks.cells(((table, owner(seq.id)) for seq, table in running), MAX_CELLS)
     rows = [_row(seq, len(table.blocks)) for seq, table in running[:MAX_ROWS]]
     rows += [_row(seq, 0) for seq in scheduler.waiting(MAX_ROWS - len(rows))]
     return {
         "now": began,
         "block_size": scheduler.blocks.block_size,
-        "blocks": usage._asdict(),
+        "blocks": stats.blocks._asdict(),
         "cells": b64encode(cells).decode(),
         "rows": rows,
-        "running": len(running),
-        "waiting": scheduler.num_waiting,
+        "running": stats.running,
+        "waiting": stats.waiting,
         "steps": totals.steps,
         "prompt_tokens": totals.prompt_tokens,
         "generation_tokens": totals.generation_tokens,
         "first_tokens": sum(totals.ttft_s.counts),
         "ttft_s": totals.ttft_s.total,
-        "hit_tokens": prefix.hit_tokens if prefix else 0,
-        "miss_tokens": prefix.miss_tokens if prefix else 0,
-        "preempted": sum(scheduler.preempted.values()),
+        "hit_tokens": stats.prefix_hit_tokens,
+        "miss_tokens": stats.prefix_miss_tokens,
+        "preempted": sum(stats.preempted.values()),
         "cost_s": time.perf_counter() - began,
     }
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+import mlx.core as mx
 
 from tiny_llm.data import EndReason, Plan
 from tiny_llm.engine.request import Choice
+from tiny_llm.kv.blocks import Usage
+from tiny_llm.metrics import fallbacks
+from tiny_llm.ops.backend import kernel_seconds
+from tiny_llm.scheduler.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PARTS = ("schedule", "build", "forward", "sample", "commit")
@@ -84,6 +90,62 @@ class EngineStats:
     def count_end(self, reason: EndReason) -> None:
         """An answer ended."""
         self.ends[reason] += 1
+
+
+_HISTOGRAMS = ("queue_s", "ttft_s", "inter_token_s", "step_s", "step_tokens", "step_sequences")
+_COUNTS = ("steps", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An engine's figures at one moment. ``totals`` are since it began, and are the engine's own: they go on.
+
+    ``running`` and ``waiting`` count sequences, ``preempted`` how often one gave way, by how; ``fallbacks``
+    are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed. Memory in
+    bytes, times in seconds.
+    """
+
+    healthy: bool
+    running: int
+    waiting: int
+    blocks: Usage
+    block_bytes: int
+    prefix_hit_tokens: int
+    prefix_miss_tokens: int
+    preempted: Mapping[str, int]
+    totals: EngineStats
+    fallbacks: Mapping[str, int]
+    kernel_s: float | None
+    mlx_active_bytes: int
+    mlx_cache_bytes: int
+
+    @classmethod
+    def of(cls, scheduler: Scheduler, totals: EngineStats, *, healthy: bool, block_bytes: int) -> Snapshot:
+        """The figures of an engine with this scheduler."""
+        prefix = scheduler.blocks.prefix
+        return cls(
+            healthy=healthy,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks=scheduler.usage(),
+            block_bytes=block_bytes,
+            prefix_hit_tokens=prefix.hit_tokens if prefix else 0,
+            prefix_miss_tokens=prefix.miss_tokens if prefix else 0,
+            preempted=dict(scheduler.preempted),
+            totals=totals,
+            fallbacks=fallbacks().read(),
+            kernel_s=kernel_seconds(),
+            mlx_active_bytes=mx.get_active_memory(),
+            mlx_cache_bytes=mx.get_cache_memory(),
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """All of it as JSON holds it, the totals beside the rest, a histogram by its summary."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "totals"}
+        own["blocks"] = self.blocks._asdict()
+        counts = {name: getattr(self.totals, name) for name in _COUNTS}
+        histograms = {name: getattr(self.totals, name).summary() for name in _HISTOGRAMS}
+        return {**own, **counts, **histograms}
 
 
 class StepClock:

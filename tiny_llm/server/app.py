@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.chat_completions import chat
@@ -76,8 +77,11 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        asked = service.engine.call(lambda llm: exposition(llm, settings.name, service.prompt_tokens))
-        return Response(await asyncio.wait_for(asked, METRICS_TIMEOUT_S), media_type=CONTENT_TYPE)
+        def told(llm: LLM) -> bytes:
+            return exposition(llm.engine.stats(), settings.name, service.prompt_tokens)
+
+        text = await asyncio.wait_for(service.engine.call(told), METRICS_TIMEOUT_S)
+        return Response(text, media_type=CONTENT_TYPE)
 
     @router.get("/live", include_in_schema=False)  # it never ends, and is the page's own
     async def watch() -> Response:

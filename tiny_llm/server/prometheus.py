@@ -1,8 +1,12 @@
-"""Owns GET /metrics: the engine's figures under vLLM's names, with ``tiny_llm_`` before them."""
+"""Owns GET /metrics: the engine's figures under vLLM's names, with ``tiny_llm_`` before them.
+
+What the figures are is the engine's to say (``Engine.stats``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import (
@@ -12,24 +16,26 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
-from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.stats import Histogram
+from tiny_llm.engine.stats import Histogram, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def exposition(llm: LLM, name: str, prompt_tokens: int) -> bytes:
-    """All figures as text. Called on the engine's thread, so that they belong together."""
+def exposition(stats: Snapshot, name: str, prompt_tokens: int) -> bytes:
+    """All figures as text; ``prompt_tokens`` are those of requests, cached ones included.
+
+    Called on the engine's thread, so that they belong together.
+    """
     registry = CollectorRegistry()
-    registry.register(_Figures(llm, name, prompt_tokens))
+    registry.register(_Figures(stats, name, prompt_tokens))
     return generate_latest(registry)
 
 
 class _Figures:
     """What prometheus_client asks for when it collects."""
 
-    def __init__(self, llm: LLM, name: str, prompt_tokens: int) -> None:
-        self._llm = llm
+    def __init__(self, stats: Snapshot, name: str, prompt_tokens: int) -> None:
+        self._stats = stats
         self._name = name
         self._prompt_tokens = prompt_tokens
 
@@ -37,55 +43,44 @@ class _Figures:
         """Every figure."""
         yield from self._gauges()
         yield from self._counters()
+        yield self._labelled(
+            "request_success", "Answers that ended, by why.", "finished_reason", self._stats.totals.ends
+        )
+        yield self._labelled("step_part_seconds", "Time of steps by part.", "part", self._stats.totals.parts)
         yield from self._histograms()
 
     def _gauges(self) -> Iterator[Metric]:
-        scheduler = self._llm.engine.scheduler
-        usage = scheduler.usage()
-        yield self._gauge("num_requests_running", "Sequences that take part in steps.", scheduler.num_running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait.", scheduler.num_waiting)
-        yield self._gauge(
-            "kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", usage.used / usage.limit
-        )
-        yield self._gauge("kv_cache_blocks", "KV blocks that there may be.", usage.limit)
-        yield self._gauge("kv_cache_used_blocks", "KV blocks in use.", usage.used)
-        yield self._gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", usage.cached)
+        stats, blocks = self._stats, self._stats.blocks
+        yield self._gauge("num_requests_running", "Sequences that take part in steps.", stats.running)
+        yield self._gauge("num_requests_waiting", "Sequences that wait.", stats.waiting)
+        used = blocks.used / blocks.limit
+        yield self._gauge("kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", used)
+        yield self._gauge("kv_cache_blocks", "KV blocks that there may be.", blocks.limit)
+        yield self._gauge("kv_cache_used_blocks", "KV blocks in use.", blocks.used)
+        yield self._gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", blocks.cached)
 
     def _counters(self) -> Iterator[Metric]:
-        engine = self._llm.engine
-        stats, prefix = engine.totals, engine.scheduler.blocks.prefix
-        hits, misses = (prefix.hit_tokens, prefix.miss_tokens) if prefix else (0, 0)
-        preempted = sum(engine.scheduler.preempted.values())
+        stats, totals = self._stats, self._stats.totals
+        looked_for = stats.prefix_hit_tokens + stats.prefix_miss_tokens
+        preempted = sum(stats.preempted.values())
         yield self._counter("prompt_tokens", "Tokens of prompts, cached ones included.", self._prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
-        yield self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.", hits + misses)
-        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", hits)
+        yield self._counter("generation_tokens", "Tokens generated.", totals.generation_tokens)
+        yield self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.", looked_for)
+        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hit_tokens)
         yield self._counter("num_preemptions", "Sequences that gave way to others.", preempted)
-        yield self._counter("engine_steps", "Steps of the engine.", stats.steps)
-        yield self._counter("engine_failed_steps", "Steps that failed.", stats.failed_steps)
-        ends = CounterMetricFamily(
-            "tiny_llm_request_success",
-            "Answers that ended, by why.",
-            labels=["model_name", "finished_reason"],
-        )
-        for reason, count in sorted(stats.ends.items()):
-            ends.add_metric([self._name, reason], count)
-        yield ends
-        parts = CounterMetricFamily(
-            "tiny_llm_step_part_seconds", "Time of steps by part.", labels=["model_name", "part"]
-        )
-        for part, seconds in stats.parts.items():
-            parts.add_metric([self._name, part], seconds)
-        yield parts
+        yield self._counter("engine_steps", "Steps of the engine.", totals.steps)
+        yield self._counter("engine_failed_steps", "Steps that failed.", totals.failed_steps)
 
     def _histograms(self) -> Iterator[Metric]:
-        stats = self._llm.engine.totals
-        yield self._histogram("request_queue_time_seconds", "From arrival to the first step.", stats.queue_s)
-        yield self._histogram("time_to_first_token_seconds", "From arrival to the first token.", stats.ttft_s)
-        yield self._histogram("inter_token_latency_seconds", "From token to token.", stats.inter_token_s)
-        yield self._histogram("step_seconds", "How long steps took.", stats.step_s)
-        yield self._histogram("iteration_tokens", "Tokens of a step.", stats.step_tokens)
-        yield self._histogram("iteration_sequences", "Sequences of a step.", stats.step_sequences)
+        totals = self._stats.totals
+        yield self._histogram("request_queue_time_seconds", "From arrival to the first step.", totals.queue_s)
+        yield self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", totals.ttft_s
+        )
+        yield self._histogram("inter_token_latency_seconds", "From token to token.", totals.inter_token_s)
+        yield self._histogram("step_seconds", "How long steps took.", totals.step_s)
+        yield self._histogram("iteration_tokens", "Tokens of a step.", totals.step_tokens)
+        yield self._histogram("iteration_sequences", "Sequences of a step.", totals.step_sequences)
 
     def _gauge(self, name: str, help_: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"tiny_llm_{name}", help_, labels=["model_name"])
@@ -97,11 +92,17 @@ class _Figures:
         family.add_metric([self._name], value)
         return family
 
+    def _labelled(self, name: str, help_: str, label: str, values: Mapping[str, float]) -> Metric:
+        """A counter for each value of a label."""
+        family = CounterMetricFamily(f"tiny_llm_{name}", help_, labels=["model_name", label])
+        for value, count in sorted(values.items()):
+            family.add_metric([self._name, value], count)
+        return family
+
     def _histogram(self, name: str, help_: str, given: Histogram) -> Metric:
         family = HistogramMetricFamily(f"tiny_llm_{name}", help_, labels=["model_name"])
-        buckets, below = [], 0
-        for bound, count in zip((*given.bounds, float("inf")), given.counts, strict=True):
-            below += count
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), below))
+        bounds = [*(str(float(bound)) for bound in given.bounds), "+Inf"]
+        # Prometheus wants each bound with the count of all values below it, those of lower bounds included.
+        buckets = list(zip(bounds, accumulate(given.counts), strict=True))
         family.add_metric([self._name], buckets, given.total)
         return family
