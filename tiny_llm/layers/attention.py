@@ -47,15 +47,13 @@ class Attention:
         cls, weights: Weights, prefix: str, config: ModelConfig, layer: int, inv_freq: mx.array
     ) -> Attention:
         """Pick the maps and norms below ``prefix``. Raises WeightError for a tensor that is missing."""
-        q, k, v = (
-            Linear.take(weights, f"{prefix}.{name}", bias=config.attention_bias)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        bias, eps = config.attention_bias, config.rms_norm_eps
+        q = Linear.take(weights, f"{prefix}.q_proj", bias=bias)
+        k = Linear.take(weights, f"{prefix}.k_proj", bias=bias)
+        v = Linear.take(weights, f"{prefix}.v_proj", bias=bias)
         o = Linear.take(weights, f"{prefix}.o_proj", bias=config.output_bias)
-        q_norm, k_norm = (
-            RMSNorm.take(weights, f"{prefix}.{name}", config.rms_norm_eps) if config.qk_norm else None
-            for name in ("q_norm", "k_norm")
-        )
+        q_norm = RMSNorm.take(weights, f"{prefix}.q_norm", eps) if config.qk_norm else None
+        k_norm = RMSNorm.take(weights, f"{prefix}.k_norm", eps) if config.qk_norm else None
         return cls(layer, config.head_dim, inv_freq, q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
@@ -66,5 +64,5 @@ class Attention:
     def _rotated(self, q: mx.array, k: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         if self.q_norm is None or self.k_norm is None:
             return rope_qk(q, k, positions, self.inv_freq, None, None, 0.0)
-        norms = self.q_norm.weight, self.k_norm.weight
-        return rope_qk(q, k, positions, self.inv_freq, *norms, self.q_norm.eps)
+        q_norm, k_norm, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return rope_qk(q, k, positions, self.inv_freq, q_norm, k_norm, eps)

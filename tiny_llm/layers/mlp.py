@@ -32,8 +32,10 @@ class MLP:
     @classmethod
     def take(cls, weights: Weights, prefix: str, config: ModelConfig) -> MLP:
         """Pick the three maps below ``prefix``. Raises WeightError for a tensor that is missing."""
-        names = ("gate_proj", "up_proj", "down_proj")
-        return cls(*(Linear.take(weights, f"{prefix}.{name}", bias=config.mlp_bias) for name in names))
+        gate = Linear.take(weights, f"{prefix}.gate_proj", bias=config.mlp_bias)
+        up = Linear.take(weights, f"{prefix}.up_proj", bias=config.mlp_bias)
+        down = Linear.take(weights, f"{prefix}.down_proj", bias=config.mlp_bias)
+        return cls(gate, up, down)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(gated_by(x, self.gate_proj, self.up_proj))

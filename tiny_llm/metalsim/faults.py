@@ -84,12 +84,13 @@ class Where:
 
     def thread(self, side: Side) -> str:
         """A thread by its places, as the kernel's author counts them."""
-        groups = [-(-g // t) for g, t in zip(self.grid, self.threadgroup, strict=True)]
+        groups, threads = [], []
+        for all_threads, wanted in zip(self.grid, self.threadgroup, strict=True):
+            groups.append(-(-all_threads // wanted))
         group = _place(side.group, groups)
-        full = (
-            min(t, g - i * t) for t, g, i in zip(self.threadgroup, self.grid, group, strict=True)
-        )  # the last threadgroup may be smaller
-        return f"thread {_place(side.thread, list(full))} of threadgroup {group}"
+        for all_threads, wanted, index in zip(self.grid, self.threadgroup, group, strict=True):
+            threads.append(min(wanted, all_threads - index * wanted))  # the last one may be smaller
+        return f"thread {_place(side.thread, threads)} of threadgroup {group}"
 
 
 def _place(index: int, size: Sequence[int]) -> tuple[int, int, int]:

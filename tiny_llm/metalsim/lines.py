@@ -45,25 +45,24 @@ def find_line(library: Path, address: int) -> tuple[str, int] | None:
     best: tuple[int, str, int] | None = None
     last: tuple[int, str, int] | None = None
     for row in _rows(_section(library.read_bytes(), b".debug_line")):
-        if row and last and last[0] <= address < row[0]:
-            best = last
-        if row and last and not row[2]:  # of no line: where two lines became one; the one before is near
-            row = (row[0], *last[1:])
+        if row and last:
+            if last[0] <= address < row[0]:
+                best = last
+            if row[2] == 0:  # of no line, where clang made one of two: the one before is near
+                row = (row[0], last[1], last[2])
         last = row
     return best[1:] if best else None
 
 
 def _section(elf: bytes, name: bytes) -> bytes:
-    start, size, count, names = (
-        struct.unpack_from("<Q", elf, 40)[0],
-        *struct.unpack_from("<HHH", elf, 58),
-    )
+    (start,) = struct.unpack_from("<Q", elf, 40)  # e_shoff
+    size, count, names = struct.unpack_from("<HHH", elf, 58)  # e_shentsize, e_shnum, e_shstrndx
     headers = [struct.unpack_from("<IIQQQQ", elf, start + i * size) for i in range(count)]
     strings = headers[names][4]
-    for header in headers:
-        at = strings + header[0]
+    for name_at, _, _, _, offset, length in headers:
+        at = strings + name_at
         if elf[at : elf.index(b"\0", at)] == name:
-            return elf[header[4] : header[4] + header[5]]
+            return elf[offset : offset + length]
     return b""
 
 

@@ -54,7 +54,8 @@ def _by_text(kernel: Kernel) -> Iterator[str]:
     for found in find_arrays(header):
         yield _at("header", header, found.start(), "threadgroup memory outside of the kernel's body")
     for found in find_arrays(body):
-        if re.search(r",\s*[A-Za-z_]\w*\s*(?:\[|$|,)", re.sub(r"\[[^\]]*\]", "[]", found["names"])):
+        without_sizes = re.sub(r"\[[^\]]*\]", "[]", found["names"])  # a size may hold a comma of its own
+        if re.search(r",\s*[A-Za-z_]\w*\s*(?:\[|$|,)", without_sizes):
             yield _at("source", body, found.start(), "two threadgroup arrays in one statement")
     for found in re.finditer(r"\bthreadgroup\s+[\w:]+\s+\w+\s*(?:\[[^\]]*\]\s*)*=", body):
         yield _at("source", body, found.start(), "threadgroup memory cannot be initialised")
@@ -65,5 +66,8 @@ def _at(name: str, text: str, place: int, what: str) -> str:
     number = 1
     for line in text[:place].split("\n")[:-1]:
         moved = re.match(r'\s*#\s*line\s+(\d+)(?:\s+"([^"]*)")?', line)
-        number, name = (int(moved[1]), moved[2] or name) if moved else (number + 1, name)
+        if moved:
+            number, name = int(moved[1]), moved[2] or name
+        else:
+            number += 1
     return f"{name}:{number}: {what}"

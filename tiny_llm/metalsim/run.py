@@ -180,17 +180,22 @@ class MetalKernel:
             raise ValueError(
                 f"[metal_kernel] expected {len(self.output_names)} output dtypes, got {len(output_dtypes)}"
             )
-        given: list[Template] = [(n, _metal(v) if isinstance(v, mx.Dtype) else v) for n, v in template]
+        arguments: list[Template] = []
+        for name, value in template:
+            arguments.append((name, _metal(value) if isinstance(value, mx.Dtype) else value))
+        given = []
+        for name, array in zip(self.input_names, inputs, strict=True):
+            given.append(Input(name, _metal(array.dtype), array.size, array.ndim))
+        outputs = []
+        for name, dtype in zip(self.output_names, output_dtypes, strict=True):
+            outputs.append((name, _metal(dtype)))
         return Kernel(
             self.name,
             self.header,
             self.source,
-            tuple(
-                Input(n, _metal(a.dtype), a.size, a.ndim)
-                for n, a in zip(self.input_names, inputs, strict=True)
-            ),
-            tuple((n, _metal(d)) for n, d in zip(self.output_names, output_dtypes, strict=True)),
             tuple(given),
+            tuple(outputs),
+            tuple(arguments),
             self.atomic_outputs,
         )
 
@@ -259,9 +264,10 @@ class MetalKernel:
             raise ValueError(f"[metal_kernel] expected at most {_MAX_BUFFERS} buffers, got {len(bound)}")
         path = build.library(program(kernel), self.mode)
         code = _code(path, self.mode)
-        buffers = (_Buffer * len(bound))(
-            *(_Buffer(b.address, b.size, 0, 0, 0, b.element, b.role, b.must_be_written, 0) for b in bound)
-        )
+        buffers = (_Buffer * len(bound))()
+        for buffer, b in zip(buffers, bound, strict=True):
+            buffer.data, buffer.bytes, buffer.element = b.address, b.size, b.element
+            buffer.role, buffer.must_be_written = b.role, b.must_be_written
         pointers = (ctypes.c_void_p * len(bound))()
         size = ctypes.c_uint64()
         image = code.msim_image(ctypes.byref(size))
@@ -358,10 +364,12 @@ def _bound_array(name: str, array: mx.array, role: int) -> _Bound:
     if not array.size:
         return _Bound(name, 0, 0, element, role)
     view = _memory(array)
-    spans = [s * (n - 1) for s, n in zip(view.strides or (), array.shape, strict=True)]
-    if any(span < 0 for span in spans):
-        raise ValueError(f"[metal_kernel] expected no negative strides, got {view.strides} for {name}")
-    return _Bound(name, _address(view), sum(spans) + array.itemsize, element, role, keep=(array, view))
+    size = array.itemsize
+    for stride, length in zip(view.strides or (), array.shape, strict=True):
+        if stride * (length - 1) < 0:
+            raise ValueError(f"[metal_kernel] expected no negative strides, got {view.strides} for {name}")
+        size += stride * (length - 1)
+    return _Bound(name, _address(view), size, element, role, keep=(array, view))
 
 
 class _PyBuffer(ctypes.Structure):

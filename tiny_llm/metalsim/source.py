@@ -117,11 +117,17 @@ class Kernel:
         """MLX's name for this variant."""
         name = f"custom_kernel_{self.name}"
         if self.template:
-            name += "_" + re.sub(r"\W", "_", self._arguments.replace(", ", "_"))[:-1]
+            arguments = re.sub(r"\W", "_", self._arguments.replace(", ", "_"))
+            name += "_" + arguments.removesuffix("_")  # what was the bracket at the end
         for given in self.inputs:
-            small = "c" if given.size < SMALLEST_IN_DEVICE_MEMORY else ""
-            name += f"_{given.dtype}" + ("s" if given.by_reference else small)
-        return name + "".join(f"_{dtype}" for _, dtype in self.outputs)
+            name += f"_{given.dtype}"
+            if given.by_reference:
+                name += "s"
+            elif given.size < SMALLEST_IN_DEVICE_MEMORY:
+                name += "c"
+        for _, dtype in self.outputs:
+            name += f"_{dtype}"
+        return name
 
     @property
     def call_name(self) -> str:
@@ -130,16 +136,16 @@ class Kernel:
 
     @property
     def _arguments(self) -> str:
-        return "<" + ", ".join(str(int(v) if isinstance(v, bool) else v) for _, v in self.template) + ">"
+        values = [str(int(value)) if isinstance(value, bool) else str(value) for _, value in self.template]
+        return f"<{', '.join(values)}>"
 
     @property
     def head(self) -> str:
         """Template and signature, up to the body."""
-        kinds = [
-            ("bool" if isinstance(v, bool) else "int" if isinstance(v, int) else "typename", name)
-            for name, v in self.template
-        ]
-        text = "template <" + ", ".join(" ".join(kind) for kind in kinds) + ">\n" if kinds else ""
+        text = ""
+        if self.template:
+            kinds = [f"{_template_kind(value)} {name}" for name, value in self.template]
+            text += f"template <{', '.join(kinds)}>\n"
         text += f"[[kernel]] void {self.full_name}(\n"
         parameters, attributes = self.parameters, self.attributes
         for index, parameter in enumerate(parameters):
@@ -147,11 +153,10 @@ class Kernel:
             last = index >= len(self.inputs) + len(self.outputs) - 1 and not attributes
             ends = ") {\n" if last and parameter.what == "output" else ",\n"
             text += f"{parameter.text} [[buffer({index})]]{ends}"
-        return (
-            text
-            + ",\n".join(f"  {kind} {name} [[{name}]]" for name, kind in attributes)
-            + (") {\n" if attributes else "")
-        )
+        if attributes:
+            text += ",\n".join(f"  {kind} {name} [[{name}]]" for name, kind in attributes)
+            text += ") {\n"
+        return text
 
     @property
     def text(self) -> str:
@@ -163,6 +168,13 @@ class Kernel:
                 f"decltype({self.call_name}) {self.call_name};\n"
             )
         return text
+
+
+def _template_kind(value: str | bool | int) -> str:
+    """What a template's parameter is declared as. A bool is an int too, so it is asked for first."""
+    if isinstance(value, bool):
+        return "bool"
+    return "int" if isinstance(value, int) else "typename"
 
 
 def _cpp(kernel: Kernel) -> str:
@@ -179,10 +191,13 @@ def program(kernel: Kernel) -> str:
     arguments = []
     for index, p in enumerate(kernel.parameters):
         const = "" if p.what == "output" else "const "
-        arguments.append(f"{'*' if p.by_reference else ''}({const}{p.dtype}*)buffers[{index}]")
+        pointer = f"({const}{p.dtype}*)buffers[{index}]"
+        arguments.append(f"*{pointer}" if p.by_reference else pointer)
     for name, kind in kernel.attributes:
         value = f"t.{name}"
-        arguments.append(f"uint3{{{value}[0], {value}[1], {value}[2]}}" if kind == "uint3" else value)
+        if kind == "uint3":
+            value = f"uint3{{{value}[0], {value}[1], {value}[2]}}"
+        arguments.append(value)
     return (
         f"{_cpp(kernel)}"
         '#line 1 "entry"\n'

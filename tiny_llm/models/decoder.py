@@ -86,20 +86,20 @@ class Decoder:
     @classmethod
     def take(cls, config: ModelConfig, weights: Weights) -> Decoder:
         """Pick the tensors that ``shapes`` names. Raises WeightError for one that is missing."""
+        # One array for all layers: the frequencies are the model's, and no tensor of the checkpoint.
         inv_freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         embed = Embedding.take(weights, "model.embed_tokens")
+        layers = tuple(DecoderLayer.take(weights, config, i, inv_freq) for i in range(config.num_layers))
+        norm = RMSNorm.take(weights, "model.norm", config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        return cls(
-            config,
-            embed,
-            tuple(DecoderLayer.take(weights, config, i, inv_freq) for i in range(config.num_layers)),
-            RMSNorm.take(weights, "model.norm", config.rms_norm_eps),
-            embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False),
-        )
+        head = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
+        return cls(config, embed, layers, norm, head)
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         x, residual = self.embed_tokens(batch.tokens), None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
-        x = x if residual is None else x + residual
+        if residual is not None:
+            x = x + residual
+        # The head is the widest map of all: only rows whose logits are wanted pay for it.
         return self.lm_head(self.norm(x[batch.logit_rows]))

@@ -33,11 +33,15 @@ class Source:
 
 def source(inputs: Sequence[str], header: str, body: str, scalars: Sequence[bool], prelude: str) -> Source:
     """A Metal kernel in CUDA; ``scalars`` says which inputs have no dimensions, ``prelude`` is metal.cuh."""
-    names = tuple(f"{name}_at" if scalar else name for name, scalar in zip(inputs, scalars, strict=True))
-    read = "".join(
-        f"const auto {name} = *{name}_at; " for name, scalar in zip(inputs, scalars, strict=True) if scalar
-    )
-    return Source(names, f"{prelude}\n{_without_spaces(header)}", f"{read}\n{_without_spaces(body)}")
+    names = []
+    read = ""
+    for name, scalar in zip(inputs, scalars, strict=True):
+        if scalar:  # comes as a pointer: the body's name is what it points at
+            names.append(f"{name}_at")
+            read += f"const auto {name} = *{name}_at; "
+        else:
+            names.append(name)
+    return Source(tuple(names), f"{prelude}\n{_without_spaces(header)}", f"{read}\n{_without_spaces(body)}")
 
 
 def _without_spaces(text: str) -> str:

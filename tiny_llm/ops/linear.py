@@ -53,20 +53,28 @@ def linears(
     """
     if _packed(weights):
         return cpu.linear(x, list(weights), list(biases), head_dim)
-    rows = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return [row.reshape(row.shape[0], -1, head_dim) for row in rows] if head_dim else rows
+    outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if not head_dim:
+        return outputs
+    return [output.reshape(output.shape[0], -1, head_dim) for output in outputs]
 
 
 def gated(
     x: mx.array, gate: Matrix, up: Matrix, gate_bias: mx.array | None, up_bias: mx.array | None
 ) -> mx.array:
     """Return ``swiglu(linear(x, gate), linear(x, up))`` [T, F]; x [T, I], gate and up [F, I]."""
-    if _packed(pair := (gate, up)):
+    pair = (gate, up)
+    if _packed(pair):
         return cpu.gated(x, pair[0], pair[1], gate_bias, up_bias)
     return swiglu(linear(x, gate, gate_bias), linear(x, up, up_bias))
 
 
 def _packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
     """Whether the kernels can map by all of them at once: they are packed, in groups of one size."""
-    groups = {None if isinstance(w, (mx.array, QuantizedTensor)) else w.group_size for w in weights}
-    return len(groups) == 1 and None not in groups
+    group_sizes: set[int] = set()
+    for weight in weights:
+        if isinstance(weight, (mx.array, QuantizedTensor)):
+            return False
+        group_sizes.add(weight.group_size)
+    # x is quantized once for all of them, in groups of the matrices' size.
+    return len(group_sizes) == 1

@@ -65,7 +65,7 @@ def kernel(name: str, file: str | None = None) -> Kernel:
     watched = _WATCHED.get()
     if watched is None or not isinstance(made, MetalKernel):
         return made
-    simulated = made
+    simulated = made  # a name that mypy knows to be a MetalKernel inside ``measure`` too
 
     def measure(**call: Any) -> list[mx.array]:
         outputs, traffic = simulated.measure(**call)
@@ -117,13 +117,16 @@ def texts(file: str) -> dict[str, Text]:
     """The kernels of a file by name."""
     name = f"{file}.metal"
     text = (folder() / name).read_text(encoding="utf-8")
-    found = list(_KERNEL.finditer(text))
-    ends = [f.start() for f in found[1:]] + [len(text)]
-    header = f'#line 1 "{name}"\n{text[: found[0].start()]}'
-    return {
-        f[1]: Text(f[1], _names(f[2]), _names(f[3]), header, _body(name, text, f.end() + 1, end))
-        for f, end in zip(found, ends, strict=True)
-    }
+    heads = list(_KERNEL.finditer(text))
+    # A compiler's message then names the line of the file, not of the text that MLX makes of it.
+    header = f'#line 1 "{name}"\n{text[: heads[0].start()]}'
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    kernels = {}
+    for head, end in zip(heads, ends, strict=True):
+        called, inputs, outputs = head.groups()
+        body = _body(name, text, head.end() + 1, end)
+        kernels[called] = Text(called, _names(inputs), _names(outputs), header, body)
+    return kernels
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -66,17 +66,19 @@ def _metal(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
 def _blocks(x: mx.array, weight: QuantizedTensor) -> mx.array:
     T, outputs = x.shape[0], weight.packed.shape[0]
-    rows = min(_MOST_ROWS, 1 << (T - 1).bit_length())
+    power_of_two = 1 << (T - 1).bit_length()  # each number of rows is a kernel of its own: few of them
+    rows = min(_MOST_ROWS, power_of_two)
     blocks = -(-T // rows)
-    columns = ("COLUMNS", _COLUMNS)
-    grid, threads = (32, -(-outputs // (4 * _COLUMNS)), blocks), (32, 2, min(blocks, 4))
-    return _run("quantized_matmul", x, weight, [("R", rows), columns], grid, threads)
+    column_groups = -(-outputs // (4 * _COLUMNS))
+    grid, threads = (32, column_groups, blocks), (32, 2, min(blocks, 4))
+    return _run("quantized_matmul", x, weight, [("R", rows), ("COLUMNS", _COLUMNS)], grid, threads)
 
 
 def _tiles(x: mx.array, weight: QuantizedTensor) -> mx.array:
     """A threadgroup a tile. Tiles that share what is read of the matrix come after each other."""
     side = 8 * _TILE
-    grid = (256 * -(-x.shape[0] // side), -(-weight.packed.shape[0] // side), 1)
+    down, across = -(-x.shape[0] // side), -(-weight.packed.shape[0] // side)
+    grid = (256 * down, across, 1)
     return _run("quantized_matmul_tile", x, weight, [("M", _TILE), ("N", _TILE)], grid, (256, 1, 1))
 
 

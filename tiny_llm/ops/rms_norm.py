@@ -82,16 +82,26 @@ def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: i
     if not x.size:
         return [mx.zeros_like(x)] * outputs
     width = x.shape[-1]
-    threads, rows = min(1024, max(32, -(-width // 128) * 32)), x.size // width
-    together = min(8, 1 << (-(-rows // 8) - 1).bit_length())  # so many that 8 threadgroups have work
+    rows = x.size // width
+    simdgroups = -(-width // 128)  # a lane holds 4 numbers of a row, or more where a threadgroup is full
+    threads = min(1024, 32 * simdgroups)
+    # Rows that share what is read of the weight: a power of two, as each number of them is a kernel of its
+    # own, and so few that 8 threadgroups have work.
+    together = min(8, _power_of_two(-(-rows // 8)))
+    threadgroups = -(-rows // together)
     return kernel(name, "rms_norm")(
         inputs=[*inputs, rows],
         template=[("T", x.dtype), ("E", width), ("TG", threads), ("R", together)],
-        grid=(-(-rows // together) * threads, 1, 1),
+        grid=(threadgroups * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape] * outputs,
         output_dtypes=[x.dtype] * outputs,
     )
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest one that is not below ``least``."""
+    return 1 << (least - 1).bit_length()
 
 
 def _check(x: mx.array, weight: mx.array) -> None:

@@ -54,16 +54,15 @@ def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequen
 
 
 def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
-    """A threadgroup a row. Top-p is a share of 2^32 there, 0 where it keeps all."""
+    """A threadgroup a row."""
     rows, vocab = logits.shape
-    shares = [max(1, min(2**32 - 1, round(p.top_p * 2**32))) if p.top_p < 1 else 0 for p in params]
     floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
     (tokens,) = kernel("sample")(
         inputs=[
             logits,
             mx.array([p.temperature for p in params], mx.float32),
             mx.array([min(p.top_k, vocab) for p in params], mx.int32),
-            mx.array(shares, mx.uint32),
+            mx.array([_share(p.top_p) for p in params], mx.uint32),
             mx.array(floors, mx.float32),
             noise_keys([_seed_of(p) for p in params], positions),
             vocab,
@@ -75,6 +74,16 @@ def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions:
         output_dtypes=[mx.uint32],
     )
     return tokens
+
+
+def _share(top_p: float) -> int:
+    """Top-p as the Metal kernel takes it: a share of 2^32, 0 where it keeps all.
+
+    The kernel adds shares up as integers, whose sum is the same in whatever order its threads come.
+    """
+    if top_p == 1:
+        return 0
+    return max(1, min(2**32 - 1, round(top_p * 2**32)))
 
 
 def sample_ref(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
@@ -90,9 +99,11 @@ def sample_ref(logits: mx.array, params: Sequence[SamplingParams], positions: Se
     rows = [r for r, p in enumerate(params) if p.temperature > 0]
     if not rows:
         return tokens
-    at, drawn = mx.array(rows), [params[r] for r in rows]
+    at = mx.array(rows)
+    drawn = [params[r] for r in rows]
     scores = filter_logits(logits[at], drawn)
-    noise = gumbel_noise([_seed_of(p) for p in drawn], [positions[r] for r in rows], logits.shape[1])
+    seeds = [_seed_of(p) for p in drawn]
+    noise = gumbel_noise(seeds, [positions[r] for r in rows], logits.shape[1])
     finite = mx.isfinite(mx.max(logits[at], axis=-1))
     tokens[at] = mx.where(finite, mx.argmax(scores + noise, axis=-1), tokens[at])
     return tokens
