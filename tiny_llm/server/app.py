@@ -153,7 +153,8 @@ def _documented(*keys: str, streams: bool = False) -> dict[int | str, dict[str, 
     """What an answer has at least; what it may be in other cases is in OpenAI's own documentation."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": list(keys)}}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+        content["text/event-stream"] = {"schema": event}  # of each event, until OpenAPI 3.2 has itemSchema
     return {200: {"description": "The answer.", "content": content}}
 
 
