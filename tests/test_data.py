@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.errors import RequestError
+from tiny_llm.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(

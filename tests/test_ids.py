@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError
 from tiny_llm.ops import backend
+from tiny_llm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ LIBRARY = (
     COMMON
     + """
 import mlx.core as mx
-from tiny_llm.data import SamplingParams
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.ops.backend import cpu, works

@@ -11,9 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_llm.data import Completion, SamplingParams
+from tiny_llm.data import Completion
 from tiny_llm.engine.conversation import Conversation
 from tiny_llm.errors import TinyLLMError, did_you_mean
+from tiny_llm.sampling_params import SamplingParams
 
 with contextlib.suppress(ImportError):  # absent on some builds; input() then has no history
     import readline  # noqa: F401

@@ -76,6 +76,8 @@ class MessageDelta:
 class Completion:
     """One answer. ``logprobs`` has, for each token, {token id: log-probability} or is None.
 
+    ``token_ids`` and ``logprobs`` have every token that was made, ``text`` what the first ``shown_tokens``
+    of them say: neither a token that ended the answer nor a stop string is shown.
     ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
     cache. ``error`` says what went wrong where ``finish_reason`` is "error". ``message`` is a chat's.
     """
@@ -90,6 +92,7 @@ class Completion:
     cached_tokens: int = 0
     error: str | None = None
     message: AssistantMessage | None = None
+    shown_tokens: int = 0
 
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long
@@ -98,6 +101,8 @@ class Chunk:
 
     ``logprobs`` are those of its tokens, where the request asked for them; the first chunk has the
     ``prompt_logprobs``, from the prompt's second token on. ``deltas`` are what a chat's message gets of it.
+    ``shown_tokens``: as many of the answer's tokens are in the text so far; what may become a stop string
+    is held back.
     """
 
     text: str
@@ -107,6 +112,7 @@ class Chunk:
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float]] | None = None
     deltas: Collection[MessageDelta] = ()
+    shown_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +209,8 @@ class Sequence:
 class PlanItem(NamedTuple):
     """What one sequence does in a step. A tuple, as a step makes one for each sequence.
 
-    ``tokens`` [n] go to positions ``start:start + n``; ``block_table`` is the sequence's
-    and reaches beyond them: read it, never write it, and not after the step's commit.
+    ``tokens`` [n] go to positions ``start:start + n``. One that is still being drawn is ``-1 - r``: it
+    will be what the step before draws as its r-th. ``block_table`` is the sequence's, as far as these tokens.
     Logits are wanted of the item's last ``logit_rows`` tokens.
     """
 

@@ -89,7 +89,7 @@ class SamplingParams:
     ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
     ``logprobs`` n reports the chosen token's log-probability and the n likeliest, ``prompt_logprobs``
     those of the prompt's tokens, which are all computed then. ``n`` answers are drawn for one prompt.
-    No end before ``min_tokens``.
+    No end before ``min_tokens``: no token that ends it is drawn, and a stop string must come after them.
 
     ``repetition_penalty`` divides the positive logits of tokens that prompt or answer have, and
     multiplies the negative ones (Keskar et al. 2019, section 4.1); ``presence_penalty`` is subtracted

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tiny_llm.engine.engine import Engine, EngineSettings
+from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.registry import Model, kv_dtype
 from tiny_llm.ops.backend import active
 from tiny_llm.scheduler.settings import SchedulerSettings

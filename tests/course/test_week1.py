@@ -12,13 +12,14 @@ import pytest
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.course.manifest import ROOT, read_manifest
-from tiny_llm.data import Batch, KVCache, SamplingParams
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.decoding.generate import generate_without_cache
 from tiny_llm.decoding.stop import find_stop, open_length
 from tiny_llm.models.decoder import Decoder, DecoderLayer
 from tiny_llm.ops.attention import causal_mask
 from tiny_llm.ops.rope import rope, rope_frequencies
 from tiny_llm.sampling.logprobs import log_probabilities
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.weights.names import config_of
 
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"

@@ -8,11 +8,12 @@ from itertools import islice
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Batch, KVCache, SamplingParams
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.decoding.generate import Forward, Token, generate, generate_without_cache
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.sampling.logprobs import log_probabilities
+from tiny_llm.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.chapter("1.6"), pytest.mark.chapter("2.1")]
 

@@ -15,7 +15,7 @@ import pytest
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import Completion
 from tiny_llm.decoding.structured_output import schema_grammar
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.registry import build, expected_tensors
 from tiny_llm.ops.pack import pack
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -169,7 +169,7 @@ def wild() -> LLM:
     llm = LLM("demo", engine=EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_num_seqs=BATCH)))
     shapes, finish = expected_tensors(llm.config), partial(pack, exact=False)
     weights = dummy_weights(shapes, dtype=mx.float32, quantize=None, quantizable=frozenset(), finish=finish)
-    llm.engine._model = build(llm.config, weights)
+    llm.engine.runner.model = build(llm.config, weights)
     return llm
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from tiny_llm import LLM, CapacityError, Completion, SamplingParams
 from tiny_llm.data import Batch, KVCache
-from tiny_llm.engine.engine import Engine, EngineSettings
+from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import BusyError
 from tiny_llm.models.registry import Model
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -34,7 +35,7 @@ class Spoilt:
 
 def spoilt(llm: LLM, spoil: Callable[[Batch, mx.array], mx.array]) -> Engine:
     engine = llm.with_engine(SETTINGS).engine
-    engine._model = Spoilt(engine._model, spoil)
+    engine.runner.model = Spoilt(engine.runner.model, spoil)
     return engine
 
 
@@ -222,6 +223,58 @@ def test_min_tokens_puts_off_the_end(llm: LLM) -> None:
     assert len(longer.token_ids) > len(short.token_ids) + 9
 
 
+def test_min_tokens_counts_alike_whether_or_not_steps_run_ahead(llm: LLM) -> None:
+    """One token too few was counted in a step that was prepared ahead: 12 tokens came instead of 11."""
+    ask, params = prompt(llm, "What is 34 + 25?"), SamplingParams(max_tokens=60, min_tokens=10)
+    lengths = {}
+    for ahead in (True, False):
+        own = llm.with_engine(replace(SETTINGS, async_scheduling=ahead))
+        lengths[ahead] = len(own.generate(ask, params)[0].token_ids)
+    assert lengths == {True: 11, False: 11}, "ten tokens, and then the end"
+
+
+def test_no_stop_string_ends_an_answer_before_min_tokens(llm: LLM) -> None:
+    ask = prompt(llm, "What is a KV cache?")
+    params = SamplingParams(max_tokens=40, stop=("cache",), ignore_eos=True)
+    assert len(llm.generate(ask, params)[0].token_ids) < 10
+    held = llm.generate(ask, replace(params, min_tokens=30))[0]
+    assert len(held.token_ids) >= 30 and "cache" in held.text, "what the first 30 say is shown whatever it is"
+
+
+def test_a_form_that_allows_only_the_end_is_an_error_where_min_tokens_forbids_it(llm: LLM) -> None:
+    """Every logit was -inf, and token 0 came out of that, twice."""
+    vocab, end = llm.config.vocab_size, min(llm.end_ids)
+
+    def only_the_end(answer: list[int]) -> bytes:
+        return bytes(end) + b"\1" + bytes(vocab - end - 1)
+
+    asked = prompt(llm, "What is decode?")
+    params = SamplingParams(max_tokens=9, constraint=lambda: only_the_end)
+    assert llm.generate(asked, params)[0].token_ids == [end]
+    ended = llm.generate(asked, replace(params, min_tokens=2))[0]
+    assert (ended.finish_reason, ended.token_ids) == ("error", [])
+    assert "min_tokens" in str(ended.error) and "form" in str(ended.error)
+
+
+def test_what_a_stop_string_takes_from_the_text_is_not_among_the_shown_tokens(llm: LLM) -> None:
+    """token_ids and logprobs have every token that was made; shown_tokens says which of them the text has."""
+    ask = prompt(llm, "What is a KV cache?")
+    engine = llm.with_engine(SETTINGS).engine
+    engine.add(ask, SamplingParams(max_tokens=40, stop=("cache keeps",), logprobs=1))
+    text, shown = "", 0
+    while len(engine):
+        for _, chunk in engine.step():
+            text, last = text + chunk.text, chunk
+            assert shown <= chunk.shown_tokens
+            shown = chunk.shown_tokens
+    ended = last.completion
+    assert ended is not None and ended.logprobs is not None
+    assert ended.finish_reason == "stop" and ended.shown_tokens == shown < len(ended.token_ids)
+    assert len(ended.logprobs) == len(ended.token_ids)
+    shown_text = llm.tokenizer.decode(ended.token_ids[:shown])
+    assert shown_text.startswith(ended.text) and "keeps" not in shown_text, (shown_text, ended.text)
+
+
 def test_the_next_step_is_under_way_before_a_token_is_known(llm: LLM) -> None:
     steps: list[list[int]] = []
 
@@ -241,12 +294,25 @@ def test_the_next_step_is_under_way_before_a_token_is_known(llm: LLM) -> None:
 
 
 def test_who_needs_the_last_token_is_not_run_ahead(llm: LLM) -> None:
-    for own in ({"presence_penalty": 1.0}, {"min_tokens": 9}, {"processors": (lambda _, row: row,)}):
+    for own in (
+        {"presence_penalty": 1.0},
+        {"repetition_penalty": 2.0},
+        {"processors": (lambda _, row: row,)},
+    ):
         engine = llm.with_engine(SETTINGS).engine
         engine.add(prompt(llm, "What is decode?"), replace(GREEDY, **own))
         for _ in range(4):
             engine.step()
         assert engine._ahead is None, own
+
+
+def test_what_the_last_token_does_not_change_is_run_ahead(llm: LLM) -> None:
+    for own in ({"min_tokens": 9}, {"logit_bias": {5: 1.0}}, {"logprobs": 2}, {"stop": ("zebra",)}):
+        engine = llm.with_engine(SETTINGS).engine
+        engine.add(prompt(llm, "What is decode?"), replace(GREEDY, **own))
+        for _ in range(4):
+            engine.step()
+        assert engine._ahead is not None, own
 
 
 def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.chapter("1.6")
 

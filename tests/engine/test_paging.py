@@ -12,7 +12,7 @@ from demo_score import held_out_examples
 
 from tiny_llm import LLM, Completion, SamplingParams
 from tiny_llm.decoding.generate import generate, generate_without_cache
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.ops.backend import use
 from tiny_llm.scheduler.settings import SchedulerSettings

@@ -6,11 +6,11 @@ import json
 from base64 import b64decode
 from collections import Counter
 
-from tiny_llm.data import SamplingParams
-from tiny_llm.engine.engine import EngineSettings
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.picture import MAX_CELLS, MAX_ROWS, owner, picture
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.kv.blocks import CACHED, FREE, OWNED, SHARED
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)

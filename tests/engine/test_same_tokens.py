@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, Completion, SamplingParams
-from tiny_llm.engine import sample_step
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.decoding import decide
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 TOPICS = (
@@ -26,6 +27,28 @@ TOPICS = (
 )
 Ask = tuple[list[int], SamplingParams, int, int]
 """prompt, params, priority, the step at which it arrives"""
+Told = tuple[list[int], str, str, list[dict[int, float]] | None, int]
+"""Of an answer: its tokens, text, why it ended, log-probabilities, tokens that the text has"""
+
+
+class EvenThenOdd:
+    """A form that remembers where it is: even ids and odd ones in turn, and the end at any time."""
+
+    def __init__(self, vocab: int, ends: frozenset[int]) -> None:
+        even = bytearray(b"\1\0" * (vocab // 2 + 1))[:vocab]
+        self._masks = [bytes(even), bytes(1 - allowed for allowed in even)]
+        self._masks = [bytes(a or i in ends for i, a in enumerate(mask)) for mask in self._masks]
+        self._seen = 0
+
+    def __call__(self, answer: list[int]) -> bytes:
+        assert len(answer) >= self._seen, "an answer only grows"
+        self._seen = len(answer)
+        return self._masks[self._seen % 2]
+
+
+def no_echo(tokens: list[int], logits: mx.array) -> mx.array:
+    """A processor that depends on the last token: it is less likely to come again."""
+    return logits - 2.0 * (mx.arange(logits.size) == tokens[-1])
 
 
 @pytest.fixture(scope="module")
@@ -34,72 +57,136 @@ def llm(demo: Path) -> LLM:
     return LLM(demo)
 
 
+def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
+    """Every option that a request has, each of them now and then."""
+
+    def sometimes(value: object, share: float = 0.25) -> Any:
+        return value if chance.random() < share else None
+
+    vocab, ends = llm.config.vocab_size, llm.end_ids
+    form = chance.random() < 0.15
+    return SamplingParams(
+        max_tokens=chance.randint(1, 48),
+        temperature=chance.choice((0, 0, 0.8, 1.5)),
+        top_k=chance.choice((0, 5)),
+        top_p=chance.choice((1, 0.9)),
+        min_p=chance.choice((0, 0, 0.1)),
+        seed=chance.randrange(100),
+        stop=sometimes(("cache", "block t", ".\n")) or (),
+        stop_token_ids=sometimes(tuple(chance.sample(range(vocab), 40))) or (),
+        ignore_eos=chance.random() < 0.5,
+        logprobs=sometimes(chance.randint(0, 3)),
+        prompt_logprobs=sometimes(chance.randint(0, 2), 0.1),
+        n=chance.choice((1, 1, 1, 3)),
+        min_tokens=sometimes(chance.randint(1, 24)) or 0,
+        repetition_penalty=chance.choice((1, 1, 1.2)),
+        presence_penalty=chance.choice((0, 0, 0.5)),
+        frequency_penalty=chance.choice((0, 0, 0.3)),
+        logit_bias=chance.choice((None, {5: 2.0, 7: -3.0})),
+        processors=sometimes((no_echo,), 0.15) or (),
+        constraint=(lambda: EvenThenOdd(vocab, ends)) if form else None,
+    )
+
+
 def traffic(llm: LLM, seed: int, count: int) -> list[Ask]:
-    """Random requests: greedy and sampled, some with a shared beginning, some with penalties."""
+    """Random requests, some with a shared beginning."""
     chance = random.Random(seed)
     asks: list[Ask] = []
     for _ in range(count):
         system = "You answer questions about serving language models. " * chance.choice((0, 1, 6))
         question = f"What is {chance.choice(TOPICS)}?"
         messages = [{"role": "user", "content": system + question}]
-        params = SamplingParams(
-            max_tokens=chance.randint(1, 48),
-            temperature=chance.choice((0, 0, 0.8, 1.5)),
-            top_k=chance.choice((0, 5)),
-            top_p=chance.choice((1, 0.9)),
-            seed=chance.randrange(100),
-            repetition_penalty=chance.choice((1, 1, 1.2)),
-            presence_penalty=chance.choice((0, 0, 0.5)),
-            logit_bias=chance.choice((None, {5: 2.0, 7: -3.0})),
-            ignore_eos=chance.random() < 0.5,
-        )
+        params = drawn_params(llm, chance)
         asks.append((llm.chat_prompt(messages), params, chance.randint(-2, 2), chance.randint(0, 12)))
     return asks
 
 
-def alone(llm: LLM, asks: Sequence[Ask]) -> list[list[int]]:
-    """Each request by itself, nothing remembered between them."""
-    fresh = [llm.with_engine(EngineSettings(kv_blocks=64, prefix_cache=False)) for _ in asks]
-    return [own.generate(p, params)[0].token_ids for own, (p, params, _, _) in zip(fresh, asks, strict=True)]
+def told(completion: Completion) -> Told:
+    return (
+        completion.token_ids,
+        completion.text,
+        completion.finish_reason,
+        completion.logprobs,
+        completion.shown_tokens,
+    )
 
 
-def together(llm: LLM, settings: EngineSettings, asks: Sequence[Ask]) -> list[list[int]]:
+def alone(llm: LLM, asks: Sequence[Ask]) -> list[list[Told]]:
+    """Each request by itself, nothing prepared ahead and nothing remembered between them."""
+    settings = EngineSettings(kv_blocks=64, prefix_cache=False, async_scheduling=False)
+    fresh = [llm.with_engine(settings) for _ in asks]
+    return [
+        [told(one) for one in own.generate(p, params)]
+        for own, (p, params, _, _) in zip(fresh, asks, strict=True)
+    ]
+
+
+def together(llm: LLM, settings: EngineSettings, asks: Sequence[Ask]) -> list[list[Told]]:
     """All through one engine, each added at its step."""
     engine = llm.with_engine(settings).engine
     numbers: dict[int, int] = {}
-    done: dict[int, Completion] = {}
+    done: dict[int, list[Completion]] = {index: [] for index in range(len(asks))}
     step = 0
-    while len(done) < len(asks):
+    while sum(map(len, done.values())) < sum(params.n for _, params, _, _ in asks):
         for index, (prompt, params, priority, at) in enumerate(asks):
             if at == step:
                 numbers[engine.add(prompt, params, priority=priority)] = index
         for number, chunk in engine.step():
             if chunk.completion is not None:
-                done[numbers[number]] = chunk.completion
+                done[numbers[number]].append(chunk.completion)
         engine.scheduler.check_integrity()
         step += 1
         assert step < 5000, "the engine does not get on"
     assert not len(engine)
-    return [done[index].token_ids for index in range(len(asks))]
+    return [[told(one) for one in sorted(own, key=lambda c: c.index)] for own in done.values()]
 
 
+TINY, HOST = 14, 64
 SETTINGS: Mapping[str, EngineSettings] = {
     "roomy": EngineSettings(kv_blocks=512),
+    "roomy, nothing ahead": EngineSettings(kv_blocks=512, async_scheduling=False),
     "no prefix cache": EngineSettings(kv_blocks=512, prefix_cache=False),
     "blocks of 32": EngineSettings(kv_blocks=256, block_size=32),
     "small chunks": EngineSettings(
         kv_blocks=512, scheduler=SchedulerSettings(max_num_batched_tokens=9, max_num_seqs=8)
     ),
-    "recompute": EngineSettings(kv_blocks=14, scheduler=SchedulerSettings(preemption="recompute")),
-    "swap": EngineSettings(kv_blocks=14, host_blocks=64, scheduler=SchedulerSettings(preemption="swap")),
+    "recompute": EngineSettings(kv_blocks=TINY, scheduler=SchedulerSettings(preemption="recompute")),
+    "recompute, nothing ahead": EngineSettings(
+        kv_blocks=TINY, async_scheduling=False, scheduler=SchedulerSettings(preemption="recompute")
+    ),
+    "swap": EngineSettings(kv_blocks=TINY, host_blocks=HOST, scheduler=SchedulerSettings(preemption="swap")),
+    "swap, nothing ahead": EngineSettings(
+        kv_blocks=TINY,
+        host_blocks=HOST,
+        async_scheduling=False,
+        scheduler=SchedulerSettings(preemption="swap"),
+    ),
     "slabs": EngineSettings(kv_blocks=512, slab_blocks=4),
 }
 
 
+@pytest.fixture(scope="module")
+def asks(llm: LLM) -> list[Ask]:
+    return traffic(llm, seed=7, count=32)
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM, asks: list[Ask]) -> list[list[Told]]:
+    return alone(llm, asks)
+
+
+def test_the_traffic_draws_every_option(asks: list[Ask]) -> None:
+    """A new option that is not drawn here would not be known to keep its tokens."""
+    for field in fields(SamplingParams):
+        values = {str(getattr(params, field.name)) for _, params, _, _ in asks}
+        assert len(values) > 1, f"{field.name} is {values} in all requests"
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_traffic_changes_no_token(llm: LLM, name: str) -> None:
-    asks = traffic(llm, seed=7, count=24)
-    assert together(llm, SETTINGS[name], asks) == alone(llm, asks)
+def test_traffic_changes_no_token(llm: LLM, name: str, asks: list[Ask], expected: list[list[Told]]) -> None:
+    got = together(llm, SETTINGS[name], asks)
+    wrong = [i for i in range(len(asks)) if got[i] != expected[i]]
+    assert not wrong, f"{asks[wrong[0]][1]}: {got[wrong[0]]}, but alone {expected[wrong[0]]}"
 
 
 def test_64_others_change_no_token(llm: LLM) -> None:
@@ -141,12 +228,12 @@ def test_a_key_that_depends_on_the_batch_is_noticed(llm: LLM, monkeypatch: pytes
     """The mutant: noise that follows from the row's number in its batch."""
     asks = [(p, replace(s, temperature=1.0, seed=3, top_k=0), 0, 0) for p, s, _, _ in traffic(llm, 1, 12)]
     expected = alone(llm, asks)
-    real = sample_step.sample
+    real = decide.sample
 
     def by_row(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
         return real(logits, [replace(p, seed=row) for row, p in enumerate(params)], positions)
 
-    monkeypatch.setattr(sample_step, "sample", by_row)
+    monkeypatch.setattr(decide, "sample", by_row)
     assert together(llm, SETTINGS["roomy"], asks) != expected
 
 
@@ -154,11 +241,11 @@ def test_sums_that_depend_on_the_batch_are_noticed(llm: LLM, monkeypatch: pytest
     """The mutant: logits off by rounding, by as much as the batch has rows."""
     asks = [(p, replace(s, temperature=1.5, top_k=0, top_p=1.0), 0, 0) for p, s, _, _ in traffic(llm, 2, 24)]
     expected = alone(llm, asks)
-    real = sample_step.sample
+    real = decide.sample
 
     def by_size(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
         noise = mx.random.normal(logits.shape, key=mx.random.key(len(params))) * 0.02 * (len(params) > 1)
         return real(logits + noise, params, positions)
 
-    monkeypatch.setattr(sample_step, "sample", by_size)
+    monkeypatch.setattr(decide, "sample", by_size)
     assert together(llm, SETTINGS["roomy"], asks) != expected

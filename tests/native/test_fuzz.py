@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops import backend
 from tiny_llm.ops.argmax import argmax, argmax_ref
 from tiny_llm.ops.attention import attention_ref
@@ -31,6 +31,7 @@ from tiny_llm.ops.softmax import softmax, softmax_ref
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 from tiny_llm.sampling.logprobs import reported, reported_ref
 from tiny_llm.sampling.sampler import sample, sample_ref
+from tiny_llm.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
 CASES = int(os.environ.get("TINY_LLM_FUZZ") or 1000)

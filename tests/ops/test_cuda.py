@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.cuda import blocks, source
@@ -24,6 +24,7 @@ from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
 from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 CUDA_TYPE = {

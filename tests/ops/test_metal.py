@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
@@ -25,6 +25,7 @@ from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # One rounding of the result, and in float32 what another order of a sum makes.

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tiny_llm
-from tiny_llm.data import Pages, QuantizedTensor, SamplingParams
+from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.argmax import argmax_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import use
@@ -33,6 +33,7 @@ from tiny_llm.ops.softmax import softmax_ref
 from tiny_llm.ops.swiglu import swiglu_ref
 from tiny_llm.sampling.logprobs import log_probabilities, reported_ref
 from tiny_llm.sampling.sampler import filter_logits, gumbel_noise, sample_ref, top_k_top_p_mask
+from tiny_llm.sampling_params import SamplingParams
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 VOCAB = 151_936  # Qwen2's

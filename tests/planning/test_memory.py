@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tiny_llm import LLM, cli
-from tiny_llm.engine.engine import BLOCK_SIZE
+from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.models.footprint import training_bytes
 from tiny_llm.models.registry import weight_bytes
 from tiny_llm.planning.memory import MemoryPlan, find_config, largest, plan_memory

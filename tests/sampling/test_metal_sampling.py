@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend
 from tiny_llm.sampling.sampler import sample, sample_ref
+from tiny_llm.sampling_params import SamplingParams
 
 Options = dict[str, float]
 KINDS: tuple[Options, ...] = (

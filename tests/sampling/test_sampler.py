@@ -9,9 +9,9 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.ops import backend
 from tiny_llm.sampling.sampler import filter_logits, gumbel_noise, sample
+from tiny_llm.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.chapter("1.7")
 

@@ -8,8 +8,9 @@ from math import inf
 
 import pytest
 
-from tiny_llm.data import Advance, Plan, SamplingParams, Sequence
+from tiny_llm.data import Advance, Plan, Sequence
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.scheduler.speed import StepTime, context_of

@@ -7,9 +7,11 @@ with the one that the request gets alone.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import inf
 from typing import Any, ClassVar
 
@@ -17,9 +19,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tiny_llm.data import Advance, Output, Plan, PlanItem, SamplingParams, Sequence
+from tiny_llm.data import Advance, Output, Plan, PlanItem, Sequence
 from tiny_llm.errors import BusyError, CapacityError
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import Preemption, SchedulerSettings
 
@@ -257,6 +260,7 @@ class Traffic(RuleBasedStateMachine):
     def _step(self) -> None:
         """One step; sometimes the one after it is planned, and its blocks moved, before it is committed."""
         plan, self.ahead = self.ahead or self._schedule(), None
+        sent = as_sent(plan)
         self.model.move(plan)
         advances = list(self._advances(plan))
         if self.seen["steps"] % 3:
@@ -264,11 +268,15 @@ class Traffic(RuleBasedStateMachine):
             self.ahead = self.scheduler.follow(plan, leaving)
             self.seen["ahead"] += self.ahead is not None
             assert not any(self.scheduler.blocks.drain()), "a move is left for another plan"
-        for advance in self.scheduler.commit(plan, advances):
-            if child := self.scheduler.sequence(advance.seq_id):
-                self.live[advance.seq_id] = child
-            if advance.finish_reason:
-                self._ended(advance)
+            if self.ahead is not None:
+                self._check_ahead(plan, self.ahead)
+        for seq in self.scheduler.commit(plan, advances):
+            self.live[seq.id] = seq
+            if seq.finish_reason:
+                self._ended(seq)
+        assert as_sent(plan) == sent, (
+            "a plan is what it was when it was made: it refers to nothing that goes on"
+        )
         self.scheduler.speed.observe(plan, 0.5 + 0.1 * plan.decodes + 0.3 * plan.chunk_tokens)
         self.scheduler.check_integrity()
         self.seen["steps"] += 1
@@ -353,15 +361,25 @@ class Traffic(RuleBasedStateMachine):
         self.forks_to_come[seq_id] = 0
         return self._advance(seq, seq_id, state)
 
-    def _ended(self, ended: Advance) -> None:
-        seq = self.live.pop(ended.seq_id, None)
-        if seq is not None:  # else a fork that ended with its first token
-            assert list(seq.tokens[seq.prompt_len :]) == alone(seq, self.branch[seq.id]), (
-                "another answer than alone"
-            )
-            assert seq.finish_reason == ended.finish_reason
-        assert self.scheduler.sequence(ended.seq_id) is None
+    def _check_ahead(self, plan: Plan, ahead: Plan) -> None:
+        """Each token of a step planned ahead names the row of the step before that draws it."""
+        for item in ahead.items:
+            (token,) = item.tokens
+            before = plan.items[-1 - token]
+            assert (before.seq_id, before.start + 1) == (item.seq_id, item.start)
+
+    def _ended(self, seq: Sequence) -> None:
+        del self.live[seq.id]
+        assert list(seq.tokens[seq.prompt_len :]) == alone(seq, self.branch[seq.id]), (
+            "another answer than alone"
+        )
+        assert self.scheduler.sequence(seq.id) is None
         self.seen["answered"] += 1
+
+
+def as_sent(plan: Plan) -> str:
+    """The plan as text, as another process would get it."""
+    return json.dumps(asdict(plan), default=list)
 
 
 def rank(seq: Sequence) -> tuple[float, int]:

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from tiny_llm.engine.async_llm import AsyncLLM
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.server.run import Server, listen
 from tiny_llm.server.service import Service
@@ -52,14 +52,14 @@ class Running:
     def slow_down(self, seconds: float) -> None:
         """Let each step take that long, so that an answer is still under way when a test looks."""
         engine = self.engine.llm.engine
-        model = engine._model
+        model = engine.runner.model
 
         def slow(*args: Any) -> mx.array:
             time.sleep(seconds)
             return model(*args)
 
         slow.config = model.config  # type: ignore[attr-defined]
-        engine._model = slow  # type: ignore[assignment]
+        engine.runner.model = slow  # type: ignore[assignment]
 
     def used_blocks(self) -> int:
         return self.engine.llm.engine.scheduler.usage().used

@@ -137,7 +137,7 @@ def test_a_failure_in_mid_stream_is_an_event_then_done(start: Any) -> None:
 
 def break_after(engine: Engine, calls: int) -> None:
     """The model fails once, in its ``calls``-th call from now."""
-    model, made = engine._model, [0]
+    model, made = engine.runner.model, [0]
 
     def spoilt(*args: Any) -> mx.array:
         made[0] += 1
@@ -146,7 +146,7 @@ def break_after(engine: Engine, calls: int) -> None:
         return model(*args)
 
     spoilt.config = model.config  # type: ignore[attr-defined]
-    engine._model = spoilt  # type: ignore[assignment]
+    engine.runner.model = spoilt  # type: ignore[assignment]
 
 
 def test_an_engine_that_breaks_is_made_anew_once_and_then_said_to_be_dead(

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tiny_llm.engine.async_llm import AsyncLLM
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.server.run import listen

@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tiny_llm.engine.async_llm import AsyncLLM
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 
 if TYPE_CHECKING:
     import httpx2 as httpx

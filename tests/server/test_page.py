@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playwright
 
 from tiny_llm.engine.async_llm import AsyncLLM
-from tiny_llm.engine.engine import EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.server.settings import ServerSettings
 

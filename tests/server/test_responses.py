@@ -264,7 +264,7 @@ def test_a_failure_in_mid_stream_is_raised_by_the_client(start: Any) -> None:
 def spoil(running: Running, calls: int) -> None:
     """The model fails in its ``calls``-th call from now."""
     engine = running.engine.llm.engine
-    model, made = engine._model, [0]
+    model, made = engine.runner.model, [0]
 
     def spoilt(*args: Any) -> Any:
         made[0] += 1
@@ -273,4 +273,4 @@ def spoil(running: Running, calls: int) -> None:
         return model(*args)
 
     spoilt.config = model.config  # type: ignore[attr-defined]
-    engine._model = spoilt  # type: ignore[assignment]
+    engine.runner.model = spoilt  # type: ignore[assignment]

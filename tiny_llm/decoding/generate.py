@@ -13,10 +13,11 @@ from typing import cast
 
 import mlx.core as mx
 
-from tiny_llm.data import Batch, KVCache, SamplingParams
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.sampling.logprobs import top_logprobs
 from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
 
 Forward = Callable[[Batch, KVCache], mx.array]
 """A model: (batch, cache) -> logits [R, V]."""

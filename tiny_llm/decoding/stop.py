@@ -7,10 +7,13 @@ a stop string is held back, so no part of one is ever shown.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Protocol
 
-from tiny_llm.data import FinishReason, SamplingParams
+from tiny_llm.data import FinishReason
+from tiny_llm.sampling_params import SamplingParams
 
 
 class Detokenizer(Protocol):
@@ -24,51 +27,71 @@ class Detokenizer(Protocol):
         """No more tokens: return the text that was not certain yet."""
         ...
 
+    def copy(self) -> Detokenizer:
+        """One that has seen the same tokens, and goes its own way from here."""
+        ...
 
-class Answer:
-    """The answer to one request as it grows: tokens in, printable text out, why it ended.
+
+class StopChecker:
+    """One answer's tokens in, printable text out, and why the answer ended.
 
     It ends with "stop" at a token of ``end_ids`` (unless ``params.ignore_eos``), at one of
     ``params.stop_token_ids``, and where a stop string is complete; with "length" at
     ``limit`` tokens. Of several stop strings the one that is complete first counts; of
-    those complete at the same character, the longest. ``token_ids`` has every token made,
-    the ending one included; ``text`` has neither the ending token's nor the stop string's.
+    those complete at the same character, the longest. What the first ``params.min_tokens``
+    tokens say is shown whatever it is: stop strings are looked for behind it.
+
+    ``num_tokens`` counts every token, the ending one included. ``text`` has neither the ending token's
+    text nor the stop string's; ``shown_tokens`` counts the tokens that it has, in part at least.
     """
 
     def __init__(
         self, detokenizer: Detokenizer, params: SamplingParams, end_ids: Collection[int], limit: int
     ) -> None:
         assert limit >= 1
-        self.token_ids: list[int] = []
+        self.num_tokens = 0
+        self.shown_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._detokenizer = detokenizer
         self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else end_ids)}
         self._stops = params.stop
+        self._min_tokens = params.min_tokens
         self._limit = limit
         self._pieces: list[str] = []
         self._held = ""
+        self._length = 0  # characters made so far, held ones included
+        self._held_starts: deque[int] = deque()  # where the text of each token begins that is not shown yet
 
     @property
     def text(self) -> str:
         """What has been shown so far: all pieces that ``push`` returned, joined."""
         return "".join(self._pieces)
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the next token ends the answer in any case."""
-        return len(self.token_ids) + 1 == self._limit
+    def is_last(self, number: int) -> bool:
+        """Whether the answer ends with its ``number``-th token in any case."""
+        return number == self._limit
+
+    def copy(self) -> StopChecker:
+        """A checker that has seen the same, and goes its own way from here."""
+        other = copy(self)
+        other._detokenizer = self._detokenizer.copy()
+        other._pieces = self._pieces.copy()
+        other._held_starts = self._held_starts.copy()
+        return other
 
     def push(self, token_id: int) -> str:
         """Add the next token; return the text that may now be shown, perhaps ""."""
         assert self.finish_reason is None, "the answer has ended"
-        self.token_ids.append(token_id)
+        self.num_tokens += 1
         if token_id in self._stop_ids:
             piece = self._end("stop")
         else:
+            self._held_starts.append(self._length)
             piece = self._release(self._detokenizer.push(token_id))
-            if self.finish_reason is None and len(self.token_ids) == self._limit:
+            if self.finish_reason is None and self.num_tokens == self._limit:
                 piece += self._end("length")
         self._pieces.append(piece)
+        self._count_shown()
         return piece
 
     def _end(self, reason: FinishReason) -> str:
@@ -76,10 +99,12 @@ class Answer:
         if self.finish_reason is None:  # else the last characters completed a stop string
             self.finish_reason = reason
             piece += self._held
+            self._held = ""
         return piece
 
     def _release(self, new: str) -> str:
-        if not self._stops:
+        self._length += len(new)
+        if not self._stops or self.num_tokens <= self._min_tokens:
             return new
         text = self._held + new
         shown = find_stop(text, self._stops)
@@ -89,6 +114,14 @@ class Answer:
             shown = len(text) - open_length(text, self._stops)
         self._held = text[shown:]
         return text[:shown]
+
+    def _count_shown(self) -> None:
+        """Tokens whose text begins before what is held back. With nothing held, all of them."""
+        end = self._length - len(self._held)
+        starts = self._held_starts
+        while starts and (starts[0] < end or not self._held):
+            starts.popleft()
+            self.shown_tokens += 1
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:

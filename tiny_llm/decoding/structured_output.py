@@ -16,8 +16,8 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.errors import ConfigError, RequestError
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 2**17

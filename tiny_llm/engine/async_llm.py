@@ -19,10 +19,11 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM, Prompt
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.sampling_params import SamplingParams
 
 REST_S = 600.0
 T = TypeVar("T")

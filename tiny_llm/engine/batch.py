@@ -10,10 +10,11 @@ import mlx.core as mx
 from tiny_llm.data import Batch, Pages, Plan
 
 
-def build_batch(plan: Plan, block_size: int, known: mx.array | None = None) -> Batch:
+def build_batch(plan: Plan, block_size: int, drawn: mx.array | None = None) -> Batch:
     """Lay the plan's items out one after the other: flat, nothing padded but short block tables.
 
-    ``known`` int32 [T] are the tokens, where the plan could not name them yet.
+    ``drawn`` uint32 [R] are the tokens that the step before draws: a token ``-1 - r`` of the plan is
+    ``drawn[r]``, known or not.
     """
     items = plan.items
     starts = list(accumulate((len(item.tokens) for item in items), initial=0))
@@ -38,23 +39,26 @@ def build_batch(plan: Plan, block_size: int, known: mx.array | None = None) -> B
     ]
     pages = Pages(
         slot_mapping=_ints(slots),
-        block_tables=_tables(plan, [-(-end // block_size) for end in ends]),
+        block_tables=_tables(plan),
         query_start_loc=_ints(array("i", starts)),
         context_lens=_ints(array("i", ends)),
     )
-    ids = _ints(tokens) if known is None else known
+    ids = _ints(tokens)
+    if drawn is not None:
+        ids = mx.where(ids < 0, drawn.astype(mx.int32)[mx.maximum(-1 - ids, 0)], ids)
     return Batch(ids, _ints(positions), tuple(starts), _ints(array("i", rows)), pages)
 
 
-def _tables(plan: Plan, used: list[int]) -> mx.array:
-    """Each item's blocks as far as they are used, int32 [B, W]."""
-    width = max(used)
+def _tables(plan: Plan) -> mx.array:
+    """Each item's blocks, int32 [B, W]."""
+    width = max(len(item.block_table) for item in plan.items)
     tables = array("i")
-    for item, count in zip(plan.items, used, strict=True):
-        tables.extend(item.block_table[:count])
-        if count < width:
-            tables.frombytes(bytes(tables.itemsize * (width - count)))
-    return _ints(tables).reshape(len(used), width)
+    for item in plan.items:
+        tables.extend(item.block_table)
+        missing = width - len(item.block_table)
+        if missing:
+            tables.frombytes(bytes(tables.itemsize * missing))
+    return _ints(tables).reshape(len(plan.items), width)
 
 
 def _ints(values: array[int]) -> mx.array:

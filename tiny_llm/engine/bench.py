@@ -14,7 +14,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from tiny_llm.data import Batch, KVCache, SamplingParams
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.decoding.generate import PREFILL_CHUNK, generate, prefill
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.engine.rounds import Trial, interleave, seconds_of
@@ -23,6 +23,7 @@ from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.registry import Model, kv_dtype, load_dummy, load_model
 from tiny_llm.ops.backend import isa, num_threads, set_threads, use
 from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.weights.hub import resolve
 
 GREEDY = SamplingParams()

@@ -9,8 +9,9 @@ import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from tiny_llm.data import Chunk, SamplingParams
+from tiny_llm.data import Chunk
 from tiny_llm.engine.llm import LLM
+from tiny_llm.sampling_params import SamplingParams
 
 
 class Conversation:

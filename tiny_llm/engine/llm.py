@@ -16,7 +16,8 @@ from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler, response_grammar
-from tiny_llm.engine.engine import Engine, EngineSettings
+from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError
 from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, choose, set_threads, use

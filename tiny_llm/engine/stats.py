@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 import mlx.core as mx
 
 from tiny_llm.data import EndReason, Plan
-from tiny_llm.engine.request import Choice
+from tiny_llm.decoding.answer import Answer
 from tiny_llm.kv.blocks import Usage
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import kernel_seconds
@@ -79,13 +79,13 @@ class EngineStats:
     step_tokens: Histogram = field(default_factory=_sizes)
     step_sequences: Histogram = field(default_factory=_sizes)
 
-    def count_token(self, choice: Choice, now: float) -> None:
-        """An answer gets a token: its first, or one after another."""
+    def count_token(self, answer: Answer, arrival: float, now: float) -> None:
+        """An answer gets a token: its first, since its request's ``arrival``, or one after another."""
         self.generation_tokens += 1
-        if choice.answer.token_ids:
-            self.inter_token_s.add(now - choice.last_s)
+        if answer.checker.num_tokens:
+            self.inter_token_s.add(now - answer.last_s)
         else:
-            self.ttft_s.add(now - choice.request.arrival)
+            self.ttft_s.add(now - arrival)
 
     def count_end(self, reason: EndReason) -> None:
         """An answer ended."""

@@ -199,7 +199,7 @@ class BlockManager:
             self._register_part(table, tokens, computed)
         for block in reversed(table.blocks):  # a prefix outlives what follows it
             self._drop(block)
-        table.blocks = array("i")  # not cleared: the plan of a step may still refer to the old one
+        table.blocks = array("i")
         table.writable = 0
         self._host_free += table.host
         table.host = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, Quantization, load_config
-from tiny_llm.engine.engine import BLOCK_SIZE
+from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import RequestError
 from tiny_llm.models.footprint import (
     Training,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import mlx.core as mx
 
-from tiny_llm.data import SamplingParams
+from tiny_llm.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -23,6 +23,10 @@ class History:
     prompt: frozenset[int]
     end_ids: Collection[int]
     answer: Counter[int] = field(default_factory=Counter)
+
+    def copy(self) -> History:
+        """One that has seen the same, and goes its own way from here."""
+        return replace(self, answer=self.answer.copy())
 
 
 def changes_logits(params: SamplingParams, answered: int) -> bool:
@@ -37,29 +41,46 @@ def changes_logits(params: SamplingParams, answered: int) -> bool:
 
 
 def penalize(
-    logits: mx.array, rows: Sequence[int], params: Sequence[SamplingParams], histories: Sequence[History]
+    logits: mx.array,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    histories: Sequence[History],
+    answered: Sequence[int],
 ) -> mx.array:
     """Return logits [R, V] as float32 with ``rows`` changed by their ``params`` and ``histories``.
+
+    ``answered`` tokens are before each row's, those included that no history knows yet.
 
     Raises ValueError for an id that is not in the vocabulary: MLX would write to memory beyond the row.
     """
     scores = logits.astype(mx.float32)
-    each = list(zip(rows, params, histories, strict=True))
-    repeated = [(r, p.repetition_penalty, h) for r, p, h in each if p.repetition_penalty != 1]
-    seen = [(r, i, factor) for r, factor, h in repeated for i in h.prompt | h.answer.keys()]
+    seen: list[tuple[int, int, float]] = []
+    added: list[tuple[int, int, float]] = []
+    for row, own, history, count in zip(rows, params, histories, answered, strict=True):
+        if own.repetition_penalty != 1:
+            seen += [(row, token, own.repetition_penalty) for token in history.prompt | history.answer.keys()]
+        added += [(row, token, amount) for token, amount in _added(own, history, count).items()]
     if seen:
         at, factors = _entries(seen, scores.shape[-1])
         found = scores[at]
         scores[at] = mx.where(found > 0, found / factors, found * factors)
-    added = [
-        *((r, i, -_penalty(p, n)) for r, p, h in each for i, n in h.answer.items()),
-        *((r, i, bias) for r, p, _ in each for i, bias in (p.logit_bias or {}).items()),
-        *((r, i, -inf) for r, p, h in each if h.answer.total() < p.min_tokens for i in h.end_ids),
-    ]
     if added:
         at, amounts = _entries(added, scores.shape[-1])
         scores = scores.at[at].add(amounts)
     return scores
+
+
+def _added(params: SamplingParams, history: History, answered: int) -> dict[int, float]:
+    """What is added to a row, summed here for each token: a GPU adds to one place in any order."""
+    amounts: dict[int, float] = {}
+    if params.presence_penalty or params.frequency_penalty:
+        for token, times in history.answer.items():
+            amounts[token] = -(params.presence_penalty + params.frequency_penalty * times)
+    for token, bias in (params.logit_bias or {}).items():
+        amounts[token] = amounts.get(token, 0.0) + bias
+    if answered < params.min_tokens:
+        amounts |= dict.fromkeys(history.end_ids, -inf)
+    return amounts
 
 
 def _entries(
@@ -69,7 +90,3 @@ def _entries(
     if min(ids) < 0 or max(ids) >= vocab:
         raise ValueError(f"[penalize] expected token ids from 0 to {vocab - 1}, got {min(ids)} to {max(ids)}")
     return (mx.array(rows), mx.array(ids)), mx.array(values, mx.float32)
-
-
-def _penalty(params: SamplingParams, count: int) -> float:
-    return params.presence_penalty + params.frequency_penalty * count

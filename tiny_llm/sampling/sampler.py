@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from tiny_llm.data import SamplingParams
 from tiny_llm.ops.argmax import argmax
 from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
 from tiny_llm.ops.sums import row_sums, sums_before
+from tiny_llm.sampling_params import SamplingParams
 
 _LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
 _LEAST_NOISE = -4.0

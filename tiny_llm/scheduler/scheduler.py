@@ -28,7 +28,6 @@ _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess d
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time
 _BEHIND_ALL: Rank = (inf, 0)
 _MOST_ROWS = 128  # of logits in a step, for a prompt whose own log-probabilities are wanted
-_UNKNOWN = array("i", (0,))
 
 
 class _Entry:
@@ -148,35 +147,38 @@ class Scheduler:
     def follow(self, plan: Plan, leaving: Collection[int]) -> Plan | None:
         """The step after ``plan``, before that is committed; None where it cannot be told yet.
 
-        Every sequence of ``plan`` gets one more token, which is not known and for which 0 stands, but
-        for those ``leaving``. A sequence that turns out to have ended is passed over by ``commit``.
+        Every sequence of ``plan`` goes on with the token that it is drawing now, but for those ``leaving``.
+        One that turns out to have ended is passed over by ``commit``.
         """
         admits = self.num_waiting and self.num_running < self.settings.max_num_seqs
         if plan.decodes != self.num_running or plan.chunk_tokens or admits:
             return None
-        items, growing, context = [], [], 0
-        for seq_id, _, last, _, _ in plan.items:
-            entry, start = self._entries[seq_id], last + 1
-            if seq_id in leaving:
-                continue
-            if start >= entry.table.writable:
-                growing.append((entry.table, start))
-            items.append(PlanItem(seq_id, _UNKNOWN, start, entry.table.blocks, 1))
-            context += start
-        if not items or len(growing) > self.blocks.available:
+        going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
+        growing: list[tuple[BlockTable, int]] = []
+        for _, item in going_on:
+            table, start = self._entries[item.seq_id].table, item.start + 1
+            if start >= table.writable:
+                growing.append((table, start))
+        if not going_on or len(growing) > self.blocks.available:
             return None  # with nothing reserved: what is to be copied must not be left for another plan
         for table, start in growing:
             assert self.blocks.reserve(table, start, start + 1), "one token takes one block at most"
+        items, context = [], 0
+        for row, item in going_on:
+            start, being_drawn = item.start + 1, array("i", (-1 - row,))
+            blocks = self._blocks(self._entries[item.seq_id], start + 1)
+            items.append(PlanItem(item.seq_id, being_drawn, start, blocks, 1))
+            context += start
         swap_out, copies, swap_in = self.blocks.drain()
         return Plan(items, self.blocks.capacity, swap_out, copies, swap_in, len(items), context)
 
-    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Advance]:
+    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Sequence]:
         """Take in what a step brought: an advance for each item with logit rows, in their order.
 
-        Returns those that count, forks among them: an item whose sequence has ended in the meantime
-        is passed over.
+        Returns the sequences that advanced, each followed by its forks. An item whose sequence has ended
+        in the meantime is passed over.
         """
-        taken: list[Advance] = []
+        advanced: list[Sequence] = []
         entries, remaining = self._entries, iter(advances)
         for item in plan.items:
             advance = next(remaining) if item.logit_rows else None
@@ -186,10 +188,9 @@ class Scheduler:
             seq, end = entry.seq, item.start + len(item.tokens)
             if advance is not None:
                 assert advance.seq_id == item.seq_id
-                taken.append(advance)
+                advanced.append(seq)
                 if advance.forks:
-                    taken += advance.forks
-                    self._fork(entry, advance.forks)
+                    advanced += self._fork(entry, advance.forks)
                 seq.tokens.extend(advance.tokens)
                 end = min(end, len(seq.tokens) - 1)  # a draft's rejected tokens are not held
             seq.num_computed_tokens = end
@@ -197,7 +198,7 @@ class Scheduler:
                 self.blocks.register(entry.table, seq.tokens, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
-        return taken
+        return advanced
 
     def abandon(self, plan: Plan) -> list[Output]:
         """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
@@ -260,7 +261,7 @@ class Scheduler:
             if len(tokens) - start > 1:
                 behind.append(entry)
             else:
-                items.append(PlanItem(seq.id, tokens[start:], start, table.blocks, 1))
+                items.append(PlanItem(seq.id, tokens[start:], start, self._blocks(entry, len(tokens)), 1))
                 context += start
         if items:
             step.decodes, step.decode_context = len(items), context
@@ -283,7 +284,8 @@ class Scheduler:
         if count:
             end = start + count
             rows = count if scored else int(end == len(seq.tokens))
-            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, entry.table.blocks, rows))
+            blocks = self._blocks(entry, end)
+            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, blocks, rows))
             step.tokens -= count
             step.ms -= self.speed.chunk_ms(start, count)
             step.chunk_tokens += count
@@ -318,6 +320,10 @@ class Scheduler:
             self.blocks.count(known, len(seq.tokens) - known)
         return True
 
+    def _blocks(self, entry: _Entry, end: int) -> array[int]:
+        """The blocks of a sequence's first ``end`` tokens, as a plan has them: a copy that stays as it is."""
+        return entry.table.blocks[: self.blocks.blocks_for(end)]
+
     def _make_room(self, entry: _Entry, step: _Step) -> bool:
         """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
         seq = entry.seq
@@ -351,13 +357,14 @@ class Scheduler:
         swap_ms = self.blocks.blocks_for(computed) * each
         return swap_ms < self.speed.chunk_ms(0, computed)
 
-    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> None:
+    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> list[Sequence]:
         """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
-        seq = entry.seq
+        seq, children = entry.seq, list[Sequence]()
         for fork in forks:
             assert fork.seq_id not in self._entries
             child = replace(seq, id=fork.seq_id, tokens=seq.tokens[:], cached_tokens=0)
             child.tokens.extend(fork.tokens)
+            children.append(child)
             table = self.blocks.fork(entry.table, len(seq.tokens))
             branch = _Entry(child, table, self.settings.ageing_s)
             child.num_computed_tokens = len(seq.tokens)
@@ -370,6 +377,7 @@ class Scheduler:
                 self._wait(branch)
             if fork.finish_reason:
                 self._end(branch, fork.finish_reason)
+        return children
 
     def _enter(self, entry: _Entry) -> None:
         self._entries[entry.seq.id] = entry

@@ -14,10 +14,11 @@ from typing import Literal, NamedTuple, TypeVar
 
 from fastapi import Request
 
-from tiny_llm.data import Chunk, Completion, SamplingParams
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.structured_output import Grammar
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings

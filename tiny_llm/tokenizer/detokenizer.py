@@ -13,7 +13,8 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Protocol, Self
 
 import tokenizers
 from tokenizers import Regex, decoders
@@ -31,8 +32,17 @@ class _Step(Protocol):
 
     def finish(self) -> Iterable[str]: ...
 
+    def copy(self) -> _Step: ...
 
-class _Each:
+
+class _Remembers:
+    """A step whose memory is its own fields, none of which is changed in place."""
+
+    def copy(self) -> Self:
+        return copy(self)
+
+
+class _Each(_Remembers):
     """A step that treats every token alone (Replace, and Strip before Fuse)."""
 
     def __init__(self, decode: Callable[[list[str]], str]) -> None:
@@ -70,6 +80,12 @@ class _ByteLevel:
     def finish(self) -> Iterable[str]:
         return (self._utf8.decode(b"", final=True),)
 
+    def copy(self) -> _ByteLevel:
+        """A step that has seen the same bytes: the decoder holds those of an unfinished character."""
+        other = _ByteLevel()
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
 
 class _ByteFallback:
     """Sentencepiece's ``<0xE4>`` tokens: a run of them is text only as a whole.
@@ -96,8 +112,13 @@ class _ByteFallback:
         except UnicodeDecodeError:
             return ("\ufffd",) * len(run)
 
+    def copy(self) -> _ByteFallback:
+        other = _ByteFallback()
+        other._run += self._run
+        return other
 
-class _Metaspace:
+
+class _Metaspace(_Remembers):
     """Sentencepiece's mark for a space; the first token loses it if the encoder put it there."""
 
     def __init__(self, mark: str, drop_first: bool) -> None:
@@ -115,7 +136,7 @@ class _Metaspace:
         return ()
 
 
-class _StripStart:
+class _StripStart(_Remembers):
     """Strip after Fuse: up to ``count`` leading characters of the whole text."""
 
     def __init__(self, char: str, count: int) -> None:
@@ -133,7 +154,7 @@ class _StripStart:
         return ()
 
 
-class _SpaceJoin:
+class _SpaceJoin(_Remembers):
     """No decoder at all: tokens with a space between."""
 
     def __init__(self) -> None:
@@ -215,6 +236,13 @@ class StreamDetokenizer:
         self._skipped = skipped
         self._steps = _steps(backend)
         self._held: list[str] = []
+
+    def copy(self) -> StreamDetokenizer:
+        """One that has seen the same tokens, and goes its own way from here."""
+        other = copy(self)
+        other._steps = None if self._steps is None else [step.copy() for step in self._steps]
+        other._held = self._held.copy()
+        return other
 
     def push(self, token_id: int) -> str:
         """Return the text that is certain now and was not before; often "".

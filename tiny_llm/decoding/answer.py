@@ -1,0 +1,106 @@
+"""Owns what one answer remembers while it grows; all of it can be copied at any token.
+
+The tokens themselves are the sequence's, which the scheduler writes: an answer reads them. Knows no
+model, no step and no clock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+from copy import copy
+from dataclasses import dataclass, field, replace
+
+from tiny_llm.data import Sequence
+from tiny_llm.decoding.stop import Detokenizer, StopChecker
+from tiny_llm.sampling.penalties import History
+from tiny_llm.sampling_params import Constraint, SamplingParams
+
+Logprobs = dict[int, float]
+"""{token id: log-probability}: the chosen token first, then the likeliest."""
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """Answer ``index`` to a request, made in sequence ``seq_id``. ``params`` has its own seed.
+
+    ``tokens`` are the prompt's ``prompt_len`` and, as far as they have been committed, the answer's.
+    ``form`` keeps its place in the form that the answer must have. ``prompt_logprobs`` are by position.
+    ``last_s``: when its newest token came. ``ended``: nothing is drawn for it any more.
+    """
+
+    request_id: int
+    seq_id: int
+    index: int
+    params: SamplingParams
+    prompt_len: int
+    tokens: array[int]
+    checker: StopChecker
+    history: History
+    form: Constraint | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    error: str | None = None
+    last_s: float = 0.0
+    ended: bool = False
+
+    @classmethod
+    def begun(
+        cls,
+        index: int,
+        seq_id: int,
+        sequence: Sequence,
+        params: SamplingParams,
+        detokenizer: Detokenizer,
+        end_ids: Collection[int],
+    ) -> Answer:
+        """An answer without tokens, to ``sequence``, which has its request's id; ``params`` is its own."""
+        repeats = params.repetition_penalty != 1
+        return cls(
+            request_id=sequence.id,
+            seq_id=seq_id,
+            index=index,
+            params=params,
+            prompt_len=sequence.prompt_len,
+            tokens=sequence.tokens,
+            checker=StopChecker(detokenizer, params, end_ids, params.max_tokens),
+            history=History(
+                prompt=frozenset(sequence.tokens) if repeats else frozenset(),
+                end_ids={*params.stop_token_ids, *end_ids},
+            ),
+            form=params.constraint() if params.constraint else None,
+        )
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's own tokens, as far as they have been committed."""
+        return self.tokens[self.prompt_len :].tolist()
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether its next logits depend on what the token before them is, so that none is drawn ahead."""
+        params = self.params
+        penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        return bool(penalized or params.processors or self.form)
+
+    def push(self, token: int, logprobs: Logprobs | None) -> str:
+        """Take the next token in; return the text that may now be shown."""
+        self.history.answer[token] += 1
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        piece = self.checker.push(token)
+        self.ended = self.checker.finish_reason is not None
+        return piece
+
+    def copy(self, index: int, seq_id: int) -> Answer:
+        """One that has come as far, and goes its own way from here, in sequence ``seq_id``."""
+        return replace(
+            self,
+            index=index,
+            seq_id=seq_id,
+            tokens=self.tokens[:],
+            checker=self.checker.copy(),
+            history=self.history.copy(),
+            form=copy(self.form),
+            logprobs=self.logprobs.copy(),
+        )

@@ -1,0 +1,273 @@
+"""Owns a step's way from logits to tokens: one flat list says which row is whose, and about which position.
+
+A row that is about a token of the prompt is scored, any other is drawn from, all in one call; what goes
+wrong with a row stays in its row. ``draw`` starts it and ``Drawing.decisions`` waits for it: between
+the two the next step can be prepared, with tokens that nobody has seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from tiny_llm.data import Plan
+from tiny_llm.decoding.answer import Answer, Logprobs
+from tiny_llm.sampling.allowed import keep_allowed
+from tiny_llm.sampling.logprobs import Reported, named, reported
+from tiny_llm.sampling.penalties import changes_logits, penalize
+from tiny_llm.sampling.sampler import sample
+
+NOT_FINITE = "The model's logits are not finite: the weights or the precision cannot carry this prompt."
+NOTHING_LEFT = (
+    "No token may come next: the answer's form, logit_bias, min_tokens or a processor bans every one. "
+    "(A form that is complete allows only the end, which min_tokens forbids.)"
+)
+Lap = Callable[[str], None]
+"""Told the name of each part of a step when it is done."""
+
+
+class Row(NamedTuple):
+    """Row ``row`` of a step's logits, about the token at ``position`` of an answer's sequence."""
+
+    row: int
+    answer: Answer
+    position: int
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its token is to be drawn, and not one of the prompt's, which are known."""
+        return self.position >= self.answer.prompt_len
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer before this one, those included that are still being drawn."""
+        return self.position - self.answer.prompt_len
+
+
+class Decision(NamedTuple):
+    """What a row's answer gets: a token and its log-probabilities, or an error."""
+
+    row: Row
+    token: int
+    logprobs: Logprobs | None
+    error: str | None
+
+
+def rows_of(plan: Plan, sharing: Callable[[int], Sequence[Answer]]) -> list[Row]:
+    """Every row of logits that ``plan`` asks for, in order.
+
+    ``sharing(sequence's id)`` are the answers that it computes for: several while they all begin from one
+    prompt, whose last row each of them draws from.
+    """
+    rows: list[Row] = []
+    first = 0
+    for item in plan.items:
+        if not item.logit_rows:
+            continue
+        answers = sharing(item.seq_id)
+        position = item.start + len(item.tokens) - item.logit_rows + 1
+        for index in range(first, first + item.logit_rows):
+            if position < answers[0].prompt_len:
+                rows.append(Row(index, answers[0], position))
+            else:
+                rows += [Row(index, answer, position) for answer in answers]
+            position += 1
+        first += item.logit_rows
+    return rows
+
+
+def by_sequence(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, list[Decision]]]:
+    """For each item with logit rows its sequence's id, and the decisions on its rows, in order.
+
+    None on one in the middle of a prompt; left out are those on answers that ended while the step ran.
+    """
+    found: list[tuple[int, list[Decision]]] = []
+    remaining = deque(decisions)
+    end = 0
+    for item in plan.items:
+        if not item.logit_rows:
+            continue
+        end += item.logit_rows
+        own: list[Decision] = []
+        while remaining and remaining[0].row.row < end:
+            decision = remaining.popleft()
+            if not decision.row.answer.ended:
+                own.append(decision)
+        found.append((item.seq_id, own))
+    return found
+
+
+class _Report(NamedTuple):
+    """Log-probabilities on their way: of ``rows``, each of which wants ``counts`` of the likeliest."""
+
+    rows: Sequence[Row]
+    counts: Sequence[int]
+    tokens: mx.array
+    arrays: Reported
+
+    @classmethod
+    def of(cls, logits: mx.array, rows: Sequence[Row], counts: Sequence[int], tokens: mx.array) -> _Report:
+        """``logits`` [n, V] and ``tokens`` uint32 [n] are those of the n ``rows``."""
+        return cls(rows, counts, tokens, reported(logits, tokens, max(counts)))
+
+    def read(self) -> list[Logprobs]:
+        """One for each row."""
+        tokens = cast(list[int], self.tokens.tolist())
+        chosen, ids, values = (cast(list[list[float]], array.tolist()) for array in self.arrays)
+        return [
+            named(token, cast(float, chosen[n]), cast(list[int], ids[n][:count]), values[n][:count])
+            for n, (token, count) in enumerate(zip(tokens, self.counts, strict=True))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A step's rows on their way to tokens. ``tokens`` uint32 [len(rows)] may be used before they are known.
+
+    ``rows`` are those that are drawn from. ``finite`` is whether the model gave a number for the token;
+    ``allowed`` whether it may be taken.
+    """
+
+    rows: list[Row]
+    tokens: mx.array
+    finite: mx.array
+    allowed: mx.array
+    errors: list[str | None]
+    scored: _Report | None
+    told: _Report | None
+
+    def arrays(self) -> list[mx.array]:
+        """All that is being computed."""
+        reports = [report for report in (self.scored, self.told) if report is not None]
+        return [self.tokens, self.finite, self.allowed, *(a for report in reports for a in report.arrays)]
+
+    def decisions(self, lap: Lap) -> list[Decision]:
+        """Wait for the tokens, the step's one synchronisation; what is scored goes to its answers."""
+        mx.eval(*self.arrays())
+        lap("forward")  # and the drawing itself, which is a part of the same evaluation
+        if self.scored is not None:
+            for row, logprobs in zip(self.scored.rows, self.scored.read(), strict=True):
+                row.answer.prompt_logprobs[row.position] = logprobs
+        told: dict[int, Logprobs] = {}
+        if self.told is not None:
+            told = {id(row): own for row, own in zip(self.told.rows, self.told.read(), strict=True)}
+        tokens = cast(list[int], self.tokens.tolist())
+        finite = cast(list[bool], self.finite.tolist())
+        allowed = cast(list[bool], self.allowed.tolist())
+        decisions = []
+        for n, row in enumerate(self.rows):
+            error = self.errors[n]
+            if error is None and not finite[n]:
+                error = NOT_FINITE
+            elif error is None and not allowed[n]:
+                error = NOTHING_LEFT
+            decisions.append(Decision(row, tokens[n], told.get(id(row)), error))
+        lap("sample")
+        return decisions
+
+
+def draw(logits: mx.array, rows: Sequence[Row], lap: Lap) -> Drawing:
+    """Start drawing a token for each of ``rows`` that is not scored, from logits [R, V]."""
+    drawn = [row for row in rows if row.is_drawn]
+    errors: list[str | None] = [None] * len(drawn)
+    own = _taken(logits, drawn)
+    scores = _changed(own, drawn, errors)
+    tokens = sample(scores, [row.answer.params for row in drawn], [row.position for row in drawn])
+    # A NaN or an infinity among a row's logits is what gets drawn, so not all need be looked at.
+    finite = mx.isfinite(_at(own, tokens))
+    allowed = finite if scores is own else _at(scores, tokens) > -mx.inf
+    asked = [n for n, row in enumerate(drawn) if row.answer.params.logprobs is not None]
+    told = None
+    if asked:
+        at, those = mx.array(asked), [drawn[n] for n in asked]
+        told = _Report.of(own[at], those, [row.answer.params.logprobs or 0 for row in those], tokens[at])
+    drawing = Drawing(drawn, tokens, finite, allowed, errors, _scored(logits, rows), told)
+    lap("sample")
+    mx.async_eval(*drawing.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+    lap("forward")  # MLX lets a CPU be a few operations behind, and waits for the others
+    return drawing
+
+
+def _scored(logits: mx.array, rows: Sequence[Row]) -> _Report | None:
+    """What is to be reported of the prompts' own tokens."""
+    scored = [row for row in rows if not row.is_drawn]
+    if not scored:
+        return None
+    tokens = mx.array([row.answer.tokens[row.position] for row in scored], mx.uint32)
+    counts = [row.answer.params.prompt_logprobs or 0 for row in scored]
+    return _Report.of(_taken(logits, scored), scored, counts, tokens)
+
+
+def _taken(logits: mx.array, rows: Sequence[Row]) -> mx.array:
+    """The logits of ``rows``: a copy only where they are not simply all of them."""
+    at = [row.row for row in rows]
+    if at == list(range(logits.shape[0])):
+        return logits
+    return logits[mx.array(at, mx.int32)]
+
+
+def _at(values: mx.array, tokens: mx.array) -> mx.array:
+    return mx.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+
+
+def _changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) -> mx.array:
+    """Penalties for the rows that ask for them, each row's processors, forms; a fault goes to ``errors``."""
+    penalized = [n for n, row in enumerate(rows) if changes_logits(row.answer.params, row.answered)]
+    if penalized:
+        own = [rows[n] for n in penalized]
+        logits = penalize(
+            logits,
+            penalized,
+            [row.answer.params for row in own],
+            [row.answer.history for row in own],
+            [row.answered for row in own],
+        )
+    if any(row.answer.params.processors for row in rows):
+        logits = mx.stack([_processed(logits[n], row, errors, n) for n, row in enumerate(rows)])
+    if any(row.answer.form for row in rows):
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the model runs while forms are asked
+        vocab = logits.shape[-1]
+        allowed = [_allowed(row, errors, n, vocab) for n, row in enumerate(rows)]
+        logits = keep_allowed(logits, allowed)
+    return logits
+
+
+def _allowed(row: Row, errors: list[str | None], number: int, vocab: int) -> bytes | None:
+    """The tokens that the answer's form can go on with; None for all of them.
+
+    A form may be the caller's code: a mask that does not fit is that request's fault, not the step's.
+    """
+    form = row.answer.form
+    if form is None or errors[number] is not None:
+        return None
+    try:
+        mask = form(row.answer.token_ids)
+        if not isinstance(mask, bytes) or len(mask) != vocab:
+            raise TypeError(f"expected {vocab} bytes, got {mask!r:.60}")
+        return mask
+    except Exception as error:
+        errors[number] = f"The answer's form failed: {type(error).__name__}: {error}"
+        return None
+
+
+def _processed(logits: mx.array, row: Row, errors: list[str | None], number: int) -> mx.array:
+    """The row after its processors. They are the caller's code: what they raise is that request's fault."""
+    scores = logits.astype(mx.float32)
+    if not row.answer.params.processors:
+        return scores
+    tokens = row.answer.tokens.tolist()
+    try:
+        for processor in row.answer.params.processors:
+            given = processor(list(tokens), scores)
+            if not isinstance(given, mx.array) or given.shape != logits.shape:
+                raise TypeError(f"expected an mx.array of shape {logits.shape}, got {given!r:.60}")
+            scores = given.astype(mx.float32)
+        mx.eval(scores)
+    except Exception as error:
+        errors[number] = f"A logits processor failed: {type(error).__name__}: {error}"
+        return logits.astype(mx.float32)
+    return scores

@@ -1,0 +1,78 @@
+"""Owns the model, the cache of its keys and values, and the backend that both run on: a plan in, logits out.
+
+Nothing else makes a step's arrays or runs the model. ``launch`` goes on to tokens that are being drawn.
+Knows no request and no text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.data import Plan
+from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, draw
+from tiny_llm.engine.batch import build_batch
+from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.registry import Model
+from tiny_llm.ops.backend import use
+
+
+@dataclass(slots=True)
+class InFlightBatch:
+    """A step under way: ``rows`` says whose each row of its logits is.
+
+    ``error`` came up while it was prepared, and is raised when its turn comes.
+    """
+
+    plan: Plan
+    rows: list[Row]
+    drawing: Drawing | None = None
+    error: Exception | None = None
+
+    def decisions(self, lap: Lap) -> list[Decision]:
+        """Wait for what it draws. Raises whatever went wrong."""
+        if self.error is not None:
+            raise self.error
+        assert self.drawing is not None
+        return self.drawing.decisions(lap)
+
+
+class Runner:
+    """``model`` on ``backend``, with its ``cache``. One thread's: MLX's streams belong to it."""
+
+    def __init__(self, model: Model, cache: PagedCache, backend: str) -> None:
+        self.model = model
+        self.cache = cache
+        self._backend = backend
+
+    def launch(self, plan: Plan, rows: list[Row], drawn: mx.array | None, lap: Lap) -> InFlightBatch:
+        """Start a step: from its plan to tokens that are being drawn for ``rows``. See ``forward``."""
+        batch = InFlightBatch(plan, rows)
+        try:
+            with use(self._backend):
+                batch.drawing = draw(self.forward(plan, drawn, lap), rows, lap)
+        except Exception as error:
+            batch.error = error
+        return batch
+
+    def forward(self, plan: Plan, drawn: mx.array | None, lap: Lap) -> mx.array:
+        """Logits [R, V] for the plan's rows, lazily. Its keys and values are kept as they are computed.
+
+        ``drawn`` are the tokens that the step before is drawing, if the plan goes on with them.
+        """
+        batch = build_batch(plan, self.cache.block_size, drawn)
+        self.cache.prepare(plan)
+        lap("build")
+        logits = self.model(batch, self.cache)
+        lap("forward")
+        return logits
+
+    def swap_ms(self) -> float:
+        """Milliseconds that a block takes to host memory and back."""
+        with use(self._backend):
+            return self.cache.swap_ms()
+
+    def clear(self) -> None:
+        """Let go of all keys and values."""
+        self.cache.clear()
