@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 
-from tiny_llm.course.manifest import ROOT
+from tiny_llm.course.manifest import ROOT, read_manifest
+from tiny_llm.course.workbook import Workbook
 
 BOOK = ROOT / "book"
 SITE = BOOK / "site"
@@ -98,6 +99,14 @@ def test_what_the_theme_would_fetch_is_there_before(site: Path) -> None:
     assert "vendor/iframe-worker/shim/index.js" in page and "vendor/katex/katex.min.js" in page
     assert (site / "vendor" / "mermaid" / "mermaid.min.js").is_file()
     assert "vendor/mermaid/mermaid.min.js" in (site / "book.js").read_text(encoding="utf-8")
+
+
+def test_a_mistake_changes_one_place_of_what_is_taught(tmp_path: Path) -> None:
+    """What course.toml says of the code, seen in two seconds: the gates see it too, but take minutes."""
+    for chapter in read_manifest().values():
+        Workbook(tmp_path / chapter.id).fill(chapter.teaches)
+        for mutant in chapter.mutants:
+            Workbook(tmp_path / f"{chapter.id}-{mutant.name}").add_mutant(mutant)
 
 
 def test_without_npm_it_says_what_to_do(tmp_path: Path) -> None:
