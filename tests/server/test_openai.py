@@ -137,6 +137,26 @@ def test_chat_logprobs_are_of_each_token(client: openai.OpenAI) -> None:
     assert [e.token for part in parts for e in part] == [e.token for e in got.logprobs.content]
 
 
+@pytest.mark.parametrize("stop", ["keeps", "cache keeps", "ep"])
+def test_logprobs_agree_with_the_text_that_a_stop_string_cuts(client: openai.OpenAI, stop: str) -> None:
+    """Text and tokens agree, streamed or not: a stop string's tokens are in neither, nor is the end token."""
+    asked = {"max_tokens": 60, "logprobs": True, "stop": [stop], **GREEDY}
+    got = client.chat.completions.create(messages=ASK, **asked).choices[0]
+    assert got.finish_reason == "stop" and got.logprobs is not None and got.logprobs.content
+    tokens = [entry.token for entry in got.logprobs.content]
+    said = got.message.content or ""
+    assert "".join(tokens).startswith(said) and len("".join(tokens[:-1])) < len(said), (tokens, said)
+    streamed: list[str] = []
+    for event in client.chat.completions.create(messages=ASK, stream=True, **asked):
+        choice = event.choices[0]
+        streamed += [e.token for e in (choice.logprobs and choice.logprobs.content) or []]
+    assert streamed == tokens
+    plain = {**asked, "logprobs": 1, "prompt": PROMPT, "stop": None}
+    whole = client.completions.create(**plain).choices[0]
+    assert whole.finish_reason == "stop" and whole.logprobs is not None
+    assert "".join(whole.logprobs.tokens or []) == whole.text, "the token that ends an answer says nothing"
+
+
 def test_completion_logprobs_have_offsets(client: openai.OpenAI) -> None:
     got = client.completions.create(prompt=PROMPT, max_tokens=6, logprobs=2, **ON).choices[0]
     told = got.logprobs

@@ -128,6 +128,8 @@ class GrammarConstraint:
         """The same place, for an answer that goes on by itself from here."""
         return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._seen)
 
+    __copy__ = copy
+
 
 class GrammarCompiler:
     """Compiles grammars for one model's tokens, and keeps the latest ones. Several threads may call it."""

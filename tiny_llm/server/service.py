@@ -173,6 +173,7 @@ async def _chunks(engine: AsyncLLM, job: Job) -> ChunkStream:
     Raises Problem for an answer that ended by a fault or too late.
     """
     n, begun = job.params.n, False
+    shown = _ShownLogprobs()
     streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
     async with aclosing(streams):
         async for came in streams:
@@ -183,9 +184,32 @@ async def _chunks(engine: AsyncLLM, job: Job) -> ChunkStream:
                     if chunks:  # what came before it is told before it
                         yield chunks
                     raise problem
-                chunks.append((number * n + chunk.index, chunk))
+                index = number * n + chunk.index
+                if chunk.logprobs is not None:
+                    chunk.logprobs = shown.take(index, chunk.logprobs, chunk.shown_tokens)
+                chunks.append((index, chunk))
             yield chunks
             begun = True
+
+
+class _ShownLogprobs:
+    """Holds log-probabilities back until the text has their tokens: the two agree, as OpenAI's do.
+
+    Those of a stop string and of the token that ends an answer never come: the text lacks them too.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[dict[int, float]]] = {}
+        self._told: dict[int, int] = {}
+
+    def take(self, index: int, rows: list[dict[int, float]], shown_tokens: int) -> list[dict[int, float]]:
+        """Add ``rows`` of an answer whose text has ``shown_tokens`` tokens now; return what is due."""
+        held = [*self._held.get(index, ()), *rows]
+        told = self._told.get(index, 0)
+        due = max(0, shown_tokens - told)
+        self._held[index] = held[due:]
+        self._told[index] = told + due
+        return held[:due]
 
 
 async def with_first(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
