@@ -25,7 +25,7 @@ def without_pages(llm: LLM, prompt: list[int], params: SamplingParams, *, cache:
     """The same tokens from the plain loop, one sequence and no engine."""
     with use(llm.backend):
         if cache:
-            kept = DenseCache(llm.config.num_layers, llm.engine.cache.dtype)
+            kept = DenseCache(llm.config.num_layers, llm.engine.cache.format.dtype)
             tokens = generate(llm._model, kept, prompt, params)
         else:
             tokens = generate_without_cache(llm._model, prompt, params)
@@ -100,7 +100,7 @@ def test_an_engine_at_rest_has_given_its_memory_back_and_answers_as_before(llm: 
     own = llm.with_engine(EngineSettings(kv_blocks=512))
     prompts = [[number] * 900 for number in range(4)]
     first = own.generate(prompts, SAMPLED)
-    filled, held = own.engine.cache.block_bytes * own.engine.scheduler.usage().cached, resident_bytes()
+    filled, held = own.engine.cache.format.block_bytes * own.engine.scheduler.usage().cached, resident_bytes()
     assert filled > 10_000_000
     own.engine.rest()
     assert own.engine.scheduler.usage().capacity == 0

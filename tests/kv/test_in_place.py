@@ -12,6 +12,7 @@ from tiny_llm.data import Batch, Pages, Plan
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend
+from tiny_llm.ops.kv_pool import KvFormat
 
 LAYERS, K, D, S, BLOCKS, T = 2, 2, 64, 16, 512, 3
 POOL = 4 * BLOCKS * K * D * S  # bytes of one layer's keys, and of its values
@@ -36,7 +37,7 @@ def step(cache: PagedCache, number: int, *, layers: int = LAYERS) -> list[mx.arr
 
 
 def cache() -> PagedCache:
-    made = PagedCache(LAYERS, K, D, block_size=S, max_blocks=BLOCKS, host_blocks=8, dtype=mx.float32)
+    made = PagedCache(KvFormat(LAYERS, K, D, S, mx.float32), max_blocks=BLOCKS, host_blocks=8)
     made.prepare(Plan([], BLOCKS, [], [], []))
     return made
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_llm.data import Batch, Pages, Plan
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.ops import backend
+from tiny_llm.ops.kv_pool import KvFormat
 
 LAYERS, K, D, S = 2, 2, 16, 16
 BLOCKS, HOST = 24, 40
@@ -23,7 +24,7 @@ class Twice:
 
     def __init__(self, seed: int, dtype: mx.Dtype = mx.float32) -> None:
         self.chance = random.Random(seed)
-        self.cache = PagedCache(LAYERS, K, D, block_size=S, max_blocks=BLOCKS, host_blocks=HOST, dtype=dtype)
+        self.cache = PagedCache(KvFormat(LAYERS, K, D, S, dtype), max_blocks=BLOCKS, host_blocks=HOST)
         self.blocks = 0
         self.pool: Rows = {}
         self.host: Rows = {}

@@ -11,7 +11,6 @@ import pytest
 from tiny_llm.config import ModelConfig, Quantization, load_config
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.footprint import (
     activation_bytes,
     kv_token_bytes,
@@ -22,6 +21,7 @@ from tiny_llm.models.footprint import (
 )
 from tiny_llm.models.registry import expected_tensors, load_model, weight_bytes, weight_dtype
 from tiny_llm.ops.backend import use, works
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import SHORT_NAMES, config_of
 
@@ -79,10 +79,11 @@ def test_a_tokens_keys_and_values_as_published() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int8])
-def test_a_block_of_the_paged_cache_is_as_many_tokens(dtype: mx.Dtype) -> None:
-    sizes = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
-    cache = PagedCache(*sizes, block_size=16, max_blocks=4, dtype=dtype)
-    assert cache.block_bytes == 16 * kv_token_bytes(CONFIG, dtype.size)
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-0.5b"])
+def test_the_pools_format_takes_as_many(name: str, dtype: mx.Dtype) -> None:
+    format = KvFormat.of(ALL[name], 16, dtype)
+    assert format.token_bytes == kv_token_bytes(ALL[name], dtype.size)
+    assert format.block_bytes == 16 * format.token_bytes
 
 
 def peaks(tokens: int, tries: int) -> list[int]:

@@ -24,8 +24,9 @@ from tiny_llm.ops.argmax import argmax_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.embedding import embedding_ref
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.ops.linear import linear_ref
-from tiny_llm.ops.paged_attention import empty_pool, paged_attention_ref
+from tiny_llm.ops.paged_attention import paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm_ref, rms_norm_ref
 from tiny_llm.ops.rope import rope_frequencies, rope_qk_ref, rope_ref
@@ -231,7 +232,8 @@ def try_paged_attention(case: Case) -> None:
     ]
     numbers = (slots, tables, [0, 40, 64], [40, 24])
     pages = Pages(*(mx.array(given, mx.int32) for given in numbers))
-    out, _, _ = paged_attention_ref(q, k, v, empty_pool((2, 64, 16), 5, 5, case.dtype), pages, 0.125)
+    pool = KvFormat(1, 2, 64, 16, case.dtype).empty_pool(5, 5)
+    out, _ = paged_attention_ref(q, k, v, pool, pages, 0.125)
     for start, end in ((0, 40), (40, 64)):
         exact, summed = attended(exact_q[start:end], exact_k[start:end], exact_v[start:end], 0.125, 0)
         case.result(out[start:end], exact, summed)

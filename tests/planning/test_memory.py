@@ -25,10 +25,10 @@ pytestmark = pytest.mark.chapter("0.2")
 def test_a_plan_is_what_the_engine_then_has(backend: str, quantize: int | None) -> None:
     plan = plan_memory("demo", available=10**9, quantize=quantize, context=1000, batch=3)
     llm = LLM("demo", backend=backend, quantize=quantize, kv_memory=plan.need.kv)
-    assert llm.engine.settings.kv_blocks * llm.engine.cache.block_bytes == plan.need.kv
+    assert llm.engine.settings.kv_blocks * llm.engine.cache.format.block_bytes == plan.need.kv
     assert llm.engine.settings.kv_blocks == 3 * -(-1000 // BLOCK_SIZE), "a last block may be part empty"
     assert abs(weight_bytes(llm._model) - plan.need.weights) <= 4 * llm.config.head_dim
-    assert str(llm.engine.cache.dtype).endswith(plan.kv_dtype)
+    assert str(llm.engine.cache.format.dtype).endswith(plan.kv_dtype)
 
 
 def test_the_largest_is_the_last_that_fits() -> None:

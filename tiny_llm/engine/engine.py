@@ -29,6 +29,7 @@ from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.registry import Model
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -59,7 +60,6 @@ class Engine:
         max_context: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        config = model.config
         self.settings = settings
         self.healthy = True
         self.totals = EngineStats()
@@ -72,15 +72,8 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
-        cache = PagedCache(
-            config.num_layers,
-            config.num_kv_heads,
-            config.head_dim,
-            block_size=settings.block_size,
-            max_blocks=settings.kv_blocks,
-            host_blocks=settings.host_blocks,
-            dtype=kv_dtype,
-        )
+        format = KvFormat.of(model.config, settings.block_size, kv_dtype)
+        cache = PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
         self.runner = Runner(model, cache, backend)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
@@ -134,7 +127,7 @@ class Engine:
     def stats(self) -> Snapshot:
         """All figures of the moment, for whoever reports them. To be called between two steps."""
         return Snapshot.of(
-            self.scheduler, self.totals, healthy=self.healthy, block_bytes=self.cache.block_bytes
+            self.scheduler, self.totals, healthy=self.healthy, block_bytes=self.cache.format.block_bytes
         )
 
     def cancel(self, request_id: int) -> list[Event]:

@@ -91,7 +91,7 @@ class LLM:
     @property
     def memory(self) -> str:
         """What the weights take, and what keys and values may: for a line at the start."""
-        settings, block_bytes = self.engine.settings, self.engine.cache.block_bytes
+        settings, block_bytes = self.engine.settings, self.engine.cache.format.block_bytes
         return (
             f"weights {weight_bytes(self._model) / 1e9:.2f} GB · keys and values up to "
             f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "

@@ -61,7 +61,7 @@ class Runner:
 
         ``drawn`` are the tokens that the step before is drawing, if the plan goes on with them.
         """
-        batch = build_batch(plan, self.cache.block_size, drawn)
+        batch = build_batch(plan, self.cache.format.block_size, drawn)
         self.cache.prepare(plan)
         lap("build")
         logits = self.model(batch, self.cache)

@@ -10,7 +10,7 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
-from tiny_llm.models.footprint import kv_token_bytes
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 BLOCK_SIZE = 16
@@ -43,7 +43,7 @@ class EngineSettings:
         scheduler: SchedulerSettings | None = None,
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values; None: half of what the machine has free."""
-        block = BLOCK_SIZE * kv_token_bytes(config, kv_dtype.size)
+        block = KvFormat.of(config, BLOCK_SIZE, kv_dtype).block_bytes
         memory = available_memory_bytes() // 2 if kv_memory is None else kv_memory
         if memory < block:
             raise ConfigError(

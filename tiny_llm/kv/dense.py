@@ -10,7 +10,8 @@ import mlx.core as mx
 from tiny_llm.data import Batch, Pages
 from tiny_llm.ops.attention import attention
 from tiny_llm.ops.backend import active
-from tiny_llm.ops.paged_attention import Pool, empty_pool, paged_attention, resize_pool
+from tiny_llm.ops.kv_pool import KvFormat, Pool, num_blocks, resize_pool
+from tiny_llm.ops.paged_attention import paged_attention
 
 FIRST_CAPACITY = 256  # tokens; then it doubles, so that a token is copied about once in its life
 _BLOCK_SIZE = 32
@@ -71,14 +72,13 @@ class DenseCache:
         pool = self._pools[layer]
         blocks = -(-capacity(end) // _BLOCK_SIZE)
         if pool is None:
-            shape = (k.shape[1], k.shape[2], _BLOCK_SIZE)
-            pool = empty_pool(shape, blocks, blocks, self._dtype or k.dtype)
-        elif pool[0].shape[0] < blocks:
+            layer_format = KvFormat(1, k.shape[1], k.shape[2], _BLOCK_SIZE, self._dtype or k.dtype)
+            pool = layer_format.empty_pool(blocks, blocks)
+        elif num_blocks(pool) < blocks:
             pool = resize_pool(pool, blocks)
         if self._pages is None or self._pages[0] is not batch:
             self._pages = batch, _in_order(end - q.shape[0], end)
-        out, keys, values = paged_attention(q, k, v, pool, self._pages[1])
-        self._pools[layer] = keys, values
+        out, self._pools[layer] = paged_attention(q, k, v, pool, self._pages[1])
         return out
 
 

@@ -13,56 +13,31 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from tiny_llm.data import Batch, Plan
-from tiny_llm.ops.paged_attention import copy_blocks, empty_pool, paged_attention, resize_pool
+from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool
+from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.work_lists import WorkLists
 
 _TRIED = 64  # blocks
-Pool = tuple[mx.array, mx.array]
-"""Keys and values of one layer, in the layout of ops.paged_attention."""
 
 
 class PagedCache:
-    """Keys and values of many sequences, in blocks of ``block_size`` tokens. Satisfies ``data.KVCache``.
+    """Keys and values of many sequences, in blocks. Satisfies ``data.KVCache``.
 
-    ``heads`` K and ``head_dim`` D are the model's; ``dtype`` is what is stored. ``max_blocks`` is what the
-    pool may grow to, ``host_blocks`` what those who are swapped out may take beside it.
+    ``max_blocks`` is what the pool may grow to, ``host_blocks`` what those who are swapped out may take
+    beside it.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        heads: int,
-        head_dim: int,
-        *,
-        block_size: int,
-        max_blocks: int,
-        host_blocks: int = 0,
-        dtype: mx.Dtype,
-    ) -> None:
-        self.block_size = block_size
-        self._shape = (heads, head_dim, block_size)
-        self._dtype = dtype
+    def __init__(self, format: KvFormat, *, max_blocks: int, host_blocks: int = 0) -> None:
+        self.format = format
         self._max_blocks = max_blocks
         self._host_blocks = host_blocks
-        self._num_layers = num_layers
         self._layers: list[Pool] = []
         self._host: list[Pool] = []
         self._work: WorkLists | None = None  # of the step under way, the same for all layers
 
-    @property
-    def dtype(self) -> mx.Dtype:
-        """What keys and values are kept in."""
-        return self._dtype
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
-        heads, dim, size = self._shape
-        return 2 * self._num_layers * heads * dim * size * self._dtype.size
-
     def swap_ms(self) -> float:
         """Milliseconds that a block takes to host memory and back, measured on blocks of one layer."""
-        pools = [empty_pool(self._shape, _TRIED, _TRIED, self._dtype) for _ in range(2)]
+        pools = [self.format.empty_pool(_TRIED, _TRIED) for _ in range(2)]
         pairs = mx.array([(i, i) for i in range(_TRIED)], mx.int32)
         taken = []
         for _ in range(3):  # the first touches memory that nobody has touched
@@ -70,7 +45,7 @@ class PagedCache:
             for source, target in (pools, reversed(pools)):
                 mx.eval(copy_blocks(source, target, pairs))
             taken.append(time.perf_counter() - began)
-        return 1e3 * min(taken) * self._num_layers / _TRIED
+        return 1e3 * min(taken) * self.format.num_layers / _TRIED
 
     def clear(self) -> None:
         """Let go of all arrays, after a step that failed half way."""
@@ -97,8 +72,7 @@ class PagedCache:
         assert batch.pages is not None, "a paged cache needs the batch's pages"
         if self._work is None or self._work.pages is not batch.pages:
             self._work = WorkLists(batch.pages)
-        out, *pool = paged_attention(q, k, v, self._layers[layer], batch.pages, self._work)
-        self._layers[layer] = (pool[0], pool[1])
+        out, self._layers[layer] = paged_attention(q, k, v, self._layers[layer], batch.pages, self._work)
         return out
 
     def _host_room(self, blocks: int) -> int:
@@ -108,15 +82,14 @@ class PagedCache:
 
     def _sized(self, pools: list[Pool], blocks: int, most: int) -> list[Pool]:
         if not pools:
-            one = (self._shape, blocks, most, self._dtype)
-            return [empty_pool(*one) for _ in range(self._num_layers)]
+            return [self.format.empty_pool(blocks, most) for _ in range(self.format.num_layers)]
         if _blocks(pools) >= blocks:
             return pools
         return [resize_pool(pool, blocks) for pool in pools]
 
 
 def _blocks(pools: list[Pool]) -> int:
-    return pools[0][0].shape[0] if pools else 0
+    return num_blocks(pools[0]) if pools else 0
 
 
 def _move(source: list[Pool], target: list[Pool], pairs: Sequence[tuple[int, int]]) -> None:

@@ -3,8 +3,8 @@
 Letters: ``T`` new tokens, ``B`` sequences, ``H`` query heads, ``K`` key/value heads, ``D`` head
 dim, ``N`` blocks, ``S`` tokens a block, ``W`` blocks in the longest table.
 
-A pool is keys [N, K, D, S] and values [N, K, S, D]: the S keys of a block lie side by side for
-each d, so that a kernel scores all of them at once. (Kwon et al. 2023, PagedAttention.)
+A pool is keys [N, K, D, S] and values [N, K, S, D], as ``kv_pool.KvFormat`` has them.
+(Kwon et al. 2023, PagedAttention.)
 """
 
 from __future__ import annotations
@@ -18,58 +18,16 @@ import mlx.core as mx
 from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu
+from tiny_llm.ops.kv_pool import Pool
 from tiny_llm.ops.metal import kernel, on_metal
 from tiny_llm.ops.work_lists import WorkLists
 
-Pool = tuple[mx.array, mx.array]
 _SPAN = 256  # tokens of a context that one threadgroup sees, at most
-
-
-def empty_pool(shape: tuple[int, int, int], blocks: int, max_blocks: int, dtype: mx.Dtype) -> Pool:
-    """A pool of K, D, S = ``shape`` with ``blocks`` blocks, all 0.
-
-    Backend "cpu" maps ``max_blocks`` at once: memory that was never written to costs nothing there.
-    """
-    heads, dim, size = shape
-    if active() == "cpu":
-        return (
-            cpu.untouched_zeros((max_blocks, heads, dim, size), dtype),
-            cpu.untouched_zeros((max_blocks, heads, size, dim), dtype),
-        )
-    return mx.zeros((blocks, heads, dim, size), dtype), mx.zeros((blocks, heads, size, dim), dtype)
-
-
-def resize_pool(pool: Pool, blocks: int) -> Pool:
-    """The same pool with more blocks."""
-    keys, values = pool
-    more = blocks - keys.shape[0]
-    keys = mx.concatenate([keys, mx.zeros((more, *keys.shape[1:]), keys.dtype)])
-    values = mx.concatenate([values, mx.zeros((more, *values.shape[1:]), values.dtype)])
-    mx.eval(keys, values)  # a layer at a time, so that only one is in memory twice
-    return keys, values
-
-
-def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
-    """``target`` with ``source``'s blocks ``pairs[:, 0]`` in its blocks ``pairs[:, 1]``; perhaps in place.
-
-    On backend "cpu" it is to be evaluated before anything else is told to write ``source``.
-    """
-    if active() == "cpu":
-        return (
-            cpu.copy_blocks(source[0], target[0], pairs),
-            cpu.copy_blocks(source[1], target[1], pairs),
-        )
-    for old, new in zip(source, target, strict=True):
-        blocks = old[pairs[:, 0]]
-        mx.eval(blocks)  # whoever has yet to read a pool keeps it from being written where it lies
-        new[pairs[:, 1]] = blocks
-        mx.eval(new)
-    return target
 
 
 def paged_attention(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, work: WorkLists | None = None
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, Pool]:
     """Write k, v [T, K, D] to ``pages.slot_mapping``, then attend: return out [T, H, D] and the pool.
 
     Query row t of sequence b stands at position ``context_lens[b] - query_start_loc[b + 1] + t`` and sees
@@ -78,7 +36,7 @@ def paged_attention(
     """
     scale = q.shape[-1] ** -0.5
     if on_cpu("paged_attention", q, k, v):
-        return cpu.attend(
+        out, keys, values = cpu.attend(
             q,
             k,
             v,
@@ -90,6 +48,7 @@ def paged_attention(
             pages.context_lens,
             scale,
         )
+        return out, (keys, values)
     rows = pages.slot_mapping.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
@@ -114,7 +73,7 @@ def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
 
 def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, Pool]:
     """MLX writes k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
     keys, values = _write(pool, k, v, work.pages.slot_mapping)
     sequences = work.pages.context_lens.shape[0]
@@ -124,7 +83,7 @@ def _metal(
         and attention_tiles_keep_bits(active())
     )
     attend = _tiles if use_tiles else _rows
-    return attend(q, keys, values, work, scale), keys, values
+    return attend(q, keys, values, work, scale), (keys, values)
 
 
 def _rows(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale: float) -> mx.array:
@@ -223,7 +182,7 @@ def _parts(group: int, dim: int) -> int:
 
 def paged_attention_ref(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, Pool]:
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
     keys, values = _write(pool, k, v, pages.slot_mapping)
     size = keys.shape[3]
@@ -236,7 +195,7 @@ def paged_attention_ref(
         own_k = _tokens(keys[table].swapaxes(2, 3))[:length].astype(q.dtype)
         own_v = _tokens(values[table])[:length].astype(q.dtype)
         outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=offset))
-    return mx.concatenate(outs), keys, values
+    return mx.concatenate(outs), (keys, values)
 
 
 def _tokens(blocks: mx.array) -> mx.array:

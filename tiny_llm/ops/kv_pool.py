@@ -1,0 +1,101 @@
+"""Owns how keys and values lie in memory: the arrays of a layer, cut into blocks of tokens. Chapter 3.1.
+
+A pool is a layer's arrays, as many as its format has; the first axis of each is the block. They are made,
+grown and copied here. What is in them only attention knows, and whose a block is only the block manager.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.ops.backend import active, cpu
+
+Pool = tuple[mx.array, ...]
+"""One layer's arrays, in the order of ``KvFormat.arrays``: each [N, ...], N blocks."""
+
+
+class KvArray(NamedTuple):
+    """One of a layer's arrays: what it holds, the ``shape`` of a block in it, and what that is stored in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class KvFormat:
+    """Keys and values of a model: ``heads`` K vectors of ``head_dim`` D of each, a token and layer.
+
+    They lie in blocks of ``block_size`` S tokens, and are stored in ``dtype``.
+    """
+
+    num_layers: int
+    heads: int
+    head_dim: int
+    block_size: int
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig, block_size: int, dtype: mx.Dtype) -> KvFormat:
+        """The format of a model's keys and values."""
+        return cls(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+
+    @property
+    def arrays(self) -> tuple[KvArray, ...]:
+        """What each layer has. A block's S keys lie side by side for each d, to be scored all at once."""
+        return (
+            KvArray("keys", (self.heads, self.head_dim, self.block_size), self.dtype),
+            KvArray("values", (self.heads, self.block_size, self.head_dim), self.dtype),
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block over all layers."""
+        return self.num_layers * sum(prod(array.shape) * array.dtype.size for array in self.arrays)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's place in a block, over all layers: ``footprint.kv_token_bytes``."""
+        return self.block_bytes // self.block_size
+
+    def empty_pool(self, blocks: int, max_blocks: int) -> Pool:
+        """A layer's arrays with ``blocks`` blocks, all 0.
+
+        Backend "cpu" maps ``max_blocks`` at once: memory that was never written to costs nothing there.
+        """
+        if active() == "cpu":
+            return tuple(cpu.untouched_zeros((max_blocks, *shape), dtype) for _, shape, dtype in self.arrays)
+        return tuple(mx.zeros((blocks, *shape), dtype) for _, shape, dtype in self.arrays)
+
+
+def num_blocks(pool: Pool) -> int:
+    """Blocks that a pool has."""
+    return pool[0].shape[0]
+
+
+def resize_pool(pool: Pool, blocks: int) -> Pool:
+    """The same pool with more blocks; the new ones are 0."""
+    more = blocks - num_blocks(pool)
+    grown = tuple(mx.concatenate([array, mx.zeros((more, *array.shape[1:]), array.dtype)]) for array in pool)
+    mx.eval(*grown)  # a layer at a time, so that only one is in memory twice
+    return grown
+
+
+def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
+    """``target`` with ``source``'s blocks ``pairs[:, 0]`` in its blocks ``pairs[:, 1]``; perhaps in place.
+
+    On backend "cpu" it is to be evaluated before anything else is told to write ``source``.
+    """
+    if active() == "cpu":
+        return tuple(cpu.copy_blocks(old, new, pairs) for old, new in zip(source, target, strict=True))
+    for old, new in zip(source, target, strict=True):
+        blocks = old[pairs[:, 0]]
+        mx.eval(blocks)  # whoever has yet to read a pool keeps it from being written where it lies
+        new[pairs[:, 1]] = blocks
+        mx.eval(new)
+    return target
