@@ -45,11 +45,14 @@ def chat_logprobs(
     """Each token as the chat API has it; a row has the chosen token first, then the likeliest."""
     found = []
     for row in rows:
-        ids = list(row)
-        best = sorted(ids, key=lambda i: -row[i])[:count]
-        top = [_chat_entry(tokenizer, i, row[i]) for i in best]
-        found.append({**_chat_entry(tokenizer, ids[0], row[ids[0]]), "top_logprobs": top})
+        chosen = next(iter(row))
+        top = [_chat_entry(tokenizer, token_id, row[token_id]) for token_id in _likeliest(row, count)]
+        found.append({**_chat_entry(tokenizer, chosen, row[chosen]), "top_logprobs": top})
     return found
+
+
+def _likeliest(row: Mapping[int, float], count: int) -> list[int]:
+    return sorted(row, key=lambda token_id: -row[token_id])[:count]
 
 
 def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, object]:
@@ -62,26 +65,24 @@ def completion_logprobs(
 ) -> dict[str, list[object]]:
     """Tokens as /v1/completions has them; ``offset`` is where the first one's text begins.
 
-    What is NaN is not known, and told as null.
+    A row has the chosen token first. What is NaN is not known, and told as null.
     """
-    told: dict[str, list[object]] = {
-        "text_offset": [],
-        "token_logprobs": [],
-        "tokens": [],
-        "top_logprobs": [],
-    }
+    offsets: list[object] = []
+    logprobs: list[object] = []
+    texts: list[object] = []
+    tops: list[object] = []
     for row in rows:
-        ids = list(row)
-        best = sorted(ids, key=lambda i: -row[i])[:count]
-        text = token_text(tokenizer, ids[0])
-        told["text_offset"].append(offset)
-        known = not isnan(row[ids[0]])
-        told["token_logprobs"].append(logprob(row[ids[0]]) if known else None)
-        told["tokens"].append(text)
-        top = {token_text(tokenizer, i): logprob(row[i]) for i in dict.fromkeys([*best, ids[0]])}
-        told["top_logprobs"].append(top if known else None)
+        chosen = next(iter(row))
+        text = token_text(tokenizer, chosen)
+        is_known = not isnan(row[chosen])
+        listed = [*_likeliest(row, count), chosen]  # the chosen one is told even where others are likelier
+        top = {token_text(tokenizer, token_id): logprob(row[token_id]) for token_id in listed}
+        offsets.append(offset)
+        logprobs.append(logprob(row[chosen]) if is_known else None)
+        texts.append(text)
+        tops.append(top if is_known else None)
         offset += len(text)
-    return told
+    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": texts, "top_logprobs": tops}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -17,7 +17,7 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new_id, usage
 from tiny_llm.server.bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
-from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model
+from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, wants_usage
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Job, Service, aside
 
@@ -34,8 +34,7 @@ async def chat_job(service: Service, request: Request, body: ChatBody) -> tuple[
     Raises Problem or RequestError for what cannot be asked.
     """
     require_model(body.model, service.settings.name)
-    form, job = await aside(request, lambda: _form_and_job(service.llm, body, request.state.salt))
-    return form, await service.constrained(job, form.grammar)
+    return await aside(request, lambda: _form_and_job(service.llm, body, request.state.salt))
 
 
 def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
@@ -54,7 +53,7 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
-    return form, job_of(body, prompts, form.params(params), key_salt)
+    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
 
 
 class ChatWriter(ResponseWriter):
@@ -67,20 +66,21 @@ class ChatWriter(ResponseWriter):
         self._created = int(time.time())
         self._model = service.settings.name
         self._parsers = [form.parser() for _ in range(body.n)]
-        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._with_usage = wants_usage(body)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
 
-    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
         """The response of a request that is not streamed."""
-        ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
-        choices = [self._message(index, chunks) for index, chunks in enumerate(answers)]
+        choices = [self._choice(index, chunks, ended[index]) for index, chunks in enumerate(answers)]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage(ended)}
 
-    def _message(self, index: int, chunks: Sequence[Chunk]) -> dict[str, object]:
+    def _choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
         parser = self._parsers[index]
         deltas = parser.push("".join(chunk.text for chunk in chunks)) + parser.finish()
-        rows = [row for chunk in chunks for row in chunk.logprobs or ()]
-        rest = self._rest(rows, chunks[-1].completion, parser.calls)
+        rows: list[dict[int, float]] = []
+        for chunk in chunks:
+            rows += chunk.logprobs or ()
+        rest = self._rest(rows, ended, parser.calls)
         return {"index": index, "message": message_json(message_of(deltas)), **rest}
 
     def events(self, index: int, chunk: Chunk) -> bytes:
@@ -127,14 +127,15 @@ class ChatWriter(ResponseWriter):
     def _rest(
         self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int
     ) -> dict[str, object]:
+        """What a choice has beside its message: log-probabilities, and why it ended if it has."""
         told = None
         if self._body.logprobs:
-            told = {
-                "content": chat_logprobs(self._tokenizer, rows, self._body.top_logprobs or 0),
-                "refusal": None,
-            }
+            content = chat_logprobs(self._tokenizer, rows, self._body.top_logprobs or 0)
+            told = {"content": content, "refusal": None}
         reason: str | None = None if ended is None else ended.finish_reason
-        return {"logprobs": told, "finish_reason": "tool_calls" if reason == "stop" and calls else reason}
+        if reason == "stop" and calls:
+            reason = "tool_calls"
+        return {"logprobs": told, "finish_reason": reason}
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

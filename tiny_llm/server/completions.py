@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
+from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import completion_logprobs, new_id, usage
 from tiny_llm.server.bodies import CompletionBody
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
@@ -22,6 +23,7 @@ from tiny_llm.server.params import (
     params_of,
     prompt_ids,
     require_model,
+    wants_usage,
 )
 from tiny_llm.server.service import Job, Service, aside
 
@@ -29,20 +31,19 @@ from tiny_llm.server.service import Job, Service, aside
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
-    grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
-    job = await service.constrained(job, grammar)
+    job = await aside(request, lambda: _job(service.llm, body, request.state.salt))
     writer = CompletionWriter(service, body, job)
     return await answered(service, request, job, writer, stream=body.stream)
 
 
-def _job(service: Service, request: Request, body: CompletionBody) -> Job:
-    llm = service.llm
+def _job(llm: LLM, body: CompletionBody, key_salt: str) -> Job:
+    grammar = grammar_of(body)
     prompts = prompt_ids(llm, body.prompt)
     most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
-    return job_of(body, prompts, params, request.state.salt)
+    return job_of(body, prompts, params, key_salt, grammar)
 
 
 class CompletionWriter(ResponseWriter):
@@ -52,9 +53,9 @@ class CompletionWriter(ResponseWriter):
         self._tokenizer = service.llm.tokenizer
         self._body = body
         self._job = job
-        self._echoes = [self._echo(number) for number in range(len(job.prompts))] if body.echo else []
+        self._echoes = [self._echo(prompt) for prompt in body.prompt] if body.echo else []
         self._offsets = [0] * (len(job.prompts) * body.n)
-        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._with_usage = wants_usage(body)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
         self._head = {
             "id": new_id("cmpl"),
@@ -63,14 +64,15 @@ class CompletionWriter(ResponseWriter):
             "model": service.settings.name,
         }
 
-    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
         """The response of a request that is not streamed."""
         choices = []
-        for index, chunks in enumerate(answers):
+        for index, (chunks, completion) in enumerate(zip(answers, ended, strict=True)):
             text = self._before(index) + "".join(chunk.text for chunk in chunks)
-            rows = [row for chunk in chunks for row in self._rows(index, chunk)]
-            choices.append(self._choice(index, text, rows, chunks[-1].completion))
-        ended = [chunk.completion for chunks in answers for chunk in chunks if chunk.completion]
+            rows: list[dict[int, float]] = []
+            for chunk in chunks:
+                rows += self._rows(index, chunk)
+            choices.append(self._choice(index, text, rows, completion))
         return {**self._head, "choices": choices, "usage": usage(ended)}
 
     def events(self, index: int, chunk: Chunk) -> bytes:
@@ -119,6 +121,8 @@ class CompletionWriter(ResponseWriter):
         """What stands before answer ``index``: its prompt, where that is to be echoed."""
         return self._echoes[index // self._body.n] if self._echoes else ""
 
-    def _echo(self, number: int) -> str:
-        given = self._body.prompt[number]
-        return given if isinstance(given, str) else self._tokenizer.decode(given, skip_special_tokens=False)
+    def _echo(self, prompt: str | list[int]) -> str:
+        """A prompt as text."""
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.decode(prompt, skip_special_tokens=False)

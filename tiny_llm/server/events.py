@@ -49,8 +49,8 @@ class ResponseWriter(ABC):
     """One request's response in the making, in one interface's words."""
 
     @abstractmethod
-    def whole(self, answers: Sequence[Sequence[Chunk]]) -> object:
-        """The response of a request that is not streamed, from all chunks of each answer."""
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> object:
+        """The response of a request that is not streamed: all chunks of each answer, and its completion."""
 
     def opening(self) -> bytes:
         """The events before the first chunk."""
@@ -75,22 +75,24 @@ async def answered(
     """Have a job done, and answer with it. Raises what the job is refused with."""
     if stream:
         return EventStream(_written(writer, await service.begin(request, job)), writer.failure)
-    return Response(dumps(writer.whole(await service.whole(request, job))), media_type="application/json")
+    answers = await service.whole(request, job)
+    last = [chunks[-1].completion for chunks in answers]
+    ended = [completion for completion in last if completion is not None]
+    assert len(ended) == len(answers), "the last chunk of an answer has its completion"
+    return Response(dumps(writer.whole(answers, ended)), media_type="application/json")
 
 
 async def _written(writer: ResponseWriter, chunks: ChunkStream) -> AsyncGenerator[bytes, None]:
     """The events of a stream; those of chunks that came together are one piece."""
     ended: list[Completion] = []
     async with aclosing(chunks):
-        if opening := writer.opening():
+        opening = writer.opening()
+        if opening:
             yield opening
         async for came in chunks:
-            events = []
-            for index, chunk in came:
-                events.append(writer.events(index, chunk))
-                if chunk.completion is not None:
-                    ended.append(chunk.completion)
-            if piece := b"".join(events):
+            piece = b"".join([writer.events(index, chunk) for index, chunk in came])
+            ended += [chunk.completion for _, chunk in came if chunk.completion is not None]
+            if piece:
                 yield piece
     yield writer.closing(ended) + DONE
 

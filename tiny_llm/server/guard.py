@@ -40,12 +40,13 @@ class Guard:
             scope.setdefault("state", {})["salt"] = self._check(scope)
         except Problem as problem:
             return await problem.response()(scope, receive, send)
-        asks = scope["method"] == "POST"  # who only looks takes nobody's place
-        self.in_flight += asks
+        if scope["method"] != "POST":  # who only looks takes nobody's place
+            return await self._serve(scope, receive, send)
+        self.in_flight += 1
         try:
             await self._serve(scope, receive, send)
         finally:
-            self.in_flight -= asks
+            self.in_flight -= 1
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -72,7 +73,8 @@ class Guard:
         if scope["path"] in OPEN_PATHS:
             return ""
         salt = self._salt([value for name, value in headers if name == b"authorization"], scope["method"])
-        if problem := self._problem():
+        problem = self._problem()
+        if problem is not None:
             raise problem
         if self.in_flight >= settings.max_in_flight and scope["method"] == "POST":
             raise Problem(429, f"{self.in_flight} requests are served, which is the most.", code="queue_full")
@@ -81,14 +83,14 @@ class Guard:
     def _salt(self, given: list[bytes], method: str) -> str:
         if not self._digests or method == "OPTIONS":  # a browser asks before it sends a key
             return ""
-        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        only = given[0] if len(given) == 1 else b""
+        scheme, _, key = only.partition(b" ")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, own) for own in self._digests]  # all: no early way out
         if scheme.lower() != b"bearer" or not any(matches):
-            what = "is not a key of this server" if given else "is needed"
-            raise Problem(
-                401, f"An API key {what}; send it as: Authorization: Bearer KEY", code="invalid_api_key"
-            )
+            state = "is not a key of this server" if given else "is needed"
+            what = f"An API key {state}; send it as: Authorization: Bearer KEY"
+            raise Problem(401, what, code="invalid_api_key")
         return digest.hex()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:

@@ -32,9 +32,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 def require_model(asked: str | None, name: str) -> None:
     """Raise Problem if another model than ``name`` is asked for."""
     if asked is not None and asked != name:
-        what = (
-            f"The model {asked[:200]!r} is not served here; {name!r} is.{did_you_mean(asked[:200], [name])}"
-        )
+        asked = asked[:200]
+        what = f"The model {asked!r} is not served here; {name!r} is.{did_you_mean(asked, [name])}"
         raise Problem(404, what, code="model_not_found", param="model")
 
 
@@ -74,10 +73,22 @@ def _plain_format(asked: ResponseFormat | None) -> dict[str, object] | None:
     return {"type": asked.type, "json_schema": {"schema": asked.json_schema.schema_}}
 
 
-def job_of(body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, key_salt: str) -> Job:
+def job_of(
+    body: Sampling,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    key_salt: str,
+    grammar: Grammar | None,
+) -> Job:
     """What the engine gets. Prompts share cached blocks only within one key and one salt of its own."""
-    salt = f"{key_salt}/{body.cache_salt or ''}" if key_salt or body.cache_salt else ""
-    return Job(prompts, params, body.priority, salt)
+    own_salt = body.cache_salt or ""
+    salt = f"{key_salt}/{own_salt}" if key_salt or own_salt else ""
+    return Job(prompts, params, body.priority, salt, grammar)
+
+
+def wants_usage(body: Sampling) -> bool:
+    """Whether a stream is to end with the usage."""
+    return body.stream_options is not None and body.stream_options.include_usage
 
 
 def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -85,9 +96,11 @@ def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     found = []
     for number, prompt in enumerate(prompts):
         try:
-            found.append(llm.check(prompt)[0])
+            ids, _ = llm.check(prompt)
+            found.append(ids)
         except RequestError as error:
-            raise _about(f"prompt[{number}]" if len(prompts) > 1 else "prompt", error) from error
+            name = "prompt" if len(prompts) == 1 else f"prompt[{number}]"
+            raise _about(name, error) from error
     return found
 
 
@@ -101,7 +114,8 @@ def chat_ids(
     given = {name: value for name, value in arguments.model_dump().items() if value is not None}
     try:
         text = llm.tokenizer.render_chat([_plain(m) for m in messages], tools=tools, **given)
-        return llm.check(llm.tokenizer.encode(text, add_special_tokens=False))[0]
+        ids, _ = llm.check(llm.tokenizer.encode(text, add_special_tokens=False))
+        return ids
     except RequestError as error:
         raise _about("messages", error) from error
 

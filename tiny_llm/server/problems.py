@@ -27,7 +27,6 @@ from tiny_llm.errors import (
 
 RETRY_AFTER_S = 1
 _LONGEST_MESSAGE = 1_000
-_KINDS = ((400, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"))
 _KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
 """pydantic tells which kind of input item it took one for, as if that were a field."""
 
@@ -47,11 +46,13 @@ class Problem(HTTPException):
     @property
     def body(self) -> dict[str, object]:
         """OpenAI's error body."""
-        kind = next(name for least, name in reversed(_KINDS) if self.status_code >= least or least == 400)
-        if 400 < self.status_code < 500 and self.status_code != 429:
+        if self.status_code >= 500:
+            kind = "server_error"
+        elif self.status_code == 429:
+            kind = "rate_limit_error"
+        else:
             kind = "invalid_request_error"
-        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
@@ -84,10 +85,8 @@ def problem_of(error: Exception) -> Problem:
 def _invalid(errors: Sequence[Any]) -> Problem:
     """The first of pydantic's complaints, in our words."""
     first = errors[0]
-    loc = first["loc"]
-    kinds = {i for i in range(1, len(loc)) if isinstance(loc[i - 1], int) and loc[i] in _KINDS_OF_ITEMS}
-    where = [part for i, part in enumerate(loc) if part != "body" and i not in kinds]
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".") or None
+    where = _place(first["loc"])
+    name = _path(where) or None
     if first["type"] == "extra_forbidden":
         known = first.get("ctx", {}).get("known", ())
         hint = did_you_mean(str(where[-1]), known)
@@ -97,3 +96,19 @@ def _invalid(errors: Sequence[Any]) -> Problem:
     message = str(first["msg"]).removeprefix("Value error, ")
     said = f"{name}: {message}" if name else f"The body: {message}"
     return Problem(400, f"{said.rstrip('.')}.", code="invalid_value", param=name)
+
+
+def _place(loc: Sequence[str | int]) -> list[str | int]:
+    """Where pydantic complains, without the names that it adds: "body", and the kind of an item of a list."""
+    place: list[str | int] = []
+    for before, part in zip((None, *loc), loc, strict=False):
+        is_kind = isinstance(before, int) and part in _KINDS_OF_ITEMS
+        if part != "body" and not is_kind:
+            place.append(part)
+    return place
+
+
+def _path(place: Sequence[str | int]) -> str:
+    """A place as clients write it: messages[0].content."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return "".join(parts).removeprefix(".")

@@ -216,10 +216,9 @@ def _messages(body: ResponseBody) -> list[Message]:
 
 def _add(messages: list[Message], item: Said | Called | Thoughts) -> None:
     """Add to the assistant's message, which ends with its calls."""
-    last = messages[-1] if messages and messages[-1].role == "assistant" else None
-    if last is None or (last.content is not None and isinstance(item, Said)) or _ends(last, item):
-        last = Message(role="assistant")
-        messages.append(last)
+    if not messages or _is_complete(messages[-1], item):
+        messages.append(Message(role="assistant"))
+    last = messages[-1]
     if isinstance(item, Said):
         last.content = item.content
     elif isinstance(item, Thoughts):
@@ -229,9 +228,13 @@ def _add(messages: list[Message], item: Said | Called | Thoughts) -> None:
         last.tool_calls = [*last.tool_calls, PastToolCall(id=item.call_id, function=function)]
 
 
-def _ends(last: Message, item: Said | Called | Thoughts) -> bool:
-    """Whether ``last`` is complete before ``item``, which then belongs to the next message."""
-    return not isinstance(item, Called) and (bool(last.tool_calls) or isinstance(item, Thoughts))
+def _is_complete(last: Message, item: Said | Called | Thoughts) -> bool:
+    """Whether ``item`` belongs to a message of its own: one has thoughts, then text, then calls."""
+    if last.role != "assistant" or isinstance(item, Thoughts):
+        return True
+    if isinstance(item, Called):
+        return False
+    return last.content is not None or bool(last.tool_calls)
 
 
 def _joined(thoughts: Sequence[Thought]) -> str:

@@ -24,52 +24,59 @@ class Items:
 
     def __init__(self) -> None:
         self.done: list[dict[str, Any]] = []
+        self._events: list[Event] = []  # to be told
         self._open: _Item | None = None
         self._rows: list[dict[str, Any]] = []
 
-    def push(self, deltas: Sequence[MessageDelta], rows: Sequence[dict[str, Any]]) -> Iterator[Event]:
+    def push(self, deltas: Sequence[MessageDelta], rows: Sequence[dict[str, Any]]) -> list[Event]:
         """Take what a piece of text added to the message; ``rows`` are its tokens' logprobs."""
         self._rows += rows
         for delta in deltas:
             if delta.tool_call is not None:
-                yield from self._call(delta.tool_call)
+                self._call(delta.tool_call)
             elif delta.reasoning:
-                yield from self._grow("reasoning", delta.reasoning)
+                self._grow("reasoning", delta.reasoning)
             else:
-                yield from self._grow("content", delta.content)
+                self._grow("content", delta.content)
+        return self._told()
 
-    def finish(self, *, whole: bool) -> Iterator[Event]:
+    def finish(self, *, whole: bool) -> list[Event]:
         """No more comes. An answer of nothing is an empty message."""
         if self._open is None and not self.done:
-            yield from self._begin(_Text(len(self.done), "content"))
-        yield from self._close("completed" if whole else "incomplete")
+            self._begin(_Text(len(self.done), "content"))
+        self._close("completed" if whole else "incomplete")
+        return self._told()
 
-    def _call(self, call: ToolCallDelta) -> Iterator[Event]:
+    def _told(self) -> list[Event]:
+        told, self._events = self._events, []
+        return told
+
+    def _call(self, call: ToolCallDelta) -> None:
         if call.id is not None:
-            yield from self._close("completed")
-            yield from self._begin(_Call(len(self.done), call))
-        assert isinstance(self._open, _Call)
+            self._close("completed")
+            self._begin(_Call(len(self.done), call))
+        assert isinstance(self._open, _Call), "a call's first delta has its id"
         if call.arguments:
-            yield self._open.grow(call.arguments)
+            self._events.append(self._open.grow(call.arguments))
 
-    def _grow(self, name: str, text: str) -> Iterator[Event]:
+    def _grow(self, name: str, text: str) -> None:
         if not isinstance(self._open, _Text) or self._open.name != name:
-            yield from self._close("completed")
-            yield from self._begin(_Text(len(self.done), name))
+            self._close("completed")
+            self._begin(_Text(len(self.done), name))
         assert isinstance(self._open, _Text)
         rows, self._rows = self._rows, []
-        yield self._open.grow(text, rows)
+        self._events.append(self._open.grow(text, rows))
 
-    def _begin(self, item: _Item) -> Iterator[Event]:
+    def _begin(self, item: _Item) -> None:
         self._open = item
-        yield from item.begin()
+        self._events += item.begin()
 
-    def _close(self, status: str) -> Iterator[Event]:
+    def _close(self, status: str) -> None:
         if self._open is None:
             return
         if isinstance(self._open, _Text):
-            self._open.keep(self._rows)
-        yield from self._open.end(status)
+            self._open.keep(self._rows)  # of tokens that have no text, as the one that ends the answer
+        self._events += self._open.end(status)
         self.done.append(self._open.told(status))
         self._open, self._rows = None, []
 

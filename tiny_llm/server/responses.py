@@ -6,7 +6,7 @@ A request is a chat in other words, so a chat is what the engine is asked. Nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
@@ -78,12 +78,11 @@ class ResponsesWriter(ResponseWriter):
         self._count = 0
         self._head = _head(body, service.settings.name)
 
-    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, Any]:
-        """The response of a request that is not streamed."""
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, Any]:
+        """The response of a request that is not streamed: what its events come to."""
         for chunk in answers[0]:
-            for _ in self._told(chunk):
-                pass
-        return self._response(answers[0][-1].completion)
+            self._told(chunk)
+        return self._response(ended[0])
 
     def opening(self) -> bytes:
         """That there is a response."""
@@ -96,7 +95,7 @@ class ResponsesWriter(ResponseWriter):
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The whole response."""
-        response = self._response(ended[-1])
+        response = self._response(ended[0])
         return self._event({"type": f"response.{response['status']}", "response": response})
 
     def failure(self, error: Exception) -> bytes:
@@ -109,18 +108,19 @@ class ResponsesWriter(ResponseWriter):
         self._count += 1
         return named_event(event["type"], {**event, "sequence_number": self._count - 1})
 
-    def _told(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
-        """A chunk as events."""
-        thinking = self._parser.is_thinking
+    def _told(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """Take a chunk in; return what it is told by."""
+        was_thinking = self._parser.is_thinking
         deltas = self._parser.push(chunk.text)
-        if thinking or self._parser.is_thinking:
+        if was_thinking or self._parser.is_thinking:
             self._thought_tokens += len(chunk.token_ids)
         if chunk.completion is not None:
             deltas += self._parser.finish()
         rows = chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top)
-        yield from self._items.push(deltas, rows)
+        told = self._items.push(deltas, rows)
         if chunk.completion is not None:
-            yield from self._items.finish(whole=chunk.completion.finish_reason != "length")
+            told += self._items.finish(whole=chunk.completion.finish_reason != "length")
+        return told
 
     def _response(self, ended: Completion | None) -> dict[str, Any]:
         """The response as it is now."""
@@ -170,5 +170,6 @@ def _repeated_format(body: ResponseBody) -> dict[str, Any]:
 
 
 def _repeated_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    required = {"parameters": None, "strict": None}
-    return required | {name: value for name, value in tool.items() if value is not None}
+    """A tool as it was given, and the keys that a response must have of it."""
+    given = {name: value for name, value in tool.items() if value is not None}
+    return {"parameters": None, "strict": None, **given}

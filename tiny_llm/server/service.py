@@ -35,12 +35,17 @@ prompts of the request."""
 
 
 class Job(NamedTuple):
-    """What a request asks of the engine: the same of each of its prompts."""
+    """What a request asks of the engine: the same of each of its prompts.
+
+    ``grammar`` is what the answers must match; it is compiled, into a constraint of ``params``, when the job
+    begins.
+    """
 
     prompts: Sequence[list[int]]
     params: SamplingParams
     priority: int = 0
     salt: str = ""
+    grammar: Grammar | None = None
 
 
 class Service:
@@ -103,7 +108,7 @@ class Service:
 
         Raises what the engine refuses it with, and Problem for one that waited too long.
         """
-        chunks = _chunks(self.engine, job)
+        chunks = _chunks(self.engine, await self._constrained(job))
         try:
             first = await unless_gone(request, anext(chunks))
         except BaseException:
@@ -115,9 +120,10 @@ class Service:
     async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
         """All chunks of each answer of a job. If the client goes, so does the job."""
         answers: list[list[Chunk]] = [[] for _ in range(len(job.prompts) * job.params.n)]
+        held = await self._constrained(job)
 
         async def collect() -> None:
-            async with aclosing(_chunks(self.engine, job)) as chunks:
+            async with aclosing(_chunks(self.engine, held)) as chunks:
                 async for came in chunks:
                     for index, chunk in came:
                         answers[index].append(chunk)
@@ -126,11 +132,11 @@ class Service:
         self._count(job)
         return answers
 
-    async def constrained(self, job: Job, grammar: Grammar | None) -> Job:
-        """The job, held to a grammar. Raises Problem or RequestError for one that cannot be kept to."""
-        if grammar is None:
+    async def _constrained(self, job: Job) -> Job:
+        """The job, held to its grammar. Raises Problem or RequestError for one that cannot be kept to."""
+        if job.grammar is None:
             return job
-        params = await self._grammars.constrain(self.llm.grammars, job.params, grammar)
+        params = await self._grammars.constrain(self.llm.grammars, job.params, job.grammar)
         return job._replace(params=params)
 
     def _count(self, job: Job) -> None:

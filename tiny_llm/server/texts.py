@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
+from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import logprob, usage
 from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.events import ResponseWriter, answered, event_of
@@ -21,25 +22,23 @@ DEFAULT_TOKENS = 256
 async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
     """Answer one request: the engine's own view of it, token ids included."""
     require_model(body.model, service.settings.name)
-    grammar, job = await aside(request, lambda: (grammar_of(body), _job(service, request, body)))
-    job = await service.constrained(job, grammar)
+    job = await aside(request, lambda: _job(service.llm, body, request.state.salt))
     return await answered(service, request, job, GenerateWriter(), stream=body.stream)
 
 
-def _job(service: Service, request: Request, body: GenerateBody) -> Job:
-    llm = service.llm
+def _job(llm: LLM, body: GenerateBody, key_salt: str) -> Job:
+    grammar = grammar_of(body)
     prompts = prompt_ids(llm, body.prompt)
     most = body.max_tokens or DEFAULT_TOKENS
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
-    return job_of(body, prompts, params, request.state.salt)
+    return job_of(body, prompts, params, key_salt, grammar)
 
 
 class GenerateWriter(ResponseWriter):
     """POST /generate's words."""
 
-    def whole(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, object]:
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
         """All answers, and what they took."""
-        ended = [one for chunks in answers if (one := chunks[-1].completion) is not None]
         told = [self._told(index, completion) for index, completion in enumerate(ended)]
         return {"answers": told, "usage": usage(ended)}
 
@@ -53,7 +52,7 @@ class GenerateWriter(ResponseWriter):
         return b""
 
     def _told(self, index: int, completion: Completion) -> dict[str, object]:
-        rows = completion.logprobs
+        rows = None if completion.logprobs is None else [_json_row(row) for row in completion.logprobs]
         return {
             "index": index,
             "text": completion.text,
@@ -62,14 +61,20 @@ class GenerateWriter(ResponseWriter):
             "prompt_tokens": len(completion.prompt_token_ids),
             "cached_tokens": completion.cached_tokens,
             "ttft_s": round(completion.timing.ttft_s, 6),
-            "logprobs": rows and [{str(i): logprob(value) for i, value in row.items()} for row in rows],
+            "logprobs": rows,
         }
+
+
+def _json_row(row: Mapping[int, float]) -> dict[str, float]:
+    """One token's log-probabilities by token id: JSON's keys are strings."""
+    return {str(token_id): logprob(value) for token_id, value in row.items()}
 
 
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
     """A text's or a conversation's token ids."""
     require_model(body.model, service.settings.name)
-    if (body.prompt is None) == (not body.messages):
+    has_prompt, has_messages = body.prompt is not None, bool(body.messages)
+    if has_prompt == has_messages:
         raise Problem(400, "Give either prompt or messages.", code="invalid_value", param="prompt")
     llm = service.llm
     if body.messages:
