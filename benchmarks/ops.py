@@ -27,7 +27,8 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.data import SamplingParams
 from tiny_llm.layers.linear import heads_of
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import Model, load_dummy
+from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import kernel_seconds, set_threads, use
 from tiny_llm.weights.names import config_of
 

@@ -27,7 +27,8 @@ from demo_score import held_out_examples  # noqa: E402
 
 from tiny_llm.data import Batch  # noqa: E402
 from tiny_llm.kv.dense import DenseCache  # noqa: E402
-from tiny_llm.models.registry import Model, kv_dtype, load_model  # noqa: E402
+from tiny_llm.models.loading import kv_dtype, load_model  # noqa: E402
+from tiny_llm.models.registry import Model  # noqa: E402
 from tiny_llm.ops import backend  # noqa: E402
 from tiny_llm.sampling.logprobs import log_probabilities  # noqa: E402
 from tiny_llm.tokenizer.tokenizer import Tokenizer  # noqa: E402

@@ -15,7 +15,7 @@ from statistics import median
 from measure.sides import numbers
 
 from tiny_llm.engine.bench import Task, measure
-from tiny_llm.models.registry import load_dummy
+from tiny_llm.models.loading import load_dummy
 from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.planning.speed import FORMAT, Machine, Speed, measure_machine, predict
 

@@ -25,7 +25,8 @@ from measure.serving import Asked, figures, poisson, trace_lengths
 
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
-from tiny_llm.models.registry import Model, load_dummy
+from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.scheduler.settings import SchedulerSettings
 

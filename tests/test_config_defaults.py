@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tiny_llm.config import FAMILIES, ModelConfig
+from tiny_llm.config import ModelConfig
+from tiny_llm.config_families import FAMILIES
 from tiny_llm.errors import ConfigError
 
 Fields = dict[str, Any]

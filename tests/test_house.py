@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS: Sequence[frozenset[str]] = (
     # _cpu: the module that kernels/cpu becomes
-    frozenset({"data", "sampling_params", "config", "errors", "metrics", "_cpu"}),
+    frozenset(
+        {"data", "sampling_params", "config", "config_families", "config_fields", "errors", "metrics", "_cpu"}
+    ),
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),
     frozenset({"ops"}),
     frozenset({"layers", "kv", "sampling"}),

@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.models.registry import QUANTIZE_GROUP, expected_tensors, quantizable_tensors
+from tiny_llm.models.loading import QUANTIZE_GROUP
+from tiny_llm.models.registry import expected_tensors, quantizable_tensors
 from tiny_llm.weights.dummy import dummy_weights
 from tiny_llm.weights.names import config_of
 from tiny_llm.weights.quantize import part_names

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
-from tiny_llm.models.registry import Model, kv_dtype
+from tiny_llm.models.loading import kv_dtype
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer

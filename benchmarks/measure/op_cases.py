@@ -12,7 +12,7 @@ from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import Matrix, SamplingParams
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import kv_dtype
+from tiny_llm.models.loading import kv_dtype
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.linear import gated, linear
 from tiny_llm.ops.pack import pack

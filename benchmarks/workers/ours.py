@@ -13,7 +13,7 @@ from protocol import Config, serve
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
-from tiny_llm.models.registry import kv_dtype, load_dummy, weight_bytes
+from tiny_llm.models.loading import kv_dtype, load_dummy, weight_bytes
 from tiny_llm.ops.backend import active, isa, set_threads, use
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from command_line import parser_of
 from tiny_llm.data import Batch
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.softmax import softmax
 from tiny_llm.tokenizer.tokenizer import Tokenizer

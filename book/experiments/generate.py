@@ -16,7 +16,7 @@ from rope import DEMO
 from tiny_llm.data import SamplingParams
 from tiny_llm.decoding.generate import generate_without_cache
 from tiny_llm.decoding.stop import open_length
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 QUESTION, STOP = "What is 48 + 35?", "= 84"

@@ -24,7 +24,7 @@ from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import Forward, generate, generate_without_cache, one_sequence, prefill
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "tiny_llm" / "demo"

@@ -17,7 +17,7 @@ from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.layers.linear import gated_by
 from tiny_llm.layers.mlp import MLP
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 LEFT, MIDDLE, SCALE, BINS, SPREAD = 60, 190, 40, 48, 6.0

@@ -16,7 +16,7 @@ from rope import DEMO, cases
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.header import read_header
 

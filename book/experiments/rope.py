@@ -16,7 +16,7 @@ from command_line import parser_of
 
 from tiny_llm.data import Batch
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.ops.rope import rope_frequencies
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import Completion
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.sampling.sampler import filter_logits
 
 PROMPT = [{"role": "user", "content": "Tell me a short story about a fox."}]

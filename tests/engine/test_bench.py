@@ -12,7 +12,7 @@ from tiny_llm.engine.bench import Separate, Task, bench, measure
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_dummy
+from tiny_llm.models.loading import load_dummy
 
 
 class Watched:

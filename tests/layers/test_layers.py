@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.config import ModelConfig, load_config
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, QuantizedTensor
 from tiny_llm.errors import WeightError
 from tiny_llm.kv.no_cache import NoCache
@@ -17,6 +17,7 @@ from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP
 from tiny_llm.layers.norm import RMSNorm
+from tiny_llm.models.registry import load_config
 from tiny_llm.ops.rope import rope_frequencies
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.config import Quantization, load_config
+from tiny_llm.config import Quantization
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models import registry
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 from tiny_llm.ops.backend import use
 from tiny_llm.weights.checkpoint import load_weights
 
@@ -78,7 +78,7 @@ def test_a_quantized_model_is_the_model_of_its_unpacked_matrices(
     golden: Path, make_batch, bits: int, off
 ) -> None:
     folder = golden / "qwen2_tied"
-    config = load_config(folder)
+    config = registry.load_config(folder)
     weights = load_weights(
         folder,
         registry.expected_tensors(config),

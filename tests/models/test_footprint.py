@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
 
-from tiny_llm.config import ModelConfig, Quantization, load_config
+from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.footprint import (
@@ -19,7 +19,8 @@ from tiny_llm.models.footprint import (
     training_bytes,
     weights_bytes,
 )
-from tiny_llm.models.registry import expected_tensors, load_model, weight_bytes, weight_dtype
+from tiny_llm.models.loading import load_model, weight_bytes, weight_dtype
+from tiny_llm.models.registry import expected_tensors, load_config
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.weights.hub import resolve

@@ -12,7 +12,7 @@ from tiny_llm.data import Batch
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 
 pytestmark = [pytest.mark.chapter("1.5"), pytest.mark.usefixtures("backend")]
 TOLERANCE = 1e-4  # relative to the largest value; on a CPU we are within 2e-6

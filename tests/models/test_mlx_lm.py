@@ -13,7 +13,7 @@ import pytest
 from mlx_lm import utils as mlx_lm
 
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.registry import load_model
+from tiny_llm.models.loading import load_model
 
 PROMPT = [1, 17, 44, 3, 29, 8, 60, 31]
 COUNT = 40

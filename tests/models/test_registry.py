@@ -10,17 +10,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.config import load_config
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.errors import ConfigError, WeightError
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import expected_tensors, load_model, quantizable_tensors
+from tiny_llm.models.loading import load_model
+from tiny_llm.models.registry import expected_tensors, load_config, quantizable_tensors
 
 PLUGIN = """
 from dataclasses import dataclass
+from functools import partial
 import mlx.core as mx
-from tiny_llm.config import Family, ModelConfig
+from tiny_llm.config import ModelConfig
+from tiny_llm.config_families import Family
 from tiny_llm.models.registry import Architecture
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Bigram:
 def shapes(config):
     return {"table": (config.vocab_size, config.vocab_size)}
 
-BIGRAM = Architecture(Family(), shapes, lambda config, weights: Bigram(config, weights["table"]))
+def build(config, weights):
+    return Bigram(config, weights["table"])
+
+BIGRAM = Architecture(partial(ModelConfig.from_hf, family=Family()), shapes, build)
 MISTAKEN = "bigram"
 """
 

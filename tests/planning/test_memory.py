@@ -12,7 +12,7 @@ import pytest
 from tiny_llm import LLM, cli
 from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.models.footprint import training_bytes
-from tiny_llm.models.registry import weight_bytes
+from tiny_llm.models.loading import weight_bytes
 from tiny_llm.planning.memory import MemoryPlan, find_config, largest, plan_memory
 from tiny_llm.planning.memory_report import as_svg, size, verdict
 from tiny_llm.weights.hub import resolve

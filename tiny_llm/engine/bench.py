@@ -20,7 +20,8 @@ from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.errors import RequestError
 from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.registry import Model, kv_dtype, load_dummy, load_model
+from tiny_llm.models.loading import kv_dtype, load_dummy, load_model
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import isa, num_threads, set_threads, use
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.sampling_params import SamplingParams

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
-from tiny_llm.config import load_end_ids
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.decoding.message import with_messages
@@ -19,11 +18,11 @@ from tiny_llm.decoding.structured_output import GrammarCompiler, response_gramma
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError
-from tiny_llm.models.registry import kv_dtype, load_model, weight_bytes
+from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
+from tiny_llm.models.loading import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.sampling_params import SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
@@ -35,7 +34,7 @@ Message = Mapping[str, object]
 class LLM:
     """A model that answers: ``LLM("qwen2-0.5b").generate(["..."])``.
 
-    ``model`` is a short name, a repository id, a folder, or "demo", the bundled model.
+    ``model`` is a short name, a repository id, a folder, "demo", the bundled model, or a Checkpoint.
     ``dtype`` is "float32", "bfloat16" or "float16"; None takes what suits the device.
     ``quantize`` 4 or 8 packs the matrices on loading. ``offline`` never asks the network.
     ``backend`` is "cpu" (our kernels) or "ref" (plain MLX); None takes the best there is.
@@ -51,7 +50,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "demo",
+        model: str | Path | Checkpoint = "demo",
         *,
         dtype: str | None = None,
         quantize: int | None = None,
@@ -67,19 +66,19 @@ class LLM:
     ) -> None:
         set_threads(threads)
         self.backend = choose(backend) if backend else active()
-        folder = resolve(str(model), offline=offline)
-        self.tokenizer = Tokenizer.from_folder(folder)
+        if isinstance(model, (str, Path)):
+            model = FolderCheckpoint(resolve(str(model), offline=offline))
+        self.tokenizer = model.tokenizer
         with use(self.backend):
             self._model = load_model(
-                folder, dtype=dtype, quantize=quantize, activations=activations, progress=progress
+                model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
             )
         self.config = self._model.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         with use(self.backend):
             kept = kv_dtype(self.config, dtype=dtype, quantize=quantize)
         self._kept = kept
-        named = self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(folder))
-        self._end_ids = frozenset(token_id for token_id in named if token_id < self.config.vocab_size)
+        self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig
+from tiny_llm.config import ModelFacts
 from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
@@ -37,7 +37,7 @@ class EngineSettings:
     @classmethod
     def fitting(
         cls,
-        config: ModelConfig,
+        config: ModelFacts,
         kv_dtype: mx.Dtype,
         kv_memory: int | None = None,
         scheduler: SchedulerSettings | None = None,

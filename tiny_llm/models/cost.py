@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tiny_llm.config import ModelConfig
+from tiny_llm.config import ModelFacts
 
 
 class Work(NamedTuple):
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     attention: Work
 
 
-def matrix_flops(config: ModelConfig, tokens: int, rows: int) -> int:
+def matrix_flops(config: ModelFacts, tokens: int, rows: int) -> int:
     """Operations of all matrix products for ``tokens`` T in, and logits of ``rows`` out.
 
     A matrix [O, I] takes 2 O I for each token. A layer has those of queries [H D, E], keys and values
@@ -41,7 +41,7 @@ def matrix_flops(config: ModelConfig, tokens: int, rows: int) -> int:
     return 2 * tokens * config.num_layers * layer + 2 * rows * config.vocab_size * E
 
 
-def attention_flops(config: ModelConfig, start: int, tokens: int) -> int:
+def attention_flops(config: ModelFacts, start: int, tokens: int) -> int:
     """Operations of attention for ``tokens`` T from position ``start`` on, each on itself and all before it.
 
     A pair of tokens takes 2 D for its score and 2 D for its part of the values, in each head and layer.
@@ -51,7 +51,7 @@ def attention_flops(config: ModelConfig, start: int, tokens: int) -> int:
 
 
 def step_of(
-    config: ModelConfig, weights: int, kv_token: int, *, start: int, tokens: int, sequences: int = 1
+    config: ModelFacts, weights: int, kv_token: int, *, start: int, tokens: int, sequences: int = 1
 ) -> Step:
     """The work of a step of ``sequences``, each with ``tokens`` new ones from ``start`` on and one row out.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.weights.quantize import fit_group, format_of
 
@@ -34,13 +34,13 @@ def tensor_bytes(shape: tuple[int, ...], item_bytes: int, format: Quantization |
     return entries * format.bits // 8 + 2 * (entries // format.group_size) * item_bytes
 
 
-def parameter_count(config: ModelConfig) -> int:
+def parameter_count(config: ModelFacts) -> int:
     """Entries of all tensors; a head that is tied to the embedding counts once."""
     return sum(map(prod, expected_tensors(config).values()))
 
 
 def weights_bytes(
-    config: ModelConfig, matrix_bytes: int, vector_bytes: int, quantize: Quantization | None = None
+    config: ModelFacts, matrix_bytes: int, vector_bytes: int, quantize: Quantization | None = None
 ) -> int:
     """Bytes of all tensors: floats of a matrix take ``matrix_bytes`` each, of a vector ``vector_bytes``.
 
@@ -56,12 +56,12 @@ def weights_bytes(
     return total
 
 
-def kv_token_bytes(config: ModelConfig, item_bytes: int) -> int:
+def kv_token_bytes(config: ModelFacts, item_bytes: int) -> int:
     """Bytes of one token's keys and values: in each layer, one vector of each a KV head."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
-def activation_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
+def activation_bytes(config: ModelFacts, tokens: int, rows: int) -> int:
     """Bytes of a step's float32 intermediate results: ``tokens`` T go in, logits [rows, V] come out.
 
     A layer makes six vectors [T, E] (two sums, two norms, two outputs), queries twice and attention's output
@@ -72,7 +72,7 @@ def activation_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
     return min(config.num_layers, LAYERS_AT_ONCE) * layer + 4 * rows * config.vocab_size
 
 
-def training_bytes(config: ModelConfig, tokens: int) -> Training:
+def training_bytes(config: ModelFacts, tokens: int) -> Training:
     """Bytes that training on ``tokens`` T at a time keeps: weights and gradients of 2 bytes, and of 4 bytes
     each a master copy and Adam's two moments (ZeRO, section 3.1).
 

@@ -1,4 +1,4 @@
-"""model_type -> model. The built-in kinds share the decoder; installed plug-ins add others.
+"""model_type -> architecture. The built-in families share the decoder; installed plug-ins add others.
 
 A plug-in is a Python distribution whose entry point in the group ``tiny_llm.models``
 has a model_type as its name and an ``Architecture`` as its value. Nothing is ever
@@ -7,51 +7,31 @@ imported from a model's own folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
-from tiny_llm.config import (
-    DTYPES,
-    FAMILIES,
-    Family,
-    ModelConfig,
-    Quantization,
-    built_in_family,
-    load_config,
-)
-from tiny_llm.data import Batch, KVCache, Matrix
+from tiny_llm.config import ModelConfig, ModelFacts
+from tiny_llm.config_families import FAMILIES, built_in_family
+from tiny_llm.config_fields import Fields, read_file
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.ops.backend import active, keep_memory
-from tiny_llm.ops.pack import pack
-from tiny_llm.weights.assemble import Progress
-from tiny_llm.weights.checkpoint import load_weights
-from tiny_llm.weights.dummy import dummy_weights
-from tiny_llm.weights.names import config_of
 
 PLUGIN_GROUP = "tiny_llm.models"
-QUANTIZE_BITS = (4, 8)
-QUANTIZE_GROUP = 64
-ACTIVATIONS = ("int8", "exact")
-_MLX_DTYPES: Mapping[str, mx.Dtype] = {
-    "float32": mx.float32,
-    "bfloat16": mx.bfloat16,
-    "float16": mx.float16,
-}
+Config = TypeVar("Config", bound=ModelFacts)
 
 
 class Model(Protocol):
     """What the engine needs of a model."""
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ModelFacts:
         """The facts that it was built from."""
         ...
 
@@ -61,19 +41,28 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(Generic[Config]):
     """A kind of model: how its config reads, which tensors it has, and how it is built of them.
 
-    ``packed``: it gives its matrices to nothing but layers, so that they may come packed for the CPU kernels.
+    ``read_config`` takes config.json's fields and raises ConfigError. ``shapes`` names every tensor of a
+    checkpoint, in its unquantized shape. ``packed``: it gives its matrices to nothing but layers, so that
+    they may come packed for the CPU kernels. ``unread`` are ends of names that some checkpoints have and
+    that follow from the config: they are passed by.
     """
 
-    family: Family
-    shapes: Callable[[ModelConfig], Shapes] = Decoder.shapes
-    build: Callable[[ModelConfig, Weights], Model] = Decoder.take
+    read_config: Callable[[Mapping[str, object]], Config]
+    shapes: Callable[[Config], Shapes]
+    build: Callable[[Config, Weights], Model]
     packed: bool = False
+    unread: Collection[str] = ()
 
 
-def find(model_type: str) -> Architecture:
+DECODER = Architecture(
+    ModelConfig.from_hf, Decoder.shapes, Decoder.take, packed=True, unread=(".rotary_emb.inv_freq",)
+)
+
+
+def find(model_type: str) -> Architecture[Any]:
     """Return the built-in or installed architecture. Raises ConfigError, with near names, without one."""
     if model_type not in FAMILIES:
         for plugin in entry_points(group=PLUGIN_GROUP, name=model_type):
@@ -81,137 +70,31 @@ def find(model_type: str) -> Architecture:
             if not isinstance(architecture, Architecture):
                 raise ConfigError(f"plug-in {plugin.value} is {architecture!r}, expected an Architecture.")
             return architecture
-    return Architecture(built_in_family(model_type), packed=True)
+    built_in_family(model_type)  # raises for what is neither
+    return DECODER
 
 
-def expected_tensors(config: ModelConfig) -> Shapes:
+def read_config(raw: Mapping[str, object]) -> ModelFacts:
+    """Read config.json's fields as the architecture of its ``model_type`` does. Raises ConfigError."""
+    config: ModelFacts = find(Fields(raw).text("model_type")).read_config(raw)
+    return config
+
+
+def load_config(path: Path) -> ModelFacts:
+    """``read_config`` of a folder's config.json, or of that file itself; errors name it."""
+    return read_file(path if path.is_file() else path / "config.json", read_config)
+
+
+def expected_tensors(config: ModelFacts) -> Shapes:
     """Every tensor that a checkpoint of this config holds: Hugging Face name to unquantized shape."""
     return find(config.model_type).shapes(config)
 
 
-def quantizable_tensors(config: ModelConfig) -> frozenset[str]:
+def quantizable_tensors(config: ModelFacts) -> frozenset[str]:
     """Names of the matrices, which may be quantized: linear maps and the embedding."""
     return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) == 2)
 
 
-def build(config: ModelConfig, weights: Weights) -> Model:
+def build(config: ModelFacts, weights: Weights) -> Model:
     """Build the model of ``config`` from its named tensors. Raises WeightError for one that is missing."""
     return find(config.model_type).build(config, weights)
-
-
-def load_model(
-    folder: Path,
-    *,
-    dtype: str | None = None,
-    quantize: int | None = None,
-    activations: str = "int8",
-    progress: Progress | None = None,
-) -> Model:
-    """Load the model in ``folder`` (config.json and safetensors files) for the backend in use.
-
-    ``dtype`` "float32", "bfloat16" or "float16" is what to keep weights in; backend "cpu" computes in
-    float32 whatever they are. None is as the checkpoint stores them, but float32 for backend "ref" on a
-    CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or 8 bits packs what is float on
-    disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
-    quantized matrix to 8 bits, where the backend is "cpu"; "exact" never does.
-    ``progress`` is called with (bytes read, bytes to read) as the weights come.
-
-    Raises ConfigError for a config or an option that cannot be used, WeightError for
-    tensors that do not fit the config.
-    """
-    config = load_config(folder, lambda model_type: find(model_type).family)
-    check_options(dtype, quantize, activations)
-    packed = find(config.model_type).packed
-    weights = load_weights(
-        folder,
-        expected_tensors(config),
-        dtype=_stored_dtype(dtype, quantize, packed),
-        quantization=config.quantization,
-        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        quantizable=quantizable_tensors(config),
-        finish=partial(pack, exact=activations == "exact") if packed else _as_it_is,
-        progress=progress,
-    )
-    keep_memory()
-    return build(config, weights)
-
-
-def _as_it_is(weight: Matrix) -> Matrix:
-    return weight
-
-
-def load_dummy(
-    name: str, *, dtype: str | None = None, quantize: int | None = None, activations: str = "int8"
-) -> Model:
-    """Build the model of a short name such as "qwen2-0.5b" with random weights. See ``load_model``.
-
-    Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
-    """
-    config = ModelConfig.from_hf(config_of(name))
-    check_options(dtype, quantize, activations)
-    weights = dummy_weights(
-        expected_tensors(config),
-        dtype=_stored_dtype(dtype, quantize, packed=True) or _MLX_DTYPES[config.dtype],
-        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        quantizable=quantizable_tensors(config),
-        finish=partial(pack, exact=activations == "exact"),
-    )
-    keep_memory()
-    return build(config, weights)
-
-
-def check_options(dtype: str | None, quantize: int | None, activations: str = "int8") -> None:
-    """Raise ConfigError for an option that ``load_model`` cannot use."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    if quantize is not None and (type(quantize) is not int or quantize not in QUANTIZE_BITS):
-        raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
-    if activations not in ACTIVATIONS:
-        raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of a model's arrays and packed matrices, each counted once."""
-    return _bytes_of(model, set())
-
-
-def _bytes_of(part: object, seen: set[int]) -> int:
-    if id(part) in seen:
-        return 0
-    seen.add(id(part))
-    if is_dataclass(part):
-        return sum(_bytes_of(getattr(part, field.name), seen) for field in fields(part))
-    if isinstance(part, tuple):
-        return sum(_bytes_of(one, seen) for one in part)
-    return int(getattr(part, "nbytes", 0))
-
-
-def kv_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
-    """What the keys and values of a model that was loaded so are kept in: what they are computed in.
-
-    But backend "cpu" computes in float32, and keeps 16 bits of that where the weights have no more either.
-    """
-    if active() != "cpu":
-        return _MLX_DTYPES[dtype or _computed_dtype() or config.dtype]
-    packed = quantize is not None or config.quantization is not None
-    return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
-
-
-def weight_dtype(config: ModelConfig, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
-    """What the floats of a model's matrices are kept in when it is loaded so."""
-    packed = find(config.model_type).packed
-    return _stored_dtype(dtype, quantize, packed) or _MLX_DTYPES[config.dtype]
-
-
-def _computed_dtype() -> str | None:
-    """What MLX computes in unless it is told; None: what the weights are stored in."""
-    return "float32" if mx.default_device().type == mx.cpu else None
-
-
-def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.Dtype | None:
-    """What floats become on loading; None: nothing else."""
-    if packed and active() == "cpu":  # they widen as they read: wider in memory would be slower, not finer
-        name = None if dtype == "float32" and quantize is None else dtype
-    else:
-        name = dtype or _computed_dtype()
-    return None if name is None else _MLX_DTYPES[name]

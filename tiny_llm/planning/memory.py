@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig, Quantization, load_config
+from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import RequestError
 from tiny_llm.models.footprint import (
@@ -22,7 +22,8 @@ from tiny_llm.models.footprint import (
     training_bytes,
     weights_bytes,
 )
-from tiny_llm.models.registry import QUANTIZE_GROUP, check_options, find, kv_dtype, weight_dtype
+from tiny_llm.models.loading import QUANTIZE_GROUP, check_options, kv_dtype, weight_dtype
+from tiny_llm.models.registry import find, load_config, read_config
 from tiny_llm.ops.backend import active
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import resolve
@@ -76,7 +77,7 @@ class MemoryPlan:
 class Serving:
     """A model as it would be loaded: sizes of its floats, and what its matrices are packed into."""
 
-    config: ModelConfig
+    config: ModelFacts
     matrix_bytes: int
     vector_bytes: int
     kv_bytes: int
@@ -148,16 +149,16 @@ def plan_memory(
     )
 
 
-def find_config(model: str) -> ModelConfig:
+def find_config(model: str) -> ModelFacts:
     """The config of a short name, of a bundled model, of a folder, of a config.json, or of a model on disk.
 
     Never asks the network. Raises ConfigError or WeightError where there is none.
     """
     path = Path(model).expanduser()
     if path.is_file():
-        return load_config(path, lambda model_type: find(model_type).family)
+        return load_config(path)
     names = {row.repo_id.lower(): name for name, row in SHORT_NAMES.items()}
     name = names.get(model.lower(), model.lower())
     if name in SHORT_NAMES and not path.is_dir():
-        return ModelConfig.from_hf(config_of(name))
-    return load_config(resolve(model, offline=True), lambda model_type: find(model_type).family)
+        return read_config(config_of(name))
+    return load_config(resolve(model, offline=True))

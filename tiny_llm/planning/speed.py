@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.data import Batch, Matrix
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.cost import Step, least_seconds, step_of
@@ -71,7 +71,7 @@ def measure_machine(rounds: int = 5) -> Machine:
 
 
 def predict(
-    config: ModelConfig, machine: Machine, *, quantize: Quantization, prompt: int, answer: int, batch: int = 1
+    config: ModelFacts, machine: Machine, *, quantize: Quantization, prompt: int, answer: int, batch: int = 1
 ) -> Speed:
     """Tokens a second: of one ``prompt`` at once, then of ``batch`` answers together, in their middle."""
     kv = kv_token_bytes(config, 2)

@@ -50,6 +50,7 @@ def load_weights(
     quantization: Quantization | None,
     quantize: Quantization | None,
     quantizable: Collection[str],
+    unread: Collection[str] = (),
     finish: Finish = lambda weight: weight,
     progress: Progress | None = None,
 ) -> dict[str, Matrix]:
@@ -58,6 +59,7 @@ def load_weights(
     ``dtype``: what floats become (None: as stored). ``quantization``: how the checkpoint is
     quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
     the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
+    ``unread``: ends of names that may be there and are not wanted.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
@@ -75,7 +77,7 @@ def load_weights(
     jobs = [
         _job(name, shape, stored, quantization, quantize, quantizable) for name, shape in expected.items()
     ]
-    problems = list(_problems(jobs, stored, expected))
+    problems = list(_problems(jobs, stored, expected, tuple(unread)))
     if problems:
         raise WeightError(_report(folder, problems))
     entries = [
@@ -106,11 +108,15 @@ def _job(
 
 
 def _problems(
-    jobs: list[_Job], stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+    jobs: list[_Job],
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    unread: tuple[str, ...],
 ) -> Iterator[str]:
     wanted = {name: want for job in jobs for name, want in job.parts.items()}
     missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted and not _harmless(name, stored, expected)]
+    left_over = [name for name in stored if name not in wanted and not name.endswith(unread)]
+    extra = [name for name in left_over if not _is_tied_head(name, stored, expected)]
     if len(missing) == len(wanted):
         some = f", but for example {extra[0]}" if extra else ""
         yield f"it has none of the {len(wanted)} tensors that model_type needs{some}"
@@ -137,14 +143,10 @@ def _misfit(name: str, want: _Want, found: StoredTensor) -> Iterator[str]:
         yield f"wrong shape: {name} is {list(info.shape)}, expected {list(want.shape)}{hint}"
 
 
-def _harmless(name: str, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> bool:
-    """Two left-overs that old exporters write and that change nothing.
-
-    The inverse frequencies of RoPE, which follow from the config, and a copy of the embedding
-    saved as the head of a model whose config ties them.
-    """
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
+def _is_tied_head(
+    name: str, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether it is a copy of the embedding, saved as the head of a model whose config ties them."""
     embedding = expected.get("model.embed_tokens.weight")
     return name == "lm_head.weight" and stored[name].info.shape == embedding
 

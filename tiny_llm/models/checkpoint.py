@@ -1,0 +1,102 @@
+"""A checkpoint: config, tensors, tokenizer with its chat template, end ids. A folder is one kind of it.
+
+Owns where each of these comes from. Refuses to know what is made of them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelFacts, Quantization, load_end_ids
+from tiny_llm.layers.named import Weights
+from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors
+from tiny_llm.tokenizer.tokenizer import Tokenizer
+from tiny_llm.weights.assemble import Finish, Progress
+from tiny_llm.weights.checkpoint import load_weights
+
+
+class Checkpoint(Protocol):
+    """A trained model as it is stored, whatever the format. Each part is read when it is first asked for."""
+
+    @property
+    def config(self) -> ModelFacts:
+        """The model's facts. Raises ConfigError for what cannot be used."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back, and the chat template. Raises ConfigError for what cannot be used."""
+        ...
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that is said to end an answer, wherever that is said. It need not be the model's."""
+        ...
+
+    def tensors(
+        self,
+        *,
+        dtype: mx.Dtype | None,
+        quantize: Quantization | None,
+        finish: Finish,
+        progress: Progress | None = None,
+    ) -> Weights:
+        """Return what ``expected_tensors(config)`` names.
+
+        ``dtype``: what floats become (None: as stored). ``quantize``: how to pack matrices that are float.
+        ``finish`` is called with each tensor when it is read, and its result takes the tensor's place.
+        ``progress`` is called with (bytes read, bytes to read).
+
+        Raises WeightError for tensors that do not fit the config.
+        """
+        ...
+
+
+class FolderCheckpoint:
+    """A folder as transformers and mlx-lm save it: config.json, safetensors files, tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def config(self) -> ModelFacts:
+        """Of config.json."""
+        return load_config(self._folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of tokenizer.json and the small files beside it."""
+        return Tokenizer.from_folder(self._folder)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Of config.json, generation_config.json and tokenizer_config.json: each has some that others lack.
+
+        Ids beyond the vocabulary are among them: the model can never draw one.
+        """
+        return self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(self._folder))
+
+    def tensors(
+        self,
+        *,
+        dtype: mx.Dtype | None,
+        quantize: Quantization | None,
+        finish: Finish,
+        progress: Progress | None = None,
+    ) -> Weights:
+        """Of the safetensors files: see ``load_weights``."""
+        return load_weights(
+            self._folder,
+            expected_tensors(self.config),
+            dtype=dtype,
+            quantization=self.config.quantization,
+            quantize=quantize,
+            quantizable=quantizable_tensors(self.config),
+            unread=find(self.config.model_type).unread,
+            finish=finish,
+            progress=progress,
+        )
