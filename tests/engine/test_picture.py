@@ -7,9 +7,8 @@ from base64 import b64decode
 from collections import Counter
 
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.picture import MAX_CELLS, MAX_ROWS, owner, picture
+from tiny_llm.engine.picture import CACHED, FREE, MAX_CELLS, MAX_ROWS, OWNED, SHARED, owner, picture
 from tiny_llm.engine.settings import EngineSettings
-from tiny_llm.kv.blocks import CACHED, FREE, OWNED, SHARED
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
 

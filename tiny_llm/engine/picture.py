@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
+from collections.abc import Iterable
 
 from tiny_llm.data import Sequence
 from tiny_llm.engine.engine import Engine
-from tiny_llm.kv.blocks import OWNED
+from tiny_llm.kv.blocks import BlockManager, BlockTable
 
+FREE, CACHED, SHARED, OWNED = range(4)
+"""What a byte of the block map says; owners are from OWNED to 255."""
 MAX_CELLS = 4096
 """Cells of the block map; of a larger pool, each stands for several blocks."""
 MAX_ROWS = 64
@@ -22,14 +25,14 @@ MAX_ROWS = 64
 def picture(engine: Engine) -> dict[str, object]:
     """All that a display needs, as JSON holds it. Totals are since the engine began, times in seconds.
 
-    ``cells`` is a byte a cell, as ``BlockManager.cells`` has them, in base64; a sequence's byte is
-    ``owner(its id)``. ``rows``: id, 1 if it runs, prompt tokens, tokens computed, tokens known, the most
+    ``cells`` is a byte a cell, as ``block_map`` has them, in base64; a sequence's byte is ``owner(its id)``. ``rows``: id, 1 if it runs, prompt tokens, tokens computed, tokens known, the most
     that there may be, tokens of the prompt that were cached, blocks held. ``cost_s``: what it took.
     """
     began = time.perf_counter()
     scheduler, stats = engine.scheduler, engine.stats()
     totals, running = stats.totals, scheduler.running()
-    cells = scheduler.blocks.cells(((table, owner(seq.id)) for seq, table in running), MAX_CELLS)
+    owned = ((table, owner(seq.id)) for seq, table in running)
+    cells = block_map(scheduler.blocks, owned, MAX_CELLS)
     rows = [_row(seq, len(table.blocks)) for seq, table in running[:MAX_ROWS]]
     rows += [_row(seq, 0) for seq in scheduler.waiting(MAX_ROWS - len(rows))]
     return {
@@ -50,6 +53,22 @@ def picture(engine: Engine) -> dict[str, object]:
         "preempted": sum(stats.preempted.values()),
         "cost_s": time.perf_counter() - began,
     }
+
+
+def block_map(blocks: BlockManager, owned: Iterable[tuple[BlockTable, int]], most: int) -> bytearray:
+    """The pool in at most ``most`` cells of equally many blocks, a byte a cell.
+
+    ``owned`` is each table with its owner's byte. A cell of several blocks shows a used one, if any.
+    """
+    each = max(1, -(-blocks.capacity // most))
+    cells = bytearray(-(-blocks.capacity // each))
+    counts = blocks.reference_counts
+    for block in blocks.cached_blocks:
+        cells[block // each] = CACHED
+    for table, byte in owned:
+        for block in table.blocks:
+            cells[block // each] = byte if counts[block] == 1 else SHARED
+    return cells
 
 
 def owner(seq_id: int) -> int:

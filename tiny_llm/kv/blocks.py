@@ -8,7 +8,7 @@ needed: least recently used first. The arrays are another's: what must be moved 
 noted here and handed over by ``drain``.
 
 Every operation costs O(1) a block; none looks at all blocks or all tables, but for
-``usage``, ``cells``, ``shrink`` and ``check_integrity``. Source of the idea: Kwon et al. 2023,
+``usage``, ``shrink`` and ``check_integrity``. Source of the idea: Kwon et al. 2023,
 PagedAttention.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from sys import maxsize
 from typing import NamedTuple
 
@@ -49,10 +49,6 @@ class Moves(NamedTuple):
     swap_out: list[tuple[int, int]]
     copies: list[tuple[int, int]]
     swap_in: list[tuple[int, int]]
-
-
-FREE, CACHED, SHARED, OWNED = range(4)
-"""What a byte of ``BlockManager.cells`` says; owners are from OWNED to 255."""
 
 
 class Usage(NamedTuple):
@@ -105,6 +101,16 @@ class BlockManager:
     def capacity(self) -> int:
         """Blocks that the pool must have now."""
         return len(self._refs)
+
+    @property
+    def reference_counts(self) -> Sequence[int]:
+        """In how many tables each block is. Read it, never write it."""
+        return self._refs
+
+    @property
+    def cached_blocks(self) -> Collection[int]:
+        """The blocks that no table holds but that can be found again, least recently used first."""
+        return self._cached.keys()
 
     @property
     def available(self) -> int:
@@ -270,20 +276,6 @@ class BlockManager:
             wasted_slots=sum(size - max(0, tokens) for tokens in filled.values()),
             host_used=self._host_blocks - len(self._host_free),
         )
-
-    def cells(self, owned: Iterable[tuple[BlockTable, int]], most: int) -> bytearray:
-        """The pool in at most ``most`` cells of equally many blocks, a byte a cell, for a display.
-
-        ``owned`` is each table with its owner's byte. A cell of several blocks shows a used one, if any.
-        """
-        each = max(1, -(-self.capacity // most))
-        cells, refs = bytearray(-(-self.capacity // each)), self._refs
-        for block in self._cached:
-            cells[block // each] = CACHED
-        for table, owner in owned:
-            for block in table.blocks:
-                cells[block // each] = owner if refs[block] == 1 else SHARED
-        return cells
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Assert that the accounts are those of ``tables``, which are all that there are."""
