@@ -14,7 +14,7 @@ import pytest
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import Completion
-from tiny_llm.decoding.structured_output import schema_grammar
+from tiny_llm.decoding.grammar import schema_grammar
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.registry import build, expected_tensors
 from tiny_llm.ops.pack import pack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,8 @@ import pytest
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.decoding import structured_output
-from tiny_llm.decoding.structured_output import (
-    GrammarCompiler,
-    lark_grammar,
-    regex_grammar,
-    response_grammar,
-    schema_grammar,
-)
+from tiny_llm.decoding.grammar import lark_grammar, regex_grammar, response_grammar, schema_grammar
+from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.errors import ConfigError, RequestError
 
 POINT = {
@@ -66,7 +62,7 @@ def test_a_copy_at_any_token_goes_on_by_itself(llm: LLM, compiler: GrammarCompil
         constraint = make()
         for end in range(at + 1):
             constraint(one[:end])
-        fork = constraint.copy()
+        fork = copy(constraint)
         for end in range(at + 1, len(one) + 1):  # the first goes its way
             constraint(one[:end])
         assert [fork(other[:end]) for end in range(at, len(other) + 1)] == alone[at:], f"forked at {at}"

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from tiny_llm import LLM, SamplingParams
-from tiny_llm.decoding.structured_output import schema_grammar
+from tiny_llm.decoding.grammar import schema_grammar
 from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
 

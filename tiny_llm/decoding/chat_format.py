@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from tiny_llm.decoding.grammar import Grammar, lark_grammar
 from tiny_llm.decoding.message import MessageParser
-from tiny_llm.decoding.structured_output import Grammar, lark_grammar
 from tiny_llm.decoding.tool_grammar import calls_grammar
 from tiny_llm.decoding.tool_parser import CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError

@@ -1,106 +1,28 @@
-"""Owns answers that must have a form: a JSON schema, a regular expression, a grammar. By llguidance.
+"""Owns answers that are held to a grammar, by llguidance.
 
-A form becomes a grammar in llguidance's own notation, a grammar is compiled once for a model's tokens, and
-each answer gets a constraint with a state of its own, which leaves only those tokens that the grammar can
-go on with. Compiling takes as long as it takes: whoever needs a deadline calls from a thread.
+A grammar is compiled once for a model's tokens, and each answer gets a constraint with a state of its own,
+which leaves only those tokens that the grammar can go on with. Compiling takes as long as it takes: whoever
+needs a deadline calls from a thread.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection
+from copy import copy
+from dataclasses import replace
+from functools import partial
 
 from llguidance import LLMatcher, LLTokenizer
 
+from tiny_llm.decoding.grammar import Grammar
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
-MAX_GRAMMAR_BYTES = 2**17
-"""Of a schema, a regular expression or a grammar, as it was given."""
 MAX_KEPT = 128
 """Compiled grammars that are kept, the latest ones used."""
-_JSON_OPTIONS: Mapping[str, object] = {
-    # Of all the ways to write a value, the one that models have read most; no room for endless spaces.
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "lenient": False,  # what it does not know it refuses, and names
-    "coerce_one_of": False,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What an answer must match, in llguidance's notation; ``param`` is the argument that asked for it."""
-
-    text: str
-    param: str
-
-
-def schema_grammar(schema: Mapping[str, object], param: str = "response_format") -> Grammar:
-    """JSON values that are valid against ``schema``. Its own wishes on llguidance's options are dropped.
-
-    Raises RequestError for a schema that is too large or has a keyword that cannot be kept.
-    """
-    own = {name: value for name, value in schema.items() if name != "x-guidance"}
-    try:
-        text = json.dumps(own, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
-    _require_small(text, param)
-    options: Any = dict(_JSON_OPTIONS)  # llguidance names their type in its stubs alone
-    try:
-        return Grammar(str(LLMatcher.grammar_from_json_schema(text, overrides=options)), param)
-    except ValueError as error:
-        raise RequestError(f"{param}: {error}", param=param, code="invalid_schema") from error
-
-
-def regex_grammar(pattern: str, param: str = "regex") -> Grammar:
-    """Texts that ``pattern`` matches whole. Raises RequestError for one that is too large."""
-    _require_small(pattern, param)
-    return Grammar(str(LLMatcher.grammar_from_regex(pattern)), param)
-
-
-def lark_grammar(grammar: str, param: str = "grammar") -> Grammar:
-    """Texts that a grammar in Lark's notation makes, from its rule ``start``.
-
-    Raises RequestError for one that is too large.
-    """
-    _require_small(grammar, param)
-    return Grammar(str(LLMatcher.grammar_from_lark(grammar)), param)
-
-
-def response_grammar(response_format: Mapping[str, object] | None) -> Grammar | None:
-    """OpenAI's ``response_format``: None where the answer may be anything.
-
-    Raises RequestError for a type other than "text", "json_object" and "json_schema", and for the latter
-    without {"json_schema": {"schema": {...}}}.
-    """
-    if response_format is None:
-        return None
-    match response_format:
-        case {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return schema_grammar({"type": "object"})
-        case {"type": "json_schema", "json_schema": {"schema": Mapping() as schema}}:
-            return schema_grammar(schema)
-        case {"type": "json_schema", "json_schema": {**rest}} if "schema" not in rest:
-            return schema_grammar({})
-        case {"type": "json_schema"}:
-            what = "response_format.json_schema is missing, or its schema is no object."
-            raise RequestError(what, param="response_format.json_schema", code="missing")
-        case _:
-            expected = (
-                '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}'
-            )
-            what = f"response_format is {response_format!r}, but must be {expected}."
-            raise RequestError(what, param="response_format", code="invalid_value")
 
 
 class GrammarConstraint:
@@ -124,11 +46,9 @@ class GrammarConstraint:
             raise ValueError(_fault(self._matcher))
         return allowed[: self._vocab_size]
 
-    def copy(self) -> GrammarConstraint:
+    def __copy__(self) -> GrammarConstraint:
         """The same place, for an answer that goes on by itself from here."""
         return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._seen)
-
-    __copy__ = copy
 
 
 class GrammarCompiler:
@@ -170,7 +90,7 @@ class GrammarCompiler:
             self._kept.move_to_end(grammar.text)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        return GrammarConstraint(matcher, self._vocab_size).copy
+        return partial(copy, GrammarConstraint(matcher, self._vocab_size))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         matcher = LLMatcher(self._own_tokens(), grammar.text, log_level=0)
@@ -213,14 +133,3 @@ def _fault(matcher: LLMatcher) -> str:
 def _require_sound(matcher: LLMatcher, param: str) -> None:
     if matcher.is_error():
         raise RequestError(f"{param}: {_fault(matcher)}", param=param, code="invalid_form")
-
-
-def _require_small(text: str, param: str) -> None:
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        what = f"{param} has half of a surrogate pair, which is no character: {error}."
-        raise RequestError(what, param=param, code="invalid_value") from error
-    if size > MAX_GRAMMAR_BYTES:
-        what = f"{param} has {size} bytes, but may have at most {MAX_GRAMMAR_BYTES}."
-        raise RequestError(what, param=param, code="too_complex")

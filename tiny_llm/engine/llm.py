@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
+from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.message import with_messages
-from tiny_llm.decoding.structured_output import GrammarCompiler, response_grammar
+from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError, ContextError, RequestError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from tiny_llm.decoding.structured_output import Grammar, GrammarCompiler
+from tiny_llm.decoding.grammar import Grammar
+from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.problems import Problem
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import from_json
 
-from tiny_llm.decoding.structured_output import Grammar, lark_grammar, regex_grammar, response_grammar
+from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, SamplingParams

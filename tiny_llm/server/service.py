@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 from fastapi import Request
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.decoding.structured_output import Grammar
+from tiny_llm.decoding.grammar import Grammar
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.sampling_params import SamplingParams

@@ -1,0 +1,107 @@
+"""Owns what an answer can be asked to match: a JSON schema, a regular expression, a grammar.
+
+Each becomes a grammar in llguidance's own notation. Compiling it, and keeping an answer to it, is
+structured_output.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher
+
+from tiny_llm.errors import RequestError
+
+MAX_GRAMMAR_BYTES = 2**17
+"""Of a schema, a regular expression or a grammar, as it was given."""
+_JSON_OPTIONS: Mapping[str, object] = {
+    # Of all the ways to write a value, the one that models have read most; no room for endless spaces.
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,  # what it does not know it refuses, and names
+    "coerce_one_of": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match, in llguidance's notation; ``param`` is the argument that asked for it."""
+
+    text: str
+    param: str
+
+
+def schema_grammar(schema: Mapping[str, object], param: str = "response_format") -> Grammar:
+    """JSON values that are valid against ``schema``. Its own wishes on llguidance's options are dropped.
+
+    Raises RequestError for a schema that is too large or has a keyword that cannot be kept.
+    """
+    own = {name: value for name, value in schema.items() if name != "x-guidance"}
+    try:
+        text = json.dumps(own, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
+    _require_small(text, param)
+    options: Any = dict(_JSON_OPTIONS)  # llguidance names their type in its stubs alone
+    try:
+        return Grammar(str(LLMatcher.grammar_from_json_schema(text, overrides=options)), param)
+    except ValueError as error:
+        raise RequestError(f"{param}: {error}", param=param, code="invalid_schema") from error
+
+
+def regex_grammar(pattern: str, param: str = "regex") -> Grammar:
+    """Texts that ``pattern`` matches whole. Raises RequestError for one that is too large."""
+    _require_small(pattern, param)
+    return Grammar(str(LLMatcher.grammar_from_regex(pattern)), param)
+
+
+def lark_grammar(grammar: str, param: str = "grammar") -> Grammar:
+    """Texts that a grammar in Lark's notation makes, from its rule ``start``.
+
+    Raises RequestError for one that is too large.
+    """
+    _require_small(grammar, param)
+    return Grammar(str(LLMatcher.grammar_from_lark(grammar)), param)
+
+
+def response_grammar(response_format: Mapping[str, object] | None) -> Grammar | None:
+    """OpenAI's ``response_format``: None where the answer may be anything.
+
+    Raises RequestError for a type other than "text", "json_object" and "json_schema", and for the latter
+    without {"json_schema": {"schema": {...}}}.
+    """
+    if response_format is None:
+        return None
+    match response_format:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return schema_grammar({"type": "object"})
+        case {"type": "json_schema", "json_schema": {"schema": Mapping() as schema}}:
+            return schema_grammar(schema)
+        case {"type": "json_schema", "json_schema": {**rest}} if "schema" not in rest:
+            return schema_grammar({})
+        case {"type": "json_schema"}:
+            what = "response_format.json_schema is missing, or its schema is no object."
+            raise RequestError(what, param="response_format.json_schema", code="missing")
+        case _:
+            expected = (
+                '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}'
+            )
+            what = f"response_format is {response_format!r}, but must be {expected}."
+            raise RequestError(what, param="response_format", code="invalid_value")
+
+
+def _require_small(text: str, param: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        what = f"{param} has half of a surrogate pair, which is no character: {error}."
+        raise RequestError(what, param=param, code="invalid_value") from error
+    if size > MAX_GRAMMAR_BYTES:
+        what = f"{param} has {size} bytes, but may have at most {MAX_GRAMMAR_BYTES}."
+        raise RequestError(what, param=param, code="too_complex")
