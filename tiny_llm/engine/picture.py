@@ -25,7 +25,8 @@ MAX_ROWS = 64
 def picture(engine: Engine) -> dict[str, object]:
     """All that a display needs, as JSON holds it. Totals are since the engine began, times in seconds.
 
-    ``cells`` is a byte a cell, as ``block_map`` has them, in base64; a sequence's byte is ``owner(its id)``. ``rows``: id, 1 if it runs, prompt tokens, tokens computed, tokens known, the most
+    ``cells`` is a byte a cell, as ``block_map`` has them, in base64; a sequence's byte is
+    ``owner(its id)``. ``rows``: id, 1 if it runs, prompt tokens, tokens computed, tokens known, the most
     that there may be, tokens of the prompt that were cached, blocks held. ``cost_s``: what it took.
     """
     began = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig
+from tiny_llm.config import ModelFacts
 from tiny_llm.ops.backend import active, cpu
 
 Pool = tuple[mx.array, ...]
@@ -41,7 +41,7 @@ class KvFormat:
     dtype: mx.Dtype
 
     @classmethod
-    def of(cls, config: ModelConfig, block_size: int, dtype: mx.Dtype) -> KvFormat:
+    def of(cls, config: ModelFacts, block_size: int, dtype: mx.Dtype) -> KvFormat:
         """The format of a model's keys and values."""
         return cls(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
 
