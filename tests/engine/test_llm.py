@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,16 @@ def test_the_published_200_tokens(stories260k: Path) -> None:
     assert completion.token_ids == published["greedy_ids_reproduced_here"]
     assert completion.text == published["expected_text"]
     assert completion.finish_reason == "length"
+
+
+def test_a_continuation_keeps_its_first_space(stories260k: Path) -> None:
+    """With sentencepiece's marks: "there" went on as "therewas", and " was" never stopped anything."""
+    llm = LLM(stories260k, dtype="float32")
+    prompt, params = "Once upon a time, there", SamplingParams(max_tokens=3, logprobs=0)
+    (whole,) = llm.generate(prompt, params)
+    assert whole.text == "".join(chunk.text for chunk in llm.stream(prompt, params)) == " was a little"
+    (stopped,) = llm.generate(prompt, replace(params, stop=(" was",)))
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
 
 
 def test_a_prompt_begins_with_one_bos(stories260k: Path) -> None:

@@ -67,6 +67,33 @@ def test_pieces_join_to_the_decode_of_any_text(backend: Backend, text: str) -> N
     assert "".join(pieces) == tokenizer.decode(ids), f"{text!r} as {ids} gave {pieces}"
 
 
+@settings(max_examples=150)
+@given(data=st.data())
+def test_an_answer_is_what_it_adds_to_the_prompt(backend: Backend, data: st.DataObject) -> None:
+    """decode(prompt + answer)[len(decode(prompt)):], wherever the two are cut, streamed as well as copied."""
+    tokenizer = tokenizer_of(backend)
+    text = data.draw(st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)))
+    spare = st.integers(0, backend.get_vocab_size() - 1)
+    ids = [*tokenizer.encode(text), *data.draw(st.lists(spare, max_size=12))]
+    cut = data.draw(st.integers(0, len(ids)))
+    prompt, answer = ids[:cut], ids[cut:]
+    stream = tokenizer.stream(prompt)
+    copied = stream.copy()
+    expected = tokenizer.decode(ids)[len(tokenizer.decode(prompt)) :]
+    for one in (stream, copied):
+        got = "".join(one.push(token_id) for token_id in answer) + one.finish()
+        assert got == expected, f"{prompt} + {answer}"
+
+
+def test_a_continuation_keeps_its_first_space(llama: Backend) -> None:
+    """Sentencepiece's mark is dropped at the beginning of a text, and only there."""
+    tokenizer = tokenizer_of(llama)
+    prompt, answer = tokenizer.encode("The cache"), [llama.token_to_id("▁t"), llama.token_to_id("▁t")]
+    stream = tokenizer.stream(prompt)
+    assert [stream.push(token_id) for token_id in answer] == [" t", " t"]
+    assert [tokenizer.stream().push(token_id) for token_id in answer] == ["t", "t"]
+
+
 def bytes_as_letters() -> list[str]:
     """GPT-2's letter for each byte."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -42,10 +42,11 @@ class Request:
         and draws by a seed that follows from that of ``params``.
         """
         request = cls(sequence.id, sequence.arrival, sequence.prompt_len, left=params.n)
+        detokenizer = tokenizer.stream(sequence.tokens)
         for index in range(params.n):
             own = replace(params, seed=(cast(int, params.seed) + index * _NEXT_SEED) % 2**64)
             seq_id = next(numbers) if index else sequence.id
-            request.answers.append(Answer.begun(index, seq_id, sequence, own, tokenizer.stream(), end_ids))
+            request.answers.append(Answer.begun(index, seq_id, sequence, own, detokenizer.copy(), end_ids))
         return request
 
     def drawing(self, answer: Answer) -> list[Answer]:

@@ -23,6 +23,7 @@ from tiny_llm.errors import RequestError
 
 # Rust parses the two digits with from_str_radix, which takes a plus sign.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
+_PROMPT_TOKENS = 8  # more than the bytes of an unfinished character, and the spaces that a decoder strips
 
 
 class _Step(Protocol):
@@ -223,19 +224,29 @@ def _steps(backend: tokenizers.Tokenizer) -> list[_Step] | None:
 
 
 class StreamDetokenizer:
-    """One answer's text as its tokens come.
+    """One answer's text as its tokens come: what they add to the text of the prompt before them.
 
-    ``"".join(push(i) for i in ids) + finish() == Tokenizer.decode(ids)``, for any ids.
+    ``"".join(push(i) for i in ids) + finish() == decode(prompt + ids)[len(decode(prompt)) :]``, for any ids.
+    A first token loses its space in some vocabularies; one behind a prompt keeps it.
     No piece ends inside a character. A decoder of a kind that cannot be cut (CTC,
     WordPiece ...) gives its text at ``finish``: late, but exact.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[str] = frozenset()) -> None:
-        """Stream ``backend``'s decoder; tokens whose text is in ``skipped`` give nothing."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        skipped: frozenset[str] = frozenset(),
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """Stream ``backend``'s decoder behind ``prompt``; tokens with a text in ``skipped`` give nothing."""
         self._backend = backend
         self._skipped = skipped
         self._steps = _steps(backend)
         self._held: list[str] = []
+        self._prompt_left = 0  # characters that are the prompt's, and come later
+        for token_id in self._end_of(prompt):
+            self.push(token_id)
+        self._prompt_left = len(self.copy().finish())
 
     def copy(self) -> StreamDetokenizer:
         """One that has seen the same tokens, and goes its own way from here."""
@@ -256,18 +267,41 @@ class StreamDetokenizer:
         if self._steps is None:
             self._held.append(token)
             return ""
-        return "".join(_run(self._steps, [token]))
+        return self._answers("".join(_run(self._steps, [token])))
 
     def finish(self) -> str:
         """End the stream and return what was still held back."""
         if self._steps is None:
             assert self._backend.decoder is not None, "a missing decoder streams"
-            whole: str = self._backend.decoder.decode(self._held)
-            return whole
+            return self._answers(self._backend.decoder.decode(self._held))
         text = ""
         for at, step in enumerate(self._steps):
             text += "".join(_run(self._steps[at + 1 :], step.finish()))
-        return text
+        return self._answers(text)
+
+    def _answers(self, text: str) -> str:
+        """What is left of ``text`` behind the prompt's own."""
+        prompts = min(self._prompt_left, len(text))
+        self._prompt_left -= prompts
+        return text[prompts:]
+
+    def _end_of(self, prompt: Sequence[int]) -> Sequence[int]:
+        """As much of a prompt's end as what comes can depend on: all of it where the decoder cannot be cut.
+
+        Else a few tokens are enough to know that the answer's is not the first one; but a run of bytes
+        is read from its beginning.
+        """
+        if self._steps is None:
+            return prompt
+        counted = 0
+        for start in range(len(prompt) - 1, -1, -1):
+            token = _token_text(self._backend, prompt[start])
+            if token is None or token in self._skipped:
+                continue
+            counted += 1
+            if counted >= _PROMPT_TOKENS and not _BYTE_TOKEN.fullmatch(token):
+                return prompt[start:]
+        return prompt
 
 
 def token_bytes(backend: tokenizers.Tokenizer, token_id: int) -> bytes:

@@ -105,9 +105,10 @@ class Tokenizer:
         """The bytes that a token alone stands for, special ones as they are written."""
         return token_bytes(self._backend, token_id)
 
-    def stream(self, *, skip_special_tokens: bool = True) -> StreamDetokenizer:
-        """Return a fresh detokenizer for one answer; its pieces join to ``decode``."""
-        return StreamDetokenizer(self._backend, self._special if skip_special_tokens else frozenset())
+    def stream(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDetokenizer:
+        """Return a detokenizer for one answer; its pieces join to what it adds to the text of ``prompt``."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        return StreamDetokenizer(self._backend, skipped, prompt)
 
     def render_chat(
         self,
