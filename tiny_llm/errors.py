@@ -32,6 +32,10 @@ class RequestError(TinyLLMError):
         self.code = code
 
 
+class UsageError(TinyLLMError):
+    """An object is used where or when it cannot be: in another thread, in a fork, after it was closed."""
+
+
 class ContextError(RequestError):
     """A prompt is longer than the context."""
 

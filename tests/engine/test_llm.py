@@ -218,3 +218,27 @@ def test_an_invalid_request_is_refused_before_any_runs(llm: LLM) -> None:
         llm.stream("")  # before the first chunk is asked for
     with pytest.raises(RequestError, match="params is a dict, but must be a SamplingParams"):
         llm.generate("Hello", {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
+    prompts = ["Hello", "What is a batch?", "Hello"]
+    each = [SamplingParams(max_tokens=n, ignore_eos=True, n=n) for n in (1, 2, 3)]
+    answers = llm.generate(prompts, each)
+    assert [len(answer.token_ids) for answer in answers] == [1, 2, 2, 3, 3, 3]
+    assert [answer.index for answer in answers] == [0, 0, 1, 0, 1, 2]
+    assert llm.generate("Hello", [each[0]])[0].token_ids == answers[0].token_ids
+    assert llm.generate([], []) == []
+
+
+def test_params_that_do_not_match_the_prompts_are_refused(llm: LLM) -> None:
+    for prompts, params in ((["a", "b"], [SHORT]), ("a", [SHORT, SHORT]), (["a"], []), ([1, 2], [SHORT] * 2)):
+        with pytest.raises(RequestError, match=r"There are \d params for \d prompts; give one for each, or"):
+            llm.generate(prompts, params)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="params is a int, but must be a SamplingParams"):
+        llm.generate(["a", "b"], [SHORT, 5])  # type: ignore[list-item]
+
+
+def test_a_text_is_a_message_of_the_user(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    assert llm.chat("Hello", SHORT).token_ids == llm.chat(messages, SHORT).token_ids
+    assert llm.chat_prompt("Hello") == llm.chat_prompt(messages)

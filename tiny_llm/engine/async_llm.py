@@ -10,6 +10,7 @@ the thread ends.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -17,11 +18,12 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM, Prompt
+from tiny_llm.engine.turn import require_process
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.sampling_params import SamplingParams
 
@@ -75,14 +77,16 @@ class _Asked:
 
 
 class AsyncLLM:
-    """``LLM`` for many callers at once: ``async for chunk in llm.stream("...")``. Close it at the end.
+    """``LLM`` for many callers at once: ``async for chunk in llm.stream("...")``.
 
-    Takes what LLM takes, and raises what it raises. After ``rest_s`` seconds in which nobody asked, the
-    memory of keys and values is given back. ``restarts`` counts the engines that broke.
+    Takes what LLM takes, and raises what it raises. Close it at the end, or use it in an ``async with``.
+    After ``rest_s`` seconds in which nobody asked, the memory of keys and values is given back.
+    ``restarts`` counts the engines that broke.
     """
 
     def __init__(self, *args: Any, rest_s: float = REST_S, **options: Any) -> None:
         self._rest_s = rest_s
+        self._process = os.getpid()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._asked: dict[int, _Asked] = {}
         self._fault: BaseException | None = None
@@ -170,11 +174,22 @@ class AsyncLLM:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the thread after its step; who still waits is told."""
+        """End the thread after its step; who still waits is told. The memory of weights, keys and values is
+        given back. May be repeated."""
         self._inbox.put(None)
         self._thread.join()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)  # a step may take its time, and others share this loop
+
+    def __repr__(self) -> str:
+        return f"<AsyncLLM {self.llm.description}>"
+
     def _require_alive(self) -> None:
+        require_process(self._process)
         if not self.alive:
             raise EngineDeadError(f"The engine has stopped: {self._fault or 'it was closed'}.")
 
@@ -204,6 +219,7 @@ class AsyncLLM:
             if job := self._inbox.get():
                 job()
         self._tell_all(f"The engine has stopped: {self._fault or 'it was closed'}.")
+        self.llm.close()
 
     def _step(self) -> None:
         try:

@@ -10,6 +10,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Self
+
+import mlx.core as mx
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
@@ -18,9 +21,11 @@ from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
-from tiny_llm.errors import ConfigError, ContextError, RequestError
+from tiny_llm.engine.turn import Turn, require_unforked
+from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
 from tiny_llm.models.loading import kv_dtype, load_model, weight_bytes
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.sampling_params import SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -46,8 +51,15 @@ class LLM:
     ``engine`` sets both and more, and then neither of them counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load.
 
-    Raises ConfigError or WeightError with what is wrong with the model or an option.
+    Close it, or use it in a ``with``, to give its memory back. One thread at a time can use it; AsyncLLM
+    serves several at once.
+
+    Raises ConfigError or WeightError with what is wrong with the model or an option, UsageError in a process
+    that was forked from one that has made an LLM.
     """
+
+    _model: Model | None  # None, like the turn: closed
+    _turn: Turn | None
 
     def __init__(
         self,
@@ -65,16 +77,20 @@ class LLM:
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
     ) -> None:
+        require_unforked()
         set_threads(threads)
         self.backend = choose(backend) if backend else active()
+        self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
             model = FolderCheckpoint(resolve(str(model), offline=offline))
         self.tokenizer = model.tokenizer
         with use(self.backend):
-            self._model = load_model(
+            loaded = load_model(
                 model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
             )
-        self.config = self._model.config
+        self._model = loaded
+        self._weight_bytes = weight_bytes(loaded)
+        self.config = loaded.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         with use(self.backend):
             kept = kv_dtype(self.config, dtype=dtype, quantize=quantize)
@@ -82,6 +98,37 @@ class LLM:
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests. Raises UsageError if this LLM is closed."""
+        return self._open_turn().engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<LLM {self.description}>"
+
+    @property
+    def description(self) -> str:
+        """Which model this is, on which backend, and its memory."""
+        if self._turn is None:
+            return f"{self.name}, closed"
+        return f"{self.name} on {self.backend}: {self.memory}"
+
+    def close(self) -> None:
+        """Give back the memory of weights, keys and values; what is under way ends. May be repeated.
+
+        Raises UsageError if another thread's requests are under way.
+        """
+        if self._turn is not None:
+            with self._turn.taken():
+                self._turn = self._model = None
+            mx.clear_cache()
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -93,13 +140,14 @@ class LLM:
         """What the weights take, and what keys and values may: for a line at the start."""
         settings, block_bytes = self.engine.settings, self.engine.cache.format.block_bytes
         return (
-            f"weights {weight_bytes(self._model) / 1e9:.2f} GB · keys and values up to "
+            f"weights {self._weight_bytes / 1e9:.2f} GB · keys and values up to "
             f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
             f"{settings.kv_blocks * settings.block_size:,} tokens"
         )
 
     def _use_engine(self, settings: EngineSettings) -> None:
-        self.engine = Engine(
+        assert self._model is not None, "it is not closed"
+        engine = Engine(
             self._model,
             self.tokenizer,
             settings,
@@ -108,24 +156,35 @@ class LLM:
             end_ids=self._end_ids,
             max_context=self.max_context,
         )
+        self._turn = Turn(engine)
         self._chunks: dict[int, deque[Chunk]] = {}
+
+    def _open_turn(self) -> Turn:
+        if self._turn is None:
+            raise UsageError(f"This LLM ({self.name}) is closed; make another one.")
+        return self._turn
 
     def with_engine(self, settings: EngineSettings) -> LLM:
         """The same model behind an engine of its own, with other settings; the weights are shared."""
+        self._open_turn()
         other = copy(self)
         other._use_engine(settings)
         return other
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Answer each prompt (a string, or a list of token ids), all at once; one prompt may stand alone.
 
-        The completions come in the order of the prompts, ``params.n`` for each.
+        ``params`` are for all of them, or a list with one for each. The completions come in the order of the
+        prompts, ``params.n`` for each.
 
         Raises RequestError before anything runs if any of them is invalid.
         """
-        requests = [self.check(prompt, params) for prompt in _as_list(prompts)]
+        asked = _as_list(prompts)
+        requests = [self.check(*one) for one in zip(asked, _for_each(params, len(asked)), strict=True)]
         ended = sorted(self.answers(requests), key=lambda one: (one[0], one[1].index))
         return [completion for _, completion in ended]
 
@@ -167,20 +226,23 @@ class LLM:
 
     def _drop(self, number: int) -> None:
         """Nobody reads on: end the request, if it has not ended."""
-        self.engine.cancel(number)
         del self._chunks[number]
+        if self._turn is not None:  # else all of it was closed
+            self._turn.leave(number)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answer one prompt, a chunk a token; the last chunk carries the Completion.
 
-        Raises RequestError at once, not at the first chunk, if the request is invalid.
+        The request begins when the first chunk is asked for. Raises RequestError at once, not then, if it is
+        invalid.
         """
         ids, checked = self.check(prompt, params)
-        return self._answer(self._begin(ids, checked), checked.n)
+        self._open_turn()
+        return self._answer(ids, checked)
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec] | None = None,
@@ -188,7 +250,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, object] | None = None,
     ) -> Completion:
-        """Answer a conversation: messages like {"role": "user", "content": "..."}.
+        """Answer a conversation: messages like {"role": "user", "content": "..."}, or a text of the user's.
 
         The completion's ``message`` has what was said, what was thought before, and the calls of ``tools``.
         All arguments are as OpenAI has them. Raises RequestError for what cannot be answered so.
@@ -205,7 +267,7 @@ class LLM:
 
     def stream_chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         params: SamplingParams | None = None,
         *,
         tools: Sequence[ToolSpec] | None = None,
@@ -228,12 +290,14 @@ class LLM:
         return with_messages(self.stream(prompt, held), form.parser)
 
     def chat_prompt(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, object]] | None = None
+        self, messages: str | Sequence[Message], *, tools: Sequence[Mapping[str, object]] | None = None
     ) -> list[int]:
         """The token ids that a conversation becomes under the model's chat template.
 
         Raises ConfigError if the model has no template, RequestError if it refuses the messages.
         """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         text = self.tokenizer.render_chat(messages, tools=tools)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -261,12 +325,14 @@ class LLM:
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def _begin(self, ids: list[int], params: SamplingParams) -> int:
-        number = self.engine.add(ids, params)
+        with self._open_turn().taken() as engine:
+            number = engine.add(ids, params)
         self._chunks[number] = deque()
         return number
 
-    def _answer(self, number: int, answers: int) -> Iterator[Chunk]:
+    def _answer(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
         """Step the engine until this request has ended; what others get meanwhile is kept for them."""
+        number, answers = self._begin(ids, params), params.n
         mine = self._chunks[number]
         try:
             while answers:
@@ -281,7 +347,9 @@ class LLM:
             self._drop(number)
 
     def _step(self) -> None:
-        for number, chunk in self.engine.step():
+        with self._open_turn().taken() as engine:
+            events = engine.step()
+        for number, chunk in events:
             if number in self._chunks:
                 self._chunks[number].append(chunk)
 
@@ -301,6 +369,19 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if given and all(isinstance(p, int) for p in given):
         return [given]  # type: ignore[list-item]
     return given  # type: ignore[return-value]
+
+
+def _for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
+) -> Sequence[SamplingParams | None]:
+    """One for each of the ``prompts``; ``check`` says what is wrong with one."""
+    if not isinstance(params, (list, tuple)):
+        return [params] * prompts  # type: ignore[list-item]
+    if len(params) != prompts:
+        raise RequestError(
+            f"There are {len(params)} params for {prompts} prompts; give one for each, or one for all."
+        )
+    return params
 
 
 def _as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
