@@ -17,9 +17,10 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new_id, usage
 from tiny_llm.server.bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
+from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, wants_usage
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Job, Service, aside
+from tiny_llm.server.service import Service, aside
 
 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:

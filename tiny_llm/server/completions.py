@@ -16,6 +16,7 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import completion_logprobs, new_id, usage
 from tiny_llm.server.bodies import CompletionBody
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
+from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import (
     DEFAULT_COMPLETION_TOKENS,
     grammar_of,
@@ -25,7 +26,7 @@ from tiny_llm.server.params import (
     require_model,
     wants_usage,
 )
-from tiny_llm.server.service import Job, Service, aside
+from tiny_llm.server.service import Service, aside
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:

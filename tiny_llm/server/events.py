@@ -17,8 +17,9 @@ from starlette.types import Send
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.server.answers import dumps
+from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
-from tiny_llm.server.service import ChunkStream, Job, Service
+from tiny_llm.server.service import Service
 
 DONE = b"data: [DONE]\n\n"
 _HOLE = "\x00"  # no other value of ours ends with it

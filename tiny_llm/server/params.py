@@ -21,8 +21,8 @@ from tiny_llm.server.bodies import (
     Sampling,
     TemplateArguments,
 )
+from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
-from tiny_llm.server.service import Job
 from tiny_llm.server.settings import MAX_ANSWERS
 
 DEFAULT_COMPLETION_TOKENS = 16

@@ -1,4 +1,4 @@
-"""Owns the engine as the routes see it: its state, and requests to it as streams of chunks.
+"""Owns the engine as the routes see it: its state, and jobs that it does for requests.
 
 Loading, ready, draining, dead: said in one place. A stream begins before its response does, so that a
 refusal still has its status; and it ends with its reader, whatever ends that one. Knows no HTTP body.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from fastapi import Request
 
-from tiny_llm.data import Chunk, Completion
-from tiny_llm.decoding.grammar import Grammar
+from tiny_llm.data import Chunk
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
-from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.grammars import GrammarThreads
+from tiny_llm.server.jobs import ChunkStream, Job, chunks_of
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
@@ -27,25 +26,6 @@ T = TypeVar("T")
 SMALL_BODY_BYTES = 2**13
 """Templates and tokenizers take less for it than a thread's wake-up on a busy machine."""
 State = Literal["loading", "ready", "draining", "dead"]
-
-
-ChunkStream = AsyncGenerator[list[tuple[int, Chunk]], None]
-"""A job's chunks, whatever has come meanwhile at a time, each with the number of its answer, counted over all
-prompts of the request."""
-
-
-class Job(NamedTuple):
-    """What a request asks of the engine: the same of each of its prompts.
-
-    ``grammar`` is what the answers must match; it is compiled, into a constraint of ``params``, when the job
-    begins.
-    """
-
-    prompts: Sequence[list[int]]
-    params: SamplingParams
-    priority: int = 0
-    salt: str = ""
-    grammar: Grammar | None = None
 
 
 class Service:
@@ -108,7 +88,7 @@ class Service:
 
         Raises what the engine refuses it with, and Problem for one that waited too long.
         """
-        chunks = _chunks(self.engine, await self._constrained(job))
+        chunks = chunks_of(self.engine, await self._constrained(job))
         try:
             first = await unless_gone(request, anext(chunks))
         except BaseException:
@@ -123,7 +103,7 @@ class Service:
         held = await self._constrained(job)
 
         async def collect() -> None:
-            async with aclosing(_chunks(self.engine, held)) as chunks:
+            async with aclosing(chunks_of(self.engine, held)) as chunks:
                 async for came in chunks:
                     for index, chunk in came:
                         answers[index].append(chunk)
@@ -173,68 +153,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _chunks(engine: AsyncLLM, job: Job) -> ChunkStream:
-    """The chunks of all answers as they come: those of prompt i have the indices from i * n on.
-
-    Raises Problem for an answer that ended by a fault or too late.
-    """
-    n, begun = job.params.n, False
-    shown = _ShownLogprobs()
-    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
-    async with aclosing(streams):
-        async for came in streams:
-            chunks: list[tuple[int, Chunk]] = []
-            for number, chunk in came:
-                problem = _failure(chunk.completion, begun) if chunk.completion is not None else None
-                if problem is not None:
-                    if chunks:  # what came before it is told before it
-                        yield chunks
-                    raise problem
-                index = number * n + chunk.index
-                if chunk.logprobs is not None:
-                    chunk.logprobs = shown.take(index, chunk.logprobs, chunk.shown_tokens)
-                chunks.append((index, chunk))
-            yield chunks
-            begun = True
-
-
-class _ShownLogprobs:
-    """Holds log-probabilities back until the text has their tokens: the two agree, as OpenAI's do.
-
-    Those of a stop string and of the token that ends an answer never come: the text lacks them too.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[int, list[dict[int, float]]] = {}
-        self._told: dict[int, int] = {}
-
-    def take(self, index: int, rows: list[dict[int, float]], shown_tokens: int) -> list[dict[int, float]]:
-        """Add ``rows`` of an answer whose text has ``shown_tokens`` tokens now; return what is due."""
-        held = [*self._held.get(index, ()), *rows]
-        told = self._told.get(index, 0)
-        due = max(0, shown_tokens - told)
-        self._held[index] = held[due:]
-        self._told[index] = told + due
-        return held[:due]
-
-
 async def with_first(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """``first``, then the ``rest`` that it was taken from: so that a refusal still has its status."""
     async with aclosing(rest):
         yield first
         async for item in rest:
             yield item
-
-
-def _failure(ended: Completion, begun: bool) -> Problem | None:
-    """An answer that ended by a fault or too late has no text that a client should take for one."""
-    match ended.finish_reason:
-        case "error":
-            return Problem(500, ended.error or "The request failed.", code="generation_failed")
-        case "timeout":
-            where = "took too long" if begun else "waited too long"
-            return Problem(503, f"The request {where}.", code="timeout")
-        case "cancelled":
-            return Problem(503, "The request was cancelled.", code="cancelled")
-        case _:
-            return None

@@ -1,0 +1,90 @@
+"""Owns what a request asks of the engine, and what comes of it: the chunks of all its answers, one stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import NamedTuple
+
+from tiny_llm.data import Chunk, Completion
+from tiny_llm.decoding.grammar import Grammar
+from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.server.problems import Problem
+
+ChunkStream = AsyncGenerator[list[tuple[int, Chunk]], None]
+"""A job's chunks, whatever has come meanwhile at a time, each with the number of its answer, counted over all
+prompts of the request."""
+
+
+class Job(NamedTuple):
+    """What a request asks of the engine: the same of each of its prompts.
+
+    ``grammar`` is what the answers must match; it is compiled, into a constraint of ``params``, when the job
+    begins.
+    """
+
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    priority: int = 0
+    salt: str = ""
+    grammar: Grammar | None = None
+
+
+async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
+    """The chunks of all answers as they come: those of prompt i have the indices from i * n on.
+
+    Raises Problem for an answer that ended by a fault or too late.
+    """
+    n, begun = job.params.n, False
+    shown = _ShownLogprobs()
+    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
+    async with aclosing(streams):
+        async for came in streams:
+            chunks: list[tuple[int, Chunk]] = []
+            for number, chunk in came:
+                problem = _failure(chunk.completion, begun) if chunk.completion is not None else None
+                if problem is not None:
+                    if chunks:  # what came before it is told before it
+                        yield chunks
+                    raise problem
+                index = number * n + chunk.index
+                if chunk.logprobs is not None:
+                    chunk.logprobs = shown.take(index, chunk.logprobs, chunk.shown_tokens)
+                chunks.append((index, chunk))
+            yield chunks
+            begun = True
+
+
+class _ShownLogprobs:
+    """Holds log-probabilities back until the text has their tokens: the two agree, as OpenAI's do.
+
+    Those of a stop string and of the token that ends an answer never come: the text lacks them too.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[dict[int, float]]] = {}
+        self._told: dict[int, int] = {}
+
+    def take(self, index: int, rows: list[dict[int, float]], shown_tokens: int) -> list[dict[int, float]]:
+        """Add ``rows`` of an answer whose text has ``shown_tokens`` tokens now; return what is due."""
+        held = [*self._held.get(index, ()), *rows]
+        told = self._told.get(index, 0)
+        due = max(0, shown_tokens - told)
+        self._held[index] = held[due:]
+        self._told[index] = told + due
+        return held[:due]
+
+
+def _failure(ended: Completion, begun: bool) -> Problem | None:
+    """An answer that ended by a fault or too late has no text that a client should take for one."""
+    match ended.finish_reason:
+        case "error":
+            return Problem(500, ended.error or "The request failed.", code="generation_failed")
+        case "timeout":
+            where = "took too long" if begun else "waited too long"
+            return Problem(503, f"The request {where}.", code="timeout")
+        case "cancelled":
+            return Problem(503, "The request was cancelled.", code="cancelled")
+        case _:
+            return None
