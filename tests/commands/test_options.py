@@ -17,9 +17,11 @@ from tiny_llm.commands import chat, generate, serve
 from tiny_llm.commands.talking import ANSWER
 from tiny_llm.options import EngineOptions
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
-from tiny_llm.server.bodies import ELSEWHERE, ChatBody, CompletionBody, GenerateBody
+from tiny_llm.server.bodies import ELSEWHERE
+from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.params import params_of
 from tiny_llm.server.response_bodies import ResponseBody
+from tiny_llm.server.text_bodies import CompletionBody, GenerateBody
 
 OTHERWISE: Mapping[str, Any] = {
     "max_tokens": 7,

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import TinyLLMError
-from tiny_llm.server.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
+from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import complete
 from tiny_llm.server.events import EventStream
@@ -31,6 +31,7 @@ from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
 from tiny_llm.server.settings import VERSION
 from tiny_llm.server.strict_json import StrictRoute
+from tiny_llm.server.text_bodies import CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.texts import detokenize, generate, tokenize
 
 METRICS_TIMEOUT_S = 5.0

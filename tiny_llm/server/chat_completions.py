@@ -15,7 +15,7 @@ from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.message import message_of
 from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new_id, usage
-from tiny_llm.server.bodies import ChatBody, NamedTool
+from tiny_llm.server.chat_bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, wants_usage

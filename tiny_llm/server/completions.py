@@ -14,7 +14,6 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import completion_logprobs, new_id, usage
-from tiny_llm.server.bodies import CompletionBody
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import (
@@ -27,6 +26,7 @@ from tiny_llm.server.params import (
     wants_usage,
 )
 from tiny_llm.server.service import Service, aside
+from tiny_llm.server.text_bodies import CompletionBody
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:

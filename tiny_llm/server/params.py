@@ -13,14 +13,8 @@ from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, resp
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
-from tiny_llm.server.bodies import (
-    ELSEWHERE,
-    Message,
-    PastToolCall,
-    ResponseFormat,
-    Sampling,
-    TemplateArguments,
-)
+from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling
+from tiny_llm.server.chat_bodies import Message, PastToolCall, TemplateArguments
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS

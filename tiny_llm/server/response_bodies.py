@@ -11,21 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, StringConstraints
 
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import (
-    Body,
+from tiny_llm.server.bodies import Body, Choosing, Count, Few, JsonSchema, Name, ResponseFormat
+from tiny_llm.server.chat_bodies import (
     CalledFunction,
     ChatBody,
-    Choosing,
-    Count,
-    Few,
     Function,
-    JsonSchema,
     Message,
-    Name,
     NamedFunction,
     NamedTool,
     PastToolCall,
-    ResponseFormat,
     TemplateArguments,
     Text,
     Tool,

@@ -10,12 +10,12 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import logprob, usage
-from tiny_llm.server.bodies import DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, aside
+from tiny_llm.server.text_bodies import DetokenizeBody, GenerateBody, TokenizeBody
 
 DEFAULT_TOKENS = 256
 

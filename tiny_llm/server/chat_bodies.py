@@ -1,0 +1,125 @@
+"""Owns what a conversation may be in a body: messages, tools, calls, and /v1/chat/completions' own fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema
+
+from tiny_llm.server import settings as caps
+from tiny_llm.server.bodies import Body, Count, Few, Name, Sampling
+
+
+def _text(value: object) -> object:
+    """Content as one text: parts of type "text" are joined by newlines, others are refused."""
+    if not isinstance(value, list):
+        return value
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text"):
+            raise ValueError(f"[{number}] is of type {str(kind)[:40]!r}, but only text is supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"[{number}].text must be a string")
+        if unknown := part.keys() - {"type", "text", "annotations", "logprobs"}:
+            raise ValueError(f"[{number}].{min(unknown)} is not supported")
+    return "\n".join(part["text"] for part in value)
+
+
+_TEXT_SCHEMA: Mapping[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": False,
+            },
+        },
+    ]
+}
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(dict(_TEXT_SCHEMA))]
+
+
+class CalledFunction(Body):
+    """A function that the model called: ``arguments`` is JSON in a string."""
+
+    name: Name
+    arguments: str
+
+
+class PastToolCall(Body):
+    """A call that an earlier answer made."""
+
+    id: Annotated[str, StringConstraints(max_length=128)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # some clients send back what they streamed
+
+
+class Message(Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    tool_calls: Annotated[list[PastToolCall], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
+        default_factory=list
+    )
+    tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+
+Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=caps.MAX_MESSAGES)]
+
+
+class TemplateArguments(Body):
+    """The chat templates' own variables that a client may set."""
+
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class Function(Body):
+    """A function that the model may call; ``parameters`` is the schema of its arguments."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """Something that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The tool that is to be used."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatBody(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Few | None = None
+    chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)
