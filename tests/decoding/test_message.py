@@ -106,7 +106,8 @@ def test_each_answer_of_a_prompt_has_a_parser_of_its_own() -> None:
     for i, text in enumerate(texts):
         ended = Completion(text, [1], "stop", [1], None, timing, index=i)
         chunks.append(Chunk("", (), ended, i))
-    told = list(with_messages(chunks, lambda: MessageParser(ToolParser("hermes"))))
+    stream = (chunk for chunk in chunks)
+    told = list(with_messages(stream, lambda: MessageParser(ToolParser("hermes"))))
     messages = [chunk.completion.message for chunk in told if chunk.completion]
     assert [message and shown(message) for message in messages] == [
         ("Yes.", "hm", [("g", "{}")]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -130,3 +131,11 @@ def test_a_call_that_is_cut_short_is_shown_as_far_as_it_came(llm: LLM) -> None:
     assert short.finish_reason == "length" and short.message is not None and whole.message is not None
     (cut,), (full,) = short.message.tool_calls, whole.message.tool_calls
     assert isinstance(cut, ToolCall) and full.arguments.startswith(cut.arguments) and cut != full
+
+
+def test_a_chat_that_is_left_early_runs_no_longer(llm: LLM) -> None:
+    chunks = llm.stream_chat(STORY, replace(GREEDY, ignore_eos=True))
+    next(chunks)
+    assert len(llm.engine) == 1
+    chunks.close()
+    assert len(llm.engine) == 0 and llm.engine.scheduler.usage().used == 0

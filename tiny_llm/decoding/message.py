@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from tiny_llm.data import AssistantMessage, Chunk, MessageDelta, ToolCall, ToolCallDelta
@@ -66,16 +67,20 @@ def _whole_call(first: ToolCallDelta, parts: Sequence[ToolCallDelta]) -> ToolCal
     return ToolCall(first.id, first.name, arguments)
 
 
-def with_messages(chunks: Iterable[Chunk], make_parser: Callable[[], MessageParser]) -> Iterator[Chunk]:
-    """The chunks of a chat's answers, each with its deltas, and the last of an answer with its message."""
+def with_messages(chunks: Generator[Chunk], make_parser: Callable[[], MessageParser]) -> Generator[Chunk]:
+    """The chunks of a chat's answers, each with its deltas, and the last of an answer with its message.
+
+    Whoever leaves early closes ``chunks``, too.
+    """
     parsers: dict[int, MessageParser] = defaultdict(make_parser)
     told: dict[int, list[MessageDelta]] = defaultdict(list)
-    for chunk in chunks:
-        parser, ended = parsers[chunk.index], chunk.completion
-        deltas = parser.push(chunk.text)
-        if ended is not None:
-            deltas += parser.finish()
-        told[chunk.index] += deltas
-        if ended is not None:
-            ended = replace(ended, message=message_of(told[chunk.index]))
-        yield replace(chunk, deltas=deltas, completion=ended)
+    with closing(chunks):
+        for chunk in chunks:
+            parser, ended = parsers[chunk.index], chunk.completion
+            deltas = parser.push(chunk.text)
+            if ended is not None:
+                deltas += parser.finish()
+            told[chunk.index] += deltas
+            if ended is not None:
+                ended = replace(ended, message=message_of(told[chunk.index]))
+            yield replace(chunk, deltas=deltas, completion=ended)

@@ -7,7 +7,7 @@ HTTP, and where a checkpoint comes from.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Self
@@ -230,7 +230,7 @@ class LLM:
         if self._turn is not None:  # else all of it was closed
             self._turn.leave(number)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk]:
         """Answer one prompt, a chunk a token; the last chunk carries the Completion.
 
         The request begins when the first chunk is asked for. Raises RequestError at once, not then, if it is
@@ -274,7 +274,7 @@ class LLM:
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, object] | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """``chat`` as ``stream``: a chunk a token, whose ``deltas`` are what the message gets of it."""
         form = ChatFormat.of(
             self.tokenizer,
@@ -330,7 +330,7 @@ class LLM:
         self._chunks[number] = deque()
         return number
 
-    def _answer(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
+    def _answer(self, ids: list[int], params: SamplingParams) -> Generator[Chunk]:
         """Step the engine until this request has ended; what others get meanwhile is kept for them."""
         number, answers = self._begin(ids, params), params.n
         mine = self._chunks[number]
