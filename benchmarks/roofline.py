@@ -15,7 +15,8 @@ from statistics import median
 from measure.sides import numbers
 
 from tiny_llm.engine.bench import Task, measure
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.engine.llm import LLM
+from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.planning.speed import FORMAT, Machine, Speed, measure_machine, predict
 
@@ -33,19 +34,19 @@ def middle(machines: Sequence[Machine]) -> Machine:
 
 def compare(shape: str, prompts: Sequence[int], rounds: int) -> Iterator[tuple[int, Machine, Speed, Speed]]:
     """For each length of prompt: the machine, and the speed predicted and measured."""
-    model = load_dummy(shape, quantize=FORMAT.bits)
+    llm = LLM(DummyCheckpoint(shape), quantize=FORMAT.bits)
     for prompt in prompts:
         task = Task(shape, "dummy", FORMAT.bits, prompt_tokens=prompt, new_tokens=ANSWER, rounds=1)
         machines, speeds = [], []
         for _ in range(rounds):
             machines.append(measure_machine(5))
-            speeds.append(measure(model, task))
+            speeds.append(measure(llm, task))
         machine = middle(machines)
         measured = Speed(median(s.prefill_tok_s for s in speeds), median(s.decode_tok_s for s in speeds))
         yield (
             prompt,
             machine,
-            predict(model.config, machine, quantize=FORMAT, prompt=prompt, answer=ANSWER),
+            predict(llm.config, machine, quantize=FORMAT, prompt=prompt, answer=ANSWER),
             measured,
         )
 

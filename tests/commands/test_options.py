@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from tiny_llm import cli
-from tiny_llm.commands import chat, generate, serve
+from tiny_llm.commands import bench, chat, generate, serve
 from tiny_llm.commands.talking import ANSWER
 from tiny_llm.options import EngineOptions
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
@@ -121,7 +121,7 @@ def test_every_way_of_asking_the_server_has_the_options(body: type[ChatBody]) ->
     assert set(OPTIONS) - set(ELSEWHERE) <= body.model_fields.keys()
 
 
-@pytest.mark.parametrize("command", [chat, generate, serve])
+@pytest.mark.parametrize("command", [chat, generate, serve, bench])
 def test_every_command_that_makes_an_engine_has_the_engine_s_options(command: Any) -> None:
     shown = {parameter.name for parameter in typer.main.get_command(command.app).params}
     assert {field.name for field in fields(EngineOptions)} <= shown

@@ -1,70 +1,63 @@
-"""What bench measures is what it says: rows, steps and sequences are counted here by a model that watches."""
+"""What bench measures is what it says: rows, steps and sequences are counted here as the engine runs them."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Batch, KVCache
-from tiny_llm.engine.bench import Separate, Task, bench, measure
-from tiny_llm.errors import ConfigError, RequestError
-from tiny_llm.kv.dense import DenseCache
+from tiny_llm.data import Batch, Plan
+from tiny_llm.engine.bench import Task, bench, measure
+from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.trace import Trace
+from tiny_llm.errors import CapacityError, ConfigError, RequestError
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.loading import load_dummy
 
 
-class Watched:
-    """A model of no layers that writes down the rows of each pass."""
-
-    config = SimpleNamespace(
-        vocab_size=7, num_layers=0, max_position_embeddings=100, quantization=None, dtype="float32"
-    )
+class Watcher(Trace):
+    """Remembers each step: the tokens that go in, a sequence each, and where they begin."""
 
     def __init__(self) -> None:
-        self.passes: list[tuple[tuple[int, ...], list[int]]] = []
+        super().__init__()
+        self.steps: list[list[tuple[int, int]]] = []
 
-    def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
-        self.passes.append((batch.query_start_loc, batch.positions.tolist()))
-        return mx.zeros((batch.logit_rows.size, 7))
+    def step(self, plan: Plan, began: float, ended: float) -> None:
+        self.steps.append([(len(item.tokens), item.start) for item in plan.items])
 
 
-def test_one_sequence_is_prompt_then_tokens() -> None:
-    model = Watched()
-    speed = measure(model, Task("x", prompt_tokens=20, new_tokens=3, rounds=1))  # type: ignore[arg-type]
-    round_ = [p for p in model.passes if p[1][0] == 0 and len(p[1]) == 20]
-    assert len(round_) == 1, "the prompt goes through once a round"
-    after = model.passes[model.passes.index(round_[0]) + 1 :]
-    assert after[:2] == [((0, 1), [20]), ((0, 1), [21])]
+def watched(llm: LLM, task: Task) -> list[list[tuple[int, int]]]:
+    """The steps of measuring on an engine of its own, after those that warm up."""
+    own = llm.with_engine(EngineSettings(kv_blocks=64))
+    own.engine.trace = watcher = Watcher()
+    speed = measure(own, task)
     assert speed.prefill_tok_s > 0 and speed.decode_tok_s > 0
-    assert speed.ttft_s == pytest.approx(20 / speed.prefill_tok_s)
+    assert speed.ttft_s == pytest.approx(task.batch * task.prompt_tokens / speed.prefill_tok_s)
+    whole = [(task.prompt_tokens, 0)] * task.batch
+    assert len(own.engine) == 0 and not own.engine.totals.failed_steps
+    return watcher.steps[watcher.steps.index(whole) :]
 
 
-def test_a_batch_steps_together() -> None:
-    model = Watched()
-    measure(model, Task("x", prompt_tokens=20, new_tokens=3, batch=2, rounds=2))  # type: ignore[arg-type]
-    prompts = [i for i, p in enumerate(model.passes) if len(p[1]) == 20]
-    assert len(prompts) == 4, "two prompts in each of two rounds"
-    assert model.passes[prompts[1] + 1 : prompts[1] + 3] == [((0, 1, 2), [20, 20]), ((0, 1, 2), [21, 21])]
+def test_one_sequence_is_prompt_then_tokens(llm: LLM) -> None:
+    steps = watched(llm, Task("demo", prompt_tokens=20, new_tokens=4, rounds=1))
+    assert steps == [[(20, 0)], [(1, 19)], [(1, 20)], [(1, 21)], [(1, 22)]], (
+        "the prompt as nobody has seen it; then once more, all but its last token from the prefix cache"
+    )
 
 
-def test_sequences_of_a_batch_keep_their_own_past() -> None:
-    """As NoCache says it of the whole sequences."""
-    lengths, steps = (3, 5), 2
-    keys = mx.random.split(mx.random.key(0), 3)
-    q, k, v = (mx.random.normal((sum(lengths) + 4, 2, 8), key=key) for key in keys)
-    caches = [DenseCache(1), DenseCache(1)]
-    first = Batch(mx.arange(8), mx.arange(8), (0, 3, 8), mx.array([2, 7]))
-    Separate(caches).attend(0, q[:8], k[:8], v[:8], first)
-    for step in range(steps):
-        rows = slice(8 + 2 * step, 10 + 2 * step)
-        batch = Batch(mx.arange(2), mx.arange(2), (0, 1, 2), mx.arange(2))
-        got = Separate(caches).attend(0, q[rows], k[rows], v[rows], batch)
-    order = mx.array([0, 1, 2, 8, 10, 3, 4, 5, 6, 7, 9, 11])
-    whole = Batch(order, order, (0, 5, 12), order)
-    expected = NoCache().attend(0, q[order], k[order], v[order], whole)
-    assert mx.allclose(got, expected[mx.array([4, 11])], atol=1e-5)
+def test_a_batch_steps_together_and_each_round_has_prompts_of_its_own(llm: LLM) -> None:
+    steps = watched(llm, Task("demo", prompt_tokens=20, new_tokens=3, batch=3, rounds=2))
+    one_round = [[(20, 0)] * 3, [(1, 19)] * 3, [(1, 20)] * 3, [(1, 21)] * 3]
+    assert steps == one_round * 2, "a round that finds its prompts in the prefix cache measures nothing"
+
+
+def test_what_does_not_fit_is_said_before_it_runs(llm: LLM) -> None:
+    own = llm.with_engine(EngineSettings(kv_blocks=8))
+    with pytest.raises(
+        CapacityError, match=r"3 sequences of 40 tokens take 9 blocks, but there is memory for 8"
+    ):
+        measure(own, Task("demo", prompt_tokens=30, new_tokens=10, batch=3))
+    assert own.engine.totals.steps == 0
 
 
 def test_the_row_says_what_was_run() -> None:

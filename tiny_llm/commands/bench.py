@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tiny_llm.commands.grouped import Without, grouped
+from tiny_llm.commands.grouped import grouped
+from tiny_llm.commands.loading import arguments
 from tiny_llm.engine.bench import Task
 from tiny_llm.engine.bench import bench as run
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, JsonOption, command_app
@@ -39,23 +40,21 @@ def bench(
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 1,
     rounds: RoundsOption = 3,
-    options: Annotated[EngineOptions, Without("max_model_len", "kv_memory", "max_step_ms")] = ENGINE,
+    options: EngineOptions = ENGINE,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure how fast a model answers."""
+    given = arguments(options)
     task = Task(
-        options.model,
-        load_format,
-        options.quantize,
-        options.dtype,
-        options.activations,
+        load_format=load_format,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,
         rounds=rounds,
+        **{name: given.pop(name) for name in ("model", "dtype", "quantize", "activations")},
     )
-    row = run(task, backend=options.backend, threads=options.threads, offline=options.offline)
+    row = run(task, **given)
     print(json_format.dumps(row)) if json else _print(row)
 
 

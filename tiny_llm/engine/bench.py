@@ -1,33 +1,25 @@
 """Owns what ``bench`` measures: a model, random prompts of one length, greedy answers, how fast they came.
 
-The figures are of making tokens, not of text. Refuses to know other programs: benchmarks/ compares.
+What runs is the engine that serves. Refuses to know other programs: benchmarks/ compares.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count, islice, pairwise
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-import mlx.core as mx
-
-from tiny_llm.data import Batch, KVCache
-from tiny_llm.decoding.generate import PREFILL_CHUNK, generate, prefill
+from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.engine.rounds import Trial, interleave, seconds_of
-from tiny_llm.errors import RequestError
-from tiny_llm.kv.dense import DenseCache
-from tiny_llm.models.loading import kv_dtype, load_dummy, load_model
-from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import isa, num_threads, set_threads, use
-from tiny_llm.sampling.sampler import sample
+from tiny_llm.errors import CapacityError, RequestError
+from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.ops.backend import isa, num_threads, use
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.weights.hub import resolve
 
-GREEDY = SamplingParams()
 WARM_UP_TOKENS = 16
 
 
@@ -56,7 +48,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class Throughput:
     """Tokens a second over all sequences, and the seconds until each of them has its first token."""
 
     prefill_tok_s: float
@@ -64,19 +56,25 @@ class Speed:
     ttft_s: float
 
 
-def bench(
-    task: Task, *, backend: str | None = None, threads: int | None = None, offline: bool = False
-) -> dict[str, object]:
-    """Load the model, measure, and return the task, the machine's side of it and the figures in one row."""
-    set_threads(threads)
-    with use(backend) as chosen:
-        began = time.perf_counter()
-        model = _load(task, offline)
-        loaded = time.perf_counter() - began
-        speed = measure(model, task)
+def bench(task: Task, **options: Any) -> dict[str, object]:
+    """Load the model, measure, and return the task, the machine's side of it and the figures in one row.
+
+    ``options`` are further ones of ``LLM``.
+    """
+    began = time.perf_counter()
+    llm = LLM(
+        DummyCheckpoint(task.model) if task.load_format == "dummy" else task.model,
+        dtype=task.dtype,
+        quantize=task.quantize,
+        activations=task.activations,
+        **options,
+    )
+    loaded = time.perf_counter() - began
+    with llm, use(llm.backend):
+        speed = measure(llm, task)
         return {
             **asdict(task),
-            "backend": chosen,
+            "backend": llm.backend,
             "isa": isa(),
             "threads": num_threads(),
             "load_s": round(loaded, 3),
@@ -87,81 +85,83 @@ def bench(
         }
 
 
-def _load(task: Task, offline: bool) -> Model:
-    dtype, quantize, activations = task.dtype, task.quantize, task.activations
-    if task.load_format == "dummy":
-        return load_dummy(task.model, dtype=dtype, quantize=quantize, activations=activations)
-    folder = resolve(task.model, offline=offline)
-    return load_model(folder, dtype=dtype, quantize=quantize, activations=activations)
+def measure(llm: LLM, task: Task) -> Throughput:
+    """The medians of ``task.rounds``, after a short round that only warms up.
 
-
-def measure(model: Model, task: Task) -> Speed:
-    """The medians of ``task.rounds``, after a short round that only warms up; on the backend in use.
-
-    Raises RequestError if prompt and answer are longer than the model's context.
+    Raises RequestError if prompt and answer are longer than the model's context, CapacityError if the keys
+    and values of all do not fit the pool together.
     """
-    tokens, context = task.prompt_tokens + task.new_tokens, model.config.max_position_embeddings
-    if tokens > context:
+    tokens, settings = task.prompt_tokens + task.new_tokens, llm.engine.settings
+    if tokens > llm.max_context:
         raise RequestError(
-            f"Prompt and answer are {tokens} tokens, the context of {task.model} is {context}."
+            f"Prompt and answer are {tokens} tokens, the context of {task.model} is {llm.max_context}."
         )
-    chance = random.Random(0)
-    vocab = model.config.vocab_size
-    prompts = [[chance.randrange(vocab) for _ in range(task.prompt_tokens)] for _ in range(task.batch)]
-    kept = kv_dtype(model.config, dtype=task.dtype, quantize=task.quantize)
-    interleave(_trials(model, [prompt[:WARM_UP_TOKENS] for prompt in prompts], 2, kept), 1, pause=0)
-    rates = interleave(_trials(model, prompts, task.new_tokens, kept), task.rounds, pause=0)
+    blocks = task.batch * -(-tokens // settings.block_size)
+    if blocks > settings.kv_blocks:
+        raise CapacityError(
+            f"{task.batch} sequences of {tokens} tokens take {blocks} blocks, but there is memory for "
+            f"{settings.kv_blocks}; give a smaller --batch, or more --kv-memory."
+        )
+    short = replace(task, prompt_tokens=min(WARM_UP_TOKENS, task.prompt_tokens), new_tokens=2)
+    vocab = llm.config.vocab_size
+    interleave(_Round(llm.engine, short, vocab).trials(), 1, pause=0)
+    rates = interleave(_Round(llm.engine, task, vocab).trials(), task.rounds, pause=0)
     first, later = rates["first",].median, rates["later",].median
-    return Speed(first, later, task.batch * task.prompt_tokens / first)
+    return Throughput(first, later, task.batch * task.prompt_tokens / first)
 
 
-def _trials(
-    model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, kept: mx.Dtype | None
-) -> list[Trial]:
-    """A round is two turns: prompts up to the first tokens, then all the others."""
-    under_way: list[Iterator[object]] = []
+class _Round:
+    """Round after round: prompts that nobody has seen up to their first tokens, then all other tokens."""
 
-    def first() -> float:
-        steps = _one(model, prompts[0], kept) if len(prompts) == 1 else _together(model, prompts, kept)
-        under_way[:] = [steps]
-        return seconds_of(lambda: next(steps))
+    def __init__(self, engine: Engine, task: Task, vocab_size: int) -> None:
+        self._engine = engine
+        self._task = task
+        self._chance = random.Random(task.prompt_tokens)
+        self._vocab_size = vocab_size
+        self._prompts: Sequence[list[int]] = ()
 
-    def later() -> float:
-        return seconds_of(lambda: list(islice(under_way[0], new_tokens - 1)))
+    def trials(self) -> list[Trial]:
+        """A round's two turns."""
+        task = self._task
+        read, made = task.batch * task.prompt_tokens, task.batch * (task.new_tokens - 1)
+        return [Trial(("first",), read, self._first), Trial(("later",), made, self._later)]
 
-    read, made = len(prompts) * len(prompts[0]), len(prompts) * (new_tokens - 1)
-    return [Trial(("first",), read, first), Trial(("later",), made, later)]
+    def _first(self) -> float:
+        """Seconds until each prompt has its first token. It is the only one: nothing else runs meanwhile."""
+        task = self._task
+        self._prompts = [
+            [self._chance.randrange(self._vocab_size) for _ in range(task.prompt_tokens)]
+            for _ in range(task.batch)
+        ]
+        self._add(1)
+        return seconds_of(self._run)
 
+    def _later(self) -> float:
+        """Seconds for the tokens after these. The prompts are found in the prefix cache.
 
-def _one(model: Model, prompt: Sequence[int], kept: mx.Dtype | None) -> Iterator[object]:
-    return generate(model, DenseCache(model.config.num_layers, kept), prompt, GREEDY)
+        Where not all of them begin in one step, the first have some of their tokens before the clock starts.
+        """
+        self._add(self._task.new_tokens)
+        begun: set[int] = set()
+        while len(begun) < self._task.batch:
+            begun |= self._step()
+        before = self._engine.totals.generation_tokens
+        seconds = seconds_of(self._run)
+        made = self._engine.totals.generation_tokens - before
+        return seconds * self._task.batch * (self._task.new_tokens - 1) / made
 
+    def _add(self, max_tokens: int) -> None:
+        for prompt in self._prompts:
+            self._engine.add(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
-def _together(model: Model, prompts: Sequence[Sequence[int]], kept: mx.Dtype | None) -> Iterator[object]:
-    """Prompts one after the other, then a flat batch of all sequences a step."""
-    size, start = len(prompts), len(prompts[0])
-    caches = [DenseCache(model.config.num_layers, kept) for _ in prompts]
-    logits = [prefill(model, kv, prompt, PREFILL_CHUNK) for kv, prompt in zip(caches, prompts, strict=True)]
-    tokens = sample(mx.concatenate(logits), [GREEDY] * size, [start] * size)
-    for position in count(start):
-        mx.eval(tokens)
-        yield tokens
-        positions, rows = mx.full(size, position, mx.int32), mx.arange(size)
-        batch = Batch(tokens.astype(mx.int32), positions, tuple(range(size + 1)), rows)
-        tokens = sample(model(batch, Separate(caches)), [GREEDY] * size, [position + 1] * size)
+    def _run(self) -> None:
+        while len(self._engine):
+            self._step()
 
-
-class Separate:
-    """A cache of its own for each sequence of a batch. Satisfies ``data.KVCache``."""
-
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self._caches = caches
-
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
-        """Return [T, H, D]: each sequence's rows attend through its own cache."""
-        outs = []
-        for kv, (start, end) in zip(self._caches, pairwise(batch.query_start_loc), strict=True):
-            rows = slice(start, end)
-            alone = Batch(batch.tokens[rows], batch.positions[rows], (0, end - start), batch.logit_rows)
-            outs.append(kv.attend(layer, q[rows], k[rows], v[rows], alone))
-        return mx.concatenate(outs)
+    def _step(self) -> set[int]:
+        """Whose turn it was. Raises RequestError if one of them failed."""
+        events = self._engine.step()
+        for _, chunk in events:
+            if chunk.completion is not None and chunk.completion.error is not None:
+                raise RequestError(chunk.completion.error)
+        return {request_id for request_id, _ in events}

@@ -1,22 +1,34 @@
-"""A checkpoint: config, tensors, tokenizer with its chat template, end ids. A folder is one kind of it.
+"""A checkpoint: config, tensors, tokenizer with its chat template, end ids. A folder is one kind of it,
+random weights are another.
 
 Owns where each of these comes from. Refuses to know what is made of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelFacts, Quantization, load_end_ids
+from tiny_llm.config import ModelConfig, ModelFacts, Quantization, load_end_ids
 from tiny_llm.layers.named import Weights
 from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.dummy import dummy_weights
+from tiny_llm.weights.hub import resolve
+from tiny_llm.weights.names import config_of
+
+MLX_DTYPES: Mapping[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "bfloat16": mx.bfloat16,
+    "float16": mx.float16,
+}
+"""What a config's dtypes are in MLX."""
 
 
 class Checkpoint(Protocol):
@@ -99,4 +111,38 @@ class FolderCheckpoint:
             unread=find(self.config.model_type).unread,
             finish=finish,
             progress=progress,
+        )
+
+
+class DummyCheckpoint:
+    """Random weights in the shapes of a short name such as "qwen2-0.5b", to measure with: nothing is read.
+
+    Its tokenizer is the bundled model's, as text means nothing here. Raises ConfigError for an unknown name.
+    """
+
+    end_ids: frozenset[int] = frozenset()
+
+    def __init__(self, name: str) -> None:
+        self.config: ModelFacts = ModelConfig.from_hf(config_of(name))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """It knows fewer tokens than most of these models."""
+        return Tokenizer.from_folder(resolve("demo"))
+
+    def tensors(
+        self,
+        *,
+        dtype: mx.Dtype | None,
+        quantize: Quantization | None,
+        finish: Finish,
+        progress: Progress | None = None,
+    ) -> Weights:
+        """Of noise, floats by default in the dtype that the config names."""
+        return dummy_weights(
+            expected_tensors(self.config),
+            dtype=dtype or MLX_DTYPES[self.config.dtype],
+            quantize=quantize,
+            quantizable=quantizable_tensors(self.config),
+            finish=finish,
         )

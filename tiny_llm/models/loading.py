@@ -12,25 +12,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tiny_llm.config import DTYPES, ModelConfig, ModelFacts, Quantization
+from tiny_llm.config import DTYPES, ModelFacts, Quantization
 from tiny_llm.data import Matrix
 from tiny_llm.errors import ConfigError
-from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
-from tiny_llm.models.registry import Model, build, expected_tensors, find, quantizable_tensors
+from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, DummyCheckpoint, FolderCheckpoint
+from tiny_llm.models.registry import Model, build, find
 from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
 from tiny_llm.weights.assemble import Progress
-from tiny_llm.weights.dummy import dummy_weights
-from tiny_llm.weights.names import config_of
 
 QUANTIZE_BITS = (4, 8)
 QUANTIZE_GROUP = 64
 ACTIVATIONS = ("int8", "exact")
-_MLX_DTYPES: Mapping[str, mx.Dtype] = {
-    "float32": mx.float32,
-    "bfloat16": mx.bfloat16,
-    "float16": mx.float16,
-}
 
 
 def load_model(
@@ -78,17 +71,7 @@ def load_dummy(
 
     Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
     """
-    config = ModelConfig.from_hf(config_of(name))
-    check_options(dtype, quantize, activations)
-    weights = dummy_weights(
-        expected_tensors(config),
-        dtype=_stored_dtype(dtype, quantize, packed=True) or _MLX_DTYPES[config.dtype],
-        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        quantizable=quantizable_tensors(config),
-        finish=partial(pack, exact=activations == "exact"),
-    )
-    keep_memory()
-    return build(config, weights)
+    return load_model(DummyCheckpoint(name), dtype=dtype, quantize=quantize, activations=activations)
 
 
 def check_options(dtype: str | None, quantize: int | None, activations: str = "int8") -> None:
@@ -125,15 +108,15 @@ def kv_dtype(config: ModelFacts, *, dtype: str | None, quantize: int | None) -> 
     But backend "cpu" computes in float32, and keeps 16 bits of that where the weights have no more either.
     """
     if active() != "cpu":
-        return _MLX_DTYPES[dtype or _computed_dtype() or config.dtype]
+        return MLX_DTYPES[dtype or _computed_dtype() or config.dtype]
     packed = quantize is not None or config.quantization is not None
-    return _MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
+    return MLX_DTYPES[dtype or ("bfloat16" if packed else config.dtype)]
 
 
 def weight_dtype(config: ModelFacts, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
     """What the floats of a model's matrices are kept in when it is loaded so."""
     packed = find(config.model_type).packed
-    return _stored_dtype(dtype, quantize, packed) or _MLX_DTYPES[config.dtype]
+    return _stored_dtype(dtype, quantize, packed) or MLX_DTYPES[config.dtype]
 
 
 def _computed_dtype() -> str | None:
@@ -147,4 +130,4 @@ def _stored_dtype(dtype: str | None, quantize: int | None, packed: bool) -> mx.D
         name = None if dtype == "float32" and quantize is None else dtype
     else:
         name = dtype or _computed_dtype()
-    return None if name is None else _MLX_DTYPES[name]
+    return None if name is None else MLX_DTYPES[name]
