@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tiny_llm.course import commands
 from tiny_llm.course.commands import app
 from tiny_llm.course.manifest import read_manifest
 from tiny_llm.course.workbook import Workbook
@@ -137,3 +138,12 @@ def test_the_command_line_passes_on(run, tmp_path: Path) -> None:
     assert done.returncode == 0 and "not begun" in done.stdout
     wrong = run("main.py", "course", "start", "7", "--folder", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: There is no chapter '7'")
+
+
+def test_the_list_outside_of_a_checkout_is_an_error_and_no_header(
+    book: Workbook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "read_manifest", lambda: read_manifest(tmp_path))
+    refused = course(book, "list")
+    assert isinstance(refused.exception, ConfigError) and "needs a checkout" in str(refused.exception)
+    assert refused.output == ""

@@ -40,10 +40,12 @@ app = typer.Typer(
 def list_chapters(folder: FolderOption = MY_FOLDER) -> None:
     """Show the chapters: minutes, what each needs, what is done."""
     book = Workbook(folder)
-    print(f"{'CHAPTER':<8} {'TITLE':<34} {'MINUTES':>7}  {'NEEDS':<8} STATE")
-    for it in read_manifest().values():
-        needs = ", ".join(it.needs) or "-"
-        print(f"{it.id:<8} {it.title:<34} {it.minutes:>7}  {needs:<8} {book.state(it)}")
+    rows = [
+        (it.id, it.title, str(it.minutes), ", ".join(it.needs) or "-", book.state(it))
+        for it in read_manifest().values()
+    ]
+    for row in [("CHAPTER", "TITLE", "MINUTES", "NEEDS", "STATE"), *rows]:
+        print("{:<8} {:<34} {:>7}  {:<8} {}".format(*row))
 
 
 @app.command()
