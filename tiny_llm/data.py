@@ -63,9 +63,8 @@ class ToolCallDelta:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MessageDelta:
-    """What is new of an AssistantMessage: one of the three."""
+class MessageDelta(NamedTuple):
+    """What is new of an AssistantMessage: one of the three. A tuple, as nearly every token makes one."""
 
     content: str = ""
     reasoning: str = ""

@@ -36,11 +36,17 @@ class ReasoningParser:
         """Whether what comes now is reasoning."""
         return self._state in ("opened", "thinking")
 
+    @property
+    def _is_over(self) -> bool:
+        return self._state == "content"
+
     def push(self, text: str) -> Split:
         """Take the next piece; return what is certain now."""
+        if self._is_over:
+            return Split("", text)
         self._held += text
         reasoning = ""
-        while self._state != "content":
+        while not self._is_over:
             state = self._state
             reasoning += self._advance()
             if self._state == state:  # it waits for more

@@ -86,13 +86,19 @@ class ChatWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """Who speaks, then what is said, an event a delta; the last of a chunk has its log-probabilities."""
-        deltas = self._deltas(index, chunk)
+        found = self._parsers[index].push(chunk.text)
+        is_text_alone = chunk.completion is None and not chunk.logprobs
         begun = index in self._quick
+        if begun and is_text_alone and len(found) == 1 and found[0].content:
+            return self._quick[index](found[0].content)
+        if chunk.completion is not None:
+            found += self._parsers[index].finish()
+        deltas = [delta_json(delta) for delta in found]
+        if not deltas and not is_text_alone:
+            deltas = [{}]  # its end, or its log-probabilities, are to be told
         if not begun:
             self._quick[index] = events_around(partial(self._saying, index))
             deltas.insert(0, {"role": "assistant", "content": ""})
-        elif _is_text_alone(chunk) and len(deltas) == 1 and deltas[0].keys() == {"content"}:
-            return self._quick[index](deltas[0]["content"])
         return b"".join(self._delta_events(index, deltas, chunk))
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
@@ -117,14 +123,6 @@ class ChatWriter(ResponseWriter):
         told = {**self._head("chat.completion.chunk"), "choices": [choice]}
         return {**told, "usage": None} if self._with_usage else told
 
-    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """What a chunk adds to the message; one empty delta where only its end or a logprob is to be told."""
-        parser = self._parsers[index]
-        found = parser.push(chunk.text) + (parser.finish() if chunk.completion else [])
-        if not found and (chunk.completion or chunk.logprobs):
-            return [{}]
-        return [delta_json(delta) for delta in found]
-
     def _rest(
         self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int
     ) -> dict[str, object]:
@@ -140,7 +138,3 @@ class ChatWriter(ResponseWriter):
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-
-def _is_text_alone(chunk: Chunk) -> bool:
-    return chunk.completion is None and not chunk.logprobs
