@@ -102,7 +102,7 @@ def models() -> None:
     """List the short names: hub id, parameters, download size, and whether it is on disk."""
     from tiny_llm.weights.listing import listing
 
-    for row in list(listing()):
+    for row in list(listing()):  # all of them first: an error then stands alone
         print("{:<15} {:<37} {:>10} {:>9}  {}".format(*row))
 
 
