@@ -198,6 +198,15 @@ def vague_names(sources: Sequence[Source]) -> Iterator[str]:
             yield f"{source.path}:1: '{vague.pop()}' says nothing; name the file after what it owns"
 
 
+def class_names(sources: Sequence[Source]) -> Iterator[str]:
+    """A class's name says which one is meant, wherever it is read."""
+    first: dict[str, str] = {}
+    for source in filter(lambda s: s.packaged, sources):
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef) and first.setdefault(node.name, source.path) != source.path:
+                yield f"{source.path}:{node.lineno}: {first[node.name]} has a class {node.name}, too"
+
+
 def own_layers(sources: Sequence[Source]) -> Iterator[str]:
     """mlx.core's array operations only: the layers are what we teach."""
     for source in filter(lambda s: s.packaged, sources):
@@ -250,6 +259,7 @@ RULES: Sequence[Rule] = (
     sizes,
     docstrings,
     vague_names,
+    class_names,
     own_layers,
     safe_loading,
     quiet_import,
@@ -331,6 +341,7 @@ PLANTED: Sequence[tuple[Rule, str, str, str]] = (
     ),
     (vague_names, "tiny_llm/ops/utils.py", BODY, "'utils' says nothing"),
     (vague_names, "tools/core/x.py", BODY, "'core' says nothing"),
+    (class_names, "tiny_llm/ops/x.py", BODY + "class LLM:\n  'L.'", "tiny_llm/engine/llm.py has a class LLM"),
     (own_layers, "tiny_llm/ops/x.py", BODY + "from mlx import nn", "x.py:2: mlx.nn"),
     (own_layers, "tiny_llm/ops/x.py", BODY + "from mlx.nn.layers import Linear", "x.py:2: mlx.nn"),
     (safe_loading, "tiny_llm/ops/x.py", BODY + "import pickle", "pickle can run what it loads"),

@@ -26,14 +26,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 _PROMPT_TOKENS = 8  # more than the bytes of an unfinished character, and the spaces that a decoder strips
 
 
-class _Step(Protocol):
+class _DecodeStep(Protocol):
     """One decoder of the chain, fed token by token."""
 
     def push(self, token: str) -> Iterable[str]: ...
 
     def finish(self) -> Iterable[str]: ...
 
-    def copy(self) -> _Step: ...
+    def copy(self) -> _DecodeStep: ...
 
 
 class _Remembers:
@@ -179,7 +179,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _token_step(spec: Mapping[str, Any]) -> _Step | None:
+def _token_step(spec: Mapping[str, Any]) -> _DecodeStep | None:
     """The step for a decoder that still sees tokens, or None where there is no streaming one."""
     match spec["type"]:
         case "ByteLevel":
@@ -198,15 +198,15 @@ def _token_step(spec: Mapping[str, Any]) -> _Step | None:
             return None
 
 
-def _steps(backend: tokenizers.Tokenizer) -> list[_Step] | None:
+def _steps(backend: tokenizers.Tokenizer) -> list[_DecodeStep] | None:
     """The tokenizer's decoder as streaming steps; None when it must see all tokens at once."""
     if backend.decoder is None:
         return [_SpaceJoin()]
     spec = json.loads(backend.decoder.__getstate__())
-    steps: list[_Step] = []
+    steps: list[_DecodeStep] = []
     fused = False
     for part in spec["decoders"] if spec["type"] == "Sequence" else [spec]:
-        step: _Step | None
+        step: _DecodeStep | None
         if part["type"] == "Fuse":
             fused = True
             continue
@@ -319,7 +319,7 @@ def token_bytes(backend: tokenizers.Tokenizer, token_id: int) -> bytes:
     return token.encode()
 
 
-def _run(steps: Sequence[_Step], tokens: Iterable[str]) -> Iterable[str]:
+def _run(steps: Sequence[_DecodeStep], tokens: Iterable[str]) -> Iterable[str]:
     for step in steps:
         tokens = [out for token in tokens for out in step.push(token)]
     return tokens
