@@ -181,7 +181,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids", "processors"):
             given = getattr(self, name)
-            _require(isinstance(given, Collection), name, given, "a list, empty meaning none")
+            listed = isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
+            _require(listed, name, given, "a list, empty meaning none")
             object.__setattr__(self, name, tuple(given))
         if isinstance(self.logit_bias, Mapping):
             by_token = {_token_id(token): bias for token, bias in self.logit_bias.items()}

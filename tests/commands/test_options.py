@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tiny_llm import cli
 from tiny_llm.commands import bench, chat, generate, serve
 from tiny_llm.commands.talking import ANSWER
+from tiny_llm.errors import RequestError
 from tiny_llm.options import EngineOptions
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
 from tiny_llm.server.bodies import ELSEWHERE
@@ -128,7 +132,7 @@ def test_every_command_that_makes_an_engine_has_the_engine_s_options(command: An
 
 
 def test_a_value_out_of_range_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, complaint in [
+    for more, complaint in [
         (["--repetition-penalty", "0"], "repetition_penalty is 0.0, but must be above 0, 1 meaning off."),
         (["--logit-bias", "[5]"], "'[5]' is not an object of JSON, such as {\"50\": -100}."),
         (
@@ -137,5 +141,34 @@ def test_a_value_out_of_range_is_one_line(capsys: pytest.CaptureFixture[str]) ->
         ),
         (["--n", "2"], "--n and --logprobs need --json or --file: plain text shows one answer alone."),
     ]:
-        assert cli.main(["generate", "-p", "Hi", *given]) == 2
+        assert cli.main(["generate", "-p", "Hi", *more]) == 2
         assert capsys.readouterr().err == f"error: {complaint}\n"
+
+
+NOT_OPENAI_S = sorted(set(OPTIONS) - set(ELSEWHERE) - {"temperature", "top_k", "seed", "stop", "logit_bias"})
+ANY_VALUE = st.one_of(
+    st.booleans(),
+    st.integers(-3, 3),
+    st.integers(),
+    st.floats(),
+    st.floats(-3, 3),
+    st.text(max_size=3),
+    st.lists(st.integers(-1, 2**32), max_size=3),
+)
+
+
+@pytest.mark.parametrize("name", NOT_OPENAI_S)
+@given(value=ANY_VALUE)
+def test_the_server_takes_what_the_library_takes(name: str, value: object) -> None:
+    """Random values of all kinds: an option that is declared once cannot have two ranges."""
+
+    def taken(make: Callable[[], object]) -> bool:
+        try:
+            make()
+        except (RequestError, ValidationError):
+            return False
+        return True
+
+    library = taken(lambda: SamplingParams(**{name: value}))  # type: ignore[arg-type]
+    server = taken(lambda: GenerateBody.model_validate({"prompt": "Hi", name: value}))
+    assert library == server, f"{name}={value!r}: library {library}, server {server}"
