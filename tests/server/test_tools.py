@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tiny_llm import LLM, SamplingParams
+
 if TYPE_CHECKING:
     import httpx2 as httpx
     import openai
@@ -140,3 +142,41 @@ def test_a_demanded_call_with_a_bad_schema_is_refused(http: httpx.Client) -> Non
     body = {"messages": [{"role": "user", "content": "a"}], "tools": [bad], "tool_choice": "required"}
     error = http.post(CHAT, json=body).json()["error"]
     assert error["param"] == "tools" and "not" in error["message"]
+
+
+DOOR = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "green"]}},
+    "required": ["color"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [CALCULATOR, LOOKUP]},
+        {"tools": [CALCULATOR, LOOKUP], "tool_choice": "none"},
+        {"tools": [CALCULATOR, LOOKUP], "tool_choice": "required", "parallel_tool_calls": False},
+        {"tools": [CALCULATOR], "tool_choice": {"type": "function", "function": {"name": "calculator"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "door", "schema": DOOR}}},
+    ],
+    ids=["auto", "none", "required", "named", "schema"],
+)
+def test_the_library_answers_as_the_server_does(
+    http: httpx.Client, library: LLM, asked: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": "What is 123 + 456?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60, **asked}
+    told = http.post(CHAT, json=body).json()["choices"][0]["message"]
+    message = library.chat(messages, SamplingParams(max_tokens=60), **asked).message
+    assert message is not None and told["content"] == message.content
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in told.get("tool_calls", [])]
+    assert calls == [(call.name, call.arguments) for call in message.tool_calls]
+    if asked.get("tool_choice", "none") != "none":
+        assert calls, "it was demanded"
+
+
+@pytest.fixture(scope="module")
+def library() -> LLM:
+    return LLM("demo")
