@@ -1,4 +1,7 @@
-"""The command line, from a checkout; ``python main.py --help`` says what it can."""
+"""The commands chat, generate, serve, bench, models, course, memory and doctor, from a checkout.
+
+``python main.py --help`` says what they do; without a command's name it is chat.
+"""
 
 import sys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pexpect
 import pytest
+import typer
 
 from tiny_llm import cli
 from tiny_llm.errors import ConfigError
@@ -199,6 +202,31 @@ def test_help_teaches(call: Output) -> None:
         assert option in out
     for option in ("--seed", "--stop", "--dtype", "--quantize", "--offline", "--json", "--debug", "--model"):
         assert option in out
+
+
+def test_help_says_where_the_default_command_s_options_are(call: Output) -> None:
+    out = call("--help")[1]
+    assert "python main.py chat --help" in " ".join(out.split())
+    assert "--temperature" in call("chat", "--help")[1]
+    assert call("--temperature", "1", "--help")[1] == call("chat", "--help")[1]
+
+
+def test_main_py_names_every_command() -> None:
+    first = (ast.get_docstring(ast.parse((ROOT / "main.py").read_text())) or "").splitlines()[0]
+    missing = [name for name in typer.main.get_command(cli.app).commands if name not in first]  # type: ignore[attr-defined]
+    assert not missing
+
+
+def test_the_version_is_the_package_s_own(call: Output) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert call("--version") == (0, f"tiny_llm {declared}\n", "")
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    module = [sys.executable, "-m", "tiny_llm"]
+    done = subprocess.run([*module, "--help"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python -m tiny_llm generate --prompt" in done.stdout, "its examples are as it was called"
 
 
 def test_a_reader_that_leaves_is_no_error(endless: list[str]) -> None:

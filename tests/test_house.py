@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: Sequence[frozenset[str]] = (
     # _cpu: the module that kernels/cpu becomes
     frozenset(
-        {"data", "sampling_params", "config", "config_families", "config_fields", "errors", "metrics", "_cpu"}
+        {"data", "sampling_params", "config", "config_families", "config_fields", "errors", "metrics"}
+        | {"version", "_cpu"}
     ),
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),
     frozenset({"ops"}),
@@ -29,7 +30,8 @@ FLOORS: Sequence[frozenset[str]] = (
     frozenset({"chat", "server", "agent", "course", "planning"}),
     frozenset({"commands"}),
     frozenset({"cli"}),
-    frozenset({"tiny_llm"}),  # tiny_llm/__init__.py: the door, opened from outside only
+    # tiny_llm/__init__.py and __main__.py: the doors, opened from outside only
+    frozenset({"tiny_llm", "__main__"}),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 READ_ONLY_TYPES = {"Final", "Mapping", "Sequence", "Collection", "Iterable", "Set", "TypeAlias"}

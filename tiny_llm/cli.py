@@ -14,24 +14,28 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.version import __version__
 
 EXAMPLES = """
-[b]python main.py[/b] · chat with the bundled model
+[b]{program}[/b] · chat with the bundled model
 
-[b]python main.py --model qwen2-1.5b --quantize 4[/b] · with a larger one
+[b]{program} chat --help[/b] · the options of a chat, which need no command's name: it is the default
 
-[b]python main.py generate --prompt "What is a KV cache?"[/b] · one answer
+[b]{program} --model qwen2-1.5b --quantize 4[/b] · with a larger one, downloaded once
 
-[b]python main.py generate --prompt "Hi" --json[/b] · answer and figures, on one line
+[b]{program} generate --prompt "What is a KV cache?"[/b] · one answer
 
-[b]python main.py bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
+[b]{program} generate --prompt "Hi" --json[/b] · answer and figures, on one line
 
-[b]echo "12 + 30 = ?" | python main.py[/b] · the answer alone, for pipes
+[b]{program} bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
+
+[b]echo "12 + 30 = ?" | {program}[/b] · the answer alone, for pipes
 """
 
 
@@ -39,7 +43,8 @@ class _ChatByDefault(TyperGroup):
     """Without a command's name it is ``chat``: ``main.py --model X`` is ``main.py chat --model X``."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        own = {*ctx.help_option_names, "--version"}
+        if not args or (args[0].startswith("-") and args[0] not in own):
             args = ["chat", *args]
         return super().parse_args(ctx, args)
 
@@ -47,11 +52,25 @@ class _ChatByDefault(TyperGroup):
 app = typer.Typer(
     cls=_ChatByDefault,
     help="A language model on your own machine: chat with it, or ask it one thing.",
-    epilog=EXAMPLES,
     rich_markup_mode="rich",
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"tiny_llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None: ...
 
 
 def _passed_on(command: Callable[[typer.Context], None]) -> Callable[[typer.Context], None]:
@@ -167,9 +186,9 @@ def _run(arguments: list[str]) -> int:
         from tiny_llm.course.restart import restart_with_learner
 
         restart_with_learner(arguments)
-    program = Path(sys.argv[0]).name
-    name = "python main.py" if program == "main.py" else program
+    name = _program()
     command = typer.main.get_command(app)
+    command.epilog = EXAMPLES.format(program=name)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -180,6 +199,12 @@ def _run(arguments: list[str]) -> int:
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _program() -> str:
+    """What was typed to call us, as help and examples show it."""
+    name = Path(sys.argv[0]).name
+    return {"main.py": "python main.py", "__main__.py": "python -m tiny_llm"}.get(name, name)
 
 
 def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:

@@ -30,7 +30,9 @@ PromptOption = Annotated[
 FileOption = Annotated[
     Path | None,
     typer.Option(
-        "--file", help='Many prompts: {"prompt": "..."} a line, and a line back.', rich_help_panel="Prompt"
+        "--file",
+        help='Many prompts: {"prompt": "..."} a line; a line back as each ends.',
+        rich_help_panel="Prompt",
     ),
 ]
 TraceOption = Annotated[

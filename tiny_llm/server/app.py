@@ -29,10 +29,10 @@ from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
-from tiny_llm.server.settings import VERSION
 from tiny_llm.server.strict_json import StrictRoute
 from tiny_llm.server.text_bodies import CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
 from tiny_llm.server.texts import detokenize, generate, tokenize
+from tiny_llm.version import __version__
 
 METRICS_TIMEOUT_S = 5.0
 _LOG = logging.getLogger("tiny_llm.server")
@@ -42,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
     """The application without its guard, which goes around it."""
     app = FastAPI(
         title="tiny_llm",
-        version=VERSION,
+        version=__version__,
         description="OpenAI-compatible. A field that is not listed here is refused with its name.",
         redoc_url=None,
     )
@@ -74,7 +74,7 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/version")
     async def about() -> dict[str, str]:
-        return {"version": VERSION}
+        return {"version": __version__}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from tiny_llm.errors import ConfigError
 
-VERSION = "0.1.0"
-"""As pyproject.toml has it; a checkout need not be installed."""
 MAX_N = 32
 """Answers to one prompt."""
 MAX_PROMPTS = 64
