@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tiny_llm.config import ModelConfig
+from tiny_llm.config_families import FAMILIES
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.weights.names import SHORT_NAMES, config_of
@@ -30,7 +31,12 @@ PUBLISHED_BYTES = {
     "qwen3-14b": 29_536_614_400,
     "qwen3-32b": 65_524_246_528,
     "llama-3.3-70b": 141_107_412_992,
+    "mistral-7b": 14_496_047_104,
 }
+
+
+def test_every_built_in_family_has_a_short_name():
+    assert {row.facts["model_type"] for row in SHORT_NAMES.values()} == set(FAMILIES)
 
 
 def test_download_sizes_are_the_published_ones():

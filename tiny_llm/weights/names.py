@@ -102,6 +102,18 @@ _TINYLLAMA = _facts(
     eos_token_id=2,
 )
 
+_MISTRAL = _facts(
+    _COMMON,
+    model_type="mistral",
+    vocab_size=32768,
+    rms_norm_eps=1e-5,
+    rope_theta=1000000.0,
+    max_position_embeddings=32768,
+    sliding_window=None,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
 
 def _llama3_long(factor: float) -> Facts:
     """LLaMA 3.1 and later: the context stretched to 128K, and three ids that end an answer."""
@@ -191,6 +203,11 @@ SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
             "meta-llama/Llama-3.3-70B-Instruct",
             70_553_706_496,
             _facts(_llama3_long(8.0), _size(8192, 28672, 80, 64, 8)),
+        ),
+        "mistral-7b": ShortName(
+            "mistralai/Mistral-7B-Instruct-v0.3",
+            7_248_023_552,
+            _facts(_MISTRAL, _size(4096, 14336, 32, 32, 8)),
         ),
         "tinyllama-1.1b": ShortName(
             "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
