@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, cli
@@ -29,6 +30,15 @@ def test_a_plan_is_what_the_engine_then_has(backend: str, quantize: int | None) 
     assert llm.engine.settings.kv_blocks == 3 * -(-1000 // BLOCK_SIZE), "a last block may be part empty"
     assert abs(weight_bytes(llm._model) - plan.need.weights) <= 4 * llm.config.head_dim
     assert str(llm.engine.cache.format.dtype).endswith(plan.kv_dtype)
+
+
+def test_buffers_that_mlx_keeps_are_a_part_of_the_plan() -> None:
+    """0.54 GB that were there and in no plan."""
+    LLM("demo")
+    limit = mx.set_cache_limit(2**29)
+    assert plan_memory("demo", available=10**9).need.buffers == limit
+    need = plan_memory("demo", available=10**9).need
+    assert need.total == need.weights + need.kv + need.activations + limit
 
 
 def test_the_largest_is_the_last_that_fits() -> None:

@@ -24,7 +24,7 @@ from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.settings import BUFFER_POOL_BYTES, EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.kv.paged import PagedCache
@@ -33,9 +33,6 @@ from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
-
-BUFFER_POOL_BYTES = 2**29
-"""What MLX may keep of buffers that it has freed, to be used again."""
 
 
 class Event(NamedTuple):

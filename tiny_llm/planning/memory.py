@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts, Quantization
-from tiny_llm.engine.settings import BLOCK_SIZE
+from tiny_llm.engine.settings import BLOCK_SIZE, BUFFER_POOL_BYTES
 from tiny_llm.errors import RequestError
 from tiny_llm.models.footprint import (
     Training,
@@ -34,16 +34,20 @@ MAX_BATCH = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that serving ``batch`` sequences of ``context`` tokens takes."""
+    """Bytes that serving ``batch`` sequences of ``context`` tokens takes.
+
+    ``buffers`` are what MLX keeps of finished steps, beside what the next one takes.
+    """
 
     weights: int
     kv: int
     activations: int
+    buffers: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv + self.activations
+        return self.weights + self.kv + self.activations + self.buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Serving:
             weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
             blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes),
             activation_bytes(self.config, step, min(batch, scheduler.max_num_seqs)),
+            BUFFER_POOL_BYTES,
         )
 
 

@@ -33,6 +33,7 @@ def serving_parts(plan: MemoryPlan) -> list[Part]:
         Part("weights", need.weights),
         Part("keys and values", need.kv),
         Part("one step", need.activations),
+        Part("buffers between steps", need.buffers),
     ]
 
 
