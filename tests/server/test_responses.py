@@ -10,7 +10,8 @@ import pydantic
 import pytest
 
 from tiny_llm.data import MessageDelta, ToolCallDelta
-from tiny_llm.server.response_bodies import ResponseBody, chat_of
+from tiny_llm.server.response_bodies import ResponseBody
+from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
 
 if TYPE_CHECKING:

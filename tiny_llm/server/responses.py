@@ -19,7 +19,8 @@ from tiny_llm.server.answers import chat_logprobs, new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, named_event
 from tiny_llm.server.problems import Problem, problem_of
-from tiny_llm.server.response_bodies import ResponseBody, chat_of
+from tiny_llm.server.response_bodies import ResponseBody
+from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
 from tiny_llm.server.service import Service
 
