@@ -244,6 +244,18 @@ class Plan:
     preempted: list[tuple[int, bool]] = field(default_factory=list)
 
 
+class StepCosts(NamedTuple):
+    """What a step takes, in one unit of time: for itself, for each decode and each token of the decodes'
+    context, for each token of a chunk and each of the tokens before it.
+    """
+
+    step: float
+    decode: float
+    decode_context: float
+    chunk: float
+    chunk_context: float
+
+
 class Advance(NamedTuple):
     """How a sequence goes on after a step: new ``tokens``, perhaps its end, perhaps ``forks``.
 

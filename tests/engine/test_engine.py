@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, CapacityError, Completion, SamplingParams
-from tiny_llm.data import Batch, KVCache
+from tiny_llm.data import Batch, KVCache, Plan
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import BusyError
@@ -231,6 +231,23 @@ def test_min_tokens_counts_alike_whether_or_not_steps_run_ahead(llm: LLM) -> Non
         own = llm.with_engine(replace(SETTINGS, async_scheduling=ahead))
         lengths[ahead] = len(own.generate(ask, params)[0].token_ids)
     assert lengths == {True: 11, False: 11}, "ten tokens, and then the end"
+
+
+def test_a_guess_of_time_is_learnt_from_whole_steps_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the steps that run ahead holds a part of the second; the last one was computed before."""
+    engine = llm.with_engine(SETTINGS).engine
+    told: list[Plan] = []
+    monkeypatch.setattr(engine.scheduler.speed, "observe", lambda plan, ms: told.append(plan))
+    engine.add(prompt(llm, "What is decode?"), GREEDY)
+    drain(engine)
+    assert engine.totals.steps == 12, "a prompt's, and one for each token after the first"
+    assert [plan.decodes for plan in told] == [0] + [1] * 9, "all but the first and the last that ran ahead"
+
+
+def test_the_scheduler_knows_how_a_models_steps_compare(llm: LLM) -> None:
+    speed = llm.with_engine(SETTINGS).engine.scheduler.speed
+    lone, chunk = speed.decode_ms(1, 0), speed.chunk_ms(0, 1)
+    assert 1.2 * chunk < lone < 3 * chunk, "a token costs a step's weights, before anything is measured"
 
 
 def test_no_stop_string_ends_an_answer_before_min_tokens(llm: LLM) -> None:

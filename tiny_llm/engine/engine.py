@@ -28,6 +28,8 @@ from tiny_llm.engine.settings import BUFFER_POOL_BYTES, EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.cost import step_costs
+from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.sampling_params import SamplingParams
@@ -75,7 +77,8 @@ class Engine:
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
-        self.scheduler = Scheduler(settings.block_manager(), scheduler)
+        costs = step_costs(model.config, weight_bytes(model), format.token_bytes)
+        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs)
         mx.set_cache_limit(BUFFER_POOL_BYTES)
 
     def __len__(self) -> int:
@@ -147,6 +150,7 @@ class Engine:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
         clock = StepClock(self.totals, self._clock)
+        was_ahead = self._ahead is not None
         batch, self._ahead = self._ahead or self._launch_next(clock), None
         if batch is None:
             return events
@@ -155,9 +159,11 @@ class Engine:
             decisions = batch.decisions(clock.lap)
         except Exception as error:  # whatever it was, those who are not in this step must not pay for it
             return events + self._failed(batch.plan, error)
+        # The first of several that run ahead has a part of the next one in its time, the last one too little.
+        is_whole = was_ahead == (self._ahead is not None)
         events += self._commit(batch.plan, decisions)
         clock.lap("commit")
-        self._count(batch.plan, clock)
+        self._count(batch.plan, clock, is_whole)
         return events
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
@@ -243,10 +249,11 @@ class Engine:
             del self._requests[request.id]
         return request.completion(answer, reason, now)
 
-    def _count(self, plan: Plan, clock: StepClock) -> None:
-        """Tell those who keep figures how long a step took."""
+    def _count(self, plan: Plan, clock: StepClock, is_whole: bool) -> None:
+        """Tell those who keep figures how long a step took; a guess is learnt from whole ones only."""
         ms = clock.done(plan)
-        self.scheduler.speed.observe(plan, ms)
+        if is_whole:
+            self.scheduler.speed.observe(plan, ms)
         if self.trace is not None:
             now = self._clock()
             self.trace.step(plan, now - ms / 1e3, now)

@@ -9,6 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tiny_llm.config import ModelFacts
+from tiny_llm.data import StepCosts
+
+SLOW_PAIRS = 4
+"""How much longer an operation of attention may take than one of a large matrix product."""
 
 
 class Work(NamedTuple):
@@ -60,6 +64,25 @@ def step_of(
     return Step(
         Work(matrix_flops(config, sequences * tokens, sequences), weights),
         Work(sequences * attention_flops(config, start, tokens), sequences * (start + tokens) * kv_token),
+    )
+
+
+def step_costs(config: ModelFacts, weights: int, kv_token: int) -> StepCosts:
+    """How a step's parts compare before anything is measured, in bytes read: on the slow side, for safety.
+
+    How much arithmetic the machine does while it reads is not known, so a token is taken to cost as much as
+    reading all ``weights`` bytes: on no machine more, on a graphics card a hundredth of it. A pair of tokens
+    is to a token as their operations are, and in a chunk ``SLOW_PAIRS`` times that.
+    """
+    token = float(weights)
+    operation = token / matrix_flops(config, 1, 0)
+    pair = operation * attention_flops(config, 0, 1)
+    return StepCosts(
+        step=token,
+        decode=operation * matrix_flops(config, 1, 1),
+        decode_context=kv_token + pair,
+        chunk=token,
+        chunk_context=SLOW_PAIRS * pair,
     )
 
 

@@ -17,15 +17,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from math import inf
 
-from tiny_llm.data import Advance, EndReason, Output, Plan, PlanItem, Sequence
+from tiny_llm.data import Advance, EndReason, Output, Plan, PlanItem, Sequence, StepCosts
 from tiny_llm.errors import BusyError, CapacityError, RequestError
 from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
-from tiny_llm.scheduler.speed import StepTime, context_of
+from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime, context_of
 
 _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
-_LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time
+_LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
 _BEHIND_ALL: Rank = (inf, 0)
 _MOST_ROWS = 128  # of logits in a step, for a prompt whose own log-probabilities are wanted
 
@@ -54,6 +54,7 @@ class _Step:
         self.preempted: list[tuple[int, bool]] = []
         self.tokens = tokens
         self.ms = inf
+        self.least_ms = inf  # what the first chunk may take whatever is left
         self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = 0
 
     @property
@@ -65,13 +66,19 @@ class _Step:
 class Scheduler:
     """Decides step by step: ``expire``, ``schedule``, run the plan, ``commit``. For one thread.
 
-    ``speed.observe`` is to be told how long each step took. ``preempted`` counts by policy.
+    ``costs`` say how the parts of the model's steps compare, before any is measured; ``speed.observe`` is
+    to be told how long steps took. ``preempted`` counts by policy.
     """
 
-    def __init__(self, blocks: BlockManager, settings: SchedulerSettings | None = None) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        settings: SchedulerSettings | None = None,
+        costs: StepCosts | None = None,
+    ) -> None:
         self.blocks = blocks
         self.settings = settings or SchedulerSettings()
-        self.speed = StepTime()
+        self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
         self._entries: dict[int, _Entry] = {}
         self._running: RankedList[_Entry] = RankedList()
@@ -265,8 +272,11 @@ class Scheduler:
                 context += start
         if items:
             step.decodes, step.decode_context = len(items), context
-            step.tokens = min(step.tokens - len(items), 2 * self.speed.largest_chunk)
-            step.ms = _MARGIN * self.settings.max_step_ms - self.speed.decode_ms(len(items), context)
+            step.tokens -= len(items)
+            if behind or self.num_waiting:
+                alone, bound = self.speed.decode_ms(len(items), context), self.settings.max_step_ms
+                step.ms = _MARGIN * bound - alone
+                step.least_ms = max(bound, alone) / 2
         return behind
 
     def _chunk(self, step: _Step, entry: _Entry) -> None:
@@ -276,7 +286,8 @@ class Scheduler:
         seq, start = entry.seq, entry.seq.num_computed_tokens
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
-            within = max(within, _LEAST_CHUNK)
+            least = min(_LEAST_CHUNK, self.speed.tokens_within(step.least_ms, start))
+            within = max(within, least, 1)
         wanted = len(seq.tokens) - start
         # Once it has answered, its prompt's rows are known: it catches up like any other.
         scored = seq.params.prompt_logprobs is not None and len(seq.tokens) == seq.prompt_len

@@ -1,65 +1,108 @@
-"""Owns how long a step will take, learnt from the steps before. Reads no clock: times are told.
+"""Owns how long a step will take: guessed from the model's own work, corrected by the steps before.
 
 A step costs: so much for itself (the weights are read once), for each decode and each token of
-context it looks back on, for each token of a chunk and each of its context. The five costs
-are corrected after each step in proportion to what each had to do with it (normalised least mean
-squares; Widrow and Hoff 1960). Of three steps the middle one is believed, so that one hiccup
-changes nothing; being too slow is corrected sooner than too quick, to be on a bound's safe side.
+context it looks back on, for each token of a chunk and each of its context. How these five compare is
+given at the start, from the model's size; the first step says how fast the machine is. From then on each
+step corrects them by a Kalman filter over their logarithms (Kalman 1960): an error is laid on the costs
+that are doubted most and had most to do with it, and what has been measured often is doubted little.
+A guess is the mean and its deviation, so that first chunks are small. Reads no clock: times are told.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from math import inf, sqrt
+from collections.abc import Iterable
+from math import exp, inf, log, sqrt
+from operator import mul
 
-from tiny_llm.data import Plan
+from tiny_llm.data import Plan, StepCosts
 
-_TYPICAL = (1.0, 16.0, 16_384.0, 256.0, 131_072.0)  # brings the five quantities to one scale
-_UP, _DOWN = 0.5, 0.2  # how much of an error is corrected at once
+UNKNOWN_MODEL = StepCosts(step=1.0, decode=1.0, decode_context=1e-5, chunk=1.0, chunk_context=5e-4)
+"""How costs compare where no model says it: a token takes no longer than the step that it is in."""
+_NOISE = 0.1  # of a step's time is chance
+_DRIFT, _CHANGE = 0.01, 0.3  # of a cost may change from step to step; and where a step is far from its guess
+_FAR = 3.0  # deviations
+_ENOUGH = 16  # steps of decodes alone in a row, after which one in so many is looked at
+_INSTANT = 1e-3  # milliseconds: the least that a clock is believed
+_MOST = log(2.0)  # of a change that one step is believed: it may be a hiccup, else the next will say the same
+# How far off the costs may be at the start, as covariances of their logarithms: each by itself, and the two
+# of a chunk together, as one arithmetic does both.
+_OWN, _TOGETHER = 1.25, 1.0
+_UNSURE = {(i, i): _OWN for i in range(5)} | {(3, 4): _TOGETHER, (4, 3): _TOGETHER}
 
 
 class StepTime:
-    """Milliseconds of a step, in five costs. ``largest_chunk`` is the most chunk tokens a step has had."""
+    """Milliseconds of a step, in five costs. ``costs`` are the guess before the first step, in any unit."""
 
-    def __init__(self) -> None:
-        self.largest_chunk = 16
-        self._costs = [0.0] * len(_TYPICAL)  # ms for the typical amount of each
-        self._ratios: deque[float] = deque((1.0, 1.0, 1.0), maxlen=3)  # taken / expected, of the last steps
+    def __init__(self, costs: StepCosts = UNKNOWN_MODEL) -> None:
+        self._is_measured = False
+        self._without_chunk = 0  # steps since the last one with a chunk
+        self._costs = list(costs)
+        self._doubts = [[_UNSURE.get((i, j), 0.0) for i in range(5)] for j in range(5)]  # covariances
 
     def observe(self, plan: Plan, ms: float) -> None:
         """A step took ``ms``."""
-        amounts = _amounts(plan)
-        expected = sum(c * a for c, a in zip(self._costs, amounts, strict=True))
-        if expected:
-            self._ratios.append(ms / expected)
-            error = expected * (sorted(self._ratios)[1] - 1)
-            error *= _UP if error > 0 else _DOWN
-        else:
-            error = ms
-        share = error / sum(a * a for a in amounts)
-        self._costs = [max(0.0, c + share * a) for c, a in zip(self._costs, amounts, strict=True)]
-        self.largest_chunk = max(self.largest_chunk, plan.chunk_tokens)
+        work = (1.0, plan.decodes, plan.decode_context, plan.chunk_tokens, plan.chunk_context)
+        parts = list(map(mul, self._costs, work))
+        expected = sum(parts)
+        if not self._is_measured:
+            self._is_measured = True
+            self._costs = [cost * max(ms, _INSTANT) / expected for cost in self._costs]
+            return
+        error = log(max(ms, _INSTANT) / expected)
+        self._without_chunk = 0 if plan.chunk_tokens else self._without_chunk + 1
+        # Steps of decodes alone come by the thousand and say the same, and the filter takes its time.
+        tells_nothing = self._without_chunk > _ENOUGH and abs(error) < _NOISE
+        if tells_nothing and self._without_chunk % _ENOUGH:
+            return
+        self._correct([part / expected for part in parts], error)
+
+    def _correct(self, shares: list[float], error: float) -> None:
+        """The logarithm of a step's time was off by ``error``; each cost had its share in the guess."""
+        blame = [_dot(row, shares) for row in self._doubts]
+        variance = _dot(blame, shares) + _NOISE**2
+        gain = min(1.0, _MOST / max(abs(error), _MOST)) / variance
+        changes = [max(-_MOST, min(_MOST, gain * error * part)) for part in blame]
+        self._costs = [cost * exp(change) for cost, change in zip(self._costs, changes, strict=True)]
+        for row, part in zip(self._doubts, blame, strict=True):  # what was measured is doubted less
+            weight = gain * part
+            row[:] = [doubt - weight * other for doubt, other in zip(row, blame, strict=True)]
+        self._drift(shares, _CHANGE if abs(error) > _FAR * sqrt(variance) else _DRIFT)
+
+    def _drift(self, shares: list[float], change: float) -> None:
+        """What a step had to do with may have changed by about ``change`` since: doubt it so much more."""
+        doubts = self._doubts
+        live = [share > 0 and doubts[i][i] < _OWN for i, share in enumerate(shares)]
+        for (i, j), unsure in _UNSURE.items():
+            if live[i] and live[j]:
+                doubts[i][j] += change * change * unsure
 
     def decode_ms(self, decodes: int, context: int) -> float:
         """A step of ``decodes`` sequences with ``context`` tokens before them, and nothing else."""
-        base, row, look, _, _ = self._each()
-        return base + row * decodes + look * context
+        work = (1.0, decodes, context, 0.0, 0.0)
+        return _dot(self._costs, work) + self._deviation(work)
 
     def chunk_ms(self, start: int, tokens: int) -> float:
         """What ``tokens`` tokens from position ``start`` on add to a step."""
-        _, _, _, token, look = self._each()
+        token, look = self._of_chunk(start)
         return token * tokens + look * context_of(start, tokens)
 
     def tokens_within(self, ms: float, start: int) -> float:
-        """How many tokens from position ``start`` on add ``ms`` to a step; infinity if that is not known."""
-        _, _, _, token, look = self._each()
+        """How many tokens from position ``start`` on add ``ms`` to a step."""
+        if ms == inf:
+            return inf
+        token, look = self._of_chunk(start)
         ms = max(0.0, ms)
         linear = token + look * start  # linear * n + look * n * n / 2 = ms, solved without cancelling
-        slope = linear + sqrt(linear * linear + 2 * look * ms)
-        return 2 * ms / slope if 0 < slope < inf else inf
+        return 2 * ms / (linear + sqrt(linear * linear + 2 * look * ms))
 
-    def _each(self) -> list[float]:
-        return [cost / typical for cost, typical in zip(self._costs, _TYPICAL, strict=True)]
+    def _of_chunk(self, start: int) -> tuple[float, float]:
+        """The costs of a chunk's token from ``start`` on, and of each of its context: rather too high."""
+        return self._costs[3] + self._deviation((0.0, 0.0, 0.0, 1.0, start)), self._costs[4]
+
+    def _deviation(self, work: tuple[float, ...]) -> float:
+        """The standard deviation of a guess."""
+        parts = list(map(mul, self._costs, work))
+        return sqrt(max(0.0, _dot([_dot(row, parts) for row in self._doubts], parts)))
 
 
 def context_of(start: int, tokens: int) -> int:
@@ -67,6 +110,5 @@ def context_of(start: int, tokens: int) -> int:
     return tokens * start + tokens * (tokens - 1) // 2
 
 
-def _amounts(plan: Plan) -> list[float]:
-    work = (1, plan.decodes, plan.decode_context, plan.chunk_tokens, plan.chunk_context)
-    return [amount / typical for amount, typical in zip(work, _TYPICAL, strict=True)]
+def _dot(a: Iterable[float], b: Iterable[float]) -> float:
+    return sum(map(mul, a, b), 0.0)
