@@ -310,3 +310,33 @@ def test_a_step_that_cannot_be_planned_ahead_leaves_no_copy_for_another_plan() -
     assert scheduler.blocks.available == 1
     assert scheduler.follow(Plan(held, 5, [], [], [], decodes=3), ()) is None
     assert not any(scheduler.blocks.drain()) and scheduler.blocks.available == 1
+
+
+def test_steps_are_prepared_ahead_while_somebody_waits_for_memory_that_is_not_there() -> None:
+    """None of 50 was: whoever waited might have been admitted, were there memory."""
+    scheduler = make(blocks=50)
+    for number in range(2):
+        scheduler.add(request(number, length=8, most=80))
+    scheduler.add(request(2, length=180, most=4))
+    step(scheduler)
+    plan, ahead = scheduler.schedule(), 0
+    for _ in range(50):
+        following = scheduler.follow(plan, ())
+        ahead += following is not None
+        scheduler.commit(plan, [Advance(item.seq_id, (1,)) for item in plan.items])
+        plan = following or scheduler.schedule()
+        assert scheduler.num_waiting == 1 and plan.decodes == 2
+    assert ahead == 50, f"{ahead} of 50 steps were prepared ahead"
+    scheduler.cancel(0)
+    scheduler.cancel(1)
+    assert shape(step(scheduler)) == [(2, 180, 1)], "and it starts as soon as there is room"
+
+
+def test_no_step_is_prepared_ahead_of_somebody_who_might_start() -> None:
+    scheduler = make(blocks=50)
+    scheduler.add(request(0))
+    step(scheduler)
+    plan = scheduler.schedule()
+    assert scheduler.follow(plan, ()) is not None
+    scheduler.add(request(1))
+    assert scheduler.follow(plan, ()) is None

@@ -157,8 +157,7 @@ class Scheduler:
         Every sequence of ``plan`` goes on with the token that it is drawing now, but for those ``leaving``.
         One that turns out to have ended is passed over by ``commit``.
         """
-        admits = self.num_waiting and self.num_running < self.settings.max_num_seqs
-        if plan.decodes != self.num_running or plan.chunk_tokens or admits:
+        if plan.decodes != self.num_running or plan.chunk_tokens or self._may_admit():
             return None
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         growing: list[tuple[BlockTable, int]] = []
@@ -311,6 +310,13 @@ class Scheduler:
             if first is None or first[0] > before or not self._start(first[1]):
                 return
             self._chunk(step, first[1])
+
+    def _may_admit(self) -> bool:
+        """Whether the first of those that wait might start now: there is a place, and perhaps the memory."""
+        first = self._waiting.first()
+        if first is None or self.num_running >= self.settings.max_num_seqs:
+            return False
+        return self.blocks.available > first[1].blocked_at
 
     def _start(self, entry: _Entry) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
