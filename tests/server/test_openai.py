@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,13 @@ ON = {**GREEDY, "extra_body": {"ignore_eos": True}}
 def alone(running: Running) -> LLM:
     """The same model, asked without a server."""
     return LLM("demo")
+
+
+@pytest.fixture
+def lax(running: Running) -> Iterator[openai.OpenAI]:
+    """It takes what the strict one minds: a finish_reason of null, a first token without log-probability."""
+    with running.openai(strict=False) as one:
+        yield one
 
 
 def text_of(stream: openai.Stream) -> str:
@@ -78,7 +86,7 @@ def test_completions_go_on_with_a_text_or_with_ids(client: openai.OpenAI, alone:
     assert short.usage is not None and short.usage.completion_tokens == 16, "OpenAI's default"
 
 
-def test_many_prompts_and_answers_are_in_order(running: Running, client: openai.OpenAI) -> None:
+def test_many_prompts_and_answers_are_in_order(lax: openai.OpenAI, client: openai.OpenAI) -> None:
     prompts = ["One two", "Three four", "Five six"]
     got = client.completions.create(prompt=prompts, n=2, max_tokens=8, seed=5, model="demo")
     assert [choice.index for choice in got.choices] == list(range(6))
@@ -86,7 +94,6 @@ def test_many_prompts_and_answers_are_in_order(running: Running, client: openai.
     assert [c.text for c in got.choices] == [c.text for one in alone for c in one.choices]
     assert got.usage is not None
     assert got.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone if one.usage)
-    lax = running.openai(strict=False)  # the strict one takes no finish_reason of null
     stream = lax.completions.create(
         prompt=prompts, n=2, max_tokens=8, seed=5, model="demo", stream=True, extra_body={"echo": True}
     )
@@ -107,14 +114,13 @@ def test_a_seed_repeats_and_n_differs(client: openai.OpenAI) -> None:
     assert negative.choices[0].message.content
 
 
-def test_echo_and_stop(running: Running, client: openai.OpenAI) -> None:
+def test_echo_and_stop(lax: openai.OpenAI, client: openai.OpenAI) -> None:
     whole = client.completions.create(prompt=PROMPT, max_tokens=40, echo=True, **ON)
     assert whole.choices[0].text.startswith(PROMPT)
     answer = whole.choices[0].text.removeprefix(PROMPT)
     stop = answer[6:9]
     cut = client.completions.create(prompt=PROMPT, max_tokens=40, stop=stop, **ON)
     assert cut.choices[0].text == answer[: answer.index(stop)] and cut.choices[0].finish_reason == "stop"
-    lax = running.openai(strict=False)
     stream = lax.completions.create(prompt=PROMPT, max_tokens=40, stop=[stop], stream=True, **ON)
     assert "".join(chunk.choices[0].text for chunk in stream) == cut.choices[0].text, "no part of it leaks"
 
@@ -166,9 +172,10 @@ def test_completion_logprobs_have_offsets(client: openai.OpenAI) -> None:
     assert told.text_offset[1] == len(told.tokens[0])
 
 
-def test_an_echo_tells_how_likely_the_prompt_was(running: Running, client: openai.OpenAI, alone: LLM) -> None:
+def test_an_echo_tells_how_likely_the_prompt_was(
+    lax: openai.OpenAI, client: openai.OpenAI, alone: LLM
+) -> None:
     ids = alone.tokenizer.encode(PROMPT * 9)  # of several chunks and blocks
-    lax = running.openai(strict=False)  # the first token has no log-probability, which the strict one minds
     asked = {"prompt": ids, "max_tokens": 3, "logprobs": 2, "echo": True, **ON}
     got = lax.completions.create(**asked).choices[0]
     told = got.logprobs
