@@ -115,7 +115,7 @@ BAD_ARGUMENTS: list[tuple[list[str], str]] = [
     (["--temperature", "hot"], "--temperature"),
     (["--max-tokens", "-1"], "max_tokens is -1"),
     (["--max-tokens", "0"], "max_tokens is 0"),
-    (["--top-p", "0"], "top_p is 0"),
+    (["--top-p", "-0.1"], "top_p is -0.1"),
     (["--top-k", "-1"], "top_k is -1"),
     (["--min-p", "inf"], "min_p is inf"),
     (["--seed", "-1"], "seed is -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -54,3 +55,11 @@ def test_a_bias_that_the_caller_changes_later_is_not_taken_over() -> None:
     params = SamplingParams(logit_bias=own)
     own[10**9] = 1.0
     assert params.logit_bias == {3: 1.0}
+
+
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_a_top_p_of_zero_is_greedy(zero: float) -> None:
+    """OpenAI's API allows it; no token is as likely as none of the mass, so the likeliest is taken."""
+    params = SamplingParams(temperature=1.5, top_p=zero, top_k=7)
+    assert params.temperature == 0
+    assert replace(params, max_tokens=5).temperature == 0

@@ -85,7 +85,8 @@ def _option(default: object, help: str, kind: type[Any], expected: str, **more: 
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    ``temperature`` 0 is greedy, and so is ``top_p`` 0: it makes the temperature 0. ``top_k`` 0, ``top_p`` 1
+    and ``min_p`` 0 are off.
     ``seed`` makes a sampled answer repeat exactly; None draws a fresh one.
     ``logprobs`` n reports the chosen token's log-probability and the n likeliest, ``prompt_logprobs``
     those of the prompt's tokens, which are all computed then. ``n`` answers are drawn for one prompt.
@@ -119,10 +120,10 @@ class SamplingParams:
     )
     top_p: float = _option(
         1.0,
-        "Draw from the fewest tokens that make up P of the mass.",
+        "Draw from the fewest tokens that make up P of the mass; 0 always takes the likeliest.",
         float,
-        "above 0 and at most 1",
-        gt=0,
+        "a number from 0 (greedy) to 1",
+        ge=0,
         le=1,
     )
     min_p: float = _option(
@@ -190,6 +191,8 @@ class SamplingParams:
         for name, option in OPTIONS.items():
             given = getattr(self, name)
             _require(option.allows(given), name, given, option.expected)
+        if self.top_p == 0:
+            object.__setattr__(self, "temperature", 0.0)
         _require(all(callable(f) for f in self.processors), "processors", self.processors, "callables")
         made = self.constraint is None or callable(self.constraint)
         _require(made, "constraint", self.constraint, "a callable")

@@ -43,7 +43,7 @@ NO_JSON: list[bytes] = [
 
 WRONG_FIELDS: list[tuple[str, object]] = [
     *[("temperature", bad) for bad in (-0.1, 101, "1", True, [1], {})],
-    *[("top_p", bad) for bad in (0, -1, 1.1, "0.5", False)],
+    *[("top_p", bad) for bad in (-0.1, -1, 1.1, "0.5", False)],
     *[("top_k", bad) for bad in (-2, 1.5, "5", 2**40)],
     *[("min_p", bad) for bad in (-0.1, 1.1, "x")],
     *[("n", bad) for bad in (0, -1, 33, 10**9, 1.5, "2", True)],
