@@ -174,7 +174,8 @@ def test_what_can_never_fit_is_refused_with_the_numbers(llm: LLM) -> None:
 
 
 def test_a_full_queue_refuses(llm: LLM) -> None:
-    engine = llm.with_engine(EngineSettings(64, scheduler=SchedulerSettings(max_queued_requests=2))).engine
+    few = SchedulerSettings(max_num_seqs=1, max_queued_requests=1)
+    engine = llm.with_engine(EngineSettings(64, scheduler=few)).engine
     for _ in range(2):
         engine.add(prompt(llm, "What is prefill?"), GREEDY)
     with pytest.raises(BusyError):

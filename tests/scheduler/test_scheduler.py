@@ -69,14 +69,26 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_a_full_queue_and_a_wild_priority_are_refused() -> None:
-    scheduler = make(max_queued_requests=1)
+    scheduler = make(max_num_seqs=1, max_queued_requests=1)
     with pytest.raises(RequestError, match="priority is 101, but must be from -100 to 100"):
         scheduler.add(request(0, priority=101))
     scheduler.add(request(0))
-    with pytest.raises(BusyError, match="1 requests are waiting"):
-        scheduler.add(request(1))
-    step(scheduler)
     scheduler.add(request(1))
+    with pytest.raises(BusyError, match="2 requests are waiting"):
+        scheduler.add(request(2))
+    step(scheduler)
+    with pytest.raises(BusyError, match="1 requests are waiting"):
+        scheduler.add(request(2))
+
+
+def test_without_a_queue_all_slots_are_filled_before_anybody_is_refused() -> None:
+    scheduler = make(max_num_seqs=3, max_queued_requests=0)
+    for number in range(3):
+        scheduler.add(request(number))
+    with pytest.raises(BusyError):
+        scheduler.add(request(3))
+    step(scheduler)
+    assert scheduler.num_running == 3
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ class Traffic(RuleBasedStateMachine):
             assert not fits
             self.seen["refused"] += 1
         except BusyError:
-            assert self.scheduler.num_waiting >= self.settings.max_queued_requests
+            free = self.settings.max_num_seqs - self.scheduler.num_running
+            assert self.scheduler.num_waiting >= self.settings.max_queued_requests + max(0, free)
             self.seen["busy"] += 1
         else:
             assert fits

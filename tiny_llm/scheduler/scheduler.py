@@ -253,7 +253,8 @@ class Scheduler:
                 f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.max_blocks}: "
                 "shorten the prompt, lower max_tokens, or give more memory with --kv-memory."
             )
-        if self.num_waiting >= self.settings.max_queued_requests:
+        free_slots = max(0, self.settings.max_num_seqs - self.num_running)
+        if self.num_waiting >= self.settings.max_queued_requests + free_slots:
             raise BusyError(f"{self.num_waiting} requests are waiting, which is the most; try again later.")
 
     def _decode(self, step: _Step) -> list[_Entry]:

@@ -19,7 +19,8 @@ class SchedulerSettings:
     A step has at most ``max_num_batched_tokens`` tokens, of at most ``max_num_seqs`` sequences. While
     sequences decode, chunks of prompts are sized for the step to take ``max_step_ms``. Where the decodes
     alone take as long, prompts still move on, by up to 8 tokens a step, or as few as add half of that time.
-    At most ``max_queued_requests`` new requests wait, each at most ``max_wait_s`` seconds.
+    Beyond those that free slots are enough for, at most ``max_queued_requests`` new requests wait; each
+    waits at most ``max_wait_s`` seconds.
     One level of priority is worth ``ageing_s`` seconds of waiting. ``preemption`` says how a
     sequence makes room for others; "auto" takes the cheaper way, given what a block's way
     to the host and back takes (``swap_ms_per_block``; None: the engine measures it).
