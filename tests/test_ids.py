@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from tiny_llm.data import Batch, KVCache
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError
 from tiny_llm.ops import backend
@@ -225,3 +227,17 @@ def test_a_mask_of_another_size_is_its_requests_fault(demo: Path) -> None:
     ended = dict(llm.answers(requests))
     assert "expected 2048 bytes, got b'11111'" in str(ended[0].error)
     assert (ended[1].error, len(ended[1].token_ids)) == (None, 4)
+
+
+def test_a_model_with_more_logits_than_tokens_ends_its_requests(demo: Path) -> None:
+    """A plug-in's, whose head has rows that its embedding lacks: what was drawn would be looked up there."""
+    llm = LLM(demo)
+    model = llm.engine.runner.model
+
+    def wide(batch: Batch, kv: KVCache) -> mx.array:
+        return mx.pad(model(batch, kv), [(0, 0), (0, 2**20)], constant_values=100)
+
+    wide.config = model.config  # type: ignore[attr-defined]
+    llm.engine.runner.model = wide  # type: ignore[assignment]
+    (completion,) = llm.generate("Hello", SamplingParams(max_tokens=4))
+    assert "the model gave logits (1, 1050624), expected (1, 2048)" in str(completion.error)

@@ -60,12 +60,18 @@ class Runner:
         """Logits [R, V] for the plan's rows, lazily. Its keys and values are kept as they are computed.
 
         ``drawn`` are the tokens that the step before is drawing, if the plan goes on with them.
+
+        Raises ValueError for logits of another shape, which a plug-in's model may give: a token that is
+        drawn from them would be an index that nobody checks.
         """
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self.cache.prepare(plan)
         lap("build")
         logits = self.model(batch, self.cache)
         lap("forward")
+        expected = batch.logit_rows.size, self.model.config.vocab_size
+        if logits.shape != expected:
+            raise ValueError(f"the model gave logits {logits.shape}, expected {expected}")
         return logits
 
     def swap_ms(self) -> float:
