@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
+from tiny_llm.decoding.chat_prompt import ChatPrompts
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
@@ -84,6 +85,7 @@ class LLM:
         if isinstance(model, (str, Path)):
             model = FolderCheckpoint(resolve(str(model), offline=offline))
         self.tokenizer = model.tokenizer
+        self._chat_prompts = ChatPrompts(self.tokenizer)
         with use(self.backend):
             loaded = load_model(
                 model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
@@ -290,15 +292,20 @@ class LLM:
         return with_messages(self.stream(prompt, held), form.parser)
 
     def chat_prompt(
-        self, messages: str | Sequence[Message], *, tools: Sequence[Mapping[str, object]] | None = None
+        self,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        **variables: object,
     ) -> list[int]:
         """The token ids that a conversation becomes under the model's chat template.
 
-        Raises ConfigError if the model has no template, RequestError if it refuses the messages.
+        ``variables`` are the template's own (``enable_thinking`` ...). Raises ConfigError if the model has no
+        template, RequestError if it refuses the messages or leaves a part of them out.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.tokenizer.render_chat(messages, tools=tools)
+        text = self._chat_prompts.text(messages, tools=tools, **variables)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[list[int], SamplingParams]:

@@ -21,7 +21,8 @@ def _text(value: object) -> object:
             raise ValueError(f"[{number}] is of type {str(kind)[:40]!r}, but only text is supported")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"[{number}].text must be a string")
-        if unknown := part.keys() - {"type", "text", "annotations", "logprobs"}:
+        given = {name for name, value in part.items() if value is not None}
+        if unknown := given - {"type", "text", "annotations", "logprobs", "parsed"}:
             raise ValueError(f"[{number}].{min(unknown)} is not supported")
     return "\n".join(part["text"] for part in value)
 
@@ -42,12 +43,19 @@ _TEXT_SCHEMA: Mapping[str, Any] = {
 }
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(dict(_TEXT_SCHEMA))]
 
+Untold = Annotated[Any, Field(exclude=True)]
+"""What is taken from clients that send back what they were sent, and is not for the template."""
+
 
 class CalledFunction(Body):
-    """A function that the model called: ``arguments`` is JSON in a string."""
+    """A function that the model called: ``arguments`` is JSON in a string, which may be cut short.
+
+    ``parsed_arguments`` is what clients make of it, and send back; the same is said once.
+    """
 
     name: Name
-    arguments: str
+    arguments: str = ""
+    parsed_arguments: Untold = None
 
 
 class PastToolCall(Body):
@@ -56,11 +64,15 @@ class PastToolCall(Body):
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None  # some clients send back what they streamed
+    index: Untold = None  # some clients send back what they streamed
 
 
 class Message(Body):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    ``parsed`` is what clients make of an answer's content, and send back. Of other servers' ``annotations``
+    no model is told.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
@@ -69,8 +81,10 @@ class Message(Body):
         default_factory=list
     )
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    refusal: str | None = None
+    refusal: Annotated[str | None, Field(exclude=True)] = None
     reasoning_content: str | None = None
+    parsed: Untold = None
+    annotations: Untold = None
 
 
 Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=caps.MAX_MESSAGES)]

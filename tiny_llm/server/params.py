@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic_core import from_json
-
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
 from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling
-from tiny_llm.server.chat_bodies import Message, PastToolCall, TemplateArguments
+from tiny_llm.server.chat_bodies import Message, TemplateArguments
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS
@@ -107,11 +105,10 @@ def chat_ids(
     """A conversation as the ids of the model's template."""
     given = {name: value for name, value in arguments.model_dump().items() if value is not None}
     try:
-        text = llm.tokenizer.render_chat([_plain(m) for m in messages], tools=tools, **given)
-        ids, _ = llm.check(llm.tokenizer.encode(text, add_special_tokens=False))
+        ids, _ = llm.check(llm.chat_prompt([_plain(m) for m in messages], tools=tools, **given))
         return ids
     except RequestError as error:
-        raise _about("messages", error) from error
+        raise _about(error.param or "messages", error) from error
 
 
 def _about(name: str, error: RequestError) -> Problem:
@@ -120,23 +117,12 @@ def _about(name: str, error: RequestError) -> Problem:
 
 
 def _plain(message: Message) -> dict[str, object]:
-    """A message as templates take it; the developer is the system's new name."""
-    plain = message.model_dump(exclude_none=True, exclude_defaults=True, exclude={"refusal"})
+    """A message as templates take it; the developer is the system's new name, a refusal is what was said."""
+    plain = message.model_dump(exclude_none=True, exclude_defaults=True)
     if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+        plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
     role = "system" if message.role == "developer" else message.role
-    return {**plain, "role": role, "content": message.content or ""}
-
-
-def _plain_call(call: PastToolCall) -> dict[str, object]:
-    """A call with its arguments as an object: templates write JSON themselves."""
-    try:
-        arguments = from_json(call.function.arguments, allow_inf_nan=False)
-    except ValueError as error:
-        what = f"The arguments of the call {call.id[:80]!r} are not valid JSON: {error}."
-        raise Problem(400, what, code="invalid_value", param="messages") from error
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    return {**plain, "role": role, "content": message.content or message.refusal or ""}
 
 
 def _room(llm: LLM, prompt: int) -> int:

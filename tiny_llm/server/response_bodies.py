@@ -39,7 +39,8 @@ class Called(Body):
     status: ItemStatus | None = None
     call_id: ItemId
     name: Name
-    arguments: str
+    arguments: str = ""
+    parsed_arguments: Any = None  # what clients make of them, and send back
 
 
 class Returned(Body):
