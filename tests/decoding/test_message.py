@@ -9,6 +9,7 @@ import pytest
 
 from tiny_llm.data import AssistantMessage, Chunk, Completion, Timing
 from tiny_llm.decoding.message import MessageParser, message_of, with_messages
+from tiny_llm.decoding.reasoning import opens_thinking
 from tiny_llm.decoding.tool_parser import ToolFormat, ToolParser, tool_format_of
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [1, {}]}}\n</tool_call>'
@@ -84,6 +85,40 @@ def test_any_split_of_any_text_gives_the_same_message(tool_format: ToolFormat | 
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(8)))
         pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert shown(read(tool_format, pieces)) == shown(read(tool_format, [text])), pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning"),
+    [
+        ("I add.\n</think>\n\n4", "4", "I add.\n"),
+        ("\nI add.</think>4", "4", "I add."),
+        ("I never end", "", "I never end"),
+        ("</think>4", "4", None),
+        (f"Which? {TWO}</think>4", "4", f"Which? {TWO}"),
+    ],
+)
+def test_a_thought_that_the_prompt_has_opened_is_reasoning(
+    text: str, content: str, reasoning: str | None
+) -> None:
+    for size in (1, 2, 3, len(text)):
+        parser = MessageParser(ToolParser("hermes"), thinking=True)
+        deltas = [delta for piece in cut(text, size) for delta in parser.push(piece)]
+        message = message_of(deltas + parser.finish())
+        assert shown(message) == (content, reasoning, []), f"in pieces of {size}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("<|assistant|>", False),
+        ("<|assistant|><think>\n", True),
+        ("<|assistant|><think>", True),
+        ("<|assistant|><think>\n\n</think>\n\n", False),
+        ("What does <think> mean?<|assistant|>", False),
+    ],
+)
+def test_a_prompt_tells_whether_it_opens_a_thought(prompt: str, opened: bool) -> None:
+    assert opens_thinking(prompt) == opened
 
 
 @pytest.mark.parametrize("size", [1, 3, len(BARE)])

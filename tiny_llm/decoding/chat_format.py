@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiny_llm.decoding.grammar import Grammar, lark_grammar
 from tiny_llm.decoding.message import MessageParser
+from tiny_llm.decoding.reasoning import opens_thinking
 from tiny_llm.decoding.tool_grammar import calls_grammar
 from tiny_llm.decoding.tool_parser import CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError
@@ -22,19 +23,24 @@ ToolSpec: TypeAlias = Mapping[str, Any]
 ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Mapping[str, Any]
 """Whether to call; {"type": "function", "function": {"name": ...}} demands a call of that one."""
 
+_LONGEST_OPENING = 16
+"""Tokens: a tag in pieces of a character, and the newlines after it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
     """How a chat's answers are held and read.
 
     ``tools`` are those that the template shows, None where no call may be made; ``tool_format`` is how this
-    model writes a call. ``grammar`` is what the answer must match.
+    model writes a call. ``grammar`` is what the answer must match. ``thinking``: answers begin with a thought
+    that the prompt has opened.
     """
 
     tools: Sequence[ToolSpec] | None
     tool_format: ToolFormat
     parallel_tool_calls: bool = True
     grammar: Grammar | None = None
+    thinking: bool = False
 
     @classmethod
     def of(
@@ -64,6 +70,14 @@ class ChatFormat:
         offered = tools if functions and tool_choice != "none" else None
         return cls(offered, tool_format, parallel_tool_calls, grammar)
 
+    def after(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> ChatFormat:
+        """The format of answers to that prompt.
+
+        One that a grammar holds from its first token on says no thought.
+        """
+        end = tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special_tokens=False)
+        return replace(self, thinking=self.grammar is None and opens_thinking(end))
+
     def params(self, params: SamplingParams) -> SamplingParams:
         """``params`` for such answers: where one call is wanted, its end is the answer's."""
         if not self.tools or self.parallel_tool_calls or self.tool_format != "hermes":
@@ -73,8 +87,9 @@ class ChatFormat:
     def parser(self) -> MessageParser:
         """What reads one answer."""
         if not self.tools:
-            return MessageParser()
-        return MessageParser(ToolParser(self.tool_format, parallel=self.parallel_tool_calls))
+            return MessageParser(thinking=self.thinking)
+        tools = ToolParser(self.tool_format, parallel=self.parallel_tool_calls)
+        return MessageParser(tools, thinking=self.thinking)
 
 
 def _function(tool: object, number: int) -> Mapping[str, Any]:

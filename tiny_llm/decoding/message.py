@@ -15,11 +15,12 @@ from tiny_llm.decoding.tool_parser import ToolParser
 class MessageParser:
     """One answer's text, in any pieces, to deltas of its message.
 
-    ``tools`` None: none were offered, and whatever looks like a call is text.
+    ``tools`` None: none were offered, and whatever looks like a call is text. ``thinking``: the prompt has
+    opened a thought.
     """
 
-    def __init__(self, tools: ToolParser | None = None) -> None:
-        self._reasoning = ReasoningParser()
+    def __init__(self, tools: ToolParser | None = None, *, thinking: bool = False) -> None:
+        self._reasoning = ReasoningParser(opened=thinking)
         self._tools = tools
 
     @property

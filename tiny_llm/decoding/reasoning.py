@@ -1,6 +1,7 @@
 """Owns what a model thinks: told from what it says, as its text streams.
 
-Thoughts stand between ``<think>`` tags at an answer's beginning. Knows no calls and no message.
+Thoughts stand between ``<think>`` tags at an answer's beginning; many templates open them in
+the prompt. Knows no calls and no message.
 """
 
 from __future__ import annotations
@@ -20,15 +21,20 @@ class Split(NamedTuple):
     content: str
 
 
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends in an opened tag, so that the answer begins with a thought."""
+    return prompt.rstrip().endswith(THINK)
+
+
 class ReasoningParser:
     """One answer's text, in any pieces, to reasoning and content.
 
     What may still become a tag is held back. Of the newlines that belong to the tags (one after the first,
-    all after the second) nothing is told, nor of spaces before a tag.
+    all after the second) nothing is told, nor of spaces before a tag. ``opened``: the prompt ends in a tag.
     """
 
-    def __init__(self) -> None:
-        self._state: _State = "before"
+    def __init__(self, *, opened: bool = False) -> None:
+        self._state: _State = "opened" if opened else "before"
         self._held = ""
 
     @property

@@ -289,7 +289,7 @@ class LLM:
         held = form.params(SamplingParams() if params is None else params)
         if form.grammar is not None:
             held = self.grammars.constrain(held, form.grammar)
-        return with_messages(self.stream(prompt, held), form.parser)
+        return with_messages(self.stream(prompt, held), form.after(self.tokenizer, prompt).parser)
 
     def chat_prompt(
         self,

@@ -54,7 +54,9 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
-    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
+    return form.after(llm.tokenizer, prompts[0]), job_of(
+        body, prompts, form.params(params), key_salt, form.grammar
+    )
 
 
 class ChatWriter(ResponseWriter):
