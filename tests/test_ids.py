@@ -63,12 +63,12 @@ llm = LLM(folder)
 refused = ConfigError, RequestError
 
 def answer(prompt, model=llm, **options):
-    (completion,) = model.generate([prompt], SamplingParams(max_tokens=3, **options))
+    (completion,) = model.generate([prompt], SamplingParams(max_tokens=2, **options))
     assert completion.error is None and all(0 <= i < VOCAB for i in completion.token_ids), completion
 
 def own_end(where):
     def load(ids):
-        if len(ids) > 1:
+        if ids not in ([-1], [VOCAB - 1], [VOCAB], [10**9], [2**63]):
             return  # a folder takes longer to load than all the rest
         (folder / "config.json").write_text(config)
         (folder / "generation_config.json").write_text(generation)
