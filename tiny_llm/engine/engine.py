@@ -22,19 +22,27 @@ from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
+from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory
+from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
-from tiny_llm.engine.settings import BUFFER_POOL_BYTES, EngineSettings
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.cost import step_costs
+from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+_NO_MEMORY = (
+    "There is no memory left for this request's keys and values: the pool cannot grow beyond {} blocks of "
+    "{} tokens now. Try again later, or ask for less."
+)
 
 
 class Event(NamedTuple):
@@ -79,7 +87,10 @@ class Engine:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), format.token_bytes)
         self.scheduler = Scheduler(settings.block_manager(), scheduler, costs)
-        mx.set_cache_limit(BUFFER_POOL_BYTES)
+        step_bytes = activation_bytes(model.config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        slab, block_bytes = settings.slab_blocks, format.block_bytes
+        self._pool_limit = PoolLimit(settings.kv_blocks, slab, block_bytes, step_bytes, clock)
+        limit_kept_memory(available_memory_bytes())
 
     def __len__(self) -> int:
         """Requests that are waiting or running."""
@@ -144,11 +155,12 @@ class Engine:
         self._ahead = None
         self.scheduler.blocks.shrink()
         self.runner.clear()
-        mx.clear_cache()
+        give_back_memory()
 
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
+        events += self._limit_pool()
         clock = StepClock(self.totals, self._clock)
         was_ahead = self._ahead is not None
         batch, self._ahead = self._ahead or self._launch_next(clock), None
@@ -165,6 +177,13 @@ class Engine:
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)
         return events
+
+    def _limit_pool(self) -> list[Event]:
+        """Let the pool grow as far as memory is there; end those for whom that is too little even alone."""
+        blocks = self.scheduler.blocks
+        blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
+        why = _NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
+        return self._ended(self.scheduler.refuse(), why)
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
         """Start the step that the scheduler plans; None if there is nothing to do."""
@@ -280,5 +299,6 @@ class Engine:
         self.healthy, self._ahead = False, None
         self.totals.failed_steps += 1
         outputs = self.scheduler.abandon(plan)
+        self.scheduler.blocks.shrink()  # it may have been too large: what is needed is asked for anew
         self.runner.clear()
         return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")

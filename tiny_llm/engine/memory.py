@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
 import re
 import resource
 from pathlib import Path
 
 import mlx.core as mx
 
+from tiny_llm.engine.memory_limits import Limit, memory_limits
 from tiny_llm.errors import RequestError
 
+BUFFER_POOL_BYTES = 2**29
+"""The most that MLX may keep of buffers that it has freed, to be used again. Steps of many sizes fill it,
+whatever the model: 0.54 GB, and 73 MB in use, after 40 prompts of the bundled one."""
+_HEAP_BYTES = 2**28  # the most that the CPU kernels let glibc keep at the heap's end (backend.keep_memory)
+_M_TRIM_THRESHOLD = -1  # of malloc.h
 _STATUS = Path("/proc/self/status")
-_MEMORY = Path("/proc/meminfo")
 
 
 def peak_memory_bytes() -> int:
@@ -21,16 +26,46 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping; on a GPU what it recommends, less what is in use."""
+    """Memory that can be had now: the least of what the process's limits leave. On a GPU, of its memory."""
+    return min(limit.left for limit in _limits())
+
+
+def narrowest_limit() -> Limit:
+    """The limit that leaves the least in the best of times, when nobody else takes any memory."""
+    return min(_limits(), key=lambda limit: limit.most)
+
+
+def _limits() -> list[Limit]:
     if mx.default_device().type == mx.gpu:
         info = mx.device_info()
-        recommended = info.get("max_recommended_working_set_size") or info.get("memory_size", 0)
-        return max(0, int(recommended) - mx.get_active_memory())
-    if _MEMORY.exists() and (
-        found := re.search(r"^MemAvailable:\s+(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
-    ):
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        most = int(info.get("max_recommended_working_set_size") or info.get("memory_size", 0))
+        return [Limit("the GPU", max(0, most - mx.get_active_memory()), most)]
+    return memory_limits()
+
+
+def kept_bytes(available: int) -> int:
+    """What MLX may keep of freed buffers, where there are ``available`` bytes at the start."""
+    return min(BUFFER_POOL_BYTES, available // 8)
+
+
+def limit_kept_memory(available: int) -> None:
+    """Let no more than ``kept_bytes`` be kept of what is freed, by MLX and again by glibc.
+
+    The second keeps what the first gives back: in a small container the two took more than the pool.
+    """
+    most = kept_bytes(available)
+    mx.set_cache_limit(most)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and most < _HEAP_BYTES:
+        set_option(_M_TRIM_THRESHOLD, most)
+
+
+def give_back_memory() -> None:
+    """Let go of what is kept for the next operation: MLX's buffers, and glibc's pages that nobody uses."""
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def parse_bytes(text: str) -> int:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts
-from tiny_llm.engine.memory import available_memory_bytes
+from tiny_llm.engine.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 BLOCK_SIZE = 16
 """Tokens of a block, unless an operator says otherwise."""
-BUFFER_POOL_BYTES = 2**29
-"""What MLX may keep of buffers that it has freed, to be used again. Steps of many sizes fill it, whatever the
-model: 0.54 GB, and 73 MB in use, after 40 prompts of the bundled one."""
 KV_SLAB_BYTES = 2**26
 """The pool grows by this much at a time."""
 
@@ -45,17 +43,30 @@ class EngineSettings:
         kv_memory: int | None = None,
         scheduler: SchedulerSettings | None = None,
     ) -> EngineSettings:
-        """Settings for ``kv_memory`` bytes of keys and values; None: half of what the machine has free."""
+        """Settings for ``kv_memory`` bytes of keys and values; None: half of the memory that can be had now.
+
+        A step has no more tokens than a quarter of it holds the intermediate results of.
+
+        Raises ConfigError if that is not enough for a block, or more than there can ever be: an amount that
+        was mistyped shows here, and not in requests that fail when memory has run out.
+        """
         block = KvFormat.of(config, BLOCK_SIZE, kv_dtype).block_bytes
-        memory = available_memory_bytes() // 2 if kv_memory is None else kv_memory
+        available = available_memory_bytes()
+        memory = available // 2 if kv_memory is None else kv_memory
         if memory < block:
+            what = "half of the memory that is left" if kv_memory is None else "kv_memory"
             raise ConfigError(
-                f"kv_memory is {memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
+                f"{what} is {memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
+            )
+        limit = narrowest_limit()
+        if memory > limit.most:
+            raise ConfigError(
+                f"kv_memory is {memory:,} bytes, but {limit.name} allows {limit.most:,} in all; give less."
             )
         return cls(
             kv_blocks=memory // block,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
-            scheduler=scheduler or SchedulerSettings(),
+            scheduler=_with_steps_within(available // 4, config, scheduler or SchedulerSettings()),
         )
 
     def block_manager(self) -> BlockManager:
@@ -67,3 +78,11 @@ class EngineSettings:
             host_blocks=self.host_blocks,
             prefix_cache=self.prefix_cache,
         )
+
+
+def _with_steps_within(memory: int, config: ModelFacts, scheduler: SchedulerSettings) -> SchedulerSettings:
+    """Fewer tokens a step, where the largest step would take more; each running sequence still gets one."""
+    tokens, least = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    while tokens > least and activation_bytes(config, tokens, least) > memory:
+        tokens = max(tokens // 2, least)
+    return replace(scheduler, max_num_batched_tokens=tokens)

@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 
 
 class BlockManager:
-    """Hands out blocks. The pool grows by ``slab`` blocks at a time, up to ``max_blocks``.
+    """Hands out blocks. The pool grows by ``slab`` blocks at a time, up to ``max_blocks``: see ``set_limit``.
 
     ``host_blocks`` is the room for sequences that are swapped out. ``prefix`` is None
     where blocks are not to be found again by their tokens.
@@ -87,7 +87,8 @@ class BlockManager:
             if given < 1:
                 raise ConfigError(f"{name} is {given}, but must be at least 1.")
         self.block_size = block_size
-        self.max_blocks = max_blocks
+        self.allowed_blocks = max_blocks
+        self.max_blocks = max_blocks  # of these, what memory is there for: see set_limit
         self.prefix = PrefixCache() if prefix_cache else None
         self._slab = slab
         self._refs = array("i")  # in how many tables each block is
@@ -226,6 +227,10 @@ class BlockManager:
         if self.prefix is not None:
             self.prefix.hit_tokens += hits
             self.prefix.miss_tokens += misses
+
+    def set_limit(self, max_blocks: int) -> None:
+        """There may be ``max_blocks`` from now on, as memory comes and goes; those that are there stay."""
+        self.max_blocks = max(min(max_blocks, self.allowed_blocks), self.capacity)
 
     def drain(self) -> Moves:
         """What is to be done to the arrays since last asked, before anything else is written to them.

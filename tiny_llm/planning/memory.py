@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts, Quantization
-from tiny_llm.engine.settings import BLOCK_SIZE, BUFFER_POOL_BYTES
+from tiny_llm.engine.memory import kept_bytes
+from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import RequestError
 from tiny_llm.models.footprint import (
     Training,
@@ -79,13 +80,14 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A model as it would be loaded: sizes of its floats, and what its matrices are packed into."""
+    """A model as it would be loaded: sizes of its floats, what its matrices are packed into, buffers kept."""
 
     config: ModelFacts
     matrix_bytes: int
     vector_bytes: int
     kv_bytes: int
     quantize: Quantization | None
+    buffers: int
 
     def need(self, context: int, batch: int) -> Need:
         """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
@@ -96,7 +98,7 @@ class Serving:
             weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
             blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes),
             activation_bytes(self.config, step, min(batch, scheduler.max_num_seqs)),
-            BUFFER_POOL_BYTES,
+            self.buffers,
         )
 
 
@@ -136,7 +138,8 @@ def plan_memory(
     kept = kv_dtype(config, dtype=dtype, quantize=quantize) or mx.float32
     packed = active() == "cpu" and find(config.model_type).packed
     format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
-    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format)
+    buffers = kept_bytes(available)
+    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format, buffers)
     return MemoryPlan(
         model=model,
         parameters=parameter_count(config),

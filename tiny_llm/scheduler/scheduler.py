@@ -129,6 +129,19 @@ class Scheduler:
                 outputs.append(self._end(first[1], "timeout"))
         return outputs
 
+    def refuse(self) -> list[Output]:
+        """While nobody runs, end those at the head of the queue that all blocks there may be would not hold.
+
+        The pool's limit has fallen since they came: nothing that could still happen would let them start.
+        """
+        outputs: list[Output] = []
+        while not self.num_running and (first := self._waiting.first()):
+            entry = first[1]
+            if self.blocks.blocks_for(len(entry.seq.tokens)) <= self.blocks.available:
+                break
+            outputs.append(self._end(entry, "error"))
+        return outputs
+
     def schedule(self) -> Plan:
         """The next step. It has no items only if there is nothing to do."""
         step = _Step(self.settings.max_num_batched_tokens)
@@ -247,10 +260,10 @@ class Scheduler:
             raise RequestError(what, param="priority")
         answer = seq.params.max_tokens
         needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
-        if needed > self.blocks.max_blocks:
+        if needed > self.blocks.allowed_blocks:
             raise CapacityError(
                 f"The request needs {needed} blocks of {self.blocks.block_size} tokens (prompt "
-                f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.max_blocks}: "
+                f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.allowed_blocks}: "
                 "shorten the prompt, lower max_tokens, or give more memory with --kv-memory."
             )
         free_slots = max(0, self.settings.max_num_seqs - self.num_running)
