@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve book-experiments bench bench-metal metal-grid soak kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test course book book-serve book-experiments bench bench-metal metal-grid templates soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -25,6 +25,7 @@ help:
 	@echo '             make book-experiments runs what its pages show, and puts the results there'
 	@echo 'make bench   run the benchmarks; make bench-metal: on a Mac, ours against MLX and mlx-lm'
 	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
+	@echo 'make templates  published chat templates, fetched: our rendering against transformers'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
@@ -88,6 +89,10 @@ bench-metal: .venv/run.stamp
 	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --context 16,512,4096
 	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --rows 16
 	TINY_LLM_BACKEND=metal $(python) benchmarks/prefill.py --shape qwen2-1.5b --against mlx-lm
+
+# Published chat templates, fetched from the hub (or TEMPLATES=folder): our rendering and transformers'.
+templates: .venv/test.stamp
+	$(python) tools/compare_templates.py $(TEMPLATES)
 
 # Every kernel, shape and dtype with three seeds, every access checked; CI takes one seed.
 metal-grid: .venv/test.stamp

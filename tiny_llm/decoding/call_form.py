@@ -77,9 +77,9 @@ def _checked(message: Message, number: int) -> Message:
             expected = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
             what = f"messages[{number}].tool_calls[{place}] is {call!r:.200}, but must be like {expected}."
             raise RequestError(what, param="messages", code="invalid_value")
-        head = {name: value for name, value in call.items() if name in ("id", "type")}
+        head = {"id": call["id"]} if "id" in call else {}
         function = {"name": function["name"], "arguments": function.get("arguments")}
-        calls.append({"type": "function", **head, "function": function})
+        calls.append({**head, "type": call.get("type", "function"), "function": function})
     return {**checked, "tool_calls": calls}
 
 
@@ -124,7 +124,7 @@ def _shown(message: Message, form: CallForm, names: Mapping[str, str]) -> Messag
     if message.get("role") != "tool" or not isinstance(call_id, str):
         return message
     named = {"name": names[call_id]} if call_id in names else {}
-    return {**named, **message, "tool_call_id": _short(call_id) if form.short_ids else call_id}
+    return {**named, **message, "tool_call_id": short_id(call_id) if form.short_ids else call_id}
 
 
 def _shown_call(call: Message, form: CallForm) -> Message:
@@ -132,7 +132,7 @@ def _shown_call(call: Message, form: CallForm) -> Message:
     arguments = _shown_arguments(function["arguments"], form, function["name"])
     shown = {**call, "function": {"name": function["name"], "arguments": arguments}}
     if form.short_ids and isinstance(call.get("id"), str):
-        shown["id"] = _short(call["id"])
+        shown["id"] = short_id(call["id"])
     return shown
 
 
@@ -176,8 +176,8 @@ def _begun(text: str) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _short(call_id: str) -> str:
-    """An id of nine letters and digits, always the same for the same one."""
+def short_id(call_id: str) -> str:
+    """A call's id of nine letters and digits, always the same for the same one."""
     if len(call_id) == _SHORT_ID and call_id.isascii() and call_id.isalnum():
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID]
