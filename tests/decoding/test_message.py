@@ -16,8 +16,17 @@ ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [
 TWO = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
 ODD = '<tool_call>{"arguments": {"x": 1}, "name": "h"}</tool_call>'
 BARE = '{"name": "f", "parameters": {"a": "b; }"}}; {"name": "g", "parameters": {}}'
+EXTRA = '<tool_call>\n{"name": "f", "arguments": {}, "id": 7}</tool_call>'
+BAD_ESCAPE = '<tool_call>{"name": "\\x", "arguments": {}}</tool_call>'
+SURROGATE = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
+UNKNOWN = '<tool_call>\n{"name": "x", "arguments": {}}\n</tool_call>'
+LISTED = (
+    '{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [1, {}]}, "id": "123456789"}'
+    ', {"name": "g", "arguments": {}}'
+)
 ARGUMENTS = '{"a": "</tool_call> {\\"", "b": [1, {}]}'
 BARE_ARGUMENTS = '{"a": "b; }"}'
+NAMES = ("f", "g", "h")
 Calls = list[tuple[str, str]]
 CASES: list[tuple[ToolFormat | None, str, str | None, str | None, Calls]] = [
     ("hermes", "Just text, 1 < 2.", "Just text, 1 < 2.", None, []),
@@ -31,6 +40,22 @@ CASES: list[tuple[ToolFormat | None, str, str | None, str | None, Calls]] = [
     ("hermes", "<think>never ends", "", "never ends", []),
     (None, f"<think>a</think>b {TWO}", f"b {TWO}", "a", []),
     (None, "<thin", "<thin", None, []),
+    ("hermes", f"{EXTRA}\n{TWO}\nDone.", "\nDone.", None, [("f", "{}"), ("g", "{}")]),
+    ("hermes", EXTRA[: EXTRA.index("7")], None, None, [("f", "{}")]),
+    ("hermes", EXTRA.replace("}, ", "}") + "Done.", '"id": 7}</tool_call>Done.', None, [("f", "{}")]),
+    ("hermes", EXTRA.replace(', "id": 7}', "") + TWO, None, None, [("f", "{}"), ("g", "{}")]),
+    ("hermes", EXTRA.replace("7}", '"') + TWO, None, None, [("f", "{}"), ("g", "{}")]),
+    ("hermes", BAD_ESCAPE, BAD_ESCAPE, None, []),
+    ("hermes", SURROGATE, SURROGATE, None, []),
+    ("hermes", f"Well.\n{UNKNOWN}\n{TWO}", f"Well.\n{UNKNOWN}", None, [("g", "{}")]),
+    ("hermes", ODD.replace('"h"', '"x"'), ODD.replace('"h"', '"x"'), None, []),
+    ("hermes", f"<tool_call>{{never {TWO}", "<tool_call>{never", None, [("g", "{}")]),
+    ("hermes", ODD.replace("1", '"</tool_call>"'), None, None, [("h", '{"x": "</tool_call>"}')]),
+    ("mistral", f"So.\n[TOOL_CALLS] [{LISTED}]", "So.", None, [("f", ARGUMENTS), ("g", "{}")]),
+    ("mistral", f"[TOOL_CALLS][{LISTED}] Done.", " Done.", None, [("f", ARGUMENTS), ("g", "{}")]),
+    ("mistral", "[TOOL_CALLS] f", "[TOOL_CALLS] f", None, []),
+    ("mistral", '[TOOL_CALLS] [{"name": "x", ', '[TOOL_CALLS] [{"name": "x", ', None, []),
+    ("llama3_json", '{"name": "x", "parameters": {}}', '{"name": "x", "parameters": {}}', None, []),
     ("llama3_json", BARE, None, None, [("f", BARE_ARGUMENTS), ("g", "{}")]),
     ("llama3_json", "<|python_tag|>" + BARE, None, None, [("f", BARE_ARGUMENTS), ("g", "{}")]),
     ("llama3_json", "A {word}.", "A {word}.", None, []),
@@ -49,12 +74,13 @@ FRAGMENTS = (
         '"arguments": {}}',
         '{"a": 1}',
     ),
+    *(EXTRA, BAD_ESCAPE, SURROGATE, UNKNOWN, LISTED, "[TOOL_CALLS]", "[", "]", ", "),
     *(BARE, "; ", "<|python_tag|>", "<|other|>", '"', "{", "}"),
 )
 
 
 def read(tool_format: ToolFormat | None, pieces: Sequence[str], *, parallel: bool = True) -> AssistantMessage:
-    parser = MessageParser(ToolParser(tool_format, parallel=parallel) if tool_format else None)
+    parser = MessageParser(ToolParser(tool_format, NAMES, parallel=parallel) if tool_format else None)
     return message_of([delta for piece in pieces for delta in parser.push(piece)] + parser.finish())
 
 
@@ -77,7 +103,7 @@ def test_every_cut_of_a_text_reads_the_same(
         assert len({call.id for call in message.tool_calls}) == len(calls)
 
 
-@pytest.mark.parametrize("tool_format", [None, "hermes", "llama3_json"])
+@pytest.mark.parametrize("tool_format", [None, "hermes", "llama3_json", "mistral"])
 def test_any_split_of_any_text_gives_the_same_message(tool_format: ToolFormat | None) -> None:
     rng = random.Random(7)
     for _ in range(2_000):
@@ -101,7 +127,7 @@ def test_a_thought_that_the_prompt_has_opened_is_reasoning(
     text: str, content: str, reasoning: str | None
 ) -> None:
     for size in (1, 2, 3, len(text)):
-        parser = MessageParser(ToolParser("hermes"), thinking=True)
+        parser = MessageParser(ToolParser("hermes", NAMES), thinking=True)
         deltas = [delta for piece in cut(text, size) for delta in parser.push(piece)]
         message = message_of(deltas + parser.finish())
         assert shown(message) == (content, reasoning, []), f"in pieces of {size}"
@@ -121,6 +147,24 @@ def test_a_prompt_tells_whether_it_opens_a_thought(prompt: str, opened: bool) ->
     assert opens_thinking(prompt) == opened
 
 
+@pytest.mark.parametrize("tool_format", ["hermes", "llama3_json", "mistral"])
+def test_of_what_is_no_call_nothing_is_lost(tool_format: ToolFormat) -> None:
+    """No function is offered, so that every text is content, to the last space."""
+    rng = random.Random(8)
+    for _ in range(2_000):
+        text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(1, 9)))
+        parser = ToolParser(tool_format, ())
+        told = message_of(parser.push(text) + parser.finish())
+        assert (told.content, told.tool_calls) == (text, ()), text
+
+
+@pytest.mark.parametrize("size", [1, 3, 500])
+@pytest.mark.parametrize("tool_format", ["hermes", "mistral"])
+def test_the_only_call_that_is_wanted_ends_where_it_ends(tool_format: ToolFormat, size: int) -> None:
+    text = f"{ONE}\n{TWO}\nDone." if tool_format == "hermes" else f"[TOOL_CALLS] [{LISTED}] Done."
+    assert shown(read(tool_format, cut(text, size), parallel=False)) == (None, None, [("f", ARGUMENTS)])
+
+
 @pytest.mark.parametrize("size", [1, 3, len(BARE)])
 def test_after_the_only_bare_call_that_is_wanted_nothing_more_is_told(size: int) -> None:
     message = read("llama3_json", cut(BARE, size), parallel=False)
@@ -131,6 +175,7 @@ def test_a_template_tells_the_format() -> None:
     assert tool_format_of("within <tool_call></tool_call> tags") == "hermes"
     assert tool_format_of('{"name": function name, "parameters": dictionary}') == "llama3_json"
     assert tool_format_of("") == "hermes"
+    assert tool_format_of('{{ "[TOOL_CALLS] [" }} {"parameters"') == "mistral"
 
 
 def test_each_answer_of_a_prompt_has_a_parser_of_its_own() -> None:
@@ -142,7 +187,7 @@ def test_each_answer_of_a_prompt_has_a_parser_of_its_own() -> None:
         ended = Completion(text, [1], "stop", [1], None, timing, index=i)
         chunks.append(Chunk("", (), ended, i))
     stream = (chunk for chunk in chunks)
-    told = list(with_messages(stream, lambda: MessageParser(ToolParser("hermes"))))
+    told = list(with_messages(stream, lambda: MessageParser(ToolParser("hermes", NAMES))))
     messages = [chunk.completion.message for chunk in told if chunk.completion]
     assert [message and shown(message) for message in messages] == [
         ("Yes.", "hm", [("g", "{}")]),

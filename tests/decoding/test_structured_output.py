@@ -123,6 +123,14 @@ def test_what_cannot_be_kept_is_refused_without_a_parsers_inner_state(
     assert "<state>" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_a_whole_number_may_be_written_with_a_point(compiler: GrammarCompiler) -> None:
+    pair = {"type": "array", "items": {"type": "integer"}, "maxItems": 2}
+    data = {"properties": {"maxItems": {"const": {"maxItems": 2.0}}}}
+    assert schema_grammar({**pair, "maxItems": 2.0}) == schema_grammar(pair)
+    assert '"maxItems": 2.0' in schema_grammar(data).text.replace('":2.0', '": 2.0'), "data stay as they are"
+    compiler.compile(schema_grammar({"$defs": {"maxItems": {**pair, "maxItems": 2.0}}, **pair}))
+
+
 def test_an_answer_cannot_go_on_beyond_its_form(compiler: GrammarCompiler) -> None:
     grammar = regex_grammar("a")
     for params, param in (

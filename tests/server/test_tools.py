@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic
 import pytest
 
 from tiny_llm import LLM, SamplingParams
@@ -88,6 +89,54 @@ def test_a_call_that_is_demanded_is_made(http: httpx.Client, choice: Any, temper
         (call,) = one["message"]["tool_calls"]
         assert call["function"]["name"] in (["calculator", "lookup"] if choice == "required" else ["lookup"])
         assert isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
+class Item(pydantic.BaseModel, extra="forbid"):
+    """One of an order's."""
+
+    count: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+class Order(pydantic.BaseModel, extra="forbid"):
+    """Nested: its schema has $defs, and $refs to them."""
+
+    first: Item
+    items: Annotated[list[Item], pydantic.Field(max_length=2)]
+
+
+class Tree(pydantic.BaseModel, extra="forbid"):
+    """Recursive."""
+
+    leaf: bool
+    inner: Tree | None
+
+
+@pytest.mark.parametrize("model", [Order, Tree])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_tool_with_nested_models_can_be_demanded(
+    http: httpx.Client, model: type[pydantic.BaseModel], named: bool
+) -> None:
+    tools = [
+        {"type": "function", "function": {"name": one.__name__, "parameters": one.model_json_schema()}}
+        for one in (Order, Tree)
+    ]
+    choice = {"type": "function", "function": {"name": model.__name__}} if named else "required"
+    ask = {"messages": [{"role": "user", "content": "Order."}], "temperature": 3, "seed": 5, "n": 4}
+    answer = http.post(CHAT, json={**ask, "tools": tools, "tool_choice": choice, "max_tokens": 300})
+    assert answer.status_code == 200, answer.text
+    ended = [c for c in answer.json()["choices"] if c["finish_reason"] == "tool_calls"]
+    assert ended, "all were cut off"
+    for one in ended:
+        for call in one["message"]["tool_calls"]:
+            made = {"Order": Order, "Tree": Tree}[call["function"]["name"]]
+            made.model_validate_json(call["function"]["arguments"])
+
+
+def test_a_function_without_parameters_takes_none(http: httpx.Client) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    ask = {"messages": [{"role": "user", "content": "When?"}], "temperature": 3, "seed": 1, "n": 3}
+    choices = http.post(CHAT, json={**ask, "tools": tools, "tool_choice": "required"}).json()["choices"]
+    assert {call["function"]["arguments"] for c in choices for call in c["message"]["tool_calls"]} == {"{}"}
 
 
 def test_without_leave_no_call_is_made(http: httpx.Client) -> None:

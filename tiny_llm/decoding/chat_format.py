@@ -13,7 +13,7 @@ from tiny_llm.decoding.grammar import Grammar, lark_grammar
 from tiny_llm.decoding.message import MessageParser
 from tiny_llm.decoding.reasoning import opens_thinking
 from tiny_llm.decoding.tool_grammar import calls_grammar
-from tiny_llm.decoding.tool_parser import CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
+from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -25,6 +25,9 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Mapping[str, Any]
 
 _LONGEST_OPENING = 16
 """Tokens: a tag in pieces of a character, and the newlines after it."""
+
+_LINE_END = "\n" + CLOSE
+"""A call's last line. No argument has it: in a JSON string a newline is written as an escape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,7 @@ class ChatFormat:
             raise RequestError(what, param="tool_choice", code="invalid_value")
         if demanded:
             several = parallel_tool_calls and tool_choice == "required"
-            tag_tokens = len(tokenizer.encode(OPEN, add_special_tokens=False)) == 1
-            text = calls_grammar(demanded, tool_format, several=several, tag_tokens=tag_tokens)
+            text = calls_grammar(demanded, tool_format, several=several, tags=_tag_tokens(tokenizer))
             grammar = lark_grammar(text, "tools")
         offered = tools if functions and tool_choice != "none" else None
         return cls(offered, tool_format, parallel_tool_calls, grammar)
@@ -82,14 +84,21 @@ class ChatFormat:
         """``params`` for such answers: where one call is wanted, its end is the answer's."""
         if not self.tools or self.parallel_tool_calls or self.tool_format != "hermes":
             return params
-        return replace(params, stop=(*params.stop, CLOSE))
+        return replace(params, stop=(*params.stop, _LINE_END))
 
     def parser(self) -> MessageParser:
         """What reads one answer."""
         if not self.tools:
             return MessageParser(thinking=self.thinking)
-        tools = ToolParser(self.tool_format, parallel=self.parallel_tool_calls)
+        names = [tool["function"]["name"] for tool in self.tools]
+        tools = ToolParser(self.tool_format, names, parallel=self.parallel_tool_calls)
         return MessageParser(tools, thinking=self.thinking)
+
+
+def _tag_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tags of calls that are one token of this model's, and its id."""
+    encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE, CALLS)}
+    return {tag: ids[0] for tag, ids in encoded.items() if len(ids) == 1}
 
 
 def _function(tool: object, number: int) -> Mapping[str, Any]:

@@ -26,6 +26,11 @@ _JSON_OPTIONS: Mapping[str, object] = {
     "coerce_one_of": False,
 }
 
+_COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_DATA = frozenset({"const", "enum", "default", "examples", "x-guidance"})
+"""Keywords whose values are data, in which nothing is a keyword."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -40,17 +45,42 @@ def schema_grammar(schema: Mapping[str, object], param: str = "response_format")
 
     Raises RequestError for a schema that is too large or has a keyword that cannot be kept.
     """
-    own = {name: value for name, value in schema.items() if name != "x-guidance"}
-    try:
-        text = json.dumps(own, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
+    text = _schema_text(schema, param)
     _require_small(text, param)
-    options: Any = dict(_JSON_OPTIONS)  # llguidance names their type in its stubs alone
     try:
-        return Grammar(str(LLMatcher.grammar_from_json_schema(text, overrides=options)), param)
+        return Grammar(str(LLMatcher.grammar_from_json_schema(text)), param)
     except ValueError as error:
         raise RequestError(f"{param}: {error}", param=param, code="invalid_schema") from error
+
+
+def embedded_schema(schema: Mapping[str, object], param: str = "tools") -> str:
+    """``schema`` as a part of a grammar in Lark's notation has it, after ``%json``."""
+    return _schema_text(schema, param)
+
+
+def _schema_text(schema: Mapping[str, object], param: str) -> str:
+    own = {**schema, "x-guidance": _JSON_OPTIONS}
+    try:
+        return json.dumps(_with_whole_counts(own), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
+
+
+def _with_whole_counts(schema: Any) -> Any:
+    """The same schema, its counts written as llguidance takes them: 2.0 is a whole number to JSON schema."""
+    if isinstance(schema, list):
+        return [_with_whole_counts(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    whole: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _COUNTS and isinstance(value, float) and value.is_integer():
+            whole[name] = int(value)
+        elif name in _NAMED_SCHEMAS and isinstance(value, Mapping):
+            whole[name] = {key: _with_whole_counts(one) for key, one in value.items()}
+        else:
+            whole[name] = value if name in _DATA else _with_whole_counts(value)
+    return whole
 
 
 def regex_grammar(pattern: str, param: str = "regex") -> Grammar:

@@ -6,34 +6,55 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiny_llm.decoding.tool_parser import CLOSE, OPEN, ToolFormat
+from tiny_llm.decoding.grammar import embedded_schema
+from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat
 
 
 def calls_grammar(
-    functions: Sequence[Mapping[str, Any]], tool_format: ToolFormat, *, several: bool, tag_tokens: bool
+    functions: Sequence[Mapping[str, Any]], tool_format: ToolFormat, *, several: bool, tags: Mapping[str, int]
 ) -> str:
     """A grammar, in Lark's notation, of answers that call one of ``functions``, or ``several``.
 
-    ``tag_tokens``: the tags are tokens of their own, which llguidance must be told.
+    ``tags``: those that are a token of their own, which llguidance must be told, and its id.
     """
-    key = "arguments" if tool_format == "hermes" else "parameters"
-    options = [_call_schema(function, key) for function in functions]
-    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    call = json.dumps({"anyOf": options, "x-guidance": spaces})
-    if tool_format == "llama3_json":
-        more = ' ("; " call)*' if several else ""
-        return f"start: call{more}\ncall: %json {call}\n"
-    more = ' ("\\n" call)*' if several else ""
-    before, after = (OPEN, CLOSE) if tag_tokens else (f'"{OPEN}"', f'"{CLOSE}"')
-    return f'start: call{more}\ncall: {before} "\\n" body "\\n" {after}\nbody: %json {call}\n'
+    rules = [f"call: {' | '.join(f'f{number}' for number in range(len(functions)))}"]
+    rules += [_call_rule(number, function, tool_format) for number, function in enumerate(functions)]
+    between, opening, closing = _around(tool_format, tags)
+    more = f" ({between} call)*" if several else ""
+    if tool_format == "hermes":
+        more = f" ({between} tagged)*" if several else ""
+        rules = [f"start: tagged{more}", f"tagged: {opening} call {closing}", *rules]
+    else:
+        rules = [f"start: {opening} call{more} {closing}", *rules]
+    return "\n".join(rules) + "\n"
 
 
-def _call_schema(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
-    parameters.setdefault("type", "object")
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, key: parameters},
-        "required": ["name", key],
-        "additionalProperties": False,
-    }
+def _around(tool_format: ToolFormat, tags: Mapping[str, int]) -> tuple[str, str, str]:
+    """What stands between calls, and before and after each one, or all of a list."""
+
+    def tag(text: str) -> str:
+        return f"<[{tags[text]}]>" if text in tags else json.dumps(text)
+
+    match tool_format:
+        case "llama3_json":
+            return '"; "', "", ""
+        case "mistral":
+            return '", "', f'{tag(CALLS)} " "? "["', '"]"'
+        case _:
+            return '"\\n"', f'{tag(OPEN)} "\\n"', f'"\\n" {tag(CLOSE)}'
+
+
+def _call_rule(number: int, function: Mapping[str, Any], tool_format: ToolFormat) -> str:
+    """A call of one function. Its schema stays a document of its own, to which its references refer."""
+    key = "parameters" if tool_format == "llama3_json" else "arguments"
+    head = f'{{"name": {json.dumps(function["name"])}, "{key}": '
+    parameters = embedded_schema(parameters_of(function))
+    return f'f{number}: {json.dumps(head)} %json {parameters} "}}"'
+
+
+def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments; one that names no parameters takes none."""
+    given = function.get("parameters")
+    if given is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **given}

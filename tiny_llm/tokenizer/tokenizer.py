@@ -16,6 +16,9 @@ from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
 
+_MARKS = frozenset({"[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<think>", "</think>"})
+"""Special tokens that say what the text behind them is; whoever reads an answer needs them."""
+
 
 class Tokenizer:
     """Text <-> ids by a folder's tokenizer.json, and its chat template."""
@@ -29,7 +32,7 @@ class Tokenizer:
             for name, source in files.templates.items()
         }
         added = self._backend.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
+        self._special = frozenset(token.content for token in added if token.special) - _MARKS
         self._bos_id = self._id_of(files.special_tokens.get("bos_token"))
         eos_id = self._id_of(files.special_tokens.get("eos_token"))
         self._eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
