@@ -21,6 +21,7 @@ from tiny_llm.course.manifest import ROOT
 from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.course.sections import merged
 from tiny_llm.errors import ConfigError
+from tiny_llm.user_cache import writable
 
 CPU = ROOT / "kernels" / "cpu"
 _FLAGS = (
@@ -60,14 +61,15 @@ def build(kernel: str, folder: Path | None, without: Collection[str] = ()) -> Pa
     command = [compiler(), *_FLAGS, *_WARNINGS, machine, "-DTINY_ISA=own", f"-I{CPU}", "-shared", "-fPIC"]
     parts = (text, alone.read_text(encoding="utf-8"), path.with_suffix(".h").read_text(encoding="utf-8"))
     digest = hashlib.sha256("\0".join([*command, *parts]).encode()).hexdigest()[:24]
-    library = ROOT / ".cache" / "course" / "native" / f"{digest}.so"
+    kept = ROOT / ".cache" / "course" / "native"
+    library = kept / f"{digest}.so"
     if not library.exists():
+        library = writable(kept) / library.name
         _compile([*command, "-x", "c++", "-", "-x", "c++", str(alone)], text, library)
     return library
 
 
 def _compile(command: list[str], text: str, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / "made.so"
         done = subprocess.run([*command, "-o", str(made)], input=text, capture_output=True, text=True)

@@ -1,7 +1,8 @@
 """C++ to a library that can be called: finds clang, compiles, and keeps what it made.
 
 Owns the compiler's options, and the cache: in the user's cache folder, by a hash of text, shim, options
-and compiler. Knows no Metal beyond the folder of its headers.
+and compiler; where that cannot be written, in a folder of this process. Knows no Metal beyond the folder of
+its headers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError, TinyLLMError
+from tiny_llm.user_cache import user_cache, writable
 
 VARIABLE = "TINY_LLM_CLANG"
 OLDEST, NEWEST = 17, 30
@@ -139,10 +141,17 @@ def _hash(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept; each can be deleted at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tiny_llm" / "metalsim"
+def _kept(name: str) -> Path | None:
+    """The file ``name`` of those that were compiled once; each can be deleted at any time."""
+    folder = user_cache()
+    path = folder / "metalsim" / name if folder is not None else None
+    return path if path is not None and path.exists() else None
+
+
+@cache
+def _made_in(folder: Path | None) -> Path:
+    """Where this process puts what it compiles: asked once, so that no file refers to one that goes."""
+    return writable(folder / "metalsim" if folder is not None else None)
 
 
 def _options(mode: str) -> list[str]:
@@ -154,29 +163,27 @@ def library(text: str, mode: str) -> Path:
     """A shared library made of the C++ ``text`` and the simulator; raises CompileError."""
     tools = toolchain()
     key = _hash([text, _ours(), tools.version, *_options(mode)])
-    path = cache_folder() / f"{key}.so"
-    if not path.exists():
-        _make(text, _options(mode), path, [runtime(mode)])
-    return path
+    return _kept(f"{key}.so") or _make(f"{key}.so", text, _options(mode), [runtime(mode)])
 
 
 @cache
 def runtime(mode: str) -> Path:
     """The simulator's own library, which all kernels of a mode share."""
     options = [o for o in _options(mode) if not o.startswith("-fsanitize")] + ["-O2"]
-    path = cache_folder() / f"runtime-{_hash([_ours(), toolchain().version, *options])}.so"
-    if not path.exists():
-        _make((HERE / "runtime.cpp").read_text(encoding="utf-8"), options, path, [])
-    return path
+    name = f"runtime-{_hash([_ours(), toolchain().version, *options])}.so"
+    return _kept(name) or _make(name, (HERE / "runtime.cpp").read_text(encoding="utf-8"), options, [])
 
 
-def _make(text: str, options: Sequence[str], path: Path, needs: Sequence[Path]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _make(name: str, text: str, options: Sequence[str], needs: Sequence[Path]) -> Path:
+    path = _made_in(user_cache()) / name
+    if path.exists():
+        return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         _compile(text, [*options, "-c", "-o", str(made)])
         _run([*toolchain().linker, "-shared", "-o", str(linked), str(made), *map(str, needs)])
         linked.replace(path)  # whoever else makes it makes the same
+    return path
 
 
 def _compile(text: str, options: Sequence[str]) -> None:

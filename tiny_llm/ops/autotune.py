@@ -25,6 +25,7 @@ from threading import Lock
 import mlx.core as mx
 
 from tiny_llm.ops.metal import folder
+from tiny_llm.user_cache import user_cache
 
 Call = Callable[[], object]
 _TURNS = 5
@@ -54,13 +55,13 @@ def seconds(call: Call) -> float:
 
 
 class Autotuner:
-    """What was measured on one device, in the file ``path``; any thread may ask.
+    """What was measured on one device, in the file ``path``, if there is one; any thread may ask.
 
     ``about`` names what they hold for. ``timer`` gives the seconds of a call.
     """
 
     def __init__(
-        self, path: Path, about: Mapping[str, str], timer: Callable[[Call], float] = seconds
+        self, path: Path | None, about: Mapping[str, str], timer: Callable[[Call], float] = seconds
     ) -> None:
         self._path = path
         self._about = dict(about)
@@ -105,6 +106,8 @@ class Autotuner:
         return self._known
 
     def _read(self) -> dict[str, Measurement]:
+        if self._path is None:
+            return {}
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
             if stored["about"] != self._about:
@@ -120,6 +123,8 @@ class Autotuner:
 
     def _save(self) -> None:
         """Replace the file as a whole, with what another process has found meanwhile."""
+        if self._path is None:
+            return
         self._known = self._read() | self._loaded()
         cases = {case: asdict(measured) for case, measured in sorted(self._known.items())}
         text = json.dumps({"about": self._about, "measured": cases}, indent=1)
@@ -134,8 +139,8 @@ class Autotuner:
 @cache
 def autotuner() -> Autotuner:
     """Those of this machine's device."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Autotuner(Path(base) / "tiny_llm" / "autotune.json", about_this_machine())
+    kept = user_cache()
+    return Autotuner(kept / "autotune.json" if kept else None, about_this_machine())
 
 
 def about_this_machine() -> dict[str, str]:
