@@ -115,7 +115,8 @@ async def exchange(
     reader, writer = await asyncio.open_connection(sock=one, limit=4096)
     try:
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += "Connection: close\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         said = b""
         end = time.monotonic() + chance.random() * 0.5

@@ -99,7 +99,8 @@ def serving(
         return AsyncLLM(demo, engine=own)
 
     service = Service(settings or ServerSettings(), load or made)
-    server, listening = Server(service), listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
+    server = Server(service, listening)
 
     async def run() -> None:
         serving = asyncio.ensure_future(server.serve([listening]))

@@ -37,7 +37,7 @@ class Process:
         """Send a completion's request on a connection of its own, and do not wait."""
         data = json.dumps(body).encode()
         one = socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         one.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         return one
 

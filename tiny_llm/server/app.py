@@ -13,7 +13,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import TinyLLMError
@@ -45,19 +44,13 @@ def create_app(service: Service) -> FastAPI:
         version=__version__,
         description="OpenAI-compatible. A field that is not listed here is refused with its name.",
         redoc_url=None,
+        redirect_slashes=False,  # behind a proxy it would lead from https to http
     )
     app.include_router(page_routes())
     app.include_router(_operations(service), responses=_documented_errors())
     app.include_router(_asking(service), responses=_documented_errors())
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
-    if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
     return app
 
 
@@ -146,7 +139,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
     problem = problem_of(error)
     if problem.status_code == 500 and not isinstance(error, Problem):
-        _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        asked = (request.state.request_id, request.method, request.url.path)
+        _LOG.error("%s %s %s failed", *asked, exc_info=error)
     return problem.response()
 
 
@@ -163,6 +157,7 @@ def _documented_errors() -> dict[int | str, dict[str, Any]]:
     told = {
         400: "The request is wrong; error.param names the field.",
         401: "The API key is missing or wrong.",
+        403: "Without a key, a server on a loopback address is called by localhost or that address only.",
         404: "There is no such model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",

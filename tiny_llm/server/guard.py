@@ -1,6 +1,6 @@
 """Owns what is refused before any of our routes runs: the ASGI guard around the whole application.
 
-Key, state, number of requests, headers, and the body's size and pace, in this order. The body is read
+Headers, host, key, state, number of requests, and the body's size and pace, in this order. The body is read
 here, whole, so that a route never waits for a client's bytes; after it a route can wait for the client
 to go away. Knows nothing of what a body means.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Callable
+import ipaddress
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,15 +19,29 @@ from tiny_llm.server.page_files import PAGE_FILES
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
+Headers = Sequence[tuple[bytes, bytes]]
 OPEN_PATHS = frozenset({"/health", *PAGE_FILES})
 """No key, no model: whether we live, and the page, which asks its user for the key."""
 
 
 class Guard:
-    """Wraps ``app``. ``problem`` says why nothing can be served now, if so."""
+    """Wraps ``app``. ``problem`` says why nothing can be served now, if so.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, problem: Callable[[], Problem | None]) -> None:
+    ``local_only``: we listen on a loopback address. Then, without a key, only who calls us by such an
+    address or by "localhost" is answered: any web page may give its own name our address (DNS rebinding),
+    and its visitor's browser would take us for a part of that site.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        problem: Callable[[], Problem | None],
+        *,
+        local_only: bool = False,
+    ) -> None:
         self.in_flight = 0
+        self._local_only = local_only and not settings.api_keys
         self._app = app
         self._settings = settings
         self._problem = problem
@@ -70,9 +85,15 @@ class Guard:
         if len(headers) > settings.max_headers or size > settings.max_header_bytes:
             most = f"{settings.max_headers} headers of {settings.max_header_bytes} bytes"
             raise Problem(431, f"The request has {len(headers)} headers of {size} bytes; at most {most}.")
+        names = {name for name, _ in headers}
+        if b"content-length" in names and b"transfer-encoding" in names:  # two ways to tell where it ends
+            what = "Content-Length and Transfer-Encoding were both given; a body has one length: send one."
+            raise Problem(400, what, code="invalid_framing", headers={"Connection": "close"})
+        if self._local_only:
+            _require_local(headers)
         if scope["path"] in OPEN_PATHS:
             return ""
-        salt = self._salt([value for name, value in headers if name == b"authorization"], scope["method"])
+        salt = self._salt(headers, scope["method"])
         problem = self._problem()
         if problem is not None:
             raise problem
@@ -80,16 +101,15 @@ class Guard:
             raise Problem(429, f"{self.in_flight} requests are served, which is the most.", code="queue_full")
         return salt
 
-    def _salt(self, given: list[bytes], method: str) -> str:
+    def _salt(self, headers: Headers, method: str) -> str:
         if not self._digests or method == "OPTIONS":  # a browser asks before it sends a key
             return ""
-        only = given[0] if len(given) == 1 else b""
-        scheme, _, key = only.partition(b" ")
-        digest = _digest(key.strip())
+        given = _keys(headers)
+        digest = _digest(given[0] if given else b"")
         matches = [hmac.compare_digest(digest, own) for own in self._digests]  # all: no early way out
-        if scheme.lower() != b"bearer" or not any(matches):
+        if len(set(given)) != 1 or not any(matches):
             state = "is not a key of this server" if given else "is needed"
-            what = f"An API key {state}; send it as: Authorization: Bearer KEY"
+            what = f"An API key {state}; send it as: Authorization: Bearer KEY (or X-Api-Key: KEY)"
             raise Problem(401, what, code="invalid_api_key")
         return digest.hex()
 
@@ -110,6 +130,39 @@ class Guard:
                 raise _too_large(most)
             if not message.get("more_body", False):
                 return b"".join(pieces)
+
+
+def _keys(headers: Headers) -> list[bytes]:
+    """All keys that were given; b"" for a header that is none."""
+    found = []
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            found.append(key.strip() if scheme.lower() == b"bearer" else b"")
+        elif name == b"x-api-key":
+            found.append(value.strip())
+    return found
+
+
+def _require_local(headers: Headers) -> None:
+    """Raises Problem for a Host that is no name of this machine's own."""
+    hosts = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
+    for host in hosts:  # HTTP/1.1 has one; HTTP/1.0 may have none, and no browser speaks it
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if name != "localhost" and not is_loopback(name):
+            what = (
+                f"The Host is {host[:80]!r}, but a server on a loopback address without a key is called by "
+                "localhost or its address. Set an --api-key, or let the proxy send Host: localhost."
+            )
+            raise Problem(403, what, code="wrong_host")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is an address that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: bytes) -> bytes:

@@ -6,7 +6,7 @@ of our insides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
@@ -35,11 +35,17 @@ class Problem(HTTPException):
     """What is wrong with a request, or with us, as the client will read it."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
         login = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        super().__init__(status, message[:_LONGEST_MESSAGE], headers=retry | login)
+        super().__init__(status, message[:_LONGEST_MESSAGE], headers={**retry, **login, **(headers or {})})
         self.code = code
         self.param = param
 
@@ -67,7 +73,7 @@ def problem_of(error: Exception) -> Problem:
         case RequestValidationError():
             return _invalid(error.errors())
         case StarletteHTTPException():
-            return Problem(error.status_code, str(error.detail))
+            return Problem(error.status_code, str(error.detail), headers=_allowed(error.headers))
         case BusyError():
             return Problem(429, str(error), code="queue_full")
         case CapacityError() | ContextError():
@@ -80,6 +86,12 @@ def problem_of(error: Exception) -> Problem:
             return Problem(503, str(error), code="engine_dead")
         case _:
             return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+def _allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The methods that a path has, where that was the fault: whatever can be read has a head."""
+    methods = (headers or {}).get("Allow", "")
+    return {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
 
 
 def _invalid(errors: Sequence[Any]) -> Problem:

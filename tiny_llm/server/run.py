@@ -17,11 +17,14 @@ from collections.abc import Callable, Generator
 from types import FrameType
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.server.app import create_app
-from tiny_llm.server.guard import Guard
+from tiny_llm.server.envelope import Envelope
+from tiny_llm.server.guard import Guard, is_loopback
 from tiny_llm.server.protocol import DeadlineProtocol
 from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
@@ -32,12 +35,11 @@ BACKLOG = 2048
 class Server(uvicorn.Server):
     """uvicorn with our application, and with our word on signals."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, listening: socket.socket) -> None:
         settings = service.settings
         self.service = service
-        guard = Guard(create_app(service), settings, service.problem)
         config = uvicorn.Config(
-            guard,
+            _application(service, local_only=is_loopback(listening.getsockname()[0])),
             http=DeadlineProtocol.within(settings.read_timeout_s),
             ws="none",
             lifespan="off",
@@ -72,12 +74,27 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
+def _application(service: Service, *, local_only: bool) -> ASGIApp:
+    """Routes, in the guard, in what refusals have too."""
+    settings = service.settings
+    app: ASGIApp = Guard(create_app(service), settings, service.problem, local_only=local_only)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # a key is no cookie: a browser adds nothing that its page does not know
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return Envelope(app)
+
+
 def serve(settings: ServerSettings, host: str, port: int, load: Callable[[], AsyncLLM]) -> None:
     """Serve until a signal. Raises ConfigError if the port cannot be had, and what ``load`` raises."""
     listening = listen(host, port)
     service = Service(settings, load)
     try:
-        asyncio.run(_serve(Server(service), listening))
+        asyncio.run(_serve(Server(service, listening), listening))
     finally:
         listening.close()
 
