@@ -6,6 +6,7 @@ A chapter's tests are ordinary tests with ``@pytest.mark.chapter("1.3")``. Choos
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -99,6 +100,20 @@ def demo() -> Path:
 def demo_copy(demo: Path, tmp_path: Path) -> Path:
     """A copy of the bundled model, to be changed or broken."""
     return Path(shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("draft")))
+
+
+@pytest.fixture(scope="session")
+def endless(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a slow model that knows no end: there is time to stop its answer, which rambles."""
+    folder = tmp_path_factory.mktemp("endless")
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(demo / name, folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        facts = json.loads((demo / name).read_text())
+        ends = [facts.pop(key) for key in ("eos_token_id", "eos_token") if key in facts]
+        assert ends, name
+        (folder / name).write_text(json.dumps(facts))
+    return ["--model", str(folder), "--backend", "ref", "--temperature", "4", "--seed", "9"]
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,10 @@ import ast
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +38,6 @@ KEYS = [
     "decode_tok_s",
     "peak_memory_bytes",
 ]
-DEMO = ROOT / "tiny_llm/demo"
 RAMBLE = ["--temperature", "4", "--seed", "9"]
 
 
@@ -99,20 +95,6 @@ def test_published_200_tokens_from_bos(stories260k: Path, call: Output) -> None:
     assert answer["text"] == published["expected_text"]
     short = json.loads(call("generate", "--prompt", "", "--max-tokens", "3", *options)[1])
     assert short["token_ids"] == answer["token_ids"][:3], "this tokenizer begins an empty text with BOS"
-
-
-@pytest.fixture(scope="session")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options for a slow model that knows no end: there is time to stop its answer."""
-    folder = tmp_path_factory.mktemp("endless")
-    for name in ("model.safetensors", "tokenizer.json"):
-        shutil.copy(DEMO / name, folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        facts = json.loads((DEMO / name).read_text())
-        ends = [facts.pop(key) for key in ("eos_token_id", "eos_token") if key in facts]
-        assert ends, name
-        (folder / name).write_text(json.dumps(facts))
-    return ["--model", str(folder), "--backend", "ref", *RAMBLE]
 
 
 def test_json_is_one_line_with_the_answer_and_its_figures() -> None:
@@ -288,85 +270,6 @@ def test_ctrl_c_ends_generate_with_130(endless: list[str]) -> None:
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, b"")
-
-
-@contextmanager
-def opened_terminal(*options: str) -> Iterator[pexpect.spawn[str]]:
-    """``python main.py`` in a pseudo-terminal, after its first prompt."""
-    arguments = [COMMAND[1], *options]
-    environment = {**os.environ, "TERM": "dumb"}
-    child = pexpect.spawn(
-        COMMAND[0],
-        arguments,
-        env=environment,
-        cwd=str(ROOT),
-        encoding="utf-8",
-        timeout=60,
-        preexec_fn=hear_ctrl_c,
-    )
-    child.expect("> ")
-    yield child
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
-def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
-    file = tmp_path / "talk.json"
-    turns = [
-        ("/system", "There is no system message."),
-        ("/system Be brief.", "From the next message on."),
-        ("Hello", "tok/s"),
-        ("/sytem", "Did you mean '/system'"),
-        ("/help", "/save FILE"),
-        (f"/save {file}", "Saved 3 messages"),
-        (f"/save {file}", "exists already"),
-        ("/save", "needs a file's name"),
-        ("/save /no/such/folder/x", "No such file or directory"),
-        ("/save ~no-such-user/x", "No such file or directory"),
-        ("/reset", "forgotten"),
-        (f"/save {tmp_path / 'reset.json'}", "Saved 1 messages"),
-    ]
-    with opened_terminal("--max-tokens", "8") as terminal:
-        for line, answer in turns:
-            terminal.sendline(line)
-            terminal.expect_exact(answer)
-            terminal.expect("\n> ")
-        terminal.sendline("/exit now")
-    assert [m["role"] for m in json.loads(file.read_text())] == ["system", "user", "assistant"]
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_program(endless: list[str]) -> None:
-    with opened_terminal(*endless) as terminal:
-        terminal.sendline("Hello")
-        terminal.expect_exact("Hello\r\n")
-        terminal.expect(r"\S")  # the answer has begun
-        terminal.sendintr()
-        terminal.expect_exact("Stopped.")
-        terminal.expect("> ")
-        terminal.send("half a li")
-        terminal.expect_exact("half a li")  # readline misses a signal while it reads a key
-        terminal.sendintr()
-        terminal.expect_exact("Ctrl-D or /exit leaves.")
-        terminal.expect("> ")
-        terminal.sendline("/system")
-        terminal.expect_exact("There is no system message.")
-        terminal.expect("> ")
-        terminal.sendeof()
-
-
-def test_the_up_arrow_brings_a_line_back() -> None:
-    with opened_terminal("--max-tokens", "8") as terminal:
-        terminal.sendline("/system Be kind.")
-        terminal.expect("From the next")
-        terminal.expect("> ")
-        terminal.send("\x1b[A")
-        terminal.expect_exact("/system Be kind.")
-        terminal.sendline("er")
-        terminal.expect("From the next")
-        terminal.sendline("/system")
-        terminal.expect_exact("Be kind.er")
-        terminal.sendeof()
 
 
 def test_generate_in_a_terminal_needs_a_prompt() -> None:

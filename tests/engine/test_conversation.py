@@ -105,3 +105,54 @@ def test_what_a_terminal_sent_as_half_a_character_is_saved_too(llm: LLM, tmp_pat
 def test_a_model_without_a_template_cannot_converse(stories260k: Path) -> None:
     with pytest.raises(ConfigError, match=r"no chat template.*--raw"):
         Conversation(LLM(stories260k))
+
+
+def test_retry_replaces_the_last_answer_once_it_has_begun(llm: LLM) -> None:
+    conversation = Conversation(llm)
+    with pytest.raises(RequestError, match="Nothing was asked yet"):
+        conversation.retry(TALK)
+    say(conversation, "Hello")
+    say(conversation, "And then?")
+    before = conversation.messages
+    conversation.retry(TALK).close()
+    assert conversation.messages == before, "it had not begun"
+    other = SamplingParams(max_tokens=8, temperature=4.0, seed=2, ignore_eos=True)
+    second = "".join(chunk.text for chunk in conversation.retry(other))
+    assert conversation.messages == [*before[:-1], {"role": "assistant", "content": second}]
+    assert second != before[-1]["content"]
+
+
+def test_what_was_saved_is_loaded(llm: LLM, tmp_path: Path) -> None:
+    conversation = Conversation(llm, system="Be brief.")
+    say(conversation, "Grüße\u2028\n/")
+    conversation.save(tmp_path / "talk.json")
+    other = Conversation(llm)
+    other.load(tmp_path / "talk.json")
+    assert other.messages == conversation.messages and other.system == "Be brief."
+    Conversation(llm).save(tmp_path / "empty.json")
+    other.load(tmp_path / "empty.json")
+    assert other.messages == [] and other.system is None
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[{]", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("9" * 5000, "is not JSON"),
+        ("{}", "holds no list"),
+        ("[1]", "message 1: expected"),
+        ('[{"role": "assistant", "content": "a"}]', 'message 1: expected {"role": "user"'),
+        ('[{"role": "system", "content": "s"}, {"role": "system", "content": "s"}]', "message 2: expected"),
+        ('[{"role": "user", "content": null}]', "message 1: expected"),
+        ('[{"role": "user", "content": "a"}]', "ends with a question"),
+    ],
+)
+def test_what_is_no_saved_conversation_changes_nothing(
+    llm: LLM, tmp_path: Path, text: str, complaint: str
+) -> None:
+    conversation = Conversation(llm, system="Be brief.")
+    (tmp_path / "talk.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RequestError, match=complaint):
+        conversation.load(tmp_path / "talk.json")
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from tiny_llm.chat import Chat
+from tiny_llm.chat.chat import Chat
 from tiny_llm.commands.grouped import Without, grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin

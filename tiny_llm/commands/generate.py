@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tiny_llm.chat import figures
+from tiny_llm.chat.chat import figures
 from tiny_llm.commands.grouped import Without, grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.offline import answer_file

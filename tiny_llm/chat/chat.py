@@ -1,4 +1,4 @@
-"""Owns the interactive chat: lines typed in a terminal in, a streamed answer out.
+"""Owns the interactive chat: what is typed in a terminal in, a streamed answer out.
 
 What was said and what still fits is the Conversation's; how tokens come is the engine's.
 """
@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import sys
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_llm.data import Completion
+from tiny_llm.chat.terminal import prepare, read_message, typing_kept
+from tiny_llm.chat.wrap import Wrapper
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.conversation import Conversation
 from tiny_llm.errors import TinyLLMError, did_you_mean
 from tiny_llm.sampling_params import SamplingParams
 
-with contextlib.suppress(ImportError):  # absent on some builds; input() then has no history
-    import readline  # noqa: F401
-
 HELP = """\
-/system TEXT  tell the model how to behave (alone: show what it was told)
+/system TEXT  tell the model how to behave (-: nothing; alone: show what it was told)
+/retry        have the last question answered again
 /reset        forget the conversation; the system message stays
 /save FILE    write the conversation to a new JSON file
+/load FILE    go on with a conversation that was saved
 /help         this list
 /exit         leave, as Ctrl-D does
-Ctrl-C stops an answer. The up arrow brings back what you typed."""
-COMMANDS = ("/system", "/reset", "/save", "/help", "/exit")
+Ctrl-C stops an answer. The up arrow brings back what you typed. Lines pasted together are one message.
+A message that begins like a command: type a space before it."""
+COMMANDS = ("/system", "/retry", "/reset", "/save", "/load", "/help", "/exit")
+LEAVE = re.compile(r"/(exit|quit)(?!\S)")
+COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")
+"""What makes a line a command; ``/usr/bin`` and ``// TODO`` begin a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,71 +73,93 @@ class Chat:
 
     def run(self) -> None:
         """Talk until Ctrl-D or /exit. Nothing that a user types ends the session otherwise."""
+        prepare()
         self._note(f"Talking to {self._name}. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
-                line = self._read()
-                if line is None or line.split()[:1] in (["/exit"], ["/quit"]):
+                typed = self._read()
+                if typed is None or LEAVE.match(typed):
                     return
-                self._handle(line)
+                self._handle(typed)
             except KeyboardInterrupt:  # not during an answer: that one ends itself
                 print()
                 self._note("Ctrl-D or /exit leaves.")
 
     def _read(self) -> str | None:
-        """The next line; None at the end of input."""
+        """The next message or command; None at the end of input."""
         try:
-            return input(self._prompt()).strip()
+            return read_message(self._prompt())
         except EOFError:
             print()
             return None
 
-    def _handle(self, line: str) -> None:
-        if line.startswith("/"):
-            self._command(*line.split(maxsplit=1))
-        elif line:
-            self._answer(line)
+    def _handle(self, typed: str) -> None:
+        if COMMAND.match(typed):
+            self._command(*typed.split(maxsplit=1))
+        elif text := typed.strip():
+            self._answer(lambda: self._conversation.ask(text, self._params))
 
     def _prompt(self) -> str:
         """Readline must know which characters take no room: \\x01 and \\x02 enclose them."""
         style = self._style
         return f"\x01{style.user}\x02> \x01{style.end}\x02" if style.user else "> "
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, ask: Callable[[], Generator[Chunk]]) -> None:
+        """Show the answer that ``ask`` begins, until its end or Ctrl-C."""
         forgotten = self._conversation.forgotten
         try:
-            chunks = self._conversation.ask(text, self._params)
-            if dropped := self._conversation.forgotten - forgotten:
-                self._note(f"The oldest {dropped} messages no longer fit the context and were forgotten.")
-            with contextlib.closing(chunks):
-                print(self._style.answer, end="", flush=True)
-                for chunk in chunks:
-                    print(chunk.text, end="", flush=True)
-                    if chunk.completion is not None:
-                        print(self._style.end)
-                        self._note(figures(chunk.completion))
+            with typing_kept(), contextlib.closing(ask()) as chunks:
+                if dropped := self._conversation.forgotten - forgotten:
+                    self._note(f"The oldest {dropped} messages no longer fit the context and were forgotten.")
+                completion = self._show(chunks)
+                if completion is not None:
+                    self._note(figures(completion))
         except KeyboardInterrupt:
-            print(self._style.end)
             self._note("Stopped.")
         except TinyLLMError as error:
             self._error(str(error))
 
+    def _show(self, chunks: Generator[Chunk]) -> Completion | None:
+        """Print the answer as it comes, its lines broken between words; the whole of it, if it ended."""
+        wrapper, completion = Wrapper(_columns), None
+        print(self._style.answer, end="", flush=True)
+        try:
+            for chunk in chunks:
+                print(wrapper.feed(chunk.text), end="", flush=True)
+                completion = chunk.completion
+        finally:
+            print(wrapper.end() + self._style.end)
+        return completion
+
     def _command(self, name: str, rest: str = "") -> None:
         match name:
             case "/help":
-                print(HELP)
+                print(_wrapped(HELP))
             case "/reset":
                 self._conversation.reset()
                 self._note("The conversation is forgotten.")
+            case "/retry":
+                self._retry()
+            case "/system" if rest.strip() == "-":
+                self._conversation.system = None
+                self._note("There is no system message from the next message on.")
             case "/system" if rest:
                 self._conversation.system = rest
                 self._note("From the next message on.")
             case "/system":
                 self._note(self._conversation.system or "There is no system message.")
             case "/save":
-                self._save(rest)
+                self._save(rest.strip())
+            case "/load":
+                self._load(rest.strip())
             case _:
-                self._error(f"there is no command {name}.{did_you_mean(name, COMMANDS)} /help lists them.")
+                hint = "/help lists them; with a space before it, it is a message."
+                self._error(f"there is no command {name}.{did_you_mean(name, COMMANDS)} {hint}")
+
+    def _retry(self) -> None:
+        if not self._params.temperature:
+            self._note("At temperature 0 the answer is the same again; --temperature 0.8 draws another.")
+        self._answer(lambda: self._conversation.retry(self._params))
 
     def _save(self, name: str) -> None:
         if not name:
@@ -144,8 +174,30 @@ class Chat:
         else:
             self._note(f"Saved {len(self._conversation.messages)} messages to {name}.")
 
+    def _load(self, name: str) -> None:
+        if not name:
+            self._error("/load needs a file's name.")
+            return
+        try:
+            self._conversation.load(Path(os.path.expanduser(name)))
+        except TinyLLMError as error:
+            self._error(str(error))
+        except (OSError, ValueError) as error:
+            self._error(f"{name} cannot be read: {getattr(error, 'strerror', error)}.")
+        else:
+            self._note(f"Loaded {len(self._conversation.messages)} messages from {name}.")
+
     def _note(self, text: str) -> None:
-        print(f"{self._style.dim}{text}{self._style.end}")
+        print(f"{self._style.dim}{_wrapped(text)}{self._style.end}")
 
     def _error(self, text: str) -> None:
-        print(f"error: {text}")
+        print(_wrapped(f"error: {text}"))
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _wrapped(text: str) -> str:
+    wrapper = Wrapper(_columns)
+    return wrapper.feed(text) + wrapper.end()

@@ -1,0 +1,1 @@
+"""The interactive chat in a terminal: its commands, what is typed, and where lines break."""
