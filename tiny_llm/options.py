@@ -71,6 +71,14 @@ class EngineOptions:
             rich_help_panel="Limits",
         ),
     ] = None
+    swap_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What sequences may take beside that, such as 2GB, while others need their place; "
+            "without it they are computed again.",
+            rich_help_panel="Limits",
+        ),
+    ] = None
     max_step_ms: Annotated[
         float,
         typer.Option(

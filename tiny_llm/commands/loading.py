@@ -39,6 +39,7 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         "activations": options.activations,
         "max_context": options.max_model_len,
         "kv_memory": None if options.kv_memory is None else parse_bytes(options.kv_memory),
+        "swap_memory": 0 if options.swap_memory is None else parse_bytes(options.swap_memory),
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
     }
 

@@ -12,8 +12,6 @@ from copy import copy
 from pathlib import Path
 from typing import Self
 
-import mlx.core as mx
-
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.decoding.chat_prompt import ChatPrompts
@@ -21,6 +19,7 @@ from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.memory import give_back_memory
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
@@ -48,8 +47,10 @@ class LLM:
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
     ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
-    ``kv_memory`` is how many bytes keys and values may take, ``scheduler`` who gets how much of a step;
-    ``engine`` sets both and more, and then neither of them counts.
+    ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
+    that had to make room may take until they go on: without it they are computed again, which
+    "preemption" in ``scheduler`` weighs. ``scheduler`` says who gets how much of a step. ``engine`` sets all
+    three and more, and then none of them counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load.
 
     Close it, or use it in a ``with``, to give its memory back. One thread at a time can use it; AsyncLLM
@@ -74,6 +75,7 @@ class LLM:
         threads: int | None = None,
         activations: str = "int8",
         kv_memory: int | None = None,
+        swap_memory: int = 0,
         scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
@@ -99,7 +101,9 @@ class LLM:
         self._kept = kept
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
-        self._use_engine(engine or EngineSettings.fitting(self.config, kept, kv_memory, scheduler))
+        if engine is None:
+            engine = EngineSettings.fitting(self.config, kept, kv_memory, scheduler, swap_memory=swap_memory)
+        self._use_engine(engine)
 
     @property
     def engine(self) -> Engine:
@@ -130,7 +134,7 @@ class LLM:
         if self._turn is not None:
             with self._turn.taken():
                 self._turn = self._model = None
-            mx.clear_cache()
+            give_back_memory()
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -141,11 +145,13 @@ class LLM:
     def memory(self) -> str:
         """What the weights take, and what keys and values may: for a line at the start."""
         settings, block_bytes = self.engine.settings, self.engine.cache.format.block_bytes
-        return (
+        told = (
             f"weights {self._weight_bytes / 1e9:.2f} GB · keys and values up to "
             f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
             f"{settings.kv_blocks * settings.block_size:,} tokens"
         )
+        swap = settings.host_blocks * block_bytes
+        return f"{told} · {swap / 1e9:.2f} GB to swap to" if swap else told
 
     def _use_engine(self, settings: EngineSettings) -> None:
         assert self._model is not None, "it is not closed"

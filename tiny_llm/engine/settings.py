@@ -42,9 +42,12 @@ class EngineSettings:
         kv_dtype: mx.Dtype,
         kv_memory: int | None = None,
         scheduler: SchedulerSettings | None = None,
+        *,
+        swap_memory: int = 0,
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values; None: half of the memory that can be had now.
 
+        Those of sequences that had to make room may take ``swap_memory`` bytes more.
         A step has no more tokens than a quarter of it holds the intermediate results of.
 
         Raises ConfigError if that is not enough for a block, or more than there can ever be: an amount that
@@ -58,13 +61,20 @@ class EngineSettings:
             raise ConfigError(
                 f"{what} is {memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
             )
-        limit = narrowest_limit()
-        if memory > limit.most:
+        if 0 < swap_memory < block:
             raise ConfigError(
-                f"kv_memory is {memory:,} bytes, but {limit.name} allows {limit.most:,} in all; give less."
+                f"swap_memory is {swap_memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
+            )
+        limit = narrowest_limit()
+        if memory + swap_memory > limit.most:
+            names = "kv_memory and swap_memory are" if swap_memory else "kv_memory is"
+            raise ConfigError(
+                f"{names} {memory + swap_memory:,} bytes, but {limit.name} allows {limit.most:,} in all; "
+                "give less."
             )
         return cls(
             kv_blocks=memory // block,
+            host_blocks=swap_memory // block,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
             scheduler=_with_steps_within(available // 4, config, scheduler or SchedulerSettings()),
         )
