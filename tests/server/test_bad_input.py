@@ -61,7 +61,10 @@ WRONG_FIELDS: list[tuple[str, object]] = [
     ],
     ("logit_bias", {str(i): 1 for i in range(1025)}),
     *[("stream", bad) for bad in ("true", 1, [])],
-    *[("stream_options", bad) for bad in (1, {"x": 1}, {"include_usage": "yes"})],
+    *[
+        ("stream_options", bad)
+        for bad in (1, {"x": 1}, {"include_usage": "yes"}, {}, {"include_usage": True})
+    ],
     *[("priority", bad) for bad in (101, -101, "high", 1.5)],
     *[("ignore_eos", bad) for bad in ("no", 1)],
     *[("user", bad) for bad in (5, "x" * 513)],
@@ -75,6 +78,9 @@ WRONG_CHAT: list[tuple[str, object]] = [
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}]),
     ("messages", [{"role": "user", "content": ["text"]}]),
+    *[("messages", [{"role": role}]) for role in ("system", "developer", "user", "tool")],
+    ("messages", [{"role": "user", "content": None}]),
+    ("messages", [{"role": "tool", "content": "12"}]),
     ("messages", [{"role": "user", "content": "a"}] * 2049),
     ("messages", [{"role": "user", "content": "word " * 5000}]),
     *[("logprobs", bad) for bad in (5, "yes")],
@@ -159,7 +165,7 @@ def test_a_wrong_field_of_a_completion_is_named(
 @pytest.mark.parametrize("path", [TEXT, CHAT, "/generate", "/tokenize"])
 def test_a_field_that_is_not_supported_is_named(http: httpx.Client, path: str, name: str) -> None:
     asked = GOOD if path == CHAT else {"prompt": "a"}
-    error = refused(http.post(path, json={**asked, name: 1}))
+    error = refused(http.post(path, json={**asked, name: 2}))
     assert error["param"] == name and name in error["message"] and error["code"] == "unsupported_field"
 
 

@@ -176,6 +176,31 @@ def test_a_full_queue_is_a_429_and_a_long_wait_a_503(start: Any, until: Callable
         one.wait_until_idle()
 
 
+def test_more_prompts_than_can_ever_be_held_are_a_400(start: Any) -> None:
+    """They were a 429 with Retry-After, for ever. As many as there are places for are answered."""
+    with start(scheduler=SchedulerSettings(max_num_seqs=2, max_queued_requests=1)) as one, one.http() as http:
+        few = http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 2})
+        assert few.status_code == 200 and len(few.json()["choices"]) == 3, few.text
+        many = http.post("/v1/completions", json={"prompt": ["a", "b", "c", "d"], "max_tokens": 2})
+        assert many.status_code == 400 and many.json()["error"]["param"] == "prompt", many.text
+
+
+def test_what_never_fits_the_memory_names_the_field_that_it_came_in(start: Any, demo: Any) -> None:
+    with start(load=lambda: AsyncLLM(demo, engine=EngineSettings(kv_blocks=2))) as one, one.http() as http:
+        while http.get("/health").status_code != 200:
+            pass
+        said = "a word " * 30
+        for path, field, prompt in (
+            ("/v1/completions", "prompt", said),
+            ("/generate", "prompt", said),
+            ("/v1/chat/completions", "messages", [{"role": "user", "content": said}]),
+            ("/v1/responses", "input", said),
+        ):
+            for stream in (False, True):
+                error = http.post(path, json={field: prompt, "stream": stream}).json()["error"]
+                assert error["param"] == field and error["code"] == "context_length_exceeded", (path, error)
+
+
 def test_too_many_in_flight_are_refused_before_their_bodies(start: Any) -> None:
     with start(ServerSettings(max_in_flight=1)) as one, one.http() as http:
         one.slow_down(0.005)

@@ -18,7 +18,8 @@ NOTHING = {"type": "object", "properties": {}}
 LOOKUP = {"type": "function", "function": {"name": "lookup", "parameters": NOTHING}}
 FEATURES: Mapping[str, dict[str, Any]] = {
     "stream": {"stream": True},
-    "usage": {"stream_options": {"include_usage": True}},
+    "usage": {"stream": True, "stream_options": {"include_usage": True}},
+    "usage so far": {"stream": True, "stream_options": {"continuous_usage_stats": True}},
     "n": {"n": 3},
     "logprobs": {"logprobs": True, "top_logprobs": 3},
     "stop": {"stop": ["e"]},

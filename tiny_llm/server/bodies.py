@@ -18,14 +18,17 @@ from pydantic import (
     FailFast,
     Field,
     StringConstraints,
+    ValidationInfo,
     WithJsonSchema,
     create_model,
+    field_validator,
     model_validator,
 )
 
 from tiny_llm.sampling_params import MOST, OPTIONS
 from tiny_llm.scheduler.settings import MAX_PRIORITY
 from tiny_llm.server import settings as caps
+from tiny_llm.server.neutral import REQUEST, STREAM_OPTIONS, misplaced, with_neutral
 
 AnyBody = TypeVar("AnyBody", bound="Body")
 TokenId = Annotated[int, Field(ge=0, lt=MOST)]
@@ -60,13 +63,14 @@ def _bias(value: object) -> object:
     if len(value) > caps.MAX_BIASES:
         raise ValueError(f"has {len(value)} entries, but may have at most {caps.MAX_BIASES}")
     for key in value:
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError(f"{str(key)[:40]!r} is no token id")
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise misplaced([key[:40]], "is no token id")
     return {int(key): bias for key, bias in value.items()}
 
 
+@with_neutral(STREAM_OPTIONS)
 class StreamOptions(Body):
-    """What a stream says beside the answer."""
+    """What a stream says beside the answer: its usage at the end, or with every event too."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -136,6 +140,11 @@ def with_options(body: type[AnyBody]) -> type[AnyBody]:
     return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **own)
 
 
+Label = Annotated[str, StringConstraints(max_length=512)]
+"""What clients call something. No answer depends on it."""
+
+
+@with_neutral(REQUEST)
 @with_options
 class Choosing(Body):
     """The fields that say how tokens are chosen and when to stop, common to all ways of asking."""
@@ -148,10 +157,20 @@ class Choosing(Body):
     stop: Stops = Field(default_factory=list)
     stream: bool = False
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    metadata: Annotated[dict[str, Label], Field(max_length=16)] = Field(default_factory=dict)
     regex: Annotated[str, StringConstraints(min_length=1)] | None = None
     grammar: Annotated[str, StringConstraints(min_length=1)] | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+
+    @field_validator("stream_options", check_fields=False)
+    @classmethod
+    def _of_a_stream(cls, value: object, info: ValidationInfo) -> object:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("is of use only where stream is true")
+        return value
 
 
 class Sampling(Choosing):
@@ -159,5 +178,4 @@ class Sampling(Choosing):
 
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=caps.MAX_N)] = 1
-    stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

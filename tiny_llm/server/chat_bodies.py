@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema, model_validator
 
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, Count, Few, Name, Sampling
+from tiny_llm.server.bodies import Body, Count, Few, Name, Sampling, StreamOptions
+from tiny_llm.server.neutral import misplaced
+
+_TEXT_KINDS = ("text", "input_text", "output_text")
+_PART_FIELDS = ("type", "text", "annotations", "logprobs", "parsed")
 
 
 def _text(value: object) -> object:
     """Content as one text: parts of type "text" are joined by newlines, others are refused."""
     if not isinstance(value, list):
         return value
-    for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text"):
-            raise ValueError(f"[{number}] is of type {str(kind)[:40]!r}, but only text is supported")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"[{number}].text must be a string")
-        given = {name for name, value in part.items() if value is not None}
-        if unknown := given - {"type", "text", "annotations", "logprobs", "parsed"}:
-            raise ValueError(f"[{number}].{min(unknown)} is not supported")
-    return "\n".join(part["text"] for part in value)
+    return "\n".join([_text_of(part, number) for number, part in enumerate(value)])
+
+
+def _text_of(part: object, number: int) -> str:
+    """One part's text. What clients and servers say of it beside is no part of what was said."""
+    if not isinstance(part, dict):
+        raise misplaced([number], "must be an object with type and text")
+    kind, text = part.get("type"), part.get("text")
+    if kind not in _TEXT_KINDS:
+        raise misplaced([number, "type"], f"is {str(kind)[:40]!r}, but only text is supported")
+    if not isinstance(text, str):
+        raise misplaced([number, "text"], "must be a string")
+    for name, given in part.items():
+        if name not in _PART_FIELDS and given is not None:
+            raise misplaced([number, name], "is not supported here", code="unsupported_field")
+    return text
 
 
 _TEXT_SCHEMA: Mapping[str, Any] = {
@@ -86,8 +96,24 @@ class Message(Body):
     parsed: Untold = None
     annotations: Untold = None
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> Message:
+        """Only an assistant may have said nothing, and what a tool returned is the answer to a call."""
+        if self.content is None and self.role != "assistant":
+            raise misplaced(["content"], f"is missing: a message of the {self.role} needs it", code="missing")
+        if self.tool_call_id is None and self.role == "tool":
+            what = "is missing: it says which call the tool's message answers"
+            raise misplaced(["tool_call_id"], what, code="missing")
+        return self
+
 
 Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=caps.MAX_MESSAGES)]
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How much a model is to think."""
+USUAL_EFFORT: Effort = "medium"
+"""OpenAI's default: it asks for nothing."""
 
 
 class TemplateArguments(Body):
@@ -136,4 +162,6 @@ class ChatBody(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Few | None = None
+    stream_options: StreamOptions | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)

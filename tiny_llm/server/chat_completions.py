@@ -18,7 +18,7 @@ from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new
 from tiny_llm.server.chat_bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.jobs import Job
-from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, wants_usage
+from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, stream_usage
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, aside
 
@@ -26,7 +26,7 @@ from tiny_llm.server.service import Service, aside
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer one request, at once or as a stream."""
     form, job = await chat_job(service, request, body)
-    return await answered(service, request, job, ChatWriter(service, body, form), stream=body.stream)
+    return await answered(service, request, job, ChatWriter(service, body, form, job), stream=body.stream)
 
 
 async def chat_job(service: Service, request: Request, body: ChatBody) -> tuple[ChatFormat, Job]:
@@ -39,7 +39,7 @@ async def chat_job(service: Service, request: Request, body: ChatBody) -> tuple[
 
 
 def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         what = "top_logprobs needs logprobs to be true."
         raise Problem(400, what, code="invalid_value", param="top_logprobs")
     choice = body.tool_choice
@@ -50,7 +50,8 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
         parallel_tool_calls=body.parallel_tool_calls,
         grammar=grammar_of(body),
     )
-    prompts = [chat_ids(llm, body.messages, body.chat_template_kwargs, form.tools)]
+    asked = (body.messages, body.chat_template_kwargs, form.tools, body.reasoning_effort)
+    prompts = [chat_ids(llm, *asked)]
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
@@ -62,14 +63,14 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
 class ChatWriter(ResponseWriter):
     """/v1/chat/completions' words."""
 
-    def __init__(self, service: Service, body: ChatBody, form: ChatFormat) -> None:
+    def __init__(self, service: Service, body: ChatBody, form: ChatFormat, job: Job) -> None:
         self._tokenizer = service.llm.tokenizer
         self._body = body
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
         self._model = service.settings.name
         self._parsers = [form.parser() for _ in range(body.n)]
-        self._with_usage = wants_usage(body)
+        self._usage = stream_usage(body.stream_options, job)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
 
     def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
@@ -88,10 +89,12 @@ class ChatWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """Who speaks, then what is said, an event a delta; the last of a chunk has its log-probabilities."""
+        self._usage.take(index, chunk)
         found = self._parsers[index].push(chunk.text)
         is_text_alone = chunk.completion is None and not chunk.logprobs
         begun = index in self._quick
-        if begun and is_text_alone and len(found) == 1 and found[0].content:
+        is_quick = begun and is_text_alone and not self._usage.always
+        if is_quick and len(found) == 1 and found[0].content:
             return self._quick[index](found[0].content)
         if chunk.completion is not None:
             found += self._parsers[index].finish()
@@ -105,7 +108,7 @@ class ChatWriter(ResponseWriter):
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""
-        if not self._with_usage:
+        if not self._usage.at_end:
             return b""
         head = self._head("chat.completion.chunk")
         return event_of({**head, "choices": [], "usage": usage(ended)})
@@ -122,8 +125,7 @@ class ChatWriter(ResponseWriter):
 
     def _event(self, index: int, delta: dict[str, Any], rest: dict[str, object]) -> dict[str, object]:
         choice = {"index": index, "delta": delta, **rest}
-        told = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        return {**told, "usage": None} if self._with_usage else told
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **self._usage.so_far(index)}
 
     def _rest(
         self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int

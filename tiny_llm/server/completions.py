@@ -23,7 +23,7 @@ from tiny_llm.server.params import (
     params_of,
     prompt_ids,
     require_model,
-    wants_usage,
+    stream_usage,
 )
 from tiny_llm.server.service import Service, aside
 from tiny_llm.server.text_bodies import CompletionBody
@@ -40,15 +40,18 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
 def _job(llm: LLM, body: CompletionBody, key_salt: str) -> Job:
     grammar = grammar_of(body)
     prompts = prompt_ids(llm, body.prompt)
-    most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    most = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
-    return job_of(body, prompts, params, key_salt, grammar)
+    job = job_of(body, prompts, params, key_salt, grammar)
+    return job._replace(only_prompt=body.max_tokens == 0)
 
 
 class CompletionWriter(ResponseWriter):
     """/v1/completions' words."""
+
+    asked_by = "prompt"
 
     def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
         self._tokenizer = service.llm.tokenizer
@@ -56,7 +59,7 @@ class CompletionWriter(ResponseWriter):
         self._job = job
         self._echoes = [self._echo(prompt) for prompt in body.prompt] if body.echo else []
         self._offsets = [0] * (len(job.prompts) * body.n)
-        self._with_usage = wants_usage(body)
+        self._usage = stream_usage(body.stream_options, job)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
         self._head = {
             "id": new_id("cmpl"),
@@ -78,8 +81,10 @@ class CompletionWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """One event a chunk that has something to tell."""
+        self._usage.take(index, chunk)
         begun = index in self._quick
-        if begun and chunk.completion is None and not chunk.logprobs:
+        is_text_alone = chunk.completion is None and not chunk.logprobs and not self._usage.always
+        if begun and is_text_alone:
             return self._quick[index](chunk.text) if chunk.text else b""
         if not begun:
             self._quick[index] = events_around(partial(self._event, index))
@@ -90,15 +95,15 @@ class CompletionWriter(ResponseWriter):
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""
-        if not self._with_usage:
+        if not self._usage.at_end:
             return b""
         return event_of({**self._head, "choices": [], "usage": usage(ended)})
 
     def _event(
         self, index: int, text: str, rows: Sequence[dict[int, float]] = (), ended: Completion | None = None
     ) -> dict[str, object]:
-        told = {**self._head, "choices": [self._choice(index, text, rows, ended)]}
-        return {**told, "usage": None} if self._with_usage else told
+        choice = self._choice(index, text, rows, ended)
+        return {**self._head, "choices": [choice], **self._usage.so_far(index)}
 
     def _choice(
         self, index: int, text: str, rows: Sequence[dict[int, float]], ended: Completion | None

@@ -10,12 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
+from typing import ClassVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from tiny_llm.data import Chunk, Completion
+from tiny_llm.errors import CapacityError
 from tiny_llm.server.answers import dumps
 from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
@@ -47,7 +49,12 @@ def failure_event(error: Exception) -> bytes:
 
 
 class ResponseWriter(ABC):
-    """One request's response in the making, in one interface's words."""
+    """One request's response in the making, in one interface's words.
+
+    ``asked_by`` is the field that its prompts come in.
+    """
+
+    asked_by: ClassVar[str] = "messages"
 
     @abstractmethod
     def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> object:
@@ -74,9 +81,12 @@ async def answered(
     service: Service, request: Request, job: Job, writer: ResponseWriter, *, stream: bool
 ) -> Response:
     """Have a job done, and answer with it. Raises what the job is refused with."""
-    if stream:
-        return EventStream(_written(writer, await service.begin(request, job)), writer.failure)
-    answers = await service.whole(request, job)
+    try:
+        if stream:
+            return EventStream(_written(writer, await service.begin(request, job)), writer.failure)
+        answers = await service.whole(request, job)
+    except CapacityError as error:
+        raise problem_of(error, asked_by=writer.asked_by) from error
     last = [chunks[-1].completion for chunks in answers]
     ended = [completion for completion in last if completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import NamedTuple
 
 from tiny_llm.data import Chunk, Completion
@@ -21,7 +22,7 @@ class Job(NamedTuple):
     """What a request asks of the engine: the same of each of its prompts.
 
     ``grammar`` is what the answers must match; it is compiled, into a constraint of ``params``, when the job
-    begins.
+    begins. ``only_prompt``: of the answers nothing is wanted, so of their one token nothing is told.
     """
 
     prompts: Sequence[list[int]]
@@ -29,6 +30,7 @@ class Job(NamedTuple):
     priority: int = 0
     salt: str = ""
     grammar: Grammar | None = None
+    only_prompt: bool = False
 
 
 async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
@@ -48,12 +50,22 @@ async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
                     if chunks:  # what came before it is told before it
                         yield chunks
                     raise problem
+                if job.only_prompt:
+                    chunk = _without_answer(chunk)
                 index = number * n + chunk.index
                 if chunk.logprobs is not None:
                     chunk.logprobs = shown.take(index, chunk.logprobs, chunk.shown_tokens)
                 chunks.append((index, chunk))
             yield chunks
             begun = True
+
+
+def _without_answer(chunk: Chunk) -> Chunk:
+    """What a chunk says of the prompt alone."""
+    ended = chunk.completion
+    if ended is not None:
+        ended = replace(ended, text="", token_ids=[], finish_reason="length", logprobs=None, shown_tokens=0)
+    return Chunk("", (), ended, chunk.index, prompt_logprobs=chunk.prompt_logprobs)
 
 
 class _ShownLogprobs:

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
+from tiny_llm.decoding.reasoning import THINK
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
-from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling
-from tiny_llm.server.chat_bodies import Message, TemplateArguments
+from tiny_llm.server.answers import StreamUsage
+from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling, StreamOptions
+from tiny_llm.server.chat_bodies import USUAL_EFFORT, Effort, Message, TemplateArguments
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS
+from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions, as OpenAI has it."""
@@ -36,6 +39,11 @@ def params_of(
     if body.n * len(prompts) > MAX_ANSWERS:
         what = f"{len(prompts)} prompts with n {body.n} are more than {MAX_ANSWERS} answers."
         raise Problem(400, what, code="invalid_value", param="n")
+    scheduler = llm.engine.settings.scheduler
+    places = scheduler.max_num_seqs + scheduler.max_queued_requests
+    if len(prompts) > places:
+        what = f"prompt has {len(prompts)} prompts, but this server holds {places} requests at a time."
+        raise Problem(400, what, code="invalid_value", param="prompt")
     given = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
     most = max_tokens or _room(llm, max(map(len, prompts)))
     return SamplingParams(max_tokens=most, n=body.n, logprobs=logprobs, **given)
@@ -78,9 +86,15 @@ def job_of(
     return Job(prompts, params, body.priority, salt, grammar)
 
 
-def wants_usage(body: Sampling) -> bool:
-    """Whether a stream is to end with the usage."""
-    return body.stream_options is not None and body.stream_options.include_usage
+def stream_usage(options: StreamOptions | None, job: Job) -> StreamUsage:
+    """The usage that a stream is to tell."""
+    options = options or StreamOptions()
+    return StreamUsage(
+        at_end=options.include_usage,
+        always=options.continuous_usage_stats,
+        prompts=job.prompts,
+        answers_each=job.params.n,
+    )
 
 
 def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -101,14 +115,43 @@ def chat_ids(
     messages: Sequence[Message],
     arguments: TemplateArguments,
     tools: Sequence[Mapping[str, object]] | None = None,
+    effort: Effort | None = None,
 ) -> list[int]:
     """A conversation as the ids of the model's template."""
-    given = {name: value for name, value in arguments.model_dump().items() if value is not None}
+    given = template_variables(llm.tokenizer, arguments, effort)
     try:
         ids, _ = llm.check(llm.chat_prompt([_plain(m) for m in messages], tools=tools, **given))
         return ids
     except RequestError as error:
         raise _about(error.param or "messages", error) from error
+
+
+def template_variables(
+    tokenizer: Tokenizer, arguments: TemplateArguments, effort: Effort | None
+) -> dict[str, object]:
+    """The chat template's own variables that a request sets.
+
+    Raises Problem for one that the template does not read, unless it asks for what the model does anyway.
+    """
+    given = arguments.model_dump(exclude_none=True)
+    known = tokenizer.template_variables
+    thinks = THINK in tokenizer.chat_template
+    if "enable_thinking" not in known and given.get("enable_thinking", thinks) != thinks:
+        raise _not_shown("chat_template_kwargs.enable_thinking", not thinks)
+    if effort is None:
+        return given
+    if "reasoning_effort" in known:
+        return {**given, "reasoning_effort": effort}
+    if effort == "none" and "enable_thinking" in known:
+        return {"enable_thinking": False, **given}
+    if effort == USUAL_EFFORT or (effort == "none" and not thinks):
+        return given
+    raise _not_shown("reasoning_effort", effort)
+
+
+def _not_shown(name: str, value: object) -> Problem:
+    what = f"{name}: this model's chat template has no way to ask for {value!r}; leave it out."
+    return Problem(400, what, code="unsupported", param=name)
 
 
 def _about(name: str, error: RequestError) -> Problem:

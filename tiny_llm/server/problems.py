@@ -22,13 +22,10 @@ from tiny_llm.errors import (
     ContextError,
     RequestError,
     TinyLLMError,
-    did_you_mean,
 )
 
 RETRY_AFTER_S = 1
 _LONGEST_MESSAGE = 1_000
-_KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
-"""pydantic tells which kind of input item it took one for, as if that were a field."""
 
 
 class Problem(HTTPException):
@@ -65,19 +62,19 @@ class Problem(HTTPException):
         return JSONResponse(self.body, self.status_code, headers=self.headers)
 
 
-def problem_of(error: Exception) -> Problem:
-    """The problem that an exception stands for."""
+def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
+    """The problem that an exception stands for; ``asked_by`` is the field that a prompt too long came in."""
     match error:
         case Problem():
             return error
         case RequestValidationError():
-            return _invalid(error.errors())
+            return _invalid(error.errors(), error.body)
         case StarletteHTTPException():
             return Problem(error.status_code, str(error.detail), headers=_allowed(error.headers))
         case BusyError():
             return Problem(429, str(error), code="queue_full")
         case CapacityError() | ContextError():
-            return Problem(400, str(error), code="context_length_exceeded", param="messages")
+            return Problem(400, str(error), code="context_length_exceeded", param=asked_by)
         case RequestError():
             return Problem(400, str(error), code=error.code, param=error.param)
         case ConfigError():  # of the model: no chat template, for example
@@ -94,30 +91,53 @@ def _allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
 
 
-def _invalid(errors: Sequence[Any]) -> Problem:
-    """The first of pydantic's complaints, in our words."""
-    first = errors[0]
-    where = _place(first["loc"])
-    name = _path(where) or None
-    if first["type"] == "extra_forbidden":
-        known = first.get("ctx", {}).get("known", ())
-        hint = did_you_mean(str(where[-1]), known)
-        return Problem(400, f"{name} is not supported here.{hint}", code="unsupported_field", param=name)
-    if first["type"] == "missing":
-        return Problem(400, f"{name or 'A JSON body'} is missing.", code="missing", param=name)
-    message = str(first["msg"]).removeprefix("Value error, ")
+def _invalid(errors: Sequence[Any], body: object) -> Problem:
+    """The complaint of pydantic's that is most to the point, in our words.
+
+    Of a field that may be one of several things there is a complaint for each; that about the deepest place
+    is about what was meant.
+    """
+    places = [_place(error, body) for error in errors]
+    about_first = [number for number, place in enumerate(places) if place[:1] == places[0][:1]]
+    number = max(about_first, key=lambda number: len(places[number]))
+    error, name = errors[number], _path(places[number]) or None
+    given = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            return Problem(400, f"{name} is not supported here.", code="unsupported_field", param=name)
+        case "missing":
+            return Problem(400, f"{name or 'A JSON body'} is missing.", code="missing", param=name)
+        case "misplaced":
+            return _invalid_value(name, given["message"], given["code"])
+        case _:
+            return _invalid_value(name, str(error["msg"]).removeprefix("Value error, "), "invalid_value")
+
+
+def _invalid_value(name: str | None, message: str, code: str) -> Problem:
     said = f"{name}: {message}" if name else f"The body: {message}"
-    return Problem(400, f"{said.rstrip('.')}.", code="invalid_value", param=name)
+    return Problem(400, f"{said.rstrip('.')}.", code=code, param=name)
 
 
-def _place(loc: Sequence[str | int]) -> list[str | int]:
-    """Where pydantic complains, without the names that it adds: "body", and the kind of an item of a list."""
+def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
+    """Where pydantic complains: what of its own path is there in the body.
+
+    The rest are the validator's names: "body", a union's alternatives, a kind of item.
+    """
     place: list[str | int] = []
-    for before, part in zip((None, *loc), loc, strict=False):
-        is_kind = isinstance(before, int) and part in _KINDS_OF_ITEMS
-        if part != "body" and not is_kind:
-            place.append(part)
-    return place
+    value, more = body, error.get("ctx", {})
+    for part in error["loc"][1:]:
+        if isinstance(value, dict) and str(part) in value:
+            value = value[str(part)]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        place.append(part)
+    if error["type"] == "missing":
+        place += error["loc"][1:][-1:]
+    if "discriminator" in more:
+        place.append(more["discriminator"].strip("'"))
+    return [*place, *more.get("within", ())]
 
 
 def _path(place: Sequence[str | int]) -> str:

@@ -11,24 +11,25 @@ from pydantic import BeforeValidator, FailFast, Field, StringConstraints
 
 from tiny_llm.server import settings as caps
 from tiny_llm.server.bodies import Body, Choosing, Count, Few, Name
-from tiny_llm.server.chat_bodies import (
-    TemplateArguments,
-    Text,
-)
+from tiny_llm.server.chat_bodies import Effort, TemplateArguments, Text
+from tiny_llm.server.neutral import REASONING_OPTIONS, RESPONSE, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
 
 LOGPROBS = "message.output_text.logprobs"
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+"""The second asks for nothing: our items of reasoning are whole, and nothing of them is kept here."""
 ItemId = Annotated[str, StringConstraints(max_length=128)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class Said(Body):
-    """A message: one that is asked, or that an earlier answer was."""
+    """A message: one that is asked, or that an earlier answer was. No template shows its ``phase``."""
 
     type: Literal["message"] = "message"
     id: ItemId | None = None
     status: ItemStatus | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
+    phase: Literal["commentary", "final_answer"] | None = None
 
 
 class Called(Body):
@@ -95,6 +96,7 @@ class TextFormat(Body):
     strict: bool | None = None
 
 
+@with_neutral(TEXT_OPTIONS)
 class TextOptions(Body):
     """About the answer's text."""
 
@@ -118,17 +120,21 @@ class ChosenTool(Body):
     name: Name
 
 
+@with_neutral(REASONING_OPTIONS)
+class ReasoningOptions(Body):
+    """About what the model thinks. It is told whole, so there is no summary of it."""
+
+    effort: Effort | None = None
+
+
+@with_neutral(STREAM_OPTIONS)
 class EventOptions(Body):
-    """What a stream says beside the answer: nothing to hide its length."""
-
-    include_obfuscation: Literal[False] = False
+    """What a stream says beside the answer: nothing, so far."""
 
 
-MetadataText = Annotated[str, StringConstraints(max_length=512)]
-
-
+@with_neutral(RESPONSE)
 class ResponseBody(Choosing):
-    """POST /v1/responses. ``store``, ``background`` and ``truncation`` may only say what is done anyway."""
+    """POST /v1/responses. Nothing is kept of it, and ``store`` changes nothing about that."""
 
     input: Items
     instructions: str | None = None
@@ -137,15 +143,10 @@ class ResponseBody(Choosing):
     )
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
+    reasoning: ReasoningOptions | None = None
     text: TextOptions = Field(default_factory=TextOptions)
     max_output_tokens: Count | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] = Field(
-        default_factory=list
-    )
+    include: Annotated[list[Included], Field(max_length=8)] = Field(default_factory=list)
     top_logprobs: Few | None = None
     stream_options: EventOptions | None = None
-    metadata: Annotated[dict[str, MetadataText], Field(max_length=16)] = Field(default_factory=dict)
-    store: Literal[False] = False
-    background: Literal[False] = False
-    truncation: Literal["disabled"] = "disabled"
     chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)

@@ -15,6 +15,7 @@ from tiny_llm.server.chat_bodies import (
     PastToolCall,
     Tool,
 )
+from tiny_llm.server.neutral import REQUEST
 from tiny_llm.server.response_bodies import (
     LOGPROBS,
     Called,
@@ -30,7 +31,7 @@ from tiny_llm.server.response_bodies import (
 
 def chat_of(body: ResponseBody) -> ChatBody:
     """The same request as a chat. What it is made of has been checked, so it is not checked again."""
-    common = {name: getattr(body, name) for name in Choosing.model_fields}
+    common = {name: getattr(body, name) for name in Choosing.model_fields if name not in REQUEST}
     functions = [Function.model_construct(**tool.model_dump(exclude={"type"})) for tool in body.tools]
     with_logprobs = LOGPROBS in body.include
     return ChatBody.model_construct(
@@ -43,6 +44,7 @@ def chat_of(body: ResponseBody) -> ChatBody:
         max_completion_tokens=body.max_output_tokens,
         logprobs=with_logprobs,
         top_logprobs=body.top_logprobs,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
         chat_template_kwargs=body.chat_template_kwargs,
     )
 

@@ -6,7 +6,7 @@ A request is a chat in other words, so a chat is what the engine is asked. Nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -28,6 +28,7 @@ _THEIR_NAMES = (
     ("response_format.json_schema", "text.format.schema"),
     ("response_format", "text.format"),
     ("messages", "input"),
+    ("reasoning_effort", "reasoning.effort"),
 )
 
 _REPEATED = (
@@ -37,12 +38,30 @@ _REPEATED = (
     "temperature",
     "tool_choice",
     "top_p",
+    "presence_penalty",
+    "frequency_penalty",
     "metadata",
     "user",
-    "store",
-    "background",
-    "truncation",
+    "safety_identifier",
+    "prompt_cache_key",
 )
+"""What a response says again of its request."""
+_ALWAYS: Mapping[str, Any] = {
+    "error": None,
+    "incomplete_details": None,
+    "previous_response_id": None,
+    "background": False,
+    "max_tool_calls": None,
+    "service_tier": "default",
+    "store": False,
+    "truncation": "disabled",
+}
+"""What holds for every response here, and every schema of a response wants to be told."""
+
+
+_TOOL_KEYS: Mapping[str, Any] = {"description": None, "parameters": None, "strict": None}
+_FORM_KEYS: Mapping[str, Any] = {"name": "answer", "description": None, "schema": {}, "strict": False}
+"""What a response must have of a tool, and of a form, that the request need not say."""
 
 
 async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
@@ -131,6 +150,7 @@ class ResponsesWriter(ResponseWriter):
         return {
             **self._head,
             "status": "incomplete" if cut else "completed",
+            "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": self._items.done,
             "usage": self._usage(ended),
@@ -154,23 +174,24 @@ def _head(body: ResponseBody, model: str) -> dict[str, Any]:
         "id": new_id("resp"),
         "object": "response",
         "created_at": int(time.time()),
+        "completed_at": None,
         "model": model,
-        "error": None,
-        "incomplete_details": None,
-        "previous_response_id": None,
+        **_ALWAYS,
         **given,
+        "reasoning": _repeated_reasoning(body),
         "text": {"format": _repeated_format(body)},
-        "tools": [_repeated_tool(tool.model_dump()) for tool in body.tools],
+        "tools": [{**_TOOL_KEYS, **tool.model_dump(exclude_none=True)} for tool in body.tools],
         "top_logprobs": body.top_logprobs or 0,
     }
 
 
+def _repeated_reasoning(body: ResponseBody) -> dict[str, Any] | None:
+    return None if body.reasoning is None else {"effort": body.reasoning.effort, "summary": None}
+
+
 def _repeated_format(body: ResponseBody) -> dict[str, Any]:
     asked = body.text.format
-    return {"type": "text"} if asked is None else asked.model_dump(by_alias=True, exclude_none=True)
-
-
-def _repeated_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as it was given, and the keys that a response must have of it."""
-    given = {name: value for name, value in tool.items() if value is not None}
-    return {"parameters": None, "strict": None, **given}
+    if asked is None:
+        return {"type": "text"}
+    given = asked.model_dump(by_alias=True, exclude_none=True)
+    return {**_FORM_KEYS, **given} if asked.type == "json_schema" else given

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, FailFast, Field, WithJsonSchema, model_validator
 
+from tiny_llm.sampling_params import MOST
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, Few, Sampling, TokenId, range_of
+from tiny_llm.server.bodies import Body, Few, Sampling, StreamOptions, TokenId, range_of
 from tiny_llm.server.chat_bodies import Message, TemplateArguments
+from tiny_llm.server.neutral import misplaced
 
 
 def _prompt(value: object) -> object:
@@ -19,16 +21,23 @@ def _prompt(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string, a list of token ids, or a list of either, and not empty")
     if type(value[0]) is int:
-        value = [value]
+        _require_ids(value, ())
+        return [value]
     if len(value) > caps.MAX_PROMPTS:
         raise ValueError(f"has {len(value)} prompts, but may have at most {caps.MAX_PROMPTS}")
     kind = type(value[0])
     for number, one in enumerate(value):
         if type(one) is not kind or kind not in (str, list):
-            raise ValueError(f"[{number}] is a {type(one).__name__}: all must be strings, or lists of ids")
-        if kind is list and not all(type(token) is int for token in one):
-            raise ValueError(f"[{number}] has something else than whole numbers among its token ids")
+            what = f"is a {type(one).__name__}: all must be strings, or lists of ids"
+            raise misplaced([number], what)
+        if kind is list:
+            _require_ids(one, (number,))
     return value
+
+
+def _require_ids(prompt: list[Any], within: tuple[int, ...]) -> None:
+    if not all(type(token) is int for token in prompt):
+        raise misplaced(within, "has something else than whole numbers among its token ids")
 
 
 _PROMPT_SCHEMA: Mapping[str, Any] = {
@@ -46,8 +55,16 @@ class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, lt=MOST)] | None = None
     echo: bool = False
     logprobs: Few | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise misplaced(["max_tokens"], "may be 0 only with echo, to tell how likely the prompt is")
+        return self
 
 
 class GenerateBody(Sampling):

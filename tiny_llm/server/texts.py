@@ -38,6 +38,8 @@ def _job(llm: LLM, body: GenerateBody, key_salt: str) -> Job:
 class GenerateWriter(ResponseWriter):
     """POST /generate's words."""
 
+    asked_by = "prompt"
+
     def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
         """All answers, and what they took."""
         told = [self._told(index, completion) for index, completion in enumerate(ended)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import CodeType
 
 import jinja2
+import jinja2.meta
 
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.meter import SIZE, Meter
@@ -51,6 +52,13 @@ class ChatTemplate:
         if len(text) > SIZE:
             raise RequestError(f"The chat template makes {len(text):,} characters; {SIZE:,} are allowed.")
         return text
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and nothing in it sets. Raises ConfigError as ``render`` does."""
+        _ = self._code  # says what is wrong with a source that cannot be parsed
+        tree = Sandbox(Meter(self._time_limit_s)).parse(self.source)
+        return frozenset(jinja2.meta.find_undeclared_variables(tree))
 
     @functools.cached_property
     def _code(self) -> CodeType:

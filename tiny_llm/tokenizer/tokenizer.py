@@ -71,6 +71,14 @@ class Tokenizer:
         found = self._templates.get("tool_use") or self._templates.get("default")
         return found.source if found else ""
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What a conversation's template reads: messages, tools, and variables of its own."""
+        found: frozenset[str] = frozenset()
+        for template in self._templates.values():
+            found |= template.variables
+        return found
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``. Special tokens written in it become their ids.
 

@@ -1,0 +1,90 @@
+"""Owns which fields are taken where their value asks for nothing, so that nothing changes by it.
+
+Routers and SDKs fill in what other servers know, at its default. That is no reason to refuse a request; any
+other value in such a field is, and is refused by its path. A body that has such a field itself goes by that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BaseModel, WithJsonSchema, create_model
+from pydantic_core import PydanticCustomError
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+Values: TypeAlias = tuple[Any, ...]
+"""Those of a field that ask for nothing."""
+
+REQUEST: Mapping[str, Values] = {
+    # OpenAI's
+    "background": (False,),
+    "best_of": (1,),
+    "modalities": (["text"],),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+    "verbosity": ("medium",),
+    # of vLLM and SGLang, which their routers fill in
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
+    "return_logprob": (False,),
+    "return_token_ids": (False,),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_reasoning": (True,),
+    "use_beam_search": (False,),
+}
+"""Of a request, whatever its route."""
+
+RESPONSE: Mapping[str, Values] = {"store": (False, True)}
+"""Of a request to /v1/responses. OpenAI's default is to store; our responses say that they are not stored."""
+
+STREAM_OPTIONS: Mapping[str, Values] = {"include_obfuscation": (False,)}
+TEXT_OPTIONS: Mapping[str, Values] = {"verbosity": ("medium",)}
+REASONING_OPTIONS: Mapping[str, Values] = {"summary": ("auto",)}
+CONTENT_PART: Mapping[str, Values] = {"annotations": ([],)}
+
+
+def misplaced(within: Sequence[str | int], message: str, *, code: str = "invalid_value") -> Exception:
+    """What a validator raises for a fault that lies ``within`` its value: in ``[0, "type"]``, for example."""
+    return PydanticCustomError("misplaced", "{message}", {"message": message, "within": within, "code": code})
+
+
+def require_neutral(values: Sequence[Any], given: Any, within: Sequence[str | int] = ()) -> Any:
+    """``given``, if it is one of the ``values`` that ask for nothing. Raises what a validator may raise."""
+    if any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values):
+        return given
+    told = json.dumps(given, ensure_ascii=False)[:80]
+    allowed = " or ".join(json.dumps(value) for value in values)
+    what = f"{told} is not supported here; {allowed} is taken, as it asks for nothing"
+    raise misplaced(within, what, code="unsupported_field")
+
+
+def with_neutral(fields: Mapping[str, Values]) -> Any:
+    """A class decorator: the body takes ``fields`` too, at their neutral values."""
+
+    def extended(body: type[AnyModel]) -> type[AnyModel]:
+        own: dict[str, Any] = {name: (_kind(values), None) for name, values in fields.items()}
+        return create_model(
+            body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **own
+        )
+
+    return extended
+
+
+def _kind(values: Values) -> Any:
+    """A field's type in pydantic's words."""
+    checked = AfterValidator(lambda given: require_neutral(values, given))
+    return Annotated[Any, checked, WithJsonSchema({"enum": list(values)})]
