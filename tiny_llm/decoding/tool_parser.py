@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.decoding.stop import open_length
@@ -23,6 +23,7 @@ _TAGS: Mapping[ToolFormat, str] = {"hermes": OPEN, "mistral": CALLS}
 _PYTHON_TAG = "<|python_tag|>"
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as models nearly always write it: these can be streamed."""
+_State: TypeAlias = Callable[[list[MessageDelta]], bool]
 
 
 def tool_format_of(template: str) -> ToolFormat:
@@ -44,7 +45,7 @@ class ToolParser:
         self._format = tool_format
         self._names = frozenset(names)
         self._parallel = parallel
-        self._advance = self._between if tool_format == "llama3_json" else self._talking
+        self._advance: _State = self._between if tool_format == "llama3_json" else self._talking
         self._text = ""
         self._lead = ""  # what opened a call: text, if it turns out to be none
         self._arguments: _JsonObject | None = None
@@ -193,12 +194,12 @@ class ToolParser:
         self._text = ""
         return False
 
-    def _open(self, end: int, state: Callable[[list[MessageDelta]], bool]) -> None:
+    def _open(self, end: int, state: _State) -> None:
         """A call may begin there."""
         self._lead += self._text[:end]
         self._leave(end, state)
 
-    def _leave(self, end: int, state: Callable[[list[MessageDelta]], bool]) -> None:
+    def _leave(self, end: int, state: _State) -> None:
         """The text up to there has been read; what follows is of another kind."""
         self._text, self._advance = self._text[end:], state
         self._arguments = self._object = None
