@@ -13,6 +13,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from tiny_llm.decoding.finite import has_finite_value
 from tiny_llm.errors import RequestError
 
 MAX_GRAMMAR_BYTES = 2**17
@@ -61,9 +62,13 @@ def embedded_schema(schema: Mapping[str, object], param: str = "tools") -> str:
 def _schema_text(schema: Mapping[str, object], param: str) -> str:
     own = {**schema, "x-guidance": _JSON_OPTIONS}
     try:
-        return json.dumps(_with_whole_counts(own), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_with_whole_counts(own), ensure_ascii=False, allow_nan=False)
+        if has_finite_value(schema):
+            return text
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{param} is no JSON: {error}.", param=param, code="invalid_schema") from error
+    what = f"{param}: no finite answer satisfies a schema that requires itself; make its $ref optional."
+    raise RequestError(what, param=param, code="invalid_schema")
 
 
 def _with_whole_counts(schema: Any) -> Any:

@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from tiny_llm.decoding.grammar import Grammar
 from tiny_llm.errors import ConfigError, RequestError
@@ -23,6 +23,11 @@ from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 MAX_KEPT = 128
 """Compiled grammars that are kept, the latest ones used."""
+
+_START = "\x02"
+"""No text begins with it, and no token joins it: behind it, a text is encoded as in the middle of another."""
+
+_TRIAL_TOKENS = 4
 
 
 class GrammarConstraint:
@@ -93,11 +98,17 @@ class GrammarCompiler:
         return partial(copy, GrammarConstraint(matcher, self._vocab_size))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
-        matcher = LLMatcher(self._own_tokens(), grammar.text, log_level=0)
+        limits = LLParserLimits(verbose_errors=False)  # else errors show the parser's inner state
+        matcher = LLMatcher(self._own_tokens(), grammar.text, log_level=0, limits=limits)
         _require_sound(matcher, grammar.param)
-        trial = matcher.deep_copy()
-        trial.compute_logit_bias()  # the first mask takes longest, and tells what compiling did not
-        _require_sound(trial, grammar.param)
+        for walk in (min, max):  # two ways into it, to meet here what would else end an answer in its middle
+            trial = matcher.deep_copy()
+            for _ in range(_TRIAL_TOKENS):
+                allowed = _allowed(trial)
+                _require_sound(trial, grammar.param)
+                if trial.is_stopped() or not allowed:
+                    break
+                trial.consume_token(walk(allowed))
         return matcher
 
     def _own_tokens(self) -> LLTokenizer:
@@ -108,8 +119,39 @@ class GrammarCompiler:
                     what = "The model names no end token, so that an answer in a form could not end."
                     raise ConfigError(what)
                 known = max(self._vocab_size, self._tokenizer.vocab_size)
-                self._tokens = LLTokenizer(self._tokenizer.to_json(), n_vocab=known, eos_token=self._end_ids)
+                spelled = TokenizerWrapper(_Spelling(self._tokenizer, known, self._end_ids[0]))
+                self._tokens = LLTokenizer(spelled, n_vocab=known, eos_token=self._end_ids)
             return self._tokens
+
+
+class _Spelling:
+    """A vocabulary in the form that llguidance asks for, in which a form's text is always spelled as text.
+
+    Its own reading of a tokenizer.json takes ``"<tool_call>"`` in a form for the token of that name, which is
+    no text to it: the form could not be kept.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_id: int) -> None:
+        self.eos_token_id = end_id
+        self.bos_token_id = None
+        known = tokenizer.vocabulary()
+        self.tokens = known + [b""] * (vocab_size - len(known))
+        self.special_token_ids = tokenizer.marks()
+        self._encode = tokenizer.text_encoder()
+        self._start = b"".join(self.tokens[i] for i in self._encode(_START))
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text that may stand anywhere; none where they would not spell it."""
+        if not isinstance(text, str):  # asked once whether it takes bytes
+            raise TypeError(f"text is a {type(text).__name__}, but must be a string.")
+        ids = self._encode(_START + text)
+        told = b""
+        for end, token_id in enumerate(ids):
+            if told == self._start:
+                rest = ids[end:]
+                return rest if b"".join(self.tokens[i] for i in rest) == text.encode() else []
+            told += self.tokens[token_id]
+        return []
 
 
 def _require_open_end(params: SamplingParams, grammar: Grammar) -> None:
@@ -124,10 +166,20 @@ def _require_open_end(params: SamplingParams, grammar: Grammar) -> None:
             raise RequestError(what, param=late, code="invalid_value")
 
 
+def _allowed(matcher: LLMatcher) -> list[int]:
+    """The ids of the tokens that can come next."""
+    return [token_id for token_id, allowed in enumerate(matcher.compute_logit_bias()) if allowed]
+
+
 def _fault(matcher: LLMatcher) -> str:
-    """What is wrong, without the parser's inner state that llguidance puts after it."""
-    told = matcher.get_error().partition("\n<state>")[0]
-    return "no finite answer satisfies it" if told == "NoExtensionBias" else told
+    """What is wrong, in our words where llguidance's are about its parser."""
+    reason = str(matcher.stop_reason())
+    told = matcher.get_error().partition("\n<")[0]
+    if reason.startswith("NoExtension") or told.startswith("NoExtension"):
+        return "no finite answer satisfies it"
+    if "TooComplex" in reason or "Too many items" in told or "Current row has" in told:
+        return "it is too complex, or has no end: let it choose among fewer things at a time"
+    return told
 
 
 def _require_sound(matcher: LLMatcher, param: str) -> None:

@@ -306,8 +306,17 @@ class StreamDetokenizer:
 
 def token_bytes(backend: tokenizers.Tokenizer, token_id: int) -> bytes:
     """The bytes that a token alone stands for: a part of a character perhaps. Nothing for an unknown id."""
-    token = _token_text(backend, token_id) or ""
-    for step in _steps(backend) or ():
+    return _bytes_of(_token_text(backend, token_id) or "", _steps(backend) or ())
+
+
+def vocabulary_bytes(backend: tokenizers.Tokenizer) -> list[bytes]:
+    """``token_bytes`` of every id."""
+    steps = _steps(backend) or ()
+    return [_bytes_of(backend.id_to_token(i) or "", steps) for i in range(backend.get_vocab_size())]
+
+
+def _bytes_of(token: str, steps: Sequence[_DecodeStep]) -> bytes:
+    for step in steps:
         if isinstance(step, _ByteLevel):
             return step.bytes_of(token)
         if isinstance(step, _ByteFallback) and (match := _BYTE_TOKEN.fullmatch(token)):

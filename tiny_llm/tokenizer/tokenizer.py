@@ -6,12 +6,16 @@ end an answer is the engine's to complete from the model's config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import tokenizers
 
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.chat_template import ChatTemplate
-from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes, vocabulary_bytes
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
@@ -115,6 +119,22 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token alone stands for, special ones as they are written."""
         return token_bytes(self._backend, token_id)
+
+    def vocabulary(self) -> list[bytes]:
+        """``token_bytes`` of every id: a moment's work."""
+        return vocabulary_bytes(self._backend)
+
+    def marks(self) -> list[int]:
+        """The ids of added tokens that are no text: special ones, and tags such as ``<tool_call>``."""
+        added = self._backend.get_added_tokens_decoder()
+        return [i for i, one in added.items() if one.special or re.fullmatch(r"<\S+>", one.content)]
+
+    def text_encoder(self) -> Callable[[str], list[int]]:
+        """What encodes texts in which an added token's text is nothing but its letters. Takes a moment."""
+        own = json.loads(self.to_json())
+        own.update(added_tokens=[], post_processor=None)
+        plain = tokenizers.Tokenizer.from_str(json.dumps(own))
+        return lambda text: list(plain.encode(text, add_special_tokens=False).ids)
 
     def stream(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDetokenizer:
         """Return a detokenizer for one answer; its pieces join to what it adds to the text of ``prompt``."""
