@@ -79,7 +79,7 @@ class Quality:
 def tales(folder: Path, file: Path, context: int) -> list[Text]:
     """The "text" of each line of a JSON-lines file, from its second token on, cut to the context."""
     tokenizer = Tokenizer.from_folder(folder)
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = filter(None, file.read_text(encoding="utf-8").split("\n"))
     return [Text(tokenizer.encode(json.loads(line)["text"])[:context], 1) for line in lines]
 
 

@@ -72,7 +72,7 @@ def read_trace(name: str) -> list[Request]:
     path = folder / "traces" / f"mooncake_{name}.jsonl"
     if not path.is_file():
         raise SystemExit(f"no trace at {path}: set TINY_LLM_DATA to the folder that has traces/")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [Request(r["hash_ids"], r["input_length"], max(1, r["output_length"])) for r in lines]
 
 

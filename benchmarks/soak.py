@@ -175,7 +175,7 @@ async def soak(server: Server, clients: int, seconds: float) -> tuple[list[Look]
 def metrics(server: Server) -> dict[str, float]:
     """The server's own figures, by name, without labels."""
     with urllib.request.urlopen(server.target.url + "/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+        lines = answer.read().decode().split("\n")
     return {
         line.split("{")[0].removeprefix("tiny_llm_"): float(line.rsplit(" ", 1)[1])
         for line in lines

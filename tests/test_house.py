@@ -254,6 +254,16 @@ def quiet_import(sources: Sequence[Source]) -> Iterator[str]:
                 yield f"{source.path}:{node.lineno}: global; give the value an owner"
 
 
+def json_lines(sources: Sequence[Source]) -> Iterator[str]:
+    """JSON lines end at newlines: str.splitlines cuts at U+2028 and U+0085 too, which texts may have."""
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.For | ast.ListComp | ast.GeneratorExp):
+                written = ast.unparse(node)
+                if ".splitlines(" in written and re.search(r"\b(loads|from_json)\(", written):
+                    yield f"{source.path}:{node.lineno}: splitlines before JSON; use split"
+
+
 RULES: Sequence[Rule] = (
     floors,
     imports_at_the_top,
@@ -265,6 +275,7 @@ RULES: Sequence[Rule] = (
     own_layers,
     safe_loading,
     quiet_import,
+    json_lines,
 )
 
 
@@ -355,6 +366,7 @@ PLANTED: Sequence[tuple[Rule, str, str, str]] = (
     (quiet_import, "tiny_llm/ops/x.py", BODY + "CACHE = {}", "x.py:2: mutable at module level"),
     (quiet_import, "tiny_llm/ops/x.py", BODY + "SEEN: set[str] = set()", "x.py:2: mutable at module level"),
     (quiet_import, "tiny_llm/ops/x.py", BODY + "N = 0\ndef f():\n  global N", "x.py:4: global"),
+    (json_lines, "tools/x.py", "[json.loads(line) for line in text.splitlines()]", "x.py:1: splitlines"),
 )
 
 

@@ -27,7 +27,7 @@ def test_each_line_is_answered_as_if_alone(tmp_path: Path, capsys: pytest.Captur
     path.write_text("\n\n".join(lines))
     assert run(path, "--trace", str(tmp_path / "trace.json")) == 0
     out, err = capsys.readouterr()
-    rows = [json.loads(line) for line in out.splitlines()]
+    rows = [json.loads(line) for line in out.strip().split("\n")]
     assert "31 prompts" in err and "tok/s" in err
     assert re.match(r"weights \d+\.\d\d GB · keys and values up to \d+\.\d\d GB, [\d,]+ tokens\n", err)
     answered = {row["line"]: row for row in rows}
@@ -74,7 +74,7 @@ def test_a_text_may_have_any_character_that_json_allows(
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one\u2028two\u0085three"}\r\n{"prompt": "x"}', encoding="utf-8")
     assert run(path) == 0
-    assert sorted(json.loads(line)["line"] for line in capsys.readouterr().out.splitlines()) == [1, 2]
+    assert sorted(json.loads(line)["line"] for line in capsys.readouterr().out.strip().split("\n")) == [1, 2]
 
 
 def test_a_file_that_is_not_utf_8_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tiny_llm.course.excerpt import added, whole
 from tiny_llm.course.merge import functions, is_stub, merged_code
 
 REFERENCE = '''"""Reference."""
@@ -94,3 +95,13 @@ def test_a_mistake_in_the_syntax_is_reported_as_python_does() -> None:
     with pytest.raises(SyntaxError, match="expected") as caught:
         merged("def double(x)\n    return x\n")
     assert (caught.value.filename, caught.value.lineno) == ("own.py", 1)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"], ids=ascii)
+def test_lines_are_counted_as_python_counts_them(mark: str) -> None:
+    """Each of them ends a line for str.splitlines, and stands in a string here."""
+    source = f'NAME = "{mark}"\n\ndef f():\n    return 1\n\nclass A:\n    pass\n\nX = 1\n'
+    assert whole(source, "f") == "def f():\n    return 1\n"
+    assert added(source, REFERENCE, "A.g", "    def g(self): ...\n").endswith(
+        "class A:\n    pass\n\n    def g(self): ...\n\nX = 1\n"
+    )

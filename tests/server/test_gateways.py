@@ -94,7 +94,7 @@ def said(http: httpx.Client, path: str, body: dict[str, Any]) -> str:
         choice = told["choices"][0]
         return str(choice["text"] if path == TEXT else choice["message"]["content"])
     text = ""
-    for line in answer.text.splitlines():
+    for line in answer.text.split("\n"):
         if line.startswith("data: {"):
             event = json.loads(line.removeprefix("data: "))
             if path == RESPONSES:

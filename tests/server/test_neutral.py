@@ -166,6 +166,6 @@ def test_continuous_usage_is_told_with_every_event(http: httpx.Client, path: str
 
 
 def events_of(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))

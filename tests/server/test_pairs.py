@@ -52,7 +52,7 @@ def ask(http: httpx.Client, fields: dict[str, Any]) -> str:
         reasons = [choice["finish_reason"] for choice in answer.json()["choices"]]
     else:
         assert answer.text.endswith("data: [DONE]\n\n")
-        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        events = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
         reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
     assert len(reasons) == fields.get("n", 1)
     return " ".join(sorted(set(reasons)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from io import StringIO
 
 from tiny_llm.course.merge import STUB, Function, functions, is_stub
 from tiny_llm.errors import ConfigError
@@ -55,7 +56,7 @@ def added(text: str, reference: str, name: str, definition: str) -> str:
         return f"{text.rstrip()}\n\n\n{definition}"
     there = next((n for n in ast.parse(text).body if _is_class(n, outer[0])), None)
     if there is not None:
-        lines = text.splitlines(keepends=True)
+        lines = _in_lines(text)
         end = there.end_lineno or 0
         return "".join([*lines[:end], "\n", definition, *lines[end:]])
     node = next(n for n in ast.parse(reference).body if _is_class(n, outer[0]))
@@ -89,6 +90,11 @@ def _first_line(node: Function) -> int:
     return min([node.lineno, *(d.lineno for d in node.decorator_list)])
 
 
+def _in_lines(source: str) -> list[str]:
+    """The lines as the syntax tree counts them: str.splitlines would end one at a form feed or U+2028 too."""
+    return list(StringIO(source))
+
+
 def _lines(source: str, first: int, last: int | None) -> str:
-    lines = source.splitlines(keepends=True)[first - 1 : last]
+    lines = _in_lines(source)[first - 1 : last]
     return "".join(lines).rstrip("\n") + "\n"

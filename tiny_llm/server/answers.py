@@ -143,5 +143,10 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 
 
 def dumps(value: object) -> bytes:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """Compact JSON, one line to whoever reads it."""
+    return one_line(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode()
+
+
+def one_line(written: str) -> str:
+    """JSON without what ends a line for some readers of a stream (httpx's, str.splitlines): it is escaped."""
+    return written.replace("\x85", r"\u0085").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")

@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.errors import CapacityError
-from tiny_llm.server.answers import dumps
+from tiny_llm.server.answers import dumps, one_line
 from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
 from tiny_llm.server.service import Service
@@ -40,7 +40,7 @@ def named_event(name: str, value: object) -> bytes:
 def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
     """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
     before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))
-    return lambda text: before + _quoted(text).encode() + after
+    return lambda text: before + one_line(_quoted(text)).encode() + after
 
 
 def failure_event(error: Exception) -> bytes:
