@@ -40,17 +40,16 @@ def held_out_examples(skill: str, count: int, seed: int = 7) -> list[Example]:
     return [SKILLS[skill].make(rng, True) for _ in range(count)]
 
 
-def answer(llm: LLM, example: Example) -> Answered:
-    """Ask the model what the example asks, and judge the answer."""
-    params = SamplingParams(max_tokens=160)
-    done = llm.chat(example.messages[:-1], params, tools=example.tools)
-    right = SKILLS[example.skill].right(example, done.text) and done.finish_reason == "stop"
-    return Answered(example, done.text, len(done.prompt_token_ids), right)
-
-
 def score(llm: LLM, skill: str, count: int) -> list[Answered]:
-    """Return the model's answers to ``count`` held-out examples of a skill."""
-    return [answer(llm, example) for example in held_out_examples(skill, count)]
+    """Ask the model ``count`` held-out examples of a skill, all at once, and judge its answers."""
+    examples = held_out_examples(skill, count)
+    prompts = [llm.chat_prompt(example.messages[:-1], tools=example.tools) for example in examples]
+    completions = llm.generate(prompts, SamplingParams(max_tokens=160))
+    answers = []
+    for example, done in zip(examples, completions, strict=True):
+        right = SKILLS[skill].right(example, done.text) and done.finish_reason == "stop"
+        answers.append(Answered(example, done.text, len(done.prompt_token_ids), right))
+    return answers
 
 
 def share(answers: list[Answered]) -> float:
@@ -69,8 +68,8 @@ def main() -> None:
     args = parser.parse_args()
     llm, scores = LLM(args.model), {}
     table = Table("skill", "right", "of", "%")
-    for skill in SKILLS:
-        answers = [answer(llm, e) for e in track(held_out_examples(skill, args.count), skill, transient=True)]
+    for skill in track(SKILLS, transient=True):
+        answers = score(llm, skill, args.count)
         scores[skill] = share(answers)
         if skill == "records":
             scores["records_parse"] = sum(parses(a.answer) for a in answers) / len(answers)
