@@ -15,11 +15,12 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test course book book-serve book-experiments bench bench-metal metal-grid templates soak kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test quick course book book-serve book-experiments bench bench-metal metal-grid templates soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
 	@echo 'make test    set up and run everything that CI runs'
+	@echo 'make quick   the same without what takes long: for the loop of writing and trying'
 	@echo 'make course  set up and show the chapters of the course'
 	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it,'
 	@echo '             make book-experiments runs what its pages show, and puts the results there'
@@ -36,12 +37,20 @@ help:
 run: .venv/run.stamp .venv/kernels.stamp
 	@$(python) main.py
 
+# Processes of their own share the cores; one that is done takes tests from another.
+pytest := $(python) -m pytest -n $(cores) --dist worksteal
+
 test: .venv/test.stamp .venv/kernels.stamp
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m mypy
-	$(python) -m pytest -n $(cores) tests/course
-	$(python) -m pytest --ignore=tests/course --durations=10
+	$(pytest) --durations=10
+
+quick: .venv/test.stamp .venv/kernels.stamp
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+	$(pytest) -m 'not slow' --durations=5
 
 course: .venv/test.stamp .venv/kernels.stamp
 	@$(python) main.py course list

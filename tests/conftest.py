@@ -1,6 +1,7 @@
-"""What every test folder shares: where test data lies, settings, and choosing a chapter's tests.
+"""What every test folder shares: where test data lies, settings, and choosing which tests run.
 
-A chapter's tests are ordinary tests with ``@pytest.mark.chapter("1.3")``. Choose them by
+A test that takes more than about a second of processor time is marked ``slow``: ``make quick`` leaves it
+out. A chapter's tests are ordinary tests with ``@pytest.mark.chapter("1.3")``. Choose them by
 ``pytest --chapter 1.3`` (may be repeated) or ``pytest -m 'chapter("1.3")'``.
 """
 
@@ -28,16 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark, and turn each ``--chapter`` into a part of pytest's own ``-m``.
+    """Register the marks, and turn each ``--chapter`` into a part of pytest's own ``-m``.
 
     Hypothesis draws the same examples in every run, and looks at no clock. Without CPU kernels the
     tests run on ``ref``.
     """
+    _share_cores()
     if not works():  # nobody need be warned in each test that this is slow
         os.environ.setdefault(VARIABLE, "ref")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     settings.load_profile("repeatable")
     config.addinivalue_line("markers", "chapter(id): the chapter of the course that this test checks")
+    config.addinivalue_line("markers", "slow: takes more than a second; `make quick` leaves it out")
     asked = config.getoption("chapter")
     for chapter in asked:
         if not re.fullmatch(r"\d+\.\d+", chapter):
@@ -46,6 +49,18 @@ def pytest_configure(config: pytest.Config) -> None:
     given = re.sub(r"""\bchapter\((?=["'])""", "chapter(id=", config.option.markexpr)
     either = " or ".join(f'chapter(id="{chapter}")' for chapter in asked)
     config.option.markexpr = f"({given}) and ({either})" if given and either else given or either
+
+
+def _share_cores() -> None:
+    """Where several processes run tests, give the kernels of each its share of the cores.
+
+    Threads that wait for each other's work do so in a loop: with more of them than cores all are slow. It is
+    said in the environment, so that it holds for the processes that tests start, too.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+    if workers > 1:
+        share = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("TINY_LLM_THREADS", str(share))
 
 
 @pytest.hookimpl(tryfirst=True)

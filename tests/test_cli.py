@@ -22,6 +22,8 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.ops import backend
 from tiny_llm.weights.names import SHORT_NAMES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(ROOT / "main.py")]
 KEYS = [

@@ -338,6 +338,7 @@ FIELDS = sorted(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.sampled_from(sorted(FAMILIES)),

@@ -21,6 +21,8 @@ from tiny_llm.errors import RequestError
 from tiny_llm.ops import backend
 from tiny_llm.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMON = """

@@ -134,6 +134,7 @@ def test_a_peer_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
         python_of("vllm", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_peer_is_made_once_and_again_when_its_recipe_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_peer_that_cannot_be_made_is_reported_with_its_reason(
     assert "ensurepip" in (tmp_path / "torch.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 def test_ceilings_are_measured_by_a_program_made_here() -> None:
     with closing(Ceilings()) as ceilings:

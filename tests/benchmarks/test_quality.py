@@ -12,6 +12,8 @@ from quality import FLOAT32, SETTINGS, Quality, Setting, Text, answers, compare,
 
 from tiny_llm.ops import backend
 
+pytestmark = pytest.mark.slow
+
 built = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
 BY_NAME = {(setting.name, setting.backend): setting for setting in SETTINGS}
 NLL = 1.3058  # of the 260K LLaMA on 40 tales, in float32

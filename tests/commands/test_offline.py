@@ -16,6 +16,7 @@ def run(path: Path, *options: str) -> int:
     return main(["generate", "--file", str(path), "--max-tokens", "12", *options])
 
 
+@pytest.mark.slow
 def test_each_line_is_answered_as_if_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llm = LLM("demo")
     path = tmp_path / "prompts.jsonl"

@@ -70,6 +70,7 @@ def test_a_method_goes_into_its_class(book: Workbook) -> None:
     assert (book.folder / "kv" / "dense.py").read_text().count("class DenseCache") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guilty", "innocent"), [(SOFTMAX, ATTENTION), (ATTENTION, SOFTMAX)])
 def test_the_guilty_definition_is_found(book: Workbook, guilty: str, innocent: str) -> None:
     book.add_mutant(next(mutant for mutant in FIRST.mutants if mutant.definition == guilty))
@@ -81,6 +82,7 @@ def test_the_guilty_definition_is_found(book: Workbook, guilty: str, innocent: s
     assert state(book).endswith("to be checked")
 
 
+@pytest.mark.slow
 def test_two_faults_are_said_to_be_two(book: Workbook) -> None:
     for guilty in (SOFTMAX, ATTENTION):
         book.add_mutant(next(mutant for mutant in FIRST.mutants if mutant.definition == guilty))

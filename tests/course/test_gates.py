@@ -13,6 +13,8 @@ from tiny_llm.course.manifest import ROOT, Chapter, Mutant, read_manifest
 from tiny_llm.course.merge import STUB
 from tiny_llm.course.workbook import Workbook, in_parts, module_file
 
+pytestmark = pytest.mark.slow
+
 CHAPTERS = list(read_manifest().values())
 TAUGHT = [(it, definition) for it in CHAPTERS for definition in it.teaches]
 MUTANTS = [(it, mutant) for it in CHAPTERS for mutant in it.mutants]

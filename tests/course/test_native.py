@@ -16,6 +16,8 @@ from tiny_llm.course.sections import check, definitions, merged, stub, whole
 from tiny_llm.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 IT = read_manifest()["2.3"]
 FILE = "kernels/cpu/quantized_rows.cpp"
 SCALAR, VECTOR = IT.teaches

@@ -44,6 +44,7 @@ def test_no_folder_is_an_error(run, tmp_path: Path) -> None:
     assert "which is no folder" in run("-c", "import tiny_llm", TINY_LLM_COURSE=tmp_path / "none").stderr
 
 
+@pytest.mark.slow
 def test_a_learner_chats_with_their_own_code(run, mine: Path) -> None:
     said = ["--prompt", "What is 48 + 35?", "--max-tokens", "12"]
     ours = run("main.py", "generate", *said)

@@ -134,6 +134,7 @@ def test_what_1_1_says_of_the_first_token() -> None:
     assert mx.allclose(attention_ref(q, k, v, scale=0.3, offset=0)[0], v[0]).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutant", "said"),
     [

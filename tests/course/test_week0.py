@@ -22,6 +22,8 @@ from tiny_llm.models.footprint import (
 from tiny_llm.ops.backend import works
 from tiny_llm.planning.memory import find_config
 
+pytestmark = pytest.mark.slow
+
 
 def text_of(number: str) -> str:
     """A chapter's page."""

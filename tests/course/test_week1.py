@@ -22,6 +22,8 @@ from tiny_llm.sampling.logprobs import log_probabilities
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.weights.names import config_of
 
+pytestmark = pytest.mark.slow
+
 RECALL = "The password of the red door is zimbro. Which password opens the red door?"
 EXPERIMENTS = {
     "1.2": "rope",

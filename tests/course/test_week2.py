@@ -17,6 +17,8 @@ from tiny_llm.tokenizer.bpe import BPE
 from tiny_llm.tokenizer.detokenizer import byte_alphabet
 from tiny_llm.weights.quantize import quantize_matrix
 
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
 

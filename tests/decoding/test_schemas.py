@@ -21,6 +21,8 @@ from tiny_llm.ops.pack import pack
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.dummy import dummy_weights
 
+pytestmark = pytest.mark.slow
+
 Schema = dict[str, Any]
 Maker = Callable[[random.Random, int], Schema]
 KEYS = (

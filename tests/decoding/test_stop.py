@@ -53,6 +53,7 @@ def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab\nü", max_size=4), min_size=1, max_size=12),
@@ -141,6 +142,7 @@ def test_a_stop_string_that_begins_in_them_is_none() -> None:
     assert (answer.text, answer.finish_reason) == ("abc", "stop")
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab", max_size=3), min_size=1, max_size=10),

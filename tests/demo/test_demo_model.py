@@ -29,6 +29,7 @@ def test_the_bundled_files_are_as_small_as_promised(demo: Path) -> None:
     assert (demo / "tokenizer.json").read_bytes() == (demo / "draft" / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("skill", "count", "least"),
     [

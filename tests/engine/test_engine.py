@@ -405,6 +405,7 @@ def test_stats_are_plain_and_add_up(llm: LLM) -> None:
     assert sum(after["parts"].values()) > 0 and after["blocks"]["cached"] > 0
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_steps(llm: LLM) -> None:
     """New keys and values are written in place: no step leaves anything behind."""
     engine = llm.with_engine(EngineSettings(kv_blocks=256)).engine

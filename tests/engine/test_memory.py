@@ -19,6 +19,7 @@ print(peak_memory_bytes())
 """
 
 
+@pytest.mark.slow
 def test_the_peak_counts_what_was_let_go_and_nothing_of_the_parent() -> None:
     held = np.ones(2**26)  # 512 MiB
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)

@@ -32,6 +32,7 @@ def without_pages(llm: LLM, prompt: list[int], params: SamplingParams, *, cache:
         return [token.id for token in islice(tokens, params.max_tokens)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [replace(SAMPLED, temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
 def test_pages_change_no_token_of_a_real_llama(
     stories260k: Path, params: SamplingParams, backend: str
@@ -64,6 +65,7 @@ def right(answers: list[Completion]) -> int:
     return sum(a.text.startswith(fact) for a, fact in zip(answers, told, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["recompute", "swap"])
 def test_facts_are_remembered_through_preemption(llm: LLM, policy: str) -> None:
     scheduler = SchedulerSettings(preemption=policy)
@@ -72,12 +74,14 @@ def test_facts_are_remembered_through_preemption(llm: LLM, policy: str) -> None:
     assert right(answers) == right(asked(llm, EngineSettings(kv_blocks=2048))[1]) == RECALLED
 
 
+@pytest.mark.slow
 def test_facts_are_remembered_through_prefix_hits(llm: LLM) -> None:
     _, answers = asked(llm, EngineSettings(kv_blocks=2048), times=2)
     assert all(answer.cached_tokens >= len(answer.prompt_token_ids) - 16 for answer in answers)
     assert right(answers) == RECALLED
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_resident_memory_is_flat_over_2000_steps(llm: LLM) -> None:
     """Requests come and go all the time; what they leave behind is nothing."""
@@ -95,6 +99,7 @@ def test_resident_memory_is_flat_over_2000_steps(llm: LLM) -> None:
     assert resident_bytes() - before < 1_200_000, "600 bytes a step"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_an_engine_at_rest_has_given_its_memory_back_and_answers_as_before(llm: LLM) -> None:
     own = llm.with_engine(EngineSettings(kv_blocks=512))

@@ -16,6 +16,8 @@ from tiny_llm.decoding import decide
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.scheduler.settings import SchedulerSettings
 
+pytestmark = pytest.mark.slow
+
 TOPICS = (
     "a KV cache",
     "paged attention",

@@ -361,6 +361,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.unused_since = {block: self.unused_since.get(block, self.clock) for block in cached}
 
 
+@pytest.mark.slow
 def test_any_order_of_operations_keeps_the_accounts() -> None:
     AnyOrder.steps = 0
     runs = settings(max_examples=200, stateful_step_count=60)

@@ -102,6 +102,7 @@ class Twice:
                     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ref", "cpu"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_random_moves_leave_each_row_where_a_plain_model_has_it(name: str, dtype: mx.Dtype) -> None:

@@ -14,6 +14,8 @@ import pytest
 from tiny_llm.metalsim.faults import KernelFault
 from tiny_llm.metalsim.run import metal_kernel
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[[str], ModuleType]
 MODES = ["strict", "fast"]
 

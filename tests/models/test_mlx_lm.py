@@ -73,6 +73,7 @@ def test_same_greedy_tokens_of_a_real_model(stories260k: Path, assert_same) -> N
     assert_same(peer(stories260k)[0], stories260k, prompt=[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "group_size"), [("qwen2_tied", 64), ("qwen2_tied", 32), ("qwen3", 32), ("llama_bias", 32)]
 )
@@ -100,6 +101,7 @@ def test_same_greedy_tokens_of_a_mixed_quantization(golden: Path, tmp_path: Path
     assert_same(model, tmp_path / "quantized")
 
 
+@pytest.mark.slow
 def test_same_greedy_tokens_of_a_real_quantized_model(stories260k: Path, tmp_path: Path, assert_same) -> None:
     """Its MLP is 172 wide, which no group divides: mlx-lm leaves down_proj as it is."""
     model, config = mlx_lm.quantize_model(*peer(stories260k), 64, 8)

@@ -145,6 +145,7 @@ def test_experts_that_are_all_alike_are_one_mlp(
     assert off(mixed, plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_is_planned_for_a_plugin_is_what_it_takes(demo: Path, tmp_path: Path, backend: str) -> None:
     for name, config, quantize in (("gpt2", GPT2, None), ("moe", MOE, None), ("packed", MOE, 8)):
         folder = save(tmp_path / name, config, demo)

@@ -20,10 +20,13 @@ import pytest
 from tiny_llm.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("scikit_build_core") is None,
-    reason="scikit-build-core is not installed; make test has it",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("scikit_build_core") is None,
+        reason="scikit-build-core is not installed; make test has it",
+    ),
+    pytest.mark.slow,
+]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="ELF files are looked at")
 OTHER_MLX = (
     'namespace mlx::core { __attribute__((visibility("default"))) const char* version() { return "9.8.7"; } }'

@@ -129,6 +129,7 @@ def constant(name: str, value: Any) -> str:
     return f"constexpr {kind} {name} = {int(value)};\n"
 
 
+@pytest.mark.slow
 def test_nvidias_compiler_takes_every_kernel(nvcc: str, made: list[str], tmp_path: Path) -> None:
     every = {
         name

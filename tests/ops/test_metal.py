@@ -28,6 +28,8 @@ from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # One rounding of the result, and in float32 what another order of a sum makes.
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}

@@ -21,6 +21,8 @@ from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import matmul_tiles_keep_bits, quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.work_lists import WorkLists
 
+pytestmark = pytest.mark.slow
+
 Off = Callable[[mx.array, mx.array], float]
 FULL = os.environ.get("TINY_LLM_METAL_GRID") == "full"
 SEEDS = range(3) if FULL else range(1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from tiny_llm.data import Batch, Pages
+from tiny_llm.data import Batch, Pages, Plan
 from tiny_llm.kv import paged
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.ops.work_lists import WorkLists
 
 
@@ -45,11 +46,11 @@ def test_layers_of_a_step_share_the_lists_and_the_next_step_has_its_own(
     def note(q: mx.array, k: mx.array, v: mx.array, pool: object, pages: Pages, work: WorkLists) -> object:
         assert work.pages is pages
         seen.append(work)
-        return q, k, v
+        return q, pool
 
     monkeypatch.setattr(paged, "paged_attention", note)
-    cache = PagedCache(2, 1, 8, block_size=4, max_blocks=4, dtype=mx.float32)
-    cache._layers = [(mx.zeros(1), mx.zeros(1))] * 2
+    cache = PagedCache(KvFormat(2, 1, 8, 4, mx.float32), max_blocks=4)
+    cache.prepare(Plan([], 4, [], [], []))
     x = mx.zeros((1, 1, 8))
     for step in (4, 5):
         at = mx.array([step])

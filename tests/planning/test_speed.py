@@ -50,11 +50,13 @@ def test_an_untied_table_is_not_read_whole() -> None:
     assert 35 / 4.05 < decode < 35 / 3.9
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured(kernels: None) -> None:
     machine = measure_machine(rounds=1)
     assert machine.bytes_s > 1e8 and machine.matrix_flops_s > 1e9 and machine.attention_flops_s > 1e8
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_tells(kernels: None, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["memory", "--model", "demo", "--quantize", "4", "--context", "128", "--backend", "cpu"]
     assert cli.main([*asked, "--speed"]) == 0

@@ -16,6 +16,8 @@ from tiny_llm.ops import backend
 from tiny_llm.sampling.sampler import sample, sample_ref
 from tiny_llm.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 Options = dict[str, float]
 KINDS: tuple[Options, ...] = (
     {"temperature": 1.0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(OPERATIONS)
 def test_a_ranked_queue_is_a_sorted_list(operations: list[tuple[str, int]]) -> None:
     queue: RankedQueue[int] = RankedQueue()
@@ -40,6 +42,7 @@ def test_what_leaves_a_queue_out_of_turn_does_not_pile_up() -> None:
     assert len(queue._heap) < 50
 
 
+@pytest.mark.slow
 @given(OPERATIONS)
 def test_a_ranked_list_is_sorted(operations: list[tuple[str, int]]) -> None:
     ranked: RankedList[int] = RankedList()

@@ -193,6 +193,7 @@ def test_prompts_of_2000_beside_a_stream_of_45_ms_a_token(bound: float) -> None:
     assert mean > 0.65 * bound, "and the time there is gets used"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [1.0, 10.0, 45.0, 150.0, 1000.0])
 @pytest.mark.parametrize("machine", MACHINES)
 def test_no_gap_is_much_longer_than_the_bound(machine: Callable[..., Machine], decode: float) -> None:
@@ -210,6 +211,7 @@ def test_no_gap_is_much_longer_than_the_bound(machine: Callable[..., Machine], d
             world.check()
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     machine=st.sampled_from(MACHINES),

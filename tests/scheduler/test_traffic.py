@@ -15,6 +15,7 @@ from dataclasses import asdict
 from math import inf
 from typing import Any, ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -25,6 +26,8 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import Preemption, SchedulerSettings
+
+pytestmark = pytest.mark.slow
 
 SIZE = 4
 AGEING_S = 5.0

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "Tell me a story.", "max_tokens": 700, "ignore_eos": True, "seed": 1}
 

@@ -80,6 +80,7 @@ class Leaving:
         self._socket.close()
 
 
+@pytest.mark.slow
 def test_200_clients_that_die_leave_no_block_in_use(running: Running) -> None:
     """Streaming and not, before the first token and after some, one prompt and several."""
     rng = random.Random(6)
@@ -106,6 +107,7 @@ def test_200_clients_that_die_leave_no_block_in_use(running: Running) -> None:
     assert used.endswith(" 0.0")
 
 
+@pytest.mark.slow
 def test_a_slow_reader_slows_nobody_and_misses_nothing(running: Running) -> None:
     """It reads nothing until all is made: the engine, its memory and other clients do not wait for it."""
     body = {**LONG, "stream": True, "n": 8, "stream_options": {"include_usage": True}}
@@ -179,6 +181,7 @@ def break_the_loop(running: Running) -> None:
     engine_of(running).scheduler.schedule = fail  # type: ignore[assignment,method-assign]
 
 
+@pytest.mark.slow
 def test_health_answers_while_a_template_is_busy(running: Running, http: httpx.Client) -> None:
     big = [{"role": "user", "content": "word " * 200_000}]
     done: list[int] = []

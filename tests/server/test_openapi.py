@@ -51,6 +51,7 @@ def short(start: Any, demo: Path) -> Iterator[Running]:
         one.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_whatever_our_openapi_allows_or_not_gets_an_answer_that_it_tells_of(short: Running) -> None:
     with short.http() as http:
         told = http.get("/openapi.json").json()

@@ -23,6 +23,8 @@ from tiny_llm.server.settings import ServerSettings
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_MS = 20_000
 CHAT = "**/v1/chat/completions"
 FLAGS = (

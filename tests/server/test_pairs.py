@@ -8,10 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     import httpx2 as httpx
 
     from tests.server.conftest import Running
+
+pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
 NOTHING = {"type": "object", "properties": {}}

@@ -67,6 +67,7 @@ def test_a_tool_loop_ends_with_the_right_number(client: openai.OpenAI, stream: b
     assert final.finish_reason == "stop" and "579" in (final.message.content or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "lookup"}}])
 @pytest.mark.parametrize("temperature", [0, 3])
 def test_a_call_that_is_demanded_is_made(http: httpx.Client, choice: Any, temperature: float) -> None:

@@ -41,6 +41,7 @@ def byte_ids(backend: Backend) -> list[int]:
     return sorted(i for token, i in vocab.items() if re.fullmatch("<0x..>", token) or len(token) == 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=120)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_join_to_the_decode_of_random_ids(

@@ -165,6 +165,7 @@ def test_qwen2_gives_the_published_ids(qwen2: Tokenizer) -> None:
     assert qwen2.decode([151644, 872, 198, 151645]) == "user\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", range(17))
 def test_qwen2_round_trips_every_plane(qwen2: Tokenizer, plane: int) -> None:
     """Every 41st scalar value, alone and in one text; the tokenizer's own NFC is the only change.

@@ -27,6 +27,7 @@ def test_the_stream_is_the_same_for_the_same_seed_and_other_for_another() -> Non
     assert first != other
 
 
+@pytest.mark.slow
 def test_training_never_shows_a_held_out_value_and_a_test_shows_no_other() -> None:
     rng = random.Random(5)
     for test in (False, True):
