@@ -25,8 +25,10 @@ LONG = {"prompt": "Tell me a story.", "max_tokens": 700, "ignore_eos": True, "se
 class Process:
     """``main.py serve`` as a user starts it."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, files: int | None = None) -> None:
         command = [sys.executable, str(ROOT / "main.py"), "serve", "--port", "0", *options]
+        if files is not None:
+            command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         assert self._child.stderr is not None
         self.memory, self.said = self._child.stderr.readline(), self._child.stderr.readline()
@@ -35,11 +37,14 @@ class Process:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, verify=False)
 
-    def ask(self, body: dict[str, object]) -> socket.socket:
-        """Send a completion's request on a connection of its own, and do not wait."""
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
+
+    def ask(self, body: dict[str, object], path: str = "/v1/completions") -> socket.socket:
+        """Send a request on a connection of its own, and do not wait."""
         data = json.dumps(body).encode()
-        one = socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        one = self.connect()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         one.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         return one
 
@@ -48,6 +53,11 @@ class Process:
 
     def wait(self) -> int:
         return self._child.wait(30)
+
+    def rest_of_stderr(self) -> str:
+        """What it said after its first two lines. Call it at the end."""
+        assert self._child.stderr is not None
+        return self._child.stderr.read()
 
     def end(self) -> None:
         if self._child.poll() is None:
@@ -118,6 +128,61 @@ def test_without_time_to_drain_it_ends_soon(process: Process) -> None:
         process.tell(signal.SIGTERM)
         assert process.wait() == 0
         assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("process", [("--drain-seconds", "0.5", "--max-concurrent", "4")], indirect=True)
+def test_a_drain_that_expires_tells_everyone(process: Process) -> None:
+    """It cut their streams, and wrote a traceback for each: 265 KB for 60."""
+    chat = {"messages": [{"role": "user", "content": "A story."}], "max_tokens": 900, "ignore_eos": True}
+    asked = [
+        ("/v1/completions", {**LONG, "n": 8}),
+        ("/v1/chat/completions", {**chat, "n": 8}),
+        ("/v1/responses", {"input": "A story.", "max_output_tokens": 900}),
+        ("/generate", {**LONG, "n": 8}),
+    ]
+    streamed = [process.ask({**body, "stream": True}, path) for _ in range(4) for path, body in asked]
+    whole = [process.ask(body, path) for path, body in asked]
+    half_sent = process.connect()
+    half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+    assert streamed[0].recv(12) == b"HTTP/1.1 200"
+    with process.http() as http:
+        assert http.get("/health").status_code == 200, "those who came before are let in"
+    process.tell(signal.SIGTERM)
+    for number, client in enumerate(streamed):
+        said = b"".join(iter(lambda one=client: one.recv(1 << 16), b"")).decode()
+        if " 503 " in said.partition("\r\n")[0]:  # it had not begun
+            assert "draining" in said
+            continue
+        path = asked[number % len(asked)][0]
+        assert "time to drain is over" in said and "data: [DONE]" in said, f"{path}: {said[-300:]}"
+    for client in whole:
+        said = b"".join(iter(lambda one=client: one.recv(1 << 16), b"")).decode()
+        assert " 503 " in said.partition("\r\n")[0] and '"draining"' in said, said[:300]
+    assert process.wait() == 0
+    assert process.rest_of_stderr() == ""
+
+
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "kept alive"])
+def test_with_few_files_others_wait_and_it_is_said_once(silent: bool) -> None:
+    """150 connections at ulimit -n 64 made 12 MB of tracebacks in 10 s."""
+    process = Process(files=64)
+    clients: list[socket.socket] = []
+    try:
+        clients += [process.connect() for _ in range(150)]
+        for client in () if silent else clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with process.http() as http:
+            assert http.get("/health").status_code == 200, "those who ask for nothing make room"
+        for client in () if silent else clients:
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 "), "each was answered"
+        process.tell(signal.SIGTERM)
+        assert process.wait() == 0
+        said = process.rest_of_stderr()
+        assert said.count("\n") == 1 and "ulimit -n" in said, said[:2000]
+    finally:
+        for client in clients:
+            client.close()
+        process.end()
 
 
 def test_a_second_signal_ends_it_at_once(process: Process) -> None:

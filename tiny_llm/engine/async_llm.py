@@ -38,6 +38,10 @@ class EngineDeadError(TinyLLMError):
     """The engine's thread has ended: no request can be answered any more."""
 
 
+class StoppedError(TinyLLMError):
+    """Whoever runs the engine stops: the answer was not waited for."""
+
+
 class _Mailbox:
     """What has come for one caller. Only its own event loop touches it."""
 
@@ -173,6 +177,11 @@ class AsyncLLM:
         self._post(run)
         return await asyncio.wrap_future(future)
 
+    def stop_all(self, why: str) -> None:
+        """End what was asked until now: whoever awaits it gets a StoppedError that says ``why``."""
+        with suppress(EngineDeadError):  # then they have been told already
+            self._post(lambda: self._stop_all(why))
+
     def close(self) -> None:
         """End the thread after its step; who still waits is told. The memory of weights, keys and values is
         given back. May be repeated."""
@@ -230,6 +239,10 @@ class AsyncLLM:
             self.restarts += 1
             self._tell_all(f"The engine broke and was made anew: {type(error).__name__}: {error}")
             self.llm = self.llm.with_engine(self.llm.engine.settings)
+
+    def _stop_all(self, why: str) -> None:
+        """Only tell: each stream cancels its own request when it ends."""
+        _hand_over((asked, StoppedError(why)) for asked in self._asked.values())
 
     def _tell_all(self, what: str) -> None:
         _hand_over((asked, EngineDeadError(what)) for asked in self._asked.values())

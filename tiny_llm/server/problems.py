@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from tiny_llm.engine.async_llm import EngineDeadError
+from tiny_llm.engine.async_llm import EngineDeadError, StoppedError
 from tiny_llm.errors import (
     BusyError,
     CapacityError,
@@ -79,6 +79,8 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
             return Problem(400, str(error), code=error.code, param=error.param)
         case ConfigError():  # of the model: no chat template, for example
             return Problem(400, str(error), code="unsupported")
+        case StoppedError():
+            return Problem(503, str(error), code="draining")
         case EngineDeadError() | TinyLLMError():
             return Problem(503, str(error), code="engine_dead")
         case _:

@@ -1,13 +1,15 @@
 """Owns a server's life: socket, loading, serving, signals, the end.
 
-SIGTERM and SIGINT: accept no more, let what runs end within ``drain_s``, exit with 0. The second one
-ends the process at once.
+SIGTERM and SIGINT: accept no more, let what runs end within ``drain_s``, tell the others, exit with 0. The
+second one ends the process at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import math
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +26,7 @@ from starlette.types import ASGIApp
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.server.app import create_app
+from tiny_llm.server.connections import Acceptor, max_connections, raise_file_limit
 from tiny_llm.server.envelope import Envelope
 from tiny_llm.server.guard import Guard, is_loopback
 from tiny_llm.server.protocol import DeadlineProtocol
@@ -30,6 +34,8 @@ from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
 
 BACKLOG = 2048
+GRACE_S = 2.0
+"""After the drain: to tell who still waits, and then for what does not watch its client."""
 
 
 class Server(uvicorn.Server):
@@ -49,9 +55,38 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=settings.max_header_bytes + 2**12,
-            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+            timeout_graceful_shutdown=math.ceil(settings.drain_s + 2 * GRACE_S),
         )
         super().__init__(config)
+        self._accepting: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections; how many, is said in connections.py, not by asyncio's own server."""
+        self.servers = []
+        protocol: Any = self.config.http_protocol_class
+        make = functools.partial(protocol, self.config, self.server_state, self.lifespan.state)
+        open_ones: Any = self.server_state.connections
+        acceptor = Acceptor(make, open_ones, max_connections())
+        self._accepting = [asyncio.ensure_future(acceptor.run(one)) for one in sockets or ()]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more; wait for what runs; after ``drain_s`` tell its clients, then hang up."""
+        for accepting in self._accepting:
+            accepting.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        loop, drain_s = asyncio.get_running_loop(), self.service.settings.drain_s
+        told = loop.call_later(drain_s, self.service.stop)
+        hung_up = loop.call_later(drain_s + GRACE_S, self._hang_up)
+        await super().shutdown(sockets)
+        told.cancel()
+        hung_up.cancel()
+
+    def _hang_up(self) -> None:
+        """Each request sees that its client is gone, and ends as it does then."""
+        connections: Any = self.server_state.connections
+        for connection in list(connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: drain at the first one, end at the second."""
@@ -91,6 +126,7 @@ def _application(service: Service, *, local_only: bool) -> ASGIApp:
 
 def serve(settings: ServerSettings, host: str, port: int, load: Callable[[], AsyncLLM]) -> None:
     """Serve until a signal. Raises ConfigError if the port cannot be had, and what ``load`` raises."""
+    raise_file_limit()
     listening = listen(host, port)
     service = Service(settings, load)
     try:

@@ -25,6 +25,7 @@ from tiny_llm.server.settings import ServerSettings
 T = TypeVar("T")
 SMALL_BODY_BYTES = 2**13
 """Templates and tokenizers take less for it than a thread's wake-up on a busy machine."""
+_STOPPED = "The server is shutting down, and its time to drain is over."
 State = Literal["loading", "ready", "draining", "dead"]
 
 
@@ -38,6 +39,7 @@ class Service:
         self.settings = settings
         self.created = int(time.time())
         self.draining = False
+        self._is_stopped = False
         self.prompt_tokens = 0
         self._grammars = GrammarThreads(settings.compile_timeout_s)
         self._load = load
@@ -83,6 +85,12 @@ class Service:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 
+    def stop(self) -> None:
+        """The time to drain is over: who still waits for an answer is told, in their interface's words."""
+        self._is_stopped = True
+        if self._engine is not None:
+            self._engine.stop_all(_STOPPED)
+
     async def begin(self, request: Request, job: Job) -> ChunkStream:
         """Start a job and return its chunks once the first ones are there. Closing the stream cancels it.
 
@@ -114,10 +122,12 @@ class Service:
 
     async def _constrained(self, job: Job) -> Job:
         """The job, held to its grammar. Raises Problem or RequestError for one that cannot be kept to."""
-        if job.grammar is None:
-            return job
-        params = await self._grammars.constrain(self.llm.grammars, job.params, job.grammar)
-        return job._replace(params=params)
+        if job.grammar is not None:
+            params = await self._grammars.constrain(self.llm.grammars, job.params, job.grammar)
+            job = job._replace(params=params)
+        if self._is_stopped:
+            raise Problem(503, _STOPPED, code="draining")
+        return job
 
     def _count(self, job: Job) -> None:
         self.prompt_tokens += sum(map(len, job.prompts))
