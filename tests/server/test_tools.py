@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import openai
 
 CHAT = "/v1/chat/completions"
-CALCULATOR = {
+CALCULATOR: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "calculator",
@@ -27,7 +27,7 @@ CALCULATOR = {
         },
     },
 }
-LOOKUP = {
+LOOKUP: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "lookup",
@@ -129,7 +129,7 @@ def test_a_tool_with_nested_models_can_be_demanded(
     assert ended, "all were cut off"
     for one in ended:
         for call in one["message"]["tool_calls"]:
-            made = {"Order": Order, "Tree": Tree}[call["function"]["name"]]
+            made = Order if call["function"]["name"] == "Order" else Tree
             made.model_validate_json(call["function"]["arguments"])
 
 
@@ -138,6 +138,63 @@ def test_a_function_without_parameters_takes_none(http: httpx.Client) -> None:
     ask = {"messages": [{"role": "user", "content": "When?"}], "temperature": 3, "seed": 1, "n": 3}
     choices = http.post(CHAT, json={**ask, "tools": tools, "tool_choice": "required"}).json()["choices"]
     assert {call["function"]["arguments"] for c in choices for call in c["message"]["tool_calls"]} == {"{}"}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_strict_function_is_called_by_its_schema_though_no_call_is_demanded(
+    http: httpx.Client, parallel: bool
+) -> None:
+    """The bundled model calls a calculator by an expression; here its schema has numbers instead."""
+    numbers = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 999}, "maxItems": 2.0}
+    schema = {
+        "type": "object",
+        "properties": {"numbers": numbers},
+        "required": ["numbers"],
+        "additionalProperties": False,
+    }
+    function = {**CALCULATOR["function"], "parameters": schema, "strict": True}
+    tools = [{"type": "function", "function": function}, LOOKUP]
+    ask = {"temperature": 0, "max_tokens": 80, "tools": tools, "parallel_tool_calls": parallel}
+    asked = {**ask, "messages": [{"role": "user", "content": "What is 123 + 456?"}]}
+    choice = http.post(CHAT, json=asked).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls", choice
+    for call in choice["message"]["tool_calls"]:
+        assert call["function"]["name"] == "calculator"
+        assert [*json.loads(call["function"]["arguments"])] == ["numbers"]
+    free = http.post(CHAT, json={**ask, "messages": [{"role": "user", "content": "Hello!"}]}).json()
+    assert free["choices"][0]["message"]["content"], "text is free"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [({"type": 123}, "type"), ({"properties": {"a": {"$ref": "#/$defs/nowhere"}}}, "/$defs/nowhere")],
+)
+def test_parameters_that_are_no_schema_are_refused_in_any_mode(
+    http: httpx.Client, choice: str, schema: dict[str, Any], told: str
+) -> None:
+    tools = [LOOKUP, {"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools, "tool_choice": choice}
+    answer = http.post(CHAT, json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "tools[1].function.parameters"
+    assert told in answer.json()["error"]["message"]
+
+
+def test_a_schema_that_only_a_form_could_not_keep_is_no_fault_of_a_tools(http: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}, "not": {}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools, "max_tokens": 1}
+    assert http.post(CHAT, json=body).status_code == 200
+
+
+def test_a_text_format_binds_messages_and_not_calls(http: httpx.Client) -> None:
+    flat = {"type": "function", **CALCULATOR["function"]}
+    form = {"type": "json_schema", "name": "door", "schema": DOOR}
+    ask = {"input": "What is 1 + 2?", "tools": [flat], "tool_choice": "required", "text": {"format": form}}
+    answer = http.post("/v1/responses", json={**ask, "temperature": 0})
+    assert answer.status_code == 200, answer.text
+    assert {item["type"] for item in answer.json()["output"]} == {"function_call"}
 
 
 def test_without_leave_no_call_is_made(http: httpx.Client) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from tiny_llm.decoding.grammar import Grammar, lark_grammar
+from tiny_llm.decoding.grammar import Grammar, lark_grammar, require_schema
 from tiny_llm.decoding.message import MessageParser
 from tiny_llm.decoding.reasoning import opens_thinking
-from tiny_llm.decoding.tool_grammar import calls_grammar
+from tiny_llm.decoding.tool_grammar import calls_grammar, parameters_of, strict_grammar
 from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError
 from tiny_llm.sampling_params import SamplingParams
@@ -36,7 +36,7 @@ class ChatFormat:
 
     ``tools`` are those that the template shows, None where no call may be made; ``tool_format`` is how this
     model writes a call. ``grammar`` is what the answer must match. ``thinking``: answers begin with a thought
-    that the prompt has opened.
+    that the prompt has opened. ``may_think``: the grammar is of calls alone, and waits for one.
     """
 
     tools: Sequence[ToolSpec] | None
@@ -44,6 +44,7 @@ class ChatFormat:
     parallel_tool_calls: bool = True
     grammar: Grammar | None = None
     thinking: bool = False
+    may_think: bool = False
 
     @classmethod
     def of(
@@ -61,24 +62,26 @@ class ChatFormat:
         """
         functions = [_function(tool, number) for number, tool in enumerate(tools or ())]
         tool_format = tool_format_of(tokenizer.chat_template)
+        offered = tools if functions and tool_choice != "none" else None
+        form = cls(offered, tool_format, parallel_tool_calls, grammar)
         demanded = _demanded(functions, tool_choice)
-        if demanded and grammar is not None:
-            what = f"tool_choice demands a call, which {grammar.param} forbids."
-            raise RequestError(what, param="tool_choice", code="invalid_value")
         if demanded:
+            _require_no_text(grammar)
             several = parallel_tool_calls and tool_choice == "required"
             text = calls_grammar(demanded, tool_format, several=several, tags=_tag_tokens(tokenizer))
-            grammar = lark_grammar(text, "tools")
-        offered = tools if functions and tool_choice != "none" else None
-        return cls(offered, tool_format, parallel_tool_calls, grammar)
+            return replace(form, grammar=lark_grammar(text, "tools"))
+        if offered and grammar is None and any(function.get("strict") for function in functions):
+            return replace(form, grammar=_strict(functions, form, tokenizer), may_think=True)
+        return form
 
     def after(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> ChatFormat:
         """The format of answers to that prompt.
 
         One that a grammar holds from its first token on says no thought.
         """
+        may_think = self.grammar is None or self.may_think
         end = tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special_tokens=False)
-        return replace(self, thinking=self.grammar is None and opens_thinking(end))
+        return replace(self, thinking=may_think and opens_thinking(end))
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """``params`` for such answers: where one call is wanted, its end is the answer's."""
@@ -95,6 +98,30 @@ class ChatFormat:
         return MessageParser(tools, thinking=self.thinking)
 
 
+def _require_no_text(grammar: Grammar | None) -> None:
+    """Raise RequestError if all of an answer is held to a form, where it is to be a call.
+
+    A ``response_format`` is of messages, and a call is none.
+    """
+    if grammar is not None and grammar.param != "response_format":
+        what = f"tool_choice demands a call, which {grammar.param} forbids."
+        raise RequestError(what, param="tool_choice", code="invalid_value")
+
+
+def _strict(functions: Sequence[Mapping[str, Any]], form: ChatFormat, tokenizer: Tokenizer) -> Grammar:
+    """What holds the calls of strict functions as soon as they begin."""
+    tags = _tag_tokens(tokenizer)
+    text = strict_grammar(functions, form.tool_format, several=form.parallel_tool_calls, tags=tags)
+    if text is not None:
+        return lark_grammar(text, "tools")
+    number = next(number for number, function in enumerate(functions) if function.get("strict"))
+    what = (
+        f"tools[{number}].function.strict cannot be kept while tool_choice is auto: this model's tokens do "
+        "not tell where a call begins. Leave it out, or demand the call by tool_choice."
+    )
+    raise RequestError(what, param=f"tools[{number}].function.strict", code="unsupported_value")
+
+
 def _tag_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The tags of calls that are one token of this model's, and its id."""
     encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE, CALLS)}
@@ -106,6 +133,13 @@ def _function(tool: object, number: int) -> Mapping[str, Any]:
     match tool:
         case {"type": "function", "function": {"name": str()} as function}:
             assert isinstance(function, Mapping)
+            param = f"tools[{number}].function.parameters"
+            if not isinstance(function.get("parameters", {}), Mapping | None):
+                what = (
+                    f"{param} is {function['parameters']!r}, but must be a JSON schema, which is an object."
+                )
+                raise RequestError(what, param=param, code="invalid_value")
+            require_schema(parameters_of(function), param)
             return function
         case _:
             expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'

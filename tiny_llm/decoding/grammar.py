@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from tiny_llm.decoding.finite import has_finite_value
 from tiny_llm.errors import RequestError
@@ -31,6 +31,9 @@ _COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minPrope
 _NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _DATA = frozenset({"const", "enum", "default", "examples", "x-guidance"})
 """Keywords whose values are data, in which nothing is a keyword."""
+
+_NO_FAULTS = ("WARNING", "regex", "Resource", "limit", "too large", "fuel")
+"""In what llguidance says of legal schemas: what it does not know, reach or hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,21 @@ def schema_grammar(schema: Mapping[str, object], param: str = "response_format")
 def embedded_schema(schema: Mapping[str, object], param: str = "tools") -> str:
     """``schema`` as a part of a grammar in Lark's notation has it, after ``%json``."""
     return _schema_text(schema, param)
+
+
+def require_schema(schema: Mapping[str, object], param: str) -> None:
+    """Raise RequestError for what is no JSON schema, as {"type": 123}, or refers to what is not there.
+
+    What llguidance cannot keep is no fault here.
+    """
+    text = _schema_text(schema, param)
+    _require_small(text, param)
+    options: Any = {"lenient": True}  # llguidance names their type in its stubs alone
+    grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
+    told = LLMatcher.validate_grammar(str(grammar), limits=LLParserLimits(verbose_errors=False))
+    if told and not any(word in told for word in _NO_FAULTS):
+        what = f"{param}: {told.partition(chr(10))[0]}"
+        raise RequestError(what, param=param, code="invalid_schema")
 
 
 def _schema_text(schema: Mapping[str, object], param: str) -> str:

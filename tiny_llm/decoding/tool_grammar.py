@@ -1,4 +1,4 @@
-"""Owns grammars of tool calls: what an answer must match that is to call one of some functions."""
+"""Owns grammars of tool calls: what an answer must match that is to call one of some functions, or may."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from tiny_llm.decoding.grammar import embedded_schema
 from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat
 
+_ANY_ARGUMENTS = '{"type": "object", "x-guidance": {"lenient": true}}'
+
 
 def calls_grammar(
     functions: Sequence[Mapping[str, Any]], tool_format: ToolFormat, *, several: bool, tags: Mapping[str, int]
@@ -17,39 +19,30 @@ def calls_grammar(
 
     ``tags``: those that are a token of their own, which llguidance must be told, and its id.
     """
-    rules = [f"call: {' | '.join(f'f{number}' for number in range(len(functions)))}"]
-    rules += [_call_rule(number, function, tool_format) for number, function in enumerate(functions)]
-    between, opening, closing = _around(tool_format, tags)
-    more = f" ({between} call)*" if several else ""
-    if tool_format == "hermes":
-        more = f" ({between} tagged)*" if several else ""
-        rules = [f"start: tagged{more}", f"tagged: {opening} call {closing}", *rules]
-    else:
-        rules = [f"start: {opening} call{more} {closing}", *rules]
-    return "\n".join(rules) + "\n"
+    schemas = [embedded_schema(parameters_of(function)) for function in functions]
+    return _lines([f"start: {_calls(tool_format, several)}", *_rules(functions, schemas, tool_format, tags)])
 
 
-def _around(tool_format: ToolFormat, tags: Mapping[str, int]) -> tuple[str, str, str]:
-    """What stands between calls, and before and after each one, or all of a list."""
+def strict_grammar(
+    functions: Sequence[Mapping[str, Any]], tool_format: ToolFormat, *, several: bool, tags: Mapping[str, int]
+) -> str | None:
+    """A grammar of answers that say anything, but whose calls keep to the schemas of strict functions.
 
-    def tag(text: str) -> str:
-        return f"<[{tags[text]}]>" if text in tags else json.dumps(text)
-
-    match tool_format:
-        case "llama3_json":
-            return '"; "', "", ""
-        case "mistral":
-            return '", "', f'{tag(CALLS)} " "? "["', '"]"'
-        case _:
-            return '"\\n"', f'{tag(OPEN)} "\\n"', f'"\\n" {tag(CLOSE)}'
-
-
-def _call_rule(number: int, function: Mapping[str, Any], tool_format: ToolFormat) -> str:
-    """A call of one function. Its schema stays a document of its own, to which its references refer."""
-    key = "parameters" if tool_format == "llama3_json" else "arguments"
-    head = f'{{"name": {json.dumps(function["name"])}, "{key}": '
-    parameters = embedded_schema(parameters_of(function))
-    return f'f{number}: {json.dumps(head)} %json {parameters} "}}"'
+    It waits for a call's opening. None where that cannot be told from text: its tag is no token of its own.
+    """
+    schemas = [
+        embedded_schema(parameters_of(function)) if function.get("strict") else _ANY_ARGUMENTS
+        for function in functions
+    ]
+    calls = _calls(tool_format, several)
+    rules = _rules(functions, schemas, tool_format, tags)
+    if tool_format == "llama3_json":  # a bare call is all of an answer, and begins with its brace
+        return _lines([f"start: {calls} | TEXT", r"TEXT: /([^{](.|\n)*)?/", *rules])
+    tag = tags.get(OPEN if tool_format == "hermes" else CALLS)
+    if tag is None:
+        return None
+    start = f"start: (other* {calls})* other*" if several else f"start: other* ({calls})?"
+    return _lines([start, f"other: <[^{tag}]>", *rules])
 
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,3 +51,47 @@ def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     if given is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **given}
+
+
+def _calls(tool_format: ToolFormat, several: bool) -> str:
+    """One call or more, as this format has them."""
+    match tool_format:
+        case "llama3_json":
+            return 'call ("; " call)*' if several else "call"
+        case "mistral":
+            more = ' (", " call)*' if several else ""
+            return f'opening " "? "[" call{more} "]"'
+        case _:
+            return r'tagged ("\n" tagged)*' if several else "tagged"
+
+
+def _rules(
+    functions: Sequence[Mapping[str, Any]],
+    schemas: Sequence[str],
+    tool_format: ToolFormat,
+    tags: Mapping[str, int],
+) -> list[str]:
+    """What a call is: of one of the functions, each with its schema."""
+
+    def tag(text: str) -> str:
+        return f"<[{tags[text]}]>" if text in tags else json.dumps(text)
+
+    rules = [f"call: {' | '.join(f'f{number}' for number in range(len(functions)))}"]
+    if tool_format == "mistral":
+        rules.append(f"opening: {tag(CALLS)}")
+    if tool_format == "hermes":
+        rules.append(rf'tagged: {tag(OPEN)} "\n" call "\n" {tag(CLOSE)}')
+    for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
+        rules.append(_call_rule(number, function["name"], schema, tool_format))
+    return rules
+
+
+def _call_rule(number: int, name: str, schema: str, tool_format: ToolFormat) -> str:
+    """A call of one function. Its schema stays a document of its own, to which its references refer."""
+    key = "parameters" if tool_format == "llama3_json" else "arguments"
+    head = f'{{"name": {json.dumps(name)}, "{key}": '
+    return f'f{number}: {json.dumps(head)} %json {schema} "}}"'
+
+
+def _lines(rules: Sequence[str]) -> str:
+    return "".join(f"{rule}\n" for rule in rules)
