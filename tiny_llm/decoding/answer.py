@@ -25,7 +25,10 @@ class Answer:
     """Answer ``index`` to a request, made in sequence ``seq_id``. ``params`` has its own seed.
 
     ``tokens`` are the prompt's ``prompt_len`` and, as far as they have been committed, the answer's.
-    ``form`` keeps its place in the form that the answer must have. ``prompt_logprobs`` are by position.
+    ``form`` keeps its place in the form that the answer must have. ``plain``: nothing changes its logits
+    before a token is drawn. ``needs_last_token``: what the newest token is changes the next logits, so that
+    nothing can be drawn ahead of it. Its last token stands at ``last_position``, if nothing ends it sooner.
+    ``prompt_logprobs`` are by position.
     ``last_s``: when its newest token came. ``ended``: nothing is drawn for it any more.
     """
 
@@ -38,6 +41,9 @@ class Answer:
     checker: StopChecker
     history: History
     form: Constraint | None = None
+    plain: bool = False
+    needs_last_token: bool = False
+    last_position: int = -1
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
     error: str | None = None
@@ -56,6 +62,8 @@ class Answer:
     ) -> Answer:
         """An answer without tokens, to ``sequence``, which has its request's id; ``params`` is its own."""
         repeats = params.repetition_penalty != 1
+        follows = repeats or bool(params.presence_penalty or params.frequency_penalty or params.processors)
+        needs_last_token = follows or params.constraint is not None
         return cls(
             request_id=sequence.id,
             seq_id=seq_id,
@@ -69,19 +77,15 @@ class Answer:
                 end_ids={*params.stop_token_ids, *end_ids},
             ),
             form=params.constraint() if params.constraint else None,
+            plain=not (needs_last_token or params.logit_bias or params.min_tokens),
+            needs_last_token=needs_last_token,
+            last_position=sequence.prompt_len + params.max_tokens - 1,
         )
 
     @property
     def token_ids(self) -> list[int]:
         """The answer's own tokens, as far as they have been committed."""
         return self.tokens[self.prompt_len :].tolist()
-
-    @property
-    def needs_last_token(self) -> bool:
-        """Whether its next logits depend on what the token before them is, so that none is drawn ahead."""
-        params = self.params
-        penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        return bool(penalized or params.processors or self.form)
 
     def push(self, token: int, logprobs: Logprobs | None) -> str:
         """Take the next token in; return the text that may now be shown."""

@@ -7,7 +7,6 @@ the two the next step can be prepared, with tokens that nobody has seen.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -86,18 +85,15 @@ def by_sequence(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, li
     None on one in the middle of a prompt; left out are those on answers that ended while the step ran.
     """
     found: list[tuple[int, list[Decision]]] = []
-    remaining = deque(decisions)
-    end = 0
+    owner: list[list[Decision]] = []  # of each row of logits
     for item in plan.items:
-        if not item.logit_rows:
-            continue
-        end += item.logit_rows
-        own: list[Decision] = []
-        while remaining and remaining[0].row.row < end:
-            decision = remaining.popleft()
-            if not decision.row.answer.ended:
-                own.append(decision)
-        found.append((item.seq_id, own))
+        if item.logit_rows:
+            own: list[Decision] = []
+            found.append((item.seq_id, own))
+            owner += [own] * item.logit_rows
+    for decision in decisions:
+        if not decision.row.answer.ended:
+            owner[decision.row.row].append(decision)
     return found
 
 
@@ -216,6 +212,8 @@ def _at(values: mx.array, tokens: mx.array) -> mx.array:
 
 def _changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) -> mx.array:
     """Penalties for the rows that ask for them, each row's processors, forms; a fault goes to ``errors``."""
+    if all(row.answer.plain for row in rows):
+        return logits
     penalized = [n for n, row in enumerate(rows) if changes_logits(row.answer.params, row.answered)]
     if penalized:
         own = [rows[n] for n in penalized]

@@ -67,10 +67,6 @@ class StopChecker:
         """What has been shown so far: all pieces that ``push`` returned, joined."""
         return "".join(self._pieces)
 
-    def is_last(self, number: int) -> bool:
-        """Whether the answer ends with its ``number``-th token in any case."""
-        return number == self._limit
-
     def copy(self) -> StopChecker:
         """A checker that has seen the same, and goes its own way from here."""
         other = copy(self)
@@ -86,12 +82,16 @@ class StopChecker:
         if token_id in self._stop_ids:
             piece = self._end("stop")
         else:
-            self._held_starts.append(self._length)
+            if self._stops:
+                self._held_starts.append(self._length)
             piece = self._release(self._detokenizer.push(token_id))
             if self.finish_reason is None and self.num_tokens == self._limit:
                 piece += self._end("length")
         self._pieces.append(piece)
-        self._count_shown()
+        if self._stops:
+            self._count_shown()
+        elif self.finish_reason != "stop":
+            self.shown_tokens += 1
         return piece
 
     def _end(self, reason: FinishReason) -> str:

@@ -43,10 +43,20 @@ def build_batch(plan: Plan, block_size: int, drawn: mx.array | None = None) -> B
         query_start_loc=_ints(array("i", starts)),
         context_lens=_ints(array("i", ends)),
     )
-    ids = _ints(tokens)
-    if drawn is not None:
-        ids = mx.where(ids < 0, drawn.astype(mx.int32)[mx.maximum(-1 - ids, 0)], ids)
+    ids = _ints(tokens) if drawn is None else _with_drawn(tokens, drawn)
     return Batch(ids, _ints(positions), tuple(starts), _ints(array("i", rows)), pages)
+
+
+def _with_drawn(tokens: array[int], drawn: mx.array) -> mx.array:
+    """Tokens of which some are still being drawn, as ``build_batch`` says."""
+    rows = array("i", [-1 - token for token in tokens])
+    drawn = drawn.astype(mx.int32)
+    if rows == array("i", range(drawn.size)):  # every sequence goes on with its token
+        return drawn
+    if min(rows) >= 0:
+        return drawn[_ints(rows)]
+    ids, at = _ints(tokens), _ints(rows)
+    return mx.where(at < 0, ids, drawn[mx.maximum(at, 0)])
 
 
 def _tables(plan: Plan) -> mx.array:

@@ -210,7 +210,7 @@ class Engine:
         one_each = len(rows) == len(plan.items)  # else several answers begin from one prompt, or it goes on
         if not one_each or any(row.answer.needs_last_token for row in rows):
             return None
-        leaving = {row.answer.seq_id for row in rows if row.answer.checker.is_last(row.answered + 1)}
+        leaving = {row.answer.seq_id for row in rows if row.position == row.answer.last_position}
         following = self.scheduler.follow(plan, leaving)
         clock.lap("schedule")
         if following is None:

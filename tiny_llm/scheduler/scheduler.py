@@ -353,7 +353,7 @@ class Scheduler:
 
     def _blocks(self, entry: _Entry, end: int) -> array[int]:
         """The blocks of a sequence's first ``end`` tokens, as a plan has them: a copy that stays as it is."""
-        return entry.table.blocks[: self.blocks.blocks_for(end)]
+        return entry.table.blocks[: -(-end // self.blocks.block_size)]
 
     def _make_room(self, entry: _Entry, step: _Step) -> bool:
         """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""

@@ -267,7 +267,8 @@ class StreamDetokenizer:
         if self._steps is None:
             self._held.append(token)
             return ""
-        return self._answers("".join(_run(self._steps, [token])))
+        text = "".join(_run(self._steps, [token]))
+        return self._answers(text) if self._prompt_left else text
 
     def finish(self) -> str:
         """End the stream and return what was still held back."""
