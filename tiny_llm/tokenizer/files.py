@@ -17,6 +17,7 @@ import tokenizers
 from tiny_llm.errors import ConfigError
 
 _DEFAULT = "default"
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,12 @@ def read_folder(folder: Path) -> TokenizerFiles:
     add_bos = config.get("add_bos_token")
     if add_bos is not None and not isinstance(add_bos, bool):
         raise ConfigError(f"{folder}/tokenizer_config.json: add_bos_token is {add_bos!r}, not true or false.")
+    backend = _read_tokenizer(folder)
+    special_tokens = _special_tokens(special) | _special_tokens(config)
+    _add_tokens(backend, config, special_tokens, folder / "tokenizer_config.json")
     return TokenizerFiles(
-        backend=_read_tokenizer(folder),
-        special_tokens=_special_tokens(special) | _special_tokens(config),
+        backend=backend,
+        special_tokens=special_tokens,
         templates=_templates(folder, config),
         add_bos=add_bos,
     )
@@ -84,6 +88,55 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str], path: Path
+) -> None:
+    """Add what the config has beyond tokenizer.json, as transformers does.
+
+    First the tokens that it lists, by their ids, then special ones that it only names.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = [*special_tokens.values(), *_more_special_tokens(config)]
+    listed = {at: token for at, token in _listed_tokens(config, path).items() if token.content not in known}
+    for token in listed.values():
+        token.special = token.special or token.content in named
+    known |= {token.content for token in listed.values()}
+    only_named = [tokenizers.AddedToken(text, special=True) for text in named if text not in known]
+    backend.add_tokens([*listed.values(), *only_named])
+    for at, token in listed.items():
+        got = backend.token_to_id(token.content)
+        if got != at:
+            raise ConfigError(
+                f"{path}: added_tokens_decoder gives {token.content!r} the id {at}, but after those of "
+                f"tokenizer.json it gets {got}. Save the tokenizer again, so that both files agree."
+            )
+
+
+def _listed_tokens(config: Mapping[str, Any], path: Path) -> dict[int, tokenizers.AddedToken]:
+    """``added_tokens_decoder``: each token by its id, in their order."""
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        tokens = {
+            int(at): tokenizers.AddedToken(token["content"], **_flags(token)) for at, token in listed.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: added_tokens_decoder is no table of tokens by id ({error}).") from error
+    return dict(sorted(tokens.items()))
+
+
+def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
+    """How an added token is found in a text."""
+    return {name: token[name] for name in _FLAGS if name in token}
+
+
+def _more_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """Special tokens without a role of their own, in the old spelling or the new ones."""
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    values = more.values() if isinstance(more, dict) else more
+    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
