@@ -9,6 +9,7 @@ from math import isfinite, isnan
 from typing import Any
 
 from tiny_llm.data import AssistantMessage, Chunk, Completion, MessageDelta, ToolCall
+from tiny_llm.tokenizer.places import TokenPlaces
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -84,9 +85,9 @@ def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, obj
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int, offset: int
+    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int, places: TokenPlaces
 ) -> dict[str, list[object]]:
-    """Tokens as /v1/completions has them; ``offset`` is where the first one's text begins.
+    """Tokens as /v1/completions has them; ``places`` are theirs in the text.
 
     A row has the chosen token first. What is NaN is not known, and told as null.
     """
@@ -100,11 +101,10 @@ def completion_logprobs(
         is_known = not isnan(row[chosen])
         listed = [*_likeliest(row, count), chosen]  # the chosen one is told even where others are likelier
         top = {token_text(tokenizer, token_id): logprob(row[token_id]) for token_id in listed}
-        offsets.append(offset)
+        offsets.append(places.take(chosen))
         logprobs.append(logprob(row[chosen]) if is_known else None)
         texts.append(text)
         tops.append(top if is_known else None)
-        offset += len(text)
     return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": texts, "top_logprobs": tops}
 
 

@@ -27,6 +27,7 @@ from tiny_llm.server.params import (
 )
 from tiny_llm.server.service import Service, aside
 from tiny_llm.server.text_bodies import CompletionBody
+from tiny_llm.tokenizer.places import TokenPlaces
 
 
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
@@ -58,7 +59,7 @@ class CompletionWriter(ResponseWriter):
         self._body = body
         self._job = job
         self._echoes = [self._echo(prompt) for prompt in body.prompt] if body.echo else []
-        self._offsets = [0] * (len(job.prompts) * body.n)
+        self._places: dict[int, TokenPlaces] = {}  # of answers whose log-probabilities are told
         self._usage = stream_usage(body.stream_options, job)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
         self._head = {
@@ -110,8 +111,8 @@ class CompletionWriter(ResponseWriter):
     ) -> dict[str, object]:
         told = None
         if self._body.logprobs is not None:
-            told = completion_logprobs(self._tokenizer, rows, self._body.logprobs, self._offsets[index])
-            self._offsets[index] += sum(len(str(token)) for token in told["tokens"])
+            places = self._places.get(index) or self._places.setdefault(index, self._places_of(index))
+            told = completion_logprobs(self._tokenizer, rows, self._body.logprobs, places)
         reason = None if ended is None else ended.finish_reason
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
@@ -122,6 +123,20 @@ class CompletionWriter(ResponseWriter):
             return rows
         first = self._job.prompts[index // self._body.n][0]  # how likely it was, nothing tells
         return [{first: nan}, *chunk.prompt_logprobs, *rows]
+
+    def _places_of(self, index: int) -> TokenPlaces:
+        """Where in the text the tokens of answer ``index`` begin, those of an echoed prompt first."""
+        number = index // self._body.n
+        ids = self._job.prompts[number]
+        known: list[int] = []
+        if self._body.echo:
+            prompt = self._body.prompt[number]
+            if isinstance(prompt, str):
+                known = self._tokenizer.places(prompt, ids)
+            else:
+                echoed = TokenPlaces(self._tokenizer.stream(skip_special_tokens=False))
+                known = [echoed.take(token) for token in ids]
+        return TokenPlaces(self._tokenizer.stream(ids), len(self._before(index)), known)
 
     def _before(self, index: int) -> str:
         """What stands before answer ``index``: its prompt, where that is to be echoed."""

@@ -17,6 +17,7 @@ from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.chat_template import ChatTemplate
 from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes, vocabulary_bytes
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
+from tiny_llm.tokenizer.places import places_of
 
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
 
@@ -111,6 +112,12 @@ class Tokenizer:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError) as error:
             raise RequestError(f"Token ids must be whole numbers from 0 to 2**32 - 1 ({error}).") from error
+
+    def places(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where in ``text`` each of the ``ids`` that it was encoded to begins; a BOS may be more or less."""
+        spans = self._backend.encode(text, add_special_tokens=self._adds_special(True)).offsets
+        places = places_of(spans)[-len(ids) :]
+        return [0] * (len(ids) - len(places)) + places
 
     def to_json(self) -> str:
         """The whole tokenizer as its tokenizer.json would have it."""
