@@ -6,7 +6,6 @@ end an answer is the engine's to complete from the model's config.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -137,10 +136,12 @@ class Tokenizer:
         return [i for i, one in added.items() if one.special or re.fullmatch(r"<\S+>", one.content)]
 
     def text_encoder(self) -> Callable[[str], list[int]]:
-        """What encodes texts in which an added token's text is nothing but its letters. Takes a moment."""
-        own = json.loads(self.to_json())
-        own.update(added_tokens=[], post_processor=None)
-        plain = tokenizers.Tokenizer.from_str(json.dumps(own))
+        """What encodes texts in which an added token's text is nothing but its letters."""
+        plain = tokenizers.Tokenizer(self._backend.model)
+        if self._backend.normalizer is not None:
+            plain.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            plain.pre_tokenizer = self._backend.pre_tokenizer
         return lambda text: list(plain.encode(text, add_special_tokens=False).ids)
 
     def stream(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDetokenizer:
