@@ -22,6 +22,7 @@ pytestmark = pytest.mark.chapter("1.5")
 EMBED, PROJ, NORM = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 SHAPES = {EMBED: (96, 64), PROJ: (32, 64), NORM: (64,)}
 MATRICES = (EMBED, PROJ)
+HEAD_PARTS = ("lm_head.weight", "lm_head.scales", "lm_head.biases")
 
 
 def random_weights(dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
@@ -164,6 +165,28 @@ def test_harmless_left_overs_of_old_exporters(tmp_path):
     folder = save(tmp_path, weights)
     assert load(folder, unread=(".rotary_emb.inv_freq",)).keys() == SHAPES.keys()
     assert "not expected: model.layers.0.self_attn.rotary_emb.inv_freq" in message(folder)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("packed", [False, True], ids=["float model", "quantized model"])
+def test_a_quantized_copy_of_the_embedding_is_dropped_too(tmp_path, bits, packed):
+    """A tied model whose file also has lm_head.weight, .scales and .biases."""
+    weights = random_weights()
+    head = dict(zip(HEAD_PARTS, mx.quantize(weights[EMBED], 32, bits), strict=True))
+    if packed:
+        values, scales, biases = mx.quantize(weights[EMBED], 64, 4)
+        embed = EMBED.removesuffix(".weight")
+        weights |= {EMBED: values, f"{embed}.scales": scales, f"{embed}.biases": biases}
+    quantization = Quantization(group_size=64, bits=4) if packed else None
+    assert list(load(save(tmp_path, weights | head), quantization=quantization)) == list(SHAPES)
+
+
+def test_a_quantized_head_that_is_no_copy_is_not_dropped(tmp_path):
+    weights = random_weights()
+    other = dict(zip(HEAD_PARTS, mx.quantize(mx.zeros((95, 64)), 32, 4), strict=True))
+    assert "not expected: lm_head.weight" in message(save(tmp_path / "rows", weights | other))
+    cut = dict(zip(HEAD_PARTS[:2], mx.quantize(weights[EMBED], 32, 4), strict=False))
+    assert "not expected: lm_head.weight" in message(save(tmp_path / "parts", weights | cut))
 
 
 def test_a_head_that_is_no_copy_of_the_embedding_is_not_harmless(tmp_path):

@@ -146,9 +146,18 @@ def _misfit(name: str, want: _Want, found: StoredTensor) -> Iterator[str]:
 def _is_tied_head(
     name: str, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether it is a copy of the embedding, saved as the head of a model whose config ties them."""
-    embedding = expected.get("model.embed_tokens.weight")
-    return name == "lm_head.weight" and stored[name].info.shape == embedding
+    """Whether it is of a copy of the embedding, saved as the head of a model whose config ties them.
+
+    The copy may be quantized, in whatever format: a matrix of as many rows, in three parts.
+    """
+    embedding, parts = expected.get("model.embed_tokens.weight"), part_names("lm_head.weight")
+    if embedding is None or parts[0] in expected or name not in parts or parts[0] not in stored:
+        return False
+    head = stored[parts[0]].info
+    if head.dtype not in PACKED:
+        return name == parts[0] and head.shape == embedding
+    shapes = [stored[part].info.shape for part in parts if part in stored]
+    return len(shapes) == len(parts) and all(shape[:1] == embedding[:1] for shape in shapes)
 
 
 def _report(folder: Path, problems: list[str]) -> str:
