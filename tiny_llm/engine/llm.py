@@ -33,6 +33,7 @@ from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
 Prompt = str | Sequence[int]
+_MOST_LEFT_OUT = 4  # of a text, times what is left of it
 _AHEAD = 64  # requests that wait in the engine; the others wait here, and cost no memory there
 Message = Mapping[str, object]
 
@@ -320,6 +321,8 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}, but must be a SamplingParams.")
         require_known(params, self.config.vocab_size)
+        if isinstance(prompt, str):
+            self.require_short(len(prompt))
         tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
         ids = _as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
         if not ids:
@@ -330,6 +333,20 @@ class LLM:
                 "the answer included; shorten the prompt."
             )
         return ids, params
+
+    def require_short(self, characters: int) -> None:
+        """Raises ContextError for a text that cannot fit, before the work of reading it.
+
+        Normalizing and templates leave out a little of a text, so it may be a few times as long as it can be.
+        """
+        if characters <= _MOST_LEFT_OUT * self.max_context:
+            return  # whatever the tokens' lengths: that is not looked for
+        most = _MOST_LEFT_OUT * self.tokenizer.longest_token * self.max_context
+        if characters > most:
+            raise ContextError(
+                f"The prompt has {characters} characters, but the context holds {self.max_context} tokens, "
+                "the answer included; shorten the prompt."
+            )
 
     def _encode(self, text: str) -> list[int]:
         """Plain text to ids; a BOS that the text writes out is not doubled by the tokenizer's own."""

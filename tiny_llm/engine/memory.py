@@ -63,6 +63,11 @@ def limit_kept_memory(available: int) -> None:
 def give_back_memory() -> None:
     """Let go of what is kept for the next operation: MLX's buffers, and glibc's pages that nobody uses."""
     mx.clear_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Let go of glibc's pages that nobody uses."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite, isnan
 from typing import Any
 
@@ -12,6 +12,9 @@ from tiny_llm.data import AssistantMessage, Chunk, Completion, MessageDelta, Too
 from tiny_llm.tokenizer.places import TokenPlaces
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
+_DEEP = 6
+"""At which a response's values are small: response, choices, choice, logprobs, content, one token's."""
+_MANY = 1024  # plain values that are written in a moment
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -140,6 +143,29 @@ def message_json(message: AssistantMessage) -> dict[str, Any]:
 
 def _call_json(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def dumped(value: object, depth: int = 0) -> Iterator[bytes]:
+    """``dumps`` in pieces: other threads run between two of them, and none runs during one."""
+    if depth < _DEEP and isinstance(value, dict):
+        yield b"{"
+        for number, (name, item) in enumerate(value.items()):
+            yield (b"," if number else b"") + dumps(name) + b":"
+            yield from dumped(item, depth + 1)
+        yield b"}"
+    elif depth < _DEEP and isinstance(value, list):
+        yield b"["
+        step = 1 if any(isinstance(item, dict | list) for item in value) else _MANY
+        for start in range(0, len(value), step):
+            if start:
+                yield b","
+            if step == 1:
+                yield from dumped(value[start], depth + 1)
+            else:
+                yield dumps(value[start : start + step])[1:-1]
+        yield b"]"
+    else:
+        yield dumps(value)
 
 
 def dumps(value: object) -> bytes:

@@ -19,7 +19,7 @@ from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import complete
-from tiny_llm.server.events import EventStream
+from tiny_llm.server.events import EventStream, large_json
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import require_model
@@ -123,12 +123,12 @@ def _asking(service: Service) -> APIRouter:
         return await generate(service, request, body)
 
     @router.post("/tokenize", responses=_documented("count", "tokens", "max_model_len"))
-    async def tokenized(body: TokenizeBody) -> dict[str, object]:
-        return await asyncio.to_thread(tokenize, service, body)
+    async def tokenized(body: TokenizeBody) -> Response:
+        return await large_json(lambda: tokenize(service, body))
 
     @router.post("/detokenize", responses=_documented("prompt"))
-    async def detokenized(body: DetokenizeBody) -> dict[str, object]:
-        return await asyncio.to_thread(detokenize, service, body)
+    async def detokenized(body: DetokenizeBody) -> Response:
+        return await large_json(lambda: detokenize(service, body))
 
     return router
 

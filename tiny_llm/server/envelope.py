@@ -5,6 +5,7 @@ Goes around the guard, so that a refusal has them too. Knows no route.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -13,6 +14,10 @@ from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tiny_llm.engine.memory import trim_heap
+
+LARGE_BYTES = 2**20
+"""Of a request and its response: what they took goes back to the system after it."""
 _GOOD_ID = re.compile(rb"[!-~]{1,128}")  # printable, so that it may stand in a log line
 _LOG = logging.getLogger("tiny_llm.server")
 
@@ -34,9 +39,10 @@ class Envelope:
         request_id = _request_id(scope)
         scope["state"] = {**scope.get("state", {}), "request_id": request_id.decode()}
         began, is_head, headers_only = time.monotonic(), scope["method"] == "HEAD", False
+        sent = 0
 
         async def enveloped(message: Message) -> None:
-            nonlocal headers_only
+            nonlocal headers_only, sent
             if headers_only:  # a stream may go on, until it sees that its reader has all that it asked for
                 return
             if message["type"] == "http.response.start":
@@ -45,6 +51,7 @@ class Envelope:
                 what = "%s %s %s: %d after %.3f s"
                 path = scope["raw_path"].decode("ascii", "replace")
                 _LOG.info(what, request_id.decode(), scope["method"], path, message["status"], took)
+            sent += len(message.get("body", b""))
             await send(message)
             if is_head:
                 headers_only = True
@@ -52,6 +59,8 @@ class Envelope:
 
         method = "GET" if is_head else scope["method"]
         await self._app({**scope, "method": method}, receive, enveloped)
+        if sent + scope["state"].get("body_bytes", 0) > LARGE_BYTES:
+            await asyncio.to_thread(trim_heap)
 
 
 def _request_id(scope: Scope) -> bytes:

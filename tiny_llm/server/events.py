@@ -6,6 +6,8 @@ fault still becomes an event, that all who came at a time leave together, is sai
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -18,12 +20,16 @@ from starlette.types import Send
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.errors import CapacityError
-from tiny_llm.server.answers import dumps, one_line
+from tiny_llm.server.answers import dumped, dumps, one_line
 from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
 from tiny_llm.server.service import Service
 
 DONE = b"data: [DONE]\n\n"
+SLICE_S = 0.002
+"""How long the writing of one stream's events may keep the event loop."""
+_FEW_LOGPROBS = 64  # written in a moment, each with those of 20 other tokens
+_PIECES_AT_A_TIME = 256
 _HOLE = "\x00"  # no other value of ours ends with it
 
 
@@ -90,7 +96,22 @@ async def answered(
     last = [chunks[-1].completion for chunks in answers]
     ended = [completion for completion in last if completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"
-    return Response(dumps(writer.whole(answers, ended)), media_type="application/json")
+    if sum(len(chunk.logprobs or ()) for chunks in answers for chunk in chunks) < _FEW_LOGPROBS:
+        return Response(dumps(writer.whole(answers, ended)), media_type="application/json")
+    return await large_json(lambda: writer.whole(answers, ended))
+
+
+async def large_json(make: Callable[[], object]) -> Response:
+    """A response that takes a while to make and to write: others' turn comes in between."""
+    pieces = await asyncio.to_thread(lambda: list(dumped(make())))
+
+    async def sent() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(pieces), _PIECES_AT_A_TIME):
+            yield b"".join(pieces[start : start + _PIECES_AT_A_TIME])
+            await asyncio.sleep(0)
+
+    length = str(sum(map(len, pieces)))
+    return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": length})
 
 
 async def _written(writer: ResponseWriter, chunks: ChunkStream) -> AsyncGenerator[bytes, None]:
@@ -101,11 +122,27 @@ async def _written(writer: ResponseWriter, chunks: ChunkStream) -> AsyncGenerato
         if opening:
             yield opening
         async for came in chunks:
-            piece = b"".join([writer.events(index, chunk) for index, chunk in came])
             ended += [chunk.completion for _, chunk in came if chunk.completion is not None]
-            if piece:
+            async for piece in _in_slices(writer, came):
                 yield piece
     yield writer.closing(ended) + DONE
+
+
+async def _in_slices(
+    writer: ResponseWriter, came: Sequence[tuple[int, Chunk]]
+) -> AsyncGenerator[bytes, None]:
+    """The events of chunks, others' turn coming in between: a slow reader's backlog may be long."""
+    pieces: list[bytes] = []
+    began = time.perf_counter()
+    for index, chunk in came:
+        pieces.append(writer.events(index, chunk))
+        if time.perf_counter() - began > SLICE_S:
+            yield b"".join(pieces)
+            await asyncio.sleep(0)
+            pieces, began = [], time.perf_counter()
+    rest = b"".join(pieces)
+    if rest:
+        yield rest
 
 
 class EventStream(StreamingResponse):

@@ -120,6 +120,7 @@ def chat_ids(
     """A conversation as the ids of the model's template."""
     given = template_variables(llm.tokenizer, arguments, effort)
     try:
+        llm.require_short(sum(len(message.content or "") for message in messages))
         ids, _ = llm.check(llm.chat_prompt([_plain(m) for m in messages], tools=tools, **given))
         return ids
     except RequestError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -18,6 +19,7 @@ from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes, vocab
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 from tiny_llm.tokenizer.places import places_of
 
+_LONG_TEXT = 2**14
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
 
 _MARKS = frozenset({"[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<think>", "</think>"})
@@ -92,7 +94,14 @@ class Tokenizer:
         """
         _require_unicode(text)
         add = self._adds_special(add_special_tokens)
+        if len(text) > _LONG_TEXT:  # the library lets other threads run meanwhile only in a batch
+            return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return self._with_bos(self._backend.encode(text, add_special_tokens=add).ids, add)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no text has fewer tokens than its length divided by this."""
+        return max(map(len, self._backend.get_vocab()))
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Return ``encode`` of every text; the library spreads them over the cores."""
