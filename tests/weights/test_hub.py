@@ -77,6 +77,25 @@ def test_what_is_on_disk_needs_no_network(hub, child, tmp_path):
     assert hub.requests[asked:] == [], "a complete model on disk must not ask the hub"
 
 
+def test_small_files_that_another_program_left_out_are_asked_for_once(hub, child, tmp_path):
+    """Its cache has config, tokenizer and weights; the chat template and the end ids were lost."""
+    hub.repos[REPO] = small_repo(tmp_path)
+    folder = Path(child.resolve(REPO)["folder"])
+    (folder / "chat_template.jinja").unlink()
+    shutil.rmtree(folder.parents[1] / ".no_exist")
+    asked = len(hub.requests)
+    assert child.resolve(REPO, offline=True) == {"folder": str(folder)}, "usable offline as it is"
+    assert len(hub.requests) == asked and not (folder / "chat_template.jinja").exists()
+    hub.refuse[REPO] = (503, {})
+    assert child.resolve(REPO) == {"folder": str(folder)}, "and where the hub cannot be asked"
+    del hub.refuse[REPO]
+    assert child.resolve(REPO) == {"folder": str(folder)}
+    assert (folder / "chat_template.jinja").read_bytes() == hub.repos[REPO]["chat_template.jinja"]
+    asked = len(hub.requests)
+    assert child.resolve(REPO) == {"folder": str(folder)}
+    assert len(hub.requests) == asked, "which files there are not must be remembered"
+
+
 def test_offline_without_a_copy_says_what_is_on_disk(hub, child, tmp_path):
     hub.repos[REPO] = small_repo(tmp_path)
     child.resolve(REPO)

@@ -27,14 +27,17 @@ if TYPE_CHECKING:  # loaded by the lazy names that are used before them
     import huggingface_hub.file_download
     import huggingface_hub.utils
 
-ALLOWED = (
-    "config.json",
+OPTIONAL = (
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+ALLOWED = (
+    "config.json",
+    "tokenizer.json",
+    *OPTIONAL,
     "*.safetensors",
     "*.safetensors.index.json",
 )
@@ -42,6 +45,7 @@ IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 LAST = "config.json"  # once it is there, so is the rest
 SHA256 = re.compile("[0-9a-f]{64}")
 PARTIAL = ".tiny_llm.incomplete"
+LISTING_SECONDS = 5.0
 
 
 def download(repo_id: str) -> Path:
@@ -67,7 +71,38 @@ def download(repo_id: str) -> Path:
         _fetch(url, blobs / sha256, sha256, size, name)
     for name in sorted(wanted, key=lambda name: name == LAST):
         path = huggingface_hub.hf_hub_download(repo_id, name)
-    return Path(path).parent
+    folder = Path(path).parent
+    _remember_missing(folder, set(OPTIONAL) - wanted.keys())
+    return folder
+
+
+def unknown_files(folder: Path) -> set[str]:
+    """The small files that a snapshot folder lacks, and of which nobody has said that there are none."""
+    return {name for name in OPTIONAL if not (folder / name).is_file() and not _mark(folder, name).is_file()}
+
+
+def complete(repo_id: str, folder: Path) -> None:
+    """Bring small files that another program left out of a snapshot; which ones there are not is remembered.
+
+    Raises whatever huggingface_hub raises.
+    """
+    unknown = unknown_files(folder)
+    info = huggingface_hub.model_info(repo_id, revision=folder.name, timeout=LISTING_SECONDS)
+    there = unknown & {file.rfilename for file in info.siblings or []}
+    for name in sorted(there):
+        huggingface_hub.hf_hub_download(repo_id, name, revision=folder.name)
+    _remember_missing(folder, unknown - there)
+
+
+def _mark(folder: Path, name: str) -> Path:
+    """huggingface_hub's own sign that a snapshot has no such file."""
+    return folder.parents[1] / ".no_exist" / folder.name / name
+
+
+def _remember_missing(folder: Path, names: set[str]) -> None:
+    for name in names:
+        _mark(folder, name).parent.mkdir(parents=True, exist_ok=True)
+        _mark(folder, name).touch()
 
 
 def _is_wanted(name: str) -> bool:

@@ -2,11 +2,12 @@
 
 Owns where models come from: the bundled ones, a folder, the Hugging Face cache, the hub. Refuses
 to know what is in the files. A model that is complete on disk needs no network, not even to ask
-for a newer one.
+for a newer one; small files that another program left out are asked for once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
-from tiny_llm.weights.download import download
+from tiny_llm.weights.download import complete, download, unknown_files
 from tiny_llm.weights.names import SHORT_NAMES
 from tiny_llm.weights.shards import shard_names
 
@@ -47,9 +48,12 @@ def resolve(name: str, *, offline: bool = False) -> Path:
         return _checked_folder(Path(folder))
     repo_id = _repo_id(name)
     cached = cached_folder(repo_id)
+    is_offline = offline or huggingface_hub.is_offline_mode()
     if cached is not None:
+        if not is_offline and unknown_files(cached):
+            _complete(repo_id, cached)
         return cached
-    if offline or huggingface_hub.is_offline_mode():
+    if is_offline:
         raise WeightError(f"{repo_id} is not on disk, and the network is off. {_what_is_here()}")
     return _download(repo_id)
 
@@ -103,6 +107,12 @@ def _missing_files(folder: Path) -> list[str]:
         return missing + [name for name in shard_names(folder) if not (folder / name).is_file()]
     except WeightError:  # no weights, or a broken index: to be downloaded
         return [*missing, "model.safetensors"]
+
+
+def _complete(repo_id: str, folder: Path) -> None:
+    """Ask for small files that another program did not want; without them the model is usable still."""
+    with contextlib.suppress(Exception):  # the client's network errors share no public base
+        complete(repo_id, folder)
 
 
 def _download(repo_id: str) -> Path:
