@@ -50,7 +50,7 @@ def test_a_prompt_is_scored_without_an_answer(running: Running, stream: bool) ->
         answer = http.post(PATH, json={"max_tokens": 0, "stream": stream, **asked})
         assert answer.status_code == 200, answer.text
         if stream:
-            lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+            lines = [line[6:] for line in answer.text.split("\n") if line.startswith("data: {")]
             events = [choice for line in lines for choice in json.loads(line)["choices"]]
             scored = [joined([event for event in events if event["index"] == i]) for i in range(3)]
         else:
