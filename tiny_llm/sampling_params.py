@@ -190,7 +190,9 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", by_token)
         for name, option in OPTIONS.items():
             given = getattr(self, name)
-            _require(option.allows(given), name, given, option.expected)
+            too_large = isinstance(given, int) and option.ge <= option.le < given
+            expected = f"{option.expected}, at most {option.le:.0f}" if too_large else option.expected
+            _require(option.allows(given), name, given, expected)
         if self.top_p == 0:
             object.__setattr__(self, "temperature", 0.0)
         _require(all(callable(f) for f in self.processors), "processors", self.processors, "callables")

@@ -72,12 +72,14 @@ def test_the_row_says_what_was_run() -> None:
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch", "rounds"])
 def test_work_that_is_none(name: str) -> None:
-    with pytest.raises(RequestError, match=f"{name} is 0, but must be at least"):
+    with pytest.raises(RequestError, match=f"{name} is 0, but must be from"):
         Task("demo", **{name: 0})  # type: ignore[arg-type]
 
 
 def test_more_tokens_than_the_context() -> None:
-    with pytest.raises(RequestError, match=r"are 1025 tokens, the context of demo is 1024\."):
+    with pytest.raises(
+        RequestError, match=r"new_tokens are 1025 together, but the context of demo is 1024\."
+    ):
         bench(Task("demo", prompt_tokens=1000, new_tokens=25))
 
 

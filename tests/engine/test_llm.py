@@ -122,7 +122,9 @@ def test_context_ends_an_answer(llm: LLM) -> None:
 
 @pytest.mark.parametrize("most", [0, 1, -5, 10**9, 20.5, True])
 def test_max_context_must_be_possible(most: int) -> None:
-    with pytest.raises(ConfigError, match=f"max_context is {most}, but must be from 2 to"):
+    with pytest.raises(
+        ConfigError, match=rf"max_context \(--max-model-len\) is {most}, but must be from 2 to"
+    ):
         LLM("demo", max_context=most)
 
 

@@ -40,10 +40,10 @@ def test_the_peak_counts_what_was_let_go_and_nothing_of_the_parent() -> None:
     ],
 )
 def test_amounts_of_memory_are_read(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
+    assert parse_bytes(text, "--kv-memory") == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 gigs", "1e9", "nan"])
 def test_what_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="is no amount of memory; write it like 4GB"):
-        parse_bytes(text)
+        parse_bytes(text, "--kv-memory")

@@ -68,34 +68,81 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     assert scheduler.num_waiting == 1 and scheduler.sequence(1) is None
 
 
-def test_a_full_queue_and_a_wild_priority_are_refused() -> None:
-    scheduler = make(max_num_seqs=1, max_queued_requests=1)
+def test_a_wild_priority_is_refused() -> None:
     with pytest.raises(RequestError, match="priority is 101, but must be from -100 to 100"):
-        scheduler.add(request(0, priority=101))
-    scheduler.add(request(0))
-    scheduler.add(request(1))
-    with pytest.raises(BusyError, match="2 requests are waiting"):
-        scheduler.add(request(2))
-    step(scheduler)
-    with pytest.raises(BusyError, match="1 requests are waiting"):
-        scheduler.add(request(2))
+        make().add(request(0, priority=101))
 
 
-def test_without_a_queue_all_slots_are_filled_before_anybody_is_refused() -> None:
-    scheduler = make(max_num_seqs=3, max_queued_requests=0)
-    for number in range(3):
-        scheduler.add(request(number))
+def several(number: int, answers: int) -> Sequence:
+    """A request for several answers, that fits any pool here."""
+    return Sequence(number, [100 + number], SamplingParams(max_tokens=4, n=answers), arrival=float(number))
+
+
+def taken(scheduler: Scheduler, answers: int = 1, number: int = 1000) -> int:
+    """How many requests of so many answers are taken in until the queue is full, from id ``number`` on."""
+    before = len(scheduler)
     with pytest.raises(BusyError):
-        scheduler.add(request(3))
+        for more in range(1000):
+            scheduler.add(several(number + more, answers))
+    return len(scheduler) - before
+
+
+def test_500_requests_at_once_on_an_idle_server_are_all_taken_in() -> None:
+    """244 were refused where 256 may run and 256 wait: those that could run at once counted as waiting."""
+    scheduler = make(blocks=2000, max_num_seqs=256, max_queued_requests=256)
+    assert taken(scheduler) == 512
     step(scheduler)
-    assert scheduler.num_running == 3
+    assert (scheduler.num_running, scheduler.num_waiting) == (256, 256)
+    assert taken(scheduler, number=5000) == 0
+    scheduler.cancel(1000)
+    assert taken(scheduler, number=5000) == 1, "a place is free"
+
+
+def test_a_queue_of_none_means_that_nobody_waits_beyond_those_who_run() -> None:
+    scheduler = make(max_num_seqs=3, max_queued_requests=0)
+    assert taken(scheduler) == 3
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (3, 0)
+    with pytest.raises(BusyError, match="3 answers are being made and 0 wait, which is the most; try again"):
+        scheduler.add(several(10, 1))
+
+
+def test_a_request_counts_as_often_as_it_has_answers() -> None:
+    scheduler = make(max_num_seqs=4, max_queued_requests=2)
+    assert taken(scheduler, answers=2) == 3
+    plan = scheduler.schedule()
+    forks = [Advance(item.seq_id, (5,), None, (Advance(50 + item.seq_id, (6,)),)) for item in plan.items]
+    scheduler.commit(plan, forks)
+    scheduler.check_integrity()
+    assert taken(scheduler, number=5000) == 0, "they are as many answers as before"
+    scheduler.cancel(1050)
+    assert taken(scheduler, number=5000) == 1
+    large = make(max_num_seqs=4, max_queued_requests=0)
+    large.add(several(0, 9))
+    assert taken(large) == 0, "one that is too large for the queue runs where it is alone"
+
+
+def test_those_for_whom_there_is_no_memory_wait() -> None:
+    scheduler = make(blocks=10, max_num_seqs=100, max_queued_requests=3)
+    scheduler.add(request(0, length=20, most=10))
+    for number in (1, 2, 3):
+        scheduler.add(request(number, length=20, most=10))
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 3)
+    with pytest.raises(BusyError, match="1 answers are being made and 3 wait"):
+        scheduler.add(request(4))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
-        ({"max_step_ms": float("nan")}, "max_step_ms is nan"),
+        ({"max_num_seqs": 0}, r"max_num_seqs \(--max-concurrent\) is 0, but must be a whole number from 1"),
+        ({"max_queued_requests": -5}, r"max_queued_requests \(--max-queue\) is -5, .* from 0"),
+        (
+            {"max_step_ms": float("nan")},
+            r"max_step_ms \(--max-step-ms\) is nan, but must be a number above 0",
+        ),
+        ({"preemption": "swop"}, "preemption is 'swop', but must be one of 'auto', 'recompute', 'swap'"),
         (
             {"max_num_seqs": 8, "max_num_batched_tokens": 7},
             "max_num_batched_tokens is 7, but must be at least max_num_seqs",

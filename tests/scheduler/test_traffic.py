@@ -154,7 +154,7 @@ class Traffic(RuleBasedStateMachine):
         count=st.integers(1, 5),
         length=st.integers(1, 40),
         odd=st.integers(0, 40),
-        most=st.integers(1, 40),
+        longest=st.integers(1, 40),
         priority=st.integers(-2, 2),
         patience=st.sampled_from([4.0, 40.0, inf, inf]),
         salt=st.sampled_from(["", "", "key"]),
@@ -167,29 +167,31 @@ class Traffic(RuleBasedStateMachine):
             )
 
     def _arrive(
-        self, length: int, odd: int, most: int, priority: int, patience: float, salt: str, forks: int
+        self, length: int, odd: int, longest: int, priority: int, patience: float, salt: str, forks: int
     ) -> None:
         seq = Sequence(
             next(self.ids),
             array("i", [int(i == odd) for i in range(length)]),
-            SamplingParams(max_tokens=most),
+            SamplingParams(max_tokens=longest, n=1 + forks),
             priority=priority,
             arrival=self.now,
             deadline=self.now + patience,
             salt=salt,
         )
-        fits = -(-(length + most - 1) // SIZE) <= self.scheduler.blocks.max_blocks
+        fits = -(-(length + longest - 1) // SIZE) <= self.scheduler.blocks.max_blocks
+        answers = sum(1 + self.forks_to_come[live] for live in self.live)
+        most = self.settings.max_num_seqs + self.settings.max_queued_requests
+        most_without_memory = self.scheduler.num_running + self.settings.max_queued_requests
         try:
             self.scheduler.add(seq)
         except CapacityError:
             assert not fits
             self.seen["refused"] += 1
         except BusyError:
-            free = self.settings.max_num_seqs - self.scheduler.num_running
-            assert self.scheduler.num_waiting >= self.settings.max_queued_requests + max(0, free)
+            assert answers >= most or (self.scheduler.num_waiting and answers >= most_without_memory)
             self.seen["busy"] += 1
         else:
-            assert fits
+            assert fits and answers < most
             self.live[seq.id] = seq
             self.branch[seq.id] = 0
             self.forks_to_come[seq.id] = forks

@@ -201,6 +201,26 @@ def test_what_never_fits_the_memory_names_the_field_that_it_came_in(start: Any, 
                 assert error["param"] == field and error["code"] == "context_length_exceeded", (path, error)
 
 
+def test_as_many_as_may_run_and_wait_are_answered_though_they_come_at_once(start: Any) -> None:
+    """Of 500 at the same moment 244 were refused where 256 may run and 256 wait."""
+    few = SchedulerSettings(max_num_seqs=4, max_queued_requests=4)
+    statuses: list[int] = []
+    with start(ServerSettings(max_in_flight=8), scheduler=few) as one, one.http() as http:
+        one.slow_down(0.002)
+
+        def ask() -> None:
+            asked = {"prompt": "b", "max_tokens": 8}
+            statuses.append(http.post("/v1/completions", json=asked).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        one.wait_until_idle()
+    assert statuses == [200] * 8
+
+
 def test_too_many_in_flight_are_refused_before_their_bodies(start: Any) -> None:
     with start(ServerSettings(max_in_flight=1)) as one, one.http() as http:
         one.slow_down(0.005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tiny_llm.commands.bar import Bar
@@ -21,14 +22,14 @@ def load(options: EngineOptions) -> LLM:
         return LLM(**arguments(options), progress=bar)
 
 
-def load_async(options: EngineOptions, **limits: Any) -> AsyncLLM:
-    """The same on a thread of its own; ``limits`` are further fields of ``SchedulerSettings``."""
+def load_async(given: Mapping[str, Any]) -> AsyncLLM:
+    """A model on a thread of its own, of what ``arguments`` has made of its options."""
     with _LoadingBar() as bar:
-        return AsyncLLM(**arguments(options, **limits), progress=bar)
+        return AsyncLLM(**given, progress=bar)
 
 
 def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
-    """What ``LLM`` takes, by name."""
+    """What ``LLM`` takes, by name; ``limits`` are further fields of ``SchedulerSettings``."""
     return {
         "model": options.model,
         "dtype": options.dtype,
@@ -38,8 +39,10 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         "threads": options.threads,
         "activations": options.activations,
         "max_context": options.max_model_len,
-        "kv_memory": None if options.kv_memory is None else parse_bytes(options.kv_memory),
-        "swap_memory": 0 if options.swap_memory is None else parse_bytes(options.swap_memory),
+        "kv_memory": None if options.kv_memory is None else parse_bytes(options.kv_memory, "--kv-memory"),
+        "swap_memory": 0
+        if options.swap_memory is None
+        else parse_bytes(options.swap_memory, "--swap-memory"),
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
     }
 

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from tiny_llm.commands.grouped import grouped
-from tiny_llm.commands.loading import load_async
+from tiny_llm.commands.loading import arguments, load_async
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
+from tiny_llm.scheduler.settings import MAX_NUM_BATCHED_TOKENS
 from tiny_llm.server.run import serve as run
 from tiny_llm.server.settings import ServerSettings
 
 app = command_app()
+
+PROMPT_TOKENS = 1024
+"""Of a step, at least, for prompts."""
 
 HostOption = Annotated[
     str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.", rich_help_panel="Server")
@@ -42,7 +46,11 @@ ConcurrentOption = Annotated[
     int, typer.Option(help="Sequences that run at a time.", rich_help_panel="Limits")
 ]
 QueueOption = Annotated[
-    int, typer.Option(help="Requests that may wait; more get a 429.", rich_help_panel="Limits")
+    int,
+    typer.Option(
+        help="Answers that may wait beyond those that could run at once; more get a 429.",
+        rich_help_panel="Limits",
+    ),
 ]
 WaitOption = Annotated[
     float, typer.Option(help="Seconds that a request may wait before a 503.", rich_help_panel="Limits")
@@ -65,6 +73,14 @@ def serve(
     debug: DebugOption = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients expect it."""
+    given = arguments(
+        options,
+        max_num_seqs=max_concurrent,
+        # Of a step's tokens, each sequence has one; the rest is for prompts.
+        max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, max_concurrent + PROMPT_TOKENS),
+        max_queued_requests=max_queue,
+        max_wait_s=max_wait,
+    )
     settings = ServerSettings(
         name=name or Path(options.model).name,
         api_keys=tuple(api_key or ()),
@@ -72,9 +88,4 @@ def serve(
         drain_s=drain_seconds,
         cors_origins=tuple(cors_origin or ()),
     )
-    limits = {
-        "max_num_seqs": max_concurrent,
-        "max_queued_requests": max_queue,
-        "max_wait_s": max_wait,
-    }
-    run(settings, host, port, lambda: load_async(options, **limits))
+    run(settings, host, port, lambda: load_async(given))

@@ -16,9 +16,11 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.errors import CapacityError, RequestError
+from tiny_llm.limits import MOST
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import isa, num_threads, use
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.scheduler.settings import SchedulerSettings
 
 WARM_UP_TOKENS = 16
 
@@ -28,7 +30,7 @@ class Task:
     """What to measure. ``load_format`` "dummy" is random weights in the shapes of a short name.
 
     Each of ``rounds`` answers ``batch`` prompts of ``prompt_tokens`` with ``new_tokens`` each.
-    Raises RequestError for a number that is too small.
+    Raises RequestError for a number that is too small or too large.
     """
 
     model: str
@@ -43,8 +45,8 @@ class Task:
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch", 1), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise RequestError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+            if not least <= getattr(self, name) <= MOST:
+                raise RequestError(f"{name} is {getattr(self, name)}, but must be from {least} to {MOST}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,13 @@ def bench(task: Task, **options: Any) -> dict[str, object]:
     ``options`` are further ones of ``LLM``.
     """
     began = time.perf_counter()
+    limits = options.pop("scheduler", SchedulerSettings())
     llm = LLM(
         DummyCheckpoint(task.model) if task.load_format == "dummy" else task.model,
         dtype=task.dtype,
         quantize=task.quantize,
         activations=task.activations,
+        scheduler=replace(limits, max_queued_requests=max(limits.max_queued_requests, task.batch)),
         **options,
     )
     loaded = time.perf_counter() - began
@@ -94,7 +98,8 @@ def measure(llm: LLM, task: Task) -> Throughput:
     tokens, settings = task.prompt_tokens + task.new_tokens, llm.engine.settings
     if tokens > llm.max_context:
         raise RequestError(
-            f"Prompt and answer are {tokens} tokens, the context of {task.model} is {llm.max_context}."
+            f"prompt_tokens and new_tokens are {tokens} together, "
+            f"but the context of {task.model} is {llm.max_context}."
         )
     blocks = task.batch * -(-tokens // settings.block_size)
     if blocks > settings.kv_blocks:

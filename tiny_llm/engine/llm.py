@@ -429,5 +429,7 @@ def _context(asked: int | None, most: int) -> int:
     if asked is None:
         return most
     if not isinstance(asked, int) or not 2 <= asked <= most:
-        raise ConfigError(f"max_context is {asked!r}, but must be from 2 to {most}, the model's own.")
+        raise ConfigError(
+            f"max_context (--max-model-len) is {asked!r}, but must be from 2 to {most}, the model's own."
+        )
     return asked

@@ -17,6 +17,7 @@ BUFFER_POOL_BYTES = 2**29
 whatever the model: 0.54 GB, and 73 MB in use, after 40 prompts of the bundled one."""
 _HEAP_BYTES = 2**28  # the most that the CPU kernels let glibc keep at the heap's end (backend.keep_memory)
 _M_TRIM_THRESHOLD = -1  # of malloc.h
+_MOST_DIGITS = 20  # of an amount of memory: more are a mistake
 _STATUS = Path("/proc/self/status")
 
 
@@ -73,11 +74,15 @@ def trim_heap() -> None:
         trim(0)
 
 
-def parse_bytes(text: str) -> int:
-    """Read "4GB", "512 MB", "1.5GiB" or a plain number of bytes. Raises RequestError for anything else."""
+def parse_bytes(text: str, name: str) -> int:
+    """Read "4GB", "512 MB", "1.5GiB" or a plain number of bytes.
+
+    Raises RequestError for anything else, that option ``name`` cannot be it.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise RequestError(f"{text!r} is no amount of memory; write it like 4GB, 512MB or 1.5GiB.")
+    if found is None or len(found[1]) > _MOST_DIGITS:
+        what = f"{name} is {text[:40]!r}, which is no amount of memory"
+        raise RequestError(f"{what}; write it like 4GB, 512MB or 1.5GiB.")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower()))
 

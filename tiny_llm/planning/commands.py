@@ -54,7 +54,7 @@ def memory(
 
     --model may also be a config.json.
     """
-    free = available_memory_bytes() if memory is None else parse_bytes(memory)
+    free = available_memory_bytes() if memory is None else parse_bytes(memory, "--memory")
     with use(backend):
         plan = plan_memory(
             model, available=free, dtype=dtype, quantize=quantize, context=context, batch=batch

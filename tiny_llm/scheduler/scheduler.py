@@ -37,11 +37,12 @@ class _Entry:
     waiting, which is to say that it makes a request as old as one that came so much earlier.
     """
 
-    __slots__ = ("blocked_at", "rank", "seq", "table")
+    __slots__ = ("answers", "blocked_at", "rank", "seq", "table")
 
-    def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float) -> None:
+    def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float, answers: int) -> None:
         self.seq = seq
         self.table = table
+        self.answers = answers  # that are to come of it: several until it forks
         self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
         self.blocked_at = -1
 
@@ -81,6 +82,7 @@ class Scheduler:
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
         self._entries: dict[int, _Entry] = {}
+        self._answers = 0  # that these are to give
         self._running: RankedList[_Entry] = RankedList()
         self._waiting: RankedQueue[_Entry] = RankedQueue()
         self._deadlines: RankedQueue[_Entry] = RankedQueue()
@@ -111,7 +113,7 @@ class Scheduler:
         priority out of range.
         """
         self._check(seq)
-        entry = _Entry(seq, self.blocks.table(seq.salt), self.settings.ageing_s)
+        entry = _Entry(seq, self.blocks.table(seq.salt), self.settings.ageing_s, seq.params.n)
         self._enter(entry)
         self._patience.push((seq.arrival + self.settings.max_wait_s, seq.id), entry)
         self._wait(entry)
@@ -249,6 +251,7 @@ class Scheduler:
         """Assert that nothing is lost or held twice. Looks at everything."""
         self.blocks.check_integrity(entry.table for entry in self._entries.values())
         assert self.num_running + self.num_waiting == len(self._entries)
+        assert self._answers == sum(entry.answers for entry in self._entries.values())
         assert all(
             (entry.seq.status == "running") == bool(entry.table.blocks) for entry in self._entries.values()
         )
@@ -266,9 +269,18 @@ class Scheduler:
                 f"{seq.prompt_len}, answer up to {answer}), but there are {self.blocks.allowed_blocks}: "
                 "shorten the prompt, lower max_tokens, or give more memory with --kv-memory."
             )
-        free_slots = max(0, self.settings.max_num_seqs - self.num_running)
-        if self.num_waiting >= self.settings.max_queued_requests + free_slots:
-            raise BusyError(f"{self.num_waiting} requests are waiting, which is the most; try again later.")
+        if self._is_queue_full():
+            raise BusyError(
+                f"{self.num_running} answers are being made and {self.num_waiting} wait, which is the most; "
+                "try again later."
+            )
+
+    def _is_queue_full(self) -> bool:
+        """Whether as many wait as may. Those that could run at once do not, if there is memory for them."""
+        limits, first = self.settings, self._waiting.first()
+        no_memory = first is not None and self.blocks.available <= first[1].blocked_at
+        could_run = self.num_running if no_memory else limits.max_num_seqs
+        return self._answers >= could_run + limits.max_queued_requests
 
     def _decode(self, step: _Step) -> list[_Entry]:
         """Put all that are one token behind into the step; return those that are further behind."""
@@ -391,13 +403,15 @@ class Scheduler:
     def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> list[Sequence]:
         """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
         seq, children = entry.seq, list[Sequence]()
+        self._answers -= entry.answers - 1
+        entry.answers = 1
         for fork in forks:
             assert fork.seq_id not in self._entries
             child = replace(seq, id=fork.seq_id, tokens=seq.tokens[:], cached_tokens=0)
             child.tokens.extend(fork.tokens)
             children.append(child)
             table = self.blocks.fork(entry.table, len(seq.tokens))
-            branch = _Entry(child, table, self.settings.ageing_s)
+            branch = _Entry(child, table, self.settings.ageing_s, 1)
             child.num_computed_tokens = len(seq.tokens)
             self._enter(branch)
             if self.num_running < self.settings.max_num_seqs or fork.finish_reason:
@@ -412,6 +426,7 @@ class Scheduler:
 
     def _enter(self, entry: _Entry) -> None:
         self._entries[entry.seq.id] = entry
+        self._answers += entry.answers
         if entry.seq.deadline < inf:
             self._deadlines.push((entry.seq.deadline, entry.seq.id), entry)
 
@@ -429,6 +444,7 @@ class Scheduler:
         self._patience.discard(entry)
         self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
         del self._entries[seq.id]
+        self._answers -= entry.answers
         seq.status = "finished"
         seq.finish_reason = reason
         return Output(seq.id, reason)

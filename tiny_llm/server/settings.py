@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.limits import check_number, check_whole
 
 MAX_N = 32
 """Answers to one prompt."""
@@ -54,10 +55,7 @@ class ServerSettings:
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ConfigError("An --api-key is empty or has characters other than printable ASCII.")
         for name in ("max_in_flight", "max_body_bytes", "max_headers", "max_header_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+            check_whole(name, getattr(self, name))
         for name in ("read_timeout_s", "compile_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0.")
-        if not self.drain_s >= 0:
-            raise ConfigError(f"drain_s is {self.drain_s}, but must be at least 0.")
+            check_number(name, getattr(self, name))
+        check_number("drain_s (--drain-seconds)", self.drain_s, zero=True)
