@@ -13,10 +13,10 @@ MOST = 10**9
 """Counts and seconds beyond it are a mistake; two of them added still fit an integer of 32 bits."""
 
 
-def check_whole(name: str, given: object, *, least: int = 1) -> None:
-    """Raise ConfigError if ``given`` is no whole number from ``least`` to ``MOST``."""
-    if not isinstance(given, int) or isinstance(given, bool) or not least <= given <= MOST:
-        raise ConfigError(f"{name} is {given!r}, but must be a whole number from {least} to {MOST}.")
+def check_whole(name: str, given: object, *, least: int = 1, most: int = MOST) -> None:
+    """Raise ConfigError if ``given`` is no whole number from ``least`` to ``most``."""
+    if not isinstance(given, int) or isinstance(given, bool) or not least <= given <= most:
+        raise ConfigError(f"{name} is {given!r}, but must be a whole number from {least} to {most}.")
 
 
 def check_number(name: str, given: object, *, zero: bool = False, most: float = MOST) -> None:

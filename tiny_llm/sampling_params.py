@@ -149,7 +149,7 @@ class SamplingParams:
     prompt_logprobs: int | None = _option(
         None, "Report those of the prompt's tokens too.", int, "a whole number, or None", ge=0
     )
-    n: int = _option(1, "Answers to one prompt.", int, "a whole number of at least 1", ge=1)
+    n: int = _option(1, "Answers to one prompt.", int, "a whole number from 1 to 4096", ge=1, le=4096)
     min_tokens: int = _option(0, "No end before so many tokens.", int, "a whole number, 0 meaning none", ge=0)
     repetition_penalty: float = _option(
         1.0,

@@ -9,6 +9,7 @@ import typer
 
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments, load_async
+from tiny_llm.limits import MOST
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
 from tiny_llm.scheduler.settings import MAX_NUM_BATCHED_TOKENS
 from tiny_llm.server.run import serve as run
@@ -84,7 +85,7 @@ def serve(
     settings = ServerSettings(
         name=name or Path(options.model).name,
         api_keys=tuple(api_key or ()),
-        max_in_flight=max_concurrent + max_queue,
+        max_in_flight=min(max_concurrent + max_queue, MOST),
         drain_s=drain_seconds,
         cors_origins=tuple(cors_origin or ()),
     )

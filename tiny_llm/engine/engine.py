@@ -67,7 +67,6 @@ class Engine:
         max_context: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.settings = settings
         self.healthy = True
         self.totals = EngineStats()
         self.trace: Trace | None = None  # give it one, and it is written to
@@ -80,6 +79,7 @@ class Engine:
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
         format = KvFormat.of(model.config, settings.block_size, kv_dtype)
+        self.settings = settings = settings.within_reach(format.block_bytes)
         cache = PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
         self.runner = Runner(model, cache, backend)
         scheduler = settings.scheduler

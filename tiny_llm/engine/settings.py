@@ -10,12 +10,17 @@ from tiny_llm.config import ModelFacts
 from tiny_llm.engine.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.limits import check_whole
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 BLOCK_SIZE = 16
 """Tokens of a block, unless an operator says otherwise."""
+BLOCK_SIZES = (16, 32, 64)
+"""What the kernels of attention can read."""
+MAX_HOST_BLOCKS = 10**7
+"""Each is listed from the start."""
 KV_SLAB_BYTES = 2**26
 """The pool grows by this much at a time."""
 
@@ -34,6 +39,15 @@ class EngineSettings:
     prefix_cache: bool = True
     async_scheduling: bool = True
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value that cannot work."""
+        check_whole("kv_blocks", self.kv_blocks)
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"block_size is {self.block_size!r}, but must be one of {sizes}.")
+        check_whole("slab_blocks", self.slab_blocks)
+        check_whole("host_blocks", self.host_blocks, least=0, most=MAX_HOST_BLOCKS)
 
     @classmethod
     def fitting(
@@ -78,6 +92,11 @@ class EngineSettings:
             slab_blocks=max(1, KV_SLAB_BYTES // block),
             scheduler=_with_steps_within(available // 4, config, scheduler or SchedulerSettings()),
         )
+
+    def within_reach(self, block_bytes: int) -> EngineSettings:
+        """The same with no more blocks than there can ever be: the addresses of all are taken at once."""
+        most = max(1, narrowest_limit().most // block_bytes)
+        return replace(self, kv_blocks=min(self.kv_blocks, most))
 
     def block_manager(self) -> BlockManager:
         """The accounts of a pool as it is set here."""

@@ -11,6 +11,7 @@ from tiny_llm.limits import check_number, check_whole
 
 Preemption = Literal["auto", "recompute", "swap"]
 MAX_PRIORITY = 100
+MAX_NUM_SEQS = 10**6
 MAX_NUM_BATCHED_TOKENS = 2048
 """Unless an operator says otherwise: a GPU's or a core's work for a good while, and little memory."""
 
@@ -41,7 +42,7 @@ class SchedulerSettings:
     swap_ms_per_block: float | None = None
 
     def __post_init__(self) -> None:
-        check_whole("max_num_seqs (--max-concurrent)", self.max_num_seqs)
+        check_whole("max_num_seqs (--max-concurrent)", self.max_num_seqs, most=MAX_NUM_SEQS)
         check_whole("max_num_batched_tokens", self.max_num_batched_tokens)
         check_whole("max_queued_requests (--max-queue)", self.max_queued_requests, least=0)
         check_number("max_step_ms (--max-step-ms)", self.max_step_ms, most=inf)
