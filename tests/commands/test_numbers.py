@@ -35,7 +35,7 @@ def numeric(module: ModuleType) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield flag, WHOLE
         elif float in (kind, *get_args(kind)):
             yield flag, NUMBERS
-        elif name in ("kv_memory", "memory"):
+        elif name in ("kv_memory", "swap_memory", "memory"):
             yield flag, AMOUNTS
 
 
