@@ -15,7 +15,7 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.server.run import Server
+from tiny_llm.server.run import Server, listen
 from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
 
@@ -63,7 +63,7 @@ def serve_all(settings: SchedulerSettings) -> None:
     assert len(scheduler) == 0, "nobody waits for ever"
 
 
-@pytest.mark.parametrize("name", numeric(SchedulerSettings))
+@pytest.mark.parametrize("name", list(numeric(SchedulerSettings)))
 @pytest.mark.parametrize("value", TRIED, ids=repr)
 def test_a_scheduler_works_with_any_number_that_it_takes(name: str, value: Any) -> None:
     try:
@@ -74,7 +74,7 @@ def test_a_scheduler_works_with_any_number_that_it_takes(name: str, value: Any) 
         serve_all(settings)
 
 
-@pytest.mark.parametrize("name", numeric(ServerSettings))
+@pytest.mark.parametrize("name", list(numeric(ServerSettings)))
 @pytest.mark.parametrize("value", TRIED, ids=repr)
 def test_a_server_starts_with_any_number_that_it_takes(name: str, value: Any) -> None:
     def load() -> Any:
@@ -85,4 +85,5 @@ def test_a_server_starts_with_any_number_that_it_takes(name: str, value: Any) ->
     except ConfigError as error:
         assert name in str(error) and "but must be" in str(error)
     else:
-        Server(Service(settings, load))
+        with listen("127.0.0.1", 0) as listening:
+            Server(Service(settings, load), listening)
