@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from tiny_llm import cli
 from tiny_llm.commands import bench, chat, generate, serve
 from tiny_llm.commands.talking import ANSWER
+from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import RequestError
 from tiny_llm.options import EngineOptions
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
@@ -56,7 +57,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[SamplingParams] = []
-        self.engine = SimpleNamespace(trace=None)
+        self.engine = SimpleNamespace(trace=None, settings=EngineSettings())
 
     def stream_chat(self, messages: object, params: SamplingParams) -> Iterator[object]:
         self.asked.append(params)
