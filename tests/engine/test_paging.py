@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -113,6 +115,27 @@ def test_an_engine_at_rest_has_given_its_memory_back_and_answers_as_before(llm: 
     again = own.generate(prompts, SAMPLED)
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]
     assert not any(answer.cached_tokens for answer in again)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_an_engine_at_rest_keeps_nothing_of_its_largest_steps(demo: Path) -> None:
+    """glibc kept what MLX had given back, in the middle of its heap: 1.75 GB after one step of a 7B."""
+    steps = """
+import re
+from pathlib import Path
+from tiny_llm import LLM, SamplingParams
+def resident() -> int:
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+llm = LLM("demo")
+llm.generate([[5] * 20], SamplingParams(max_tokens=2))
+before = resident()
+llm.generate([[i + 5] * 900 for i in range(6)], SamplingParams(max_tokens=8, ignore_eos=True))
+llm.engine.rest()
+print(before, resident())
+"""
+    child = subprocess.run([sys.executable, "-c", steps], capture_output=True, text=True, check=True)
+    before, after = map(int, child.stdout.split())
+    assert after < before + 20, f"{after} MB are resident, {before} before"
 
 
 def resident_bytes() -> int:
