@@ -16,8 +16,10 @@ from tiny_llm.engine.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError
+from tiny_llm.kv import paged
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import read_config
+from tiny_llm.ops.kv_pool import Pool
 from tiny_llm.weights.names import config_of
 
 BLOCK = 1000
@@ -158,3 +160,22 @@ def test_under_ulimit_v_the_pool_leaves_address_space() -> None:
     )
     assert child.returncode == 0, child.stderr
     assert 0 < int(child.stdout) < bound / 2
+
+
+def test_a_pool_that_fails_to_grow_ends_the_step_and_not_the_engine(
+    stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next ones begin in a pool as large as they need, not as large as what failed."""
+    small = LLM(stories260k, backend="ref").with_engine(EngineSettings(kv_blocks=400, slab_blocks=4))
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    expected = small.generate([[1, 2]], params)
+
+    def fail(pool: Pool, blocks: int) -> Pool:
+        raise MemoryError(f"{blocks} blocks")
+
+    monkeypatch.setattr(paged, "resize_pool", fail)
+    (answer,) = small.generate([[1] * 200], params)
+    assert answer.error == "The step failed: MemoryError: 16 blocks"
+    assert small.engine.scheduler.usage().capacity == 0
+    again = small.generate([[1, 2]], params)
+    assert [a.token_ids for a in again] == [a.token_ids for a in expected] and not again[0].error

@@ -301,6 +301,12 @@ class AnyOrder(RuleBasedStateMachine):
     def grow(self, count: int) -> None:
         self.manager.grow(count)
 
+    @rule(most=strategies.integers(0, 30))
+    def set_limit(self, most: int) -> None:
+        """Memory comes and goes; what is there stays."""
+        self.manager.set_limit(most)
+        self.limit = max(min(most, self.manager.allowed_blocks), self.manager.capacity)
+
     @rule()
     def shrink(self) -> None:
         before = self.manager.available

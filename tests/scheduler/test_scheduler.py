@@ -399,3 +399,36 @@ def test_no_step_is_prepared_ahead_of_somebody_who_might_start() -> None:
     assert scheduler.follow(plan, ()) is not None
     scheduler.add(request(1))
     assert scheduler.follow(plan, ()) is None
+
+
+def test_who_can_never_run_is_refused_when_memory_has_gone() -> None:
+    scheduler = Scheduler(BlockManager(SIZE, 12, slab=1))
+    for number, length in enumerate((24, 8, 40)):
+        scheduler.add(request(number, length=length, most=8))
+    scheduler.blocks.set_limit(5)
+    assert scheduler.refuse() == [Output(0, "error")], "the third may wait: the second goes before it"
+    assert shape(step(scheduler)) == [(1, 8, 1)] and scheduler.refuse() == []
+    scheduler.cancel(1)
+    assert scheduler.refuse() == [Output(2, "error")] and len(scheduler) == 0
+
+
+def test_who_waited_for_a_block_to_spare_starts_alone_though_no_more_are_there() -> None:
+    scheduler = Scheduler(BlockManager(SIZE, 12, slab=1))
+    scheduler.add(request(0, length=8, most=8))
+    scheduler.add(request(1, length=40, most=8))
+    assert shape(step(scheduler)) == [(0, 8, 1)] and scheduler.blocks.available == 10
+    scheduler.cancel(0)
+    scheduler.blocks.set_limit(10)
+    assert scheduler.blocks.available == 10 and scheduler.refuse() == []
+    assert shape(step(scheduler)) == [(1, 40, 1)]
+
+
+def test_who_outgrows_the_pool_alone_is_not_swapped_out_by_a_plan_without_items() -> None:
+    blocks = BlockManager(SIZE, 12, slab=1, host_blocks=12)
+    scheduler = Scheduler(blocks, SchedulerSettings(preemption="swap"))
+    scheduler.add(request(0, length=8, most=16))
+    step(scheduler)
+    scheduler.blocks.set_limit(2)
+    plan = scheduler.schedule()
+    assert plan.items == plan.swap_out == [] and plan.preempted == [(0, False)]
+    assert scheduler.refuse() == [Output(0, "error")]

@@ -347,7 +347,7 @@ class Scheduler:
     def _start(self, entry: _Entry) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
         seq, available = entry.seq, self.blocks.available
-        if available <= entry.blocked_at:
+        if available <= entry.blocked_at and self.num_running:  # alone it needs no block to spare
             return False
         # A block is left for each that runs, so that it does not throw this one out at once.
         known = self.blocks.allocate(entry.table, seq.tokens, spare=self.num_running)
@@ -380,8 +380,12 @@ class Scheduler:
     def _preempt(self, entry: _Entry) -> bool:
         """Take a running sequence's blocks; it goes on later, from the host (True) or from its tokens."""
         seq = entry.seq
-        swapped = self._is_swap_better(seq.num_computed_tokens) and self.blocks.swap_out(
-            entry.table, seq.num_computed_tokens
+        # One that ran alone leaves a plan without items, which nobody carries out, its moves neither.
+        others_run = self.num_running > 1
+        swapped = (
+            others_run
+            and self._is_swap_better(seq.num_computed_tokens)
+            and self.blocks.swap_out(entry.table, seq.num_computed_tokens)
         )
         if not swapped:
             self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
