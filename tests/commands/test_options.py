@@ -57,7 +57,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[SamplingParams] = []
-        self.engine = SimpleNamespace(trace=None, settings=EngineSettings())
+        self.engine = SimpleNamespace(trace=None, settings=EngineSettings(kv_blocks=16))
 
     def stream_chat(self, messages: object, params: SamplingParams) -> Iterator[object]:
         self.asked.append(params)
