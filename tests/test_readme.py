@@ -117,6 +117,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", TO_RUN, ids=[block[-1] for block in TO_RUN])
 def test_commands_work_as_printed(
     block: list[str],
@@ -149,6 +150,7 @@ def test_the_library_s_example_runs(clone: Path, surroundings: dict[str, str]) -
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", NOT_RUN)
 def test_what_is_not_run_is_there_all_the_same(
     command: str, clone: Path, surroundings: dict[str, str]

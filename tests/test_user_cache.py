@@ -45,6 +45,7 @@ assert answer.error is None and len(answer.token_ids) == 2, answer
 """
 
 
+@pytest.mark.slow
 def test_a_step_of_metalsim_needs_no_cache(read_only: Path) -> None:
     """It failed with PermissionError, and every request with it."""
     if reason := why_not():

@@ -122,6 +122,7 @@ def said(terminal: pexpect.spawn[str], text: str) -> None:
     terminal.expect(PROMPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("term", "sent"),
     [
@@ -149,6 +150,7 @@ def test_a_message_may_begin_with_a_slash(tmp_path: Path) -> None:
     assert [text for who, text in messages if who == "user"] == [text.strip() for text in texts]
 
 
+@pytest.mark.slow
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(endless: list[str], tmp_path: Path) -> None:
     with opened_terminal(*endless, "--max-tokens", "30", columns=60) as terminal:
         terminal.sendline("Hello")
@@ -167,6 +169,7 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(endless: list[
     assert messages[2] == ("user", "typed early and late")
 
 
+@pytest.mark.slow
 def test_a_saved_conversation_is_loaded_and_gone_on_with(tmp_path: Path) -> None:
     with opened_terminal("--system", "Be kind.") as terminal:
         said(terminal, "The password of the red door is zimbro.\n")

@@ -68,6 +68,7 @@ def test_pieces_join_to_the_decode_of_any_text(backend: Backend, text: str) -> N
     assert "".join(pieces) == tokenizer.decode(ids), f"{text!r} as {ids} gave {pieces}"
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(data=st.data())
 def test_an_answer_is_what_it_adds_to_the_prompt(backend: Backend, data: st.DataObject) -> None:
