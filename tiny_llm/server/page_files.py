@@ -17,7 +17,12 @@ PAGE_FILES: Mapping[str, str] = {
     "/page/page.css": "page.css",
     "/page/page.js": "page.js",
     "/page/asking.js": "asking.js",
+    "/page/store.js": "store.js",
+    "/page/conversation.js": "conversation.js",
+    "/page/chats.js": "chats.js",
+    "/page/copying.js": "copying.js",
     "/page/markdown.js": "markdown.js",
+    "/page/highlight.js": "highlight.js",
     "/page/live.js": "live.js",
 }
 """Path to file. Nothing else is ever read."""

@@ -1,5 +1,7 @@
 // Owns the way to the server: the API key, its errors, its event streams. Knows no element of the page.
 
+import { tab } from "./store.js";
+
 const KEY = "tiny_llm.key";
 
 /** What the server refused, in its own words. `status` is 0 where there was no answer at all. */
@@ -11,10 +13,18 @@ export class Refusal extends Error {
   }
 }
 
+let held = ""; // where the tab may remember nothing
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => sessionStorage.setItem(KEY, value),
-  forget: () => sessionStorage.removeItem(KEY),
+  get: () => tab.get(KEY) ?? held,
+  set(value) {
+    held = value;
+    tab.set(KEY, value);
+  },
+  forget() {
+    held = "";
+    tab.forget(KEY);
+  },
 };
 
 /** A response that is good; throws Refusal, and AbortError if `signal` ends it. */

@@ -2,17 +2,27 @@
 // node or an attribute that cannot run; no string is ever read as HTML. Links are http(s) only, images
 // are not loaded.
 
-const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)[^\n`]*$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const DEEPEST_QUOTE = 8;
+import { copyButton } from "./copying.js";
+import { pieces } from "./highlight.js";
+
+const DEEPEST = 8; // quotes and lists in each other
+const FENCE = /^( {0,3})(```+|~~~+)\s*([\w+#.-]*)[^\n`]*$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
+const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
+const QUOTE = /^ {0,3}>/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)(.*)$/;
+const TASK = /^\[([ xX])\]\s+/;
 const INLINE = new RegExp(
   [
+    "\\\\(?<escaped>[*_`~#|<>+.!-])",
     "(?<ticks>`+)(?<code>[^`]|[^`][\\s\\S]*?[^`])\\k<ticks>(?!`)",
-    "!?\\[(?<label>[^\\[\\]\\n]{1,500})\\]\\((?<href>[^\\s()<>]{1,2000})(?:\\s+\"[^\"\\n]*\")?\\)",
+    "!?\\[(?<label>[^\\[\\]\\n]{1,500})\\]\\((?<href>[^\\s()<>]{1,2000}(?:\\([^\\s()<>]{0,200}\\)[^\\s()<>]{0,200})?)(?:\\s+\"[^\"\\n]*\")?\\)",
     "\\*\\*(?<bold>(?=\\S)[^\\n]{1,2000}?\\S?)\\*\\*",
+    "(?<![\\w_])__(?<strong>(?=[^\\s_])[^\\n]{1,2000}?)__(?!\\.?\\w)",
     "~~(?<gone>(?=\\S)[^\\n]{1,2000}?)~~",
     "(?<![\\w*])\\*(?<italic>(?=[^\\s*])[^\\n*]{1,2000}?)\\*(?![\\w*])",
     "(?<![\\w_])_(?<slanted>(?=[^\\s_])[^\\n_]{1,2000}?)_(?![\\w_])",
+    "<(?<line>br) ?/?>",
     "\\bhttps?:\\/\\/(?<bare>[^\\s<>\"'`]{1,2000}[^\\s<>\"'`.,;:!?)\\]])",
   ].join("|"),
   "g",
@@ -20,12 +30,12 @@ const INLINE = new RegExp(
 
 /** Show `text` in `box`. Of what it shows already, the blocks that are the same stay as they are. */
 export function show(box, text, depth = 0) {
-  const sources = blocksOf(text);
+  const sources = blocksOf(text.replace(/\r\n?/g, "\n").split("\n"), depth).map((lines) => lines.join("\n"));
   const before = box.sources ?? [];
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same++;
   while (box.childNodes.length > same) box.lastChild.remove();
-  for (const source of sources.slice(same)) box.append(block(source, depth));
+  for (const source of sources.slice(same)) box.append(block(source.split("\n"), depth));
   box.sources = sources;
 }
 
@@ -36,90 +46,172 @@ function node(name, children = [], attributes = {}) {
   return made;
 }
 
-/** The text cut into blocks, each with all its lines: at blank lines, and around fences. */
-function blocksOf(text) {
+/** The lines of a text by blocks: a fence, a heading, a rule, a quote, a list, a table or a paragraph. */
+function blocksOf(lines, depth) {
   const blocks = [];
-  let lines = [], fence = null;
-  const end = () => {
-    if (lines.length) blocks.push(lines.join("\n"));
-    lines = [];
-  };
-  for (const line of text.replace(/\r\n?/g, "\n").split("\n")) {
-    const mark = FENCE.exec(line);
-    if (fence) {
-      lines.push(line);
-      if (line.trim().startsWith(fence) && !line.trim().slice(fence.length).trim()) (fence = null), end();
-    } else if (mark) {
-      end();
-      fence = mark[1];
-      lines.push(line);
-    } else if (!line.trim()) {
-      end();
-    } else if (/^#{1,6}\s/.test(line) || /^ {0,3}([-*_])( *\1){2,} *$/.test(line)) {
-      end();
-      lines.push(line);
-      end();
-    } else {
-      const begins = ITEM.test(line) && lines.length && !ITEM.test(lines[0]) && !lines[0].startsWith(">");
-      if (begins) end();
-      lines.push(line);
+  for (let at = 0; at < lines.length; ) {
+    if (!lines[at].trim()) {
+      at++;
+      continue;
     }
+    const end = endOf(lines, at, depth);
+    blocks.push(lines.slice(at, end));
+    at = end;
   }
-  end();
   return blocks;
 }
 
-function block(source, depth) {
-  const lines = source.split("\n");
-  const fence = FENCE.exec(lines[0]);
-  if (fence) return code(lines, fence);
-  const heading = /^(#{1,6})\s+(.*)$/.exec(source);
-  if (heading) return node(`h${Math.min(6, heading[1].length + 2)}`, inline(heading[2]));
-  if (/^ {0,3}([-*_])( *\1){2,} *$/.test(source)) return node("hr");
-  if (depth < DEEPEST_QUOTE && lines.every((line) => /^ {0,3}>/.test(line))) {
-    const inner = node("blockquote");
-    show(inner, lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"), depth + 1);
-    return inner;
-  }
-  if (ITEM.test(lines[0])) return list(lines);
-  if (lines.length > 1 && lines[0].includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[1])) return table(lines);
-  return node("p", inline(source));
+/** The line after the block that begins with line `at`. */
+function endOf(lines, at, depth) {
+  if (FENCE.test(lines[at])) return endOfFence(lines, at);
+  if (HEADING.test(lines[at]) || RULE.test(lines[at])) return at + 1;
+  if (depth < DEEPEST && QUOTE.test(lines[at])) return endWhere(lines, at, (line) => !QUOTE.test(line));
+  if (depth < DEEPEST && ITEM.test(lines[at])) return endOfList(lines, at);
+  if (beginsTable(lines, at)) return endWhere(lines, at + 1, (line) => !line.trim() || interrupts(line, depth));
+  return endWhere(lines, at, (line, i) => !line.trim() || interrupts(line, depth) || beginsTable(lines, i));
 }
 
-function code(lines, fence) {
-  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence[1]);
-  const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  const shown = node("pre", [node("code", [text])], { tabindex: "0" });
-  const copy = node("button", ["Copy"], { type: "button", class: "copy" });
-  copy.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(text);
-    copy.textContent = "Copied";
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
-  });
-  const head = node("figcaption", [node("span", [fence[2]]), ...(navigator.clipboard ? [copy] : [])]);
+function endWhere(lines, at, ends) {
+  for (let i = at + 1; i < lines.length; i++) if (ends(lines[i], i)) return i;
+  return lines.length;
+}
+
+/** Whether a paragraph ends before this line though it is not empty. */
+function interrupts(line, depth) {
+  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line)) return true;
+  if (depth >= DEEPEST) return false;
+  const item = ITEM.exec(line);
+  return QUOTE.test(line) || (item !== null && item[4] !== "" && !/^(?!1[.)])\d/.test(item[2]));
+}
+
+function endOfFence(lines, at) {
+  const mark = FENCE.exec(lines[at])[2];
+  const end = lines.findIndex((line, i) => i > at && closes(line, mark));
+  return end < 0 ? lines.length : end + 1;
+}
+
+/** Whether this line ends code that began with `mark`. */
+function closes(line, mark) {
+  const text = line.trim();
+  return text.startsWith(mark) && !text.slice(mark.length).replaceAll(mark[0], "");
+}
+
+const isOrdered = (item) => /\d/.test(item[2]);
+const indentOf = (line) => line.length - line.trimStart().length;
+
+/** A list goes on over empty lines, as long as what follows is in an item or is one of its items. */
+function endOfList(lines, at) {
+  const first = ITEM.exec(lines[at]);
+  const inner = first[1].length + 2;
+  let end = at + 1, fence = null;
+  for (let i = end; i < lines.length; i++) {
+    const line = lines[i];
+    const isEmpty = !line.trim(), isInside = indentOf(line) >= inner;
+    if (fence) {
+      if (!isEmpty && !isInside) return end; // code that nobody closed
+      if (closes(line, fence)) fence = null;
+    } else if (isEmpty) {
+      continue;
+    } else if (isInside) {
+      fence = FENCE.exec(line.trimStart())?.[2] ?? null;
+    } else {
+      const item = ITEM.exec(line);
+      const isNext = item && !RULE.test(line) && isOrdered(item) === isOrdered(first);
+      if (!isNext && (end < i || interrupts(line, 0))) return end; // not a line that goes on with a paragraph
+    }
+    end = i + 1;
+  }
+  return end;
+}
+
+function beginsTable(lines, at) {
+  if (at + 1 >= lines.length || !lines[at].includes("|") || !lines[at + 1].includes("-")) return false;
+  const marks = cellsOf(lines[at + 1]);
+  return marks.every((mark) => /^:?-+:?$/.test(mark)) && marks.length === cellsOf(lines[at]).length;
+}
+
+function block(lines, depth) {
+  const fence = FENCE.exec(lines[0]);
+  if (fence) return code(lines, fence);
+  const heading = HEADING.exec(lines[0]);
+  if (heading) return node(`h${Math.min(6, heading[1].length + 2)}`, inline(heading[2].trim().replace(/(?:^|\s)#+$/, "")));
+  if (RULE.test(lines[0])) return node("hr");
+  if (depth < DEEPEST && QUOTE.test(lines[0])) {
+    const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
+    return node("blockquote", blocksOf(inner, depth + 1).map((one) => block(one, depth + 1)));
+  }
+  if (depth < DEEPEST && ITEM.test(lines[0])) return list(lines, depth);
+  if (beginsTable(lines, 0)) return table(lines);
+  return node("p", inline(lines.map((line) => line.trim()).join("\n")));
+}
+
+function code(lines, [, indent, mark, language]) {
+  const isClosed = lines.length > 1 && closes(lines.at(-1), mark);
+  const inner = lines.slice(1, isClosed ? -1 : undefined).map((line) => dedented(line, indent.length));
+  const text = inner.join("\n");
+  const coloured = pieces(text, language).map(([kind, piece]) => (kind ? node("span", [piece], { class: kind }) : piece));
+  const head = node("figcaption", [node("span", [language]), copyButton(() => text)]);
+  const shown = node("pre", [node("code", coloured)], { tabindex: "0" });
   return node("figure", [head, shown], { class: "code" });
 }
 
-/** A list, and the lists in it, by how far they are indented. */
-function list(lines) {
-  const top = { indent: ITEM.exec(lines[0])[1].length, items: [] };
-  const number = /^\s*(\d+)/.exec(lines[0]);
-  for (const line of lines) {
-    const item = ITEM.exec(line);
-    if (item && item[1].length <= top.indent + 1) top.items.push({ text: item[3], under: [] });
-    else if (item || top.items.at(-1).under.length) top.items.at(-1).under.push(line.slice(top.indent));
-    else top.items.at(-1).text += `\n${line.trim()}`;
+/** A line without its first `count` spaces, or those of them that it has. */
+function dedented(line, count) {
+  return line.slice(Math.min(count, indentOf(line)));
+}
+
+function list(lines, depth) {
+  const first = ITEM.exec(lines[0]);
+  const inner = first[1].length + 2;
+  const items = [];
+  let isLoose = false;
+  for (const [i, line] of lines.entries()) {
+    const item = indentOf(line) < inner && ITEM.exec(line);
+    if (item) {
+      isLoose ||= i > 0 && !lines[i - 1].trim();
+      items.push({ width: line.length - item[4].length, lines: [item[4]] });
+    } else {
+      items.at(-1).lines.push(line);
+    }
   }
-  const children = top.items.map(({ text, under }) => {
-    const nested = under.length && ITEM.test(under[0]) ? [list(under)] : [];
-    return node("li", [...inline(text), ...nested]);
-  });
-  return number ? node("ol", children, { start: number[1] }) : node("ul", children);
+  const children = items.map((item) => listItem(outdented(item), isLoose, depth + 1));
+  return isOrdered(first) ? node("ol", children, { start: parseInt(first[2]) }) : node("ul", children);
+}
+
+/** An item's lines without the indent that the first of them after its own has, or its own words have. */
+function outdented({ width, lines: [first, ...rest] }) {
+  const next = rest.find((line) => line.trim());
+  const indent = next === undefined ? 0 : Math.min(width, indentOf(next));
+  return [first, ...rest.map((line) => dedented(line, indent))];
+}
+
+function listItem(lines, isLoose, depth) {
+  const task = TASK.exec(lines[0]);
+  if (task) lines[0] = lines[0].slice(task[0].length);
+  const blocks = blocksOf(lines, depth).map((one) => block(one, depth));
+  const isTight = !isLoose && blocks.filter((one) => one.nodeName === "P").length <= 1;
+  const shown = blocks.flatMap((one) => (isTight && one.nodeName === "P" ? [...one.childNodes] : [one]));
+  if (!task) return node("li", shown);
+  const done = task[1] === " " ? {} : { checked: "" };
+  const box = node("input", [], { type: "checkbox", disabled: "", ...done });
+  return node("li", [box, ...shown], { class: "task" });
+}
+
+/** The cells of a table's row: between bars that no backslash stands before. */
+function cellsOf(line) {
+  const row = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  return row.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
 function table(lines) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => inline(cell.trim()));
-  const row = (line, name) => node("tr", cells(line).map((cell) => node(name, cell)));
+  const sides = cellsOf(lines[1]).map((mark) => {
+    if (mark.endsWith(":")) return mark.startsWith(":") ? { class: "center" } : { class: "right" };
+    return {};
+  });
+  const row = (line, name) => {
+    const cells = cellsOf(line);
+    return node("tr", sides.map((side, i) => node(name, inline(cells[i] ?? ""), side)));
+  };
   const body = node("tbody", lines.slice(2).map((line) => row(line, "td")));
   const whole = node("table", [node("thead", [row(lines[0], "th")]), body]);
   return node("div", [whole], { class: "wide", tabindex: "0" });
@@ -137,11 +229,13 @@ function inline(text) {
   return found.filter((piece) => piece !== "");
 }
 
-function span(whole, { code, label, href, bold, gone, italic, slanted, bare }) {
+function span(whole, { escaped, code, label, href, bold, strong, gone, italic, slanted, line, bare }) {
+  if (escaped !== undefined) return escaped;
   if (code !== undefined) return node("code", [code]);
-  if (bold !== undefined) return node("strong", inline(bold));
+  if (bold !== undefined || strong !== undefined) return node("strong", inline(bold ?? strong));
   if (gone !== undefined) return node("s", inline(gone));
   if (italic !== undefined || slanted !== undefined) return node("em", inline(italic ?? slanted));
+  if (line !== undefined) return node("br");
   if (bare !== undefined) return link(whole, [whole]) ?? whole;
   if (whole.startsWith("!")) return whole;
   return link(href, [label]) ?? whole;

@@ -1,26 +1,20 @@
-// Owns the conversation, the settings and the dialogs. The conversation lives in this page alone.
+// Owns what the page's parts share: the server's state, the settings, the dialogs, what is typed.
 
-import { ask, events, key, Refusal } from "./asking.js";
+import { ask, events, key } from "./asking.js";
+import { ChatList } from "./chats.js";
+import { Conversation } from "./conversation.js";
 import { Live } from "./live.js";
-import { show } from "./markdown.js";
+import { chats, newChat, tab } from "./store.js";
 
 const SETTINGS = "tiny_llm.settings";
+const SHOWN = "tiny_llm.shown";
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const RETRY_MS = 1000;
 const LOAD = 16;
 
 const $ = (id) => document.getElementById(id);
-const messages = []; // as the API has them
-let answering = null; // AbortController of the answer that is being made
-let loading = null; // and of the 16 prompts
+let loading = null; // AbortController of the 16 prompts
 let asksForKey = false;
-
-function element(name, className, text = "") {
-  const made = document.createElement(name);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
 
 // ---- the server
 
@@ -89,154 +83,49 @@ $("forget-key").addEventListener("click", () => {
   location.reload();
 });
 
-// ---- the conversation
+// ---- the conversation, and those that are kept
 
-/** The answer's place on the page, and what it shows as the answer comes. */
-class Answer {
-  constructor() {
-    this.text = this.thought = "";
-    this.tokens = 0;
-    this.began = performance.now();
-    this.item = element("li", "message assistant busy");
-    this.folded = element("details", "thought");
-    this.thinking = element("div", "text");
-    this.folded.append(element("summary", "", "What it thought"), this.thinking);
-    this.folded.hidden = true;
-    this.body = element("div", "text");
-    this.note = element("p", "note");
-    this.item.append(element("span", "unseen", "Answer: "), this.folded, this.body, this.note);
-    $("messages").append(this.item);
-  }
+const conversation = new Conversation({ settings: chosen, onChange: keep, onKey: () => askForKey("") });
+const list = new ChatList({
+  current: () => conversation.chat,
+  onOpen: open,
+  onGone(id) {
+    if (id !== conversation.chat.id) return;
+    conversation.leave(false);
+    open(newChat(), "Deleted.");
+  },
+  onRename(chat) {
+    if (chat.id === conversation.chat.id) conversation.chat.title = chat.title;
+  },
+});
 
-  take({ choices, usage }) {
-    if (usage) this.usage = usage;
-    const [choice] = choices;
-    if (!choice) return;
-    this.reason = choice.finish_reason ?? this.reason;
-    const { content, reasoning_content: thought } = choice.delta;
-    if (!content && !thought) return;
-    this.first ??= performance.now();
-    this.tokens += 1;
-    this.text += content ?? "";
-    this.thought += thought ?? "";
-    this.frame ??= requestAnimationFrame(() => this.draw());
-  }
-
-  draw() {
-    this.frame = null;
-    keepInSight(() => {
-      this.folded.hidden = !this.thought;
-      show(this.thinking, this.thought);
-      show(this.body, this.text);
-    });
-  }
-
-  /** The end: by itself, by the reader (`stopped`), or by an error, which can be tried again. */
-  end(stopped, error) {
-    cancelAnimationFrame(this.frame);
-    this.draw();
-    this.item.classList.remove("busy");
-    keepInSight(() => {
-      this.note.textContent = this.figures(stopped, error);
-      if (error) this.item.append(problemOf(error, this));
-    });
-    if (!error) $("said").textContent = stopped ? "Stopped." : `Answer: ${this.body.textContent}`;
-  }
-
-  figures(stopped, error) {
-    if (!this.first) return stopped ? "stopped" : "";
-    const made = this.usage?.completion_tokens ?? this.tokens;
-    const seconds = (performance.now() - this.first) / 1000;
-    const parts = [`${made} ${made === 1 ? "token" : "tokens"}`, `first after ${((this.first - this.began) / 1000).toFixed(2)} s`];
-    if (made > 1 && seconds > 0) parts.push(`${Math.round((made - 1) / seconds)} per second`);
-    const cached = this.usage?.prompt_tokens_details?.cached_tokens;
-    if (cached) parts.push(`${cached} of ${this.usage.prompt_tokens} of the prompt cached`);
-    if (stopped) parts.push("stopped");
-    else if (!error && this.reason === "length") parts.push("cut: no more tokens allowed");
-    return parts.join(" · ");
-  }
+/** Keep a chat, and have this tab show it again after a reload; say so if it cannot be. */
+function keep(chat) {
+  const isKept = chats.save(chat);
+  $("not-kept").hidden = isKept;
+  tab.set(SHOWN, chat.id);
 }
 
-function problemOf(error, answer) {
-  const box = element("div", "problem");
-  box.setAttribute("role", "alert");
-  const again = element("button", "quiet", "Try again");
-  again.type = "button";
-  again.addEventListener("click", () => {
-    if (answering) return;
-    if (messages.at(-1)?.role === "assistant") messages.pop();
-    answer.item.remove();
-    $("ask").focus();
-    answerIt();
-  });
-  box.append(element("p", "", error.message), again);
-  return box;
+function open(chat, said = "Chat opened.") {
+  conversation.open(chat);
+  tab.set(SHOWN, chat.id);
+  $("not-kept").hidden = true;
+  $("said").textContent = said;
+  $("ask").focus();
 }
 
-/** Change the page, and stay at the conversation's end if that is what was in sight. */
-function keepInSight(change) {
-  const box = $("scroll");
-  const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  change();
-  if (atEnd) box.scrollTop = box.scrollHeight;
-}
+chats.onChange((id) => {
+  if ($("chats").open) list.show();
+  const kept = chats.get(conversation.chat.id);
+  if (kept && id === kept.id && !conversation.answering) conversation.open(kept); // another tab went on with it
+});
+addEventListener("pagehide", () => conversation.leave());
 
 function send(text) {
-  if (answering || !text.trim()) return;
-  messages.push({ role: "user", content: text });
-  const item = element("li", "message user");
-  item.append(element("span", "unseen", "You: "), element("p", "", text));
-  $("welcome").hidden = true;
-  $("messages").append(item);
+  if (conversation.answering || !text.trim()) return;
   $("ask").value = "";
   grow();
-  answerIt();
-}
-
-/** Have the conversation's next message made, as it stands. */
-async function answerIt() {
-  const own = (answering = new AbortController());
-  const answer = new Answer();
-  setBusy(true);
-  $("scroll").scrollTop = $("scroll").scrollHeight;
-  $("said").textContent = "Answering.";
-  let problem = null;
-  try {
-    const system = $("system").value.trim();
-    const all = system ? [{ role: "system", content: system }, ...messages] : messages;
-    const body = { messages: all, stream: true, stream_options: { include_usage: true }, ...chosen() };
-    for await (const told of events("/v1/chat/completions", { body, signal: own.signal })) answer.take(told);
-  } catch (error) {
-    if (!own.signal.aborted) problem = error instanceof Refusal ? error : new Refusal(0, String(error));
-  }
-  if (answering !== own) return; // a new chat has begun
-  answering = null;
-  setBusy(false);
-  if (answer.text) messages.push({ role: "assistant", content: answer.text });
-  answer.end(own.signal.aborted, problem);
-  if (problem?.status === 401) askForKey("");
-}
-
-function setBusy(busy) {
-  $("messages").setAttribute("aria-busy", busy);
-  const hadFocus = document.activeElement === (busy ? $("send") : $("stop"));
-  $("send").hidden = busy;
-  $("stop").hidden = !busy;
-  if (hadFocus) $(busy ? "stop" : "ask").focus();
-}
-
-const stop = () => answering?.abort();
-
-function newChat() {
-  const old = answering;
-  answering = null;
-  old?.abort();
-  setBusy(false);
-  messages.length = 0;
-  $("messages").replaceChildren();
-  $("welcome").hidden = false;
-  $("said").textContent = "New chat.";
-  $("ask").focus();
+  conversation.send(text);
 }
 
 /** The text field is as high as its text, up to a point. */
@@ -256,31 +145,35 @@ $("ask").addEventListener("keydown", (event) => {
 });
 $("ask").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !document.querySelector("dialog[open]")) stop();
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) conversation.stop();
 });
-$("stop").addEventListener("click", stop);
-$("new-chat").addEventListener("click", newChat);
+$("stop").addEventListener("click", () => conversation.stop());
+$("new-chat").addEventListener("click", () => open(newChat(), "New chat."));
 $("ideas").addEventListener("click", (event) => {
   if (event.target.tagName === "BUTTON") send(event.target.textContent);
 });
 
 // ---- settings
 
-/** The settings that are filled in, by the API's names. */
+/** The settings that are filled in, by the API's names, and the system prompt. */
 function chosen() {
   const filled = NUMBERS.filter((name) => $(name).value !== "");
-  return Object.fromEntries(filled.map((name) => [name, Number($(name).value)]));
+  const numbers = Object.fromEntries(filled.map((name) => [name, Number($(name).value)]));
+  return { system: $("system").value.trim(), ...numbers };
 }
 
+/** What this tab remembers: the settings, and the chat that it showed. */
 function restore() {
-  const kept = JSON.parse(sessionStorage.getItem(SETTINGS) ?? "{}");
-  for (const [name, value] of Object.entries(kept)) if ($(name)) $(name).value = value;
+  const kept = tab.fields(SETTINGS);
+  for (const name of ["system", ...NUMBERS]) if (name in kept) $(name).value = kept[name];
+  const chat = chats.get(tab.get(SHOWN));
+  if (chat) conversation.open(chat);
 }
 
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("close", () => {
   const kept = Object.fromEntries(["system", ...NUMBERS].map((name) => [name, $(name).value]));
-  sessionStorage.setItem(SETTINGS, JSON.stringify(kept));
+  tab.set(SETTINGS, JSON.stringify(kept));
 });
 
 // ---- narrow screens show one half at a time

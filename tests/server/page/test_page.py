@@ -5,16 +5,17 @@ What the model says is chosen by the server's own grammars: the request is given
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
+from tests.server.page.visit import CHAT, Visit, answer, ended, saying, write
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -25,17 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_MS = 20_000
-CHAT = "**/v1/chat/completions"
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 HOSTILE = """<img src=x onerror=alert(1)> <script>alert(2)</script> [one](javascript:alert(3)) \
 [two](https://example.org/a) **bold** `<b>code</b>` ![three](http://127.0.0.1:9/x.png)
 
@@ -45,87 +35,6 @@ HOSTILE = """<img src=x onerror=alert(1)> <script>alert(2)</script> [one](javasc
 ```html
 <iframe src="http://127.0.0.1:9/"></iframe>
 ```"""
-
-
-class Visit:
-    """A tab, and what went wrong in it: errors, requests to elsewhere, dialogs that text must not open."""
-
-    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
-        self.context = browser.new_context(base_url=url, **options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.wrong: list[str] = []
-        self._url = url
-        self.page.on("console", lambda said: self._note(said.type in ("error", "warning"), said.text))
-        self.page.on("pageerror", lambda error: self._note(True, str(error)))
-        self.page.on("request", lambda asked: self._note(self._is_foreign(asked.url), asked.url))
-        self.page.on("dialog", self._refuse)
-        self.page.goto("/")
-
-    def _note(self, wrong: bool, what: str) -> None:
-        if wrong:
-            self.wrong.append(what)
-
-    def _is_foreign(self, url: str) -> bool:
-        return not url.startswith((f"{self._url}/", "data:"))
-
-    def _refuse(self, dialog: Dialog) -> None:
-        self.wrong.append(dialog.message)
-        dialog.dismiss()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium here: apt install chromium")
-    expect.set_options(timeout=PATIENCE_MS)
-    with sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=path, headless=True, args=list(FLAGS))
-        yield one
-        one.close()
-
-
-@pytest.fixture(scope="module")
-def slow(start: Any) -> Iterator[Running]:
-    """A server of these tests' own, whose steps take long enough to be looked at."""
-    with start() as one:
-        one.slow_down(0.01)
-        yield one
-
-
-@pytest.fixture
-def visit(browser: Browser, slow: Running) -> Iterator[Visit]:
-    one = Visit(browser, slow.url)
-    expect(one.page.locator("#state")).to_have_text("demo")
-    yield one
-    one.context.close()
-    slow.wait_until_idle()
-    assert not one.wrong
-
-
-def saying(page: Page, text: str) -> None:
-    """Let the model answer the next messages with ``text``."""
-
-    def shape(route: Route) -> None:
-        body = json.loads(route.request.post_data or "{}")
-        route.continue_(post_data=json.dumps({**body, "regex": re.escape(text).replace("\\\n", "\n")}))
-
-    page.route(CHAT, shape)
-
-
-def write(page: Page, text: str) -> None:
-    page.get_by_label("Your message").fill(text)
-    page.get_by_label("Your message").press("Enter")
-
-
-def answer(page: Page) -> Any:
-    return page.locator(".message.assistant").last
-
-
-def ended(page: Page) -> None:
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def test_an_answer_comes_in_pieces(visit: Visit) -> None:
@@ -226,68 +135,6 @@ def test_what_a_model_says_is_inert(visit: Visit) -> None:
     assert "TrustedHTML" in visit.wrong.pop()
 
 
-MARKDOWN = [
-    ("a **b** *c* _d_ ~~e~~", "<p>a <strong>b</strong> <em>c</em> <em>d</em> <s>e</s></p>"),
-    ("2 * 3 * 4 and snake_case_name", "<p>2 * 3 * 4 and snake_case_name</p>"),
-    ("# One\ntext", "<h3>One</h3><p>text</p>"),
-    ("a ``b ` c`` d", "<p>a <code>b ` c</code> d</p>"),
-    ("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>"),
-    ("3. a\n4. **b**", '<ol start="3"><li>a</li><li><strong>b</strong></li></ol>'),
-    ("> quoted\n> - x", "<blockquote><p>quoted</p><ul><li>x</li></ul></blockquote>"),
-    ("so:\n- a", "<p>so:</p><ul><li>a</li></ul>"),
-    ("---", "<hr>"),
-    ("&lt;b&gt; <b>", "<p>&amp;lt;b&amp;gt; &lt;b&gt;</p>"),
-    *[
-        (f"[x]({bad})", f"<p>[x]({bad})</p>")
-        for bad in (
-            "javascript:alert(1)",
-            "JaVaScRiPt:alert(1)",
-            "data:text/html,x",
-            "vbscript:x",
-            "//evil.example",
-            "/v1/models",
-            "file:///etc/passwd",
-            "blob:http://x/y",
-        )
-    ],
-]
-
-
-def test_markdown_becomes_nodes(visit: Visit) -> None:
-    made = visit.page.evaluate(
-        """async (texts) => {
-            const { show } = await import("/page/markdown.js");
-            return texts.map((text) => {
-                const [whole, grown] = [document.createElement("div"), document.createElement("div")];
-                show(whole, text);
-                for (let end = 0; end <= text.length; end++) show(grown, text.slice(0, end));
-                return [whole.innerHTML, grown.innerHTML];
-            });
-        }""",
-        [text for text, _ in MARKDOWN],
-    )
-    for (text, html), (whole, grown) in zip(MARKDOWN, made, strict=True):
-        assert whole == html, text
-        assert grown == html, f"{text!r} letter by letter"
-
-
-def test_endless_marks_are_shown_all_the_same(visit: Visit) -> None:
-    """Quotes in quotes without end filled the stack; a pattern that tries all ways would hang here."""
-    marks = ["**a ", "`a ", "[a](b", "~~a", "_a ", "*a ", "# #", "> " * 9 + "x ", "|-"]
-    missing = visit.page.evaluate(
-        """async (marks) => {
-            const { show } = await import("/page/markdown.js");
-            return marks.filter((mark) => {
-                const box = document.createElement("div");
-                show(box, mark.repeat(4000));
-                return box.textContent.length < 4000;
-            });
-        }""",
-        marks,
-    )
-    assert not missing
-
-
 def test_thoughts_are_folded(visit: Visit) -> None:
     page = visit.page
     saying(page, "<think>Is it 2?</think>It is 3.")
@@ -331,13 +178,13 @@ def test_all_by_keyboard(visit: Visit) -> None:
     expect(page.locator("#state")).to_have_text("demo")
     page.locator(".skip").focus()
     order: list[str] = []
-    for _ in range(9):
+    for _ in range(12):
         order.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
         ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert ring != "none", f"{order[-1]}: focus is seen"
         page.keyboard.press("Tab")
-    assert order[:4] == ["Skip to the message field", "new-chat", "open-settings", "scroll"], order
-    assert "ask" in order and order.index("ask") < order.index("send")
+    top = ["Skip to the message field", "open-chats", "new-chat", "open-settings", "scroll"]
+    assert order[:11] == [*top, "Copy", "Edit", "Copy", "Answer again", "ask", "send"], order
     page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_label("System prompt")).to_be_focused()
@@ -405,6 +252,66 @@ def test_a_narrow_screen_shows_one_half_at_a_time(browser: Browser, slow: Runnin
     assert not visit.wrong
 
 
+def large_picture(now: int) -> dict[str, object]:
+    """A picture of an engine that has served for long, and serves long prompts."""
+    row = [1, 131_072, 64_000, 131_072 + 12_345, 262_144, 64_000, 12_345]
+    return {
+        "now": now,
+        "block_size": 16,
+        "blocks": {
+            "capacity": 1_234_567,
+            "limit": 2_345_678,
+            "used": 1_200_000,
+            "cached": 34_000,
+            "free": 567,
+        },
+        "cells": base64.b64encode(bytes(range(256)) * 16).decode(),
+        "rows": [[10_000 + number, *row] for number in range(24)],
+        "running": 12_024,
+        "waiting": 34_567,
+        "steps": 123_456_789,
+        "prompt_tokens": 987_654_321 + 123_456 * now,
+        "generation_tokens": 23_456 * now,
+        "first_tokens": 10 + now,
+        "ttft_s": 123.4 * (10 + now),
+        "hit_tokens": 1_234_567_890,
+        "miss_tokens": 123_456_789,
+        "preempted": 54_321,
+    }
+
+
+def test_large_numbers_have_room_on_a_phone(browser: Browser, slow: Running) -> None:
+    """From 10,000 tokens on, what a request does ran over its bar and out of the card."""
+    visit = Visit(browser, slow.url, viewport={"width": 360, "height": 740})
+    page = visit.page
+    feed = "".join(f"data: {json.dumps(large_picture(now))}\n\n" for now in range(8))
+    page.route("**/live", lambda route: route.fulfill(content_type="text/event-stream", body=feed))
+    page.get_by_role("button", name="Engine").click()
+    page.reload()
+    page.get_by_role("button", name="Engine").click()
+    expect(page.locator("#batch li").first).to_contain_text("prefill 64,000 of 131,072")
+    expect(page.locator("#figures")).to_contain_text("23,456")
+    beyond = page.evaluate(
+        """() => {
+            const right = (one) => one.getBoundingClientRect().right;
+            const places = "#figures :is(dd, dt), .card :is(p, h2, button, li > span)";
+            const words = document.querySelectorAll(places);
+            const runsOut = (one) => one.scrollWidth > one.clientWidth + 1
+                || right(one) > right(one.closest(".card, #figures > div"));
+            return Array.from(words).filter(runsOut).map((one) => one.textContent);
+        }"""
+    )
+    assert not beyond, "words that run out of their place"
+    bar, name, what = (
+        page.locator(f"#batch li:first-child .{part}").bounding_box() for part in ("bar", "name", "what")
+    )
+    assert bar and name and what
+    assert name["x"] + name["width"] <= bar["x"] and bar["x"] + bar["width"] <= what["x"]
+    assert bar["width"] > 40, "there is something of the bar to be seen"
+    visit.context.close()
+    assert not visit.wrong
+
+
 def test_the_key_is_asked_for_and_kept_in_the_tab(browser: Browser, start: Any) -> None:
     with start(ServerSettings(api_keys=("a-secret",))) as one:
         visit = Visit(browser, one.url)
@@ -422,8 +329,8 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(browser: Browser, start: Any) 
         expect(answer(page).locator(".note")).to_contain_text("tokens")
         page.reload()
         expect(page.locator("#state")).to_have_text("demo")
-        kept = page.evaluate("[localStorage.length, document.cookie, location.href.includes('secret')]")
-        assert kept == [0, "", False]
+        kept = page.evaluate("[JSON.stringify(localStorage), document.cookie, location.href].join()")
+        assert "What is 48 + 35?" in kept and "secret" not in kept
         visit.context.close()
         assert len(visit.wrong) == 2 and all("401" in what for what in visit.wrong)
 

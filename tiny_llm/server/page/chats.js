@@ -1,0 +1,106 @@
+// Owns the list of the chats that are kept: opening, naming, deleting them.
+
+import { chats, titleOf } from "./store.js";
+
+const $ = (id) => document.getElementById(id);
+const when = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+
+function button(text, className, act) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.className = className;
+  made.textContent = text;
+  made.addEventListener("click", act);
+  return made;
+}
+
+/** A button that asks once more before it acts. */
+function carefulButton(text, question, act) {
+  const made = button(text, "quiet", () => {
+    if (made.textContent === question) return act();
+    made.textContent = question;
+  });
+  made.addEventListener("blur", () => (made.textContent = text));
+  return made;
+}
+
+export class ChatList {
+  /** `current()`: the chat that is shown; `onOpen(chat)`: show this one; `onGone(id)`: it is deleted. */
+  constructor({ current, onOpen, onGone, onRename }) {
+    Object.assign(this, { current, onOpen, onGone, onRename });
+    $("open-chats").addEventListener("click", () => {
+      this.show();
+      $("chats").showModal();
+    });
+    $("chats").addEventListener("click", ({ target }) => {
+      if (target === $("chats")) $("chats").close(); // beside it
+    });
+    $("chats-actions").prepend(carefulButton("Delete all", "Delete all chats?", () => this.deleteAll()));
+  }
+
+  show() {
+    const all = chats.all();
+    $("chat-list").replaceChildren(...all.map((chat) => this.entry(chat)));
+    $("chats-words").textContent = all.length
+      ? "They are kept in this browser alone."
+      : "No chat is kept yet; they are kept in this browser alone.";
+    $("chats-actions").hidden = !all.length;
+  }
+
+  entry(chat) {
+    const item = document.createElement("li");
+    const open = button("", "open", () => {
+      $("chats").close();
+      this.onOpen(chats.get(chat.id) ?? chat);
+    });
+    const [title, time] = ["span", "small"].map((name) => document.createElement(name));
+    title.textContent = titleOf(chat);
+    time.textContent = when.format(chat.at);
+    open.append(title, time);
+    if (chat.id === this.current().id) open.setAttribute("aria-current", "true");
+    const remove = carefulButton("Delete", "Delete it?", () => {
+      chats.remove(chat.id);
+      this.onGone(chat.id);
+      const next = item.nextSibling ?? item.previousSibling;
+      this.show();
+      if (next) $("chat-list").querySelector(".open")?.focus();
+    });
+    item.append(open, button("Rename", "quiet", () => this.rename(item, open, chat)), remove);
+    return item;
+  }
+
+  rename(item, open, chat) {
+    const field = document.createElement("input");
+    field.value = titleOf(chat);
+    field.setAttribute("aria-label", "Name of the chat");
+    let isOver = false;
+    const end = (isTaken) => {
+      if (isOver) return;
+      isOver = true;
+      const kept = chats.get(chat.id) ?? chat;
+      if (isTaken && field.value.trim()) {
+        kept.title = field.value.trim();
+        chats.save(kept);
+        this.onRename(kept);
+      }
+      item.replaceWith(this.entry(kept));
+    };
+    field.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== "Escape") return;
+      event.preventDefault(); // the dialog stays open
+      end(event.key === "Enter");
+    });
+    field.addEventListener("blur", () => end(true));
+    open.replaceWith(field);
+    field.select();
+    field.focus();
+  }
+
+  deleteAll() {
+    for (const { id } of chats.all()) {
+      chats.remove(id);
+      this.onGone(id);
+    }
+    this.show();
+  }
+}
