@@ -209,6 +209,29 @@ def class_names(sources: Sequence[Source]) -> Iterator[str]:
                 yield f"{source.path}:{node.lineno}: {first[node.name]} has a class {node.name}, too"
 
 
+def names_are_there(sources: Sequence[Source]) -> Iterator[str]:
+    """What is imported of ours is defined there: mypy does not see scripts, and they run seldom."""
+    known = {source.module: source for source in sources if source.packaged}
+    for source in sources:
+        for line, module, names in imported(source):
+            if module not in known:
+                continue
+            there = {name for node in ast.walk(known[module].tree) for name in defined(node)}
+            for name in names:
+                if name not in there and f"{module}.{name}" not in known:
+                    yield f"{source.path}:{line}: {module} has no {name}"
+
+
+def defined(node: ast.AST) -> Iterator[str]:
+    """The names that a node gives to a module."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name for alias in node.names)
+
+
 def own_layers(sources: Sequence[Source]) -> Iterator[str]:
     """mlx.core's array operations only: the layers are what we teach."""
     for source in filter(lambda s: s.packaged, sources):
@@ -272,6 +295,7 @@ RULES: Sequence[Rule] = (
     docstrings,
     vague_names,
     class_names,
+    names_are_there,
     own_layers,
     safe_loading,
     quiet_import,
@@ -354,6 +378,7 @@ PLANTED: Sequence[tuple[Rule, str, str, str]] = (
     ),
     (vague_names, "tiny_llm/ops/utils.py", BODY, "'utils' says nothing"),
     (vague_names, "tools/core/x.py", BODY, "'core' says nothing"),
+    (names_are_there, "book/x.py", "from tiny_llm.data import Bach", "tiny_llm.data has no Bach"),
     (class_names, "tiny_llm/ops/x.py", BODY + "class LLM:\n  'L.'", "tiny_llm/engine/llm.py has a class LLM"),
     (own_layers, "tiny_llm/ops/x.py", BODY + "from mlx import nn", "x.py:2: mlx.nn"),
     (own_layers, "tiny_llm/ops/x.py", BODY + "from mlx.nn.layers import Linear", "x.py:2: mlx.nn"),

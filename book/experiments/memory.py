@@ -8,7 +8,7 @@ from __future__ import annotations
 from command_line import parser_of
 
 from tiny_llm.config import Quantization
-from tiny_llm.engine.settings import BUFFER_POOL_BYTES
+from tiny_llm.engine.memory import kept_bytes
 from tiny_llm.models.footprint import (
     activation_bytes,
     kv_token_bytes,
@@ -35,7 +35,7 @@ def row(model: str) -> str:
     config = find_config(model)
     step = activation_bytes(config, 2048, 1)
     kv = kv_token_bytes(config, 2)
-    tokens = max(0, MACHINE - packed_bytes(model) - step - BUFFER_POOL_BYTES) // kv
+    tokens = max(0, MACHINE - packed_bytes(model) - step - kept_bytes(MACHINE)) // kv
     training = sum(training_bytes(config, 2048)) / parameter_count(config)
     return (
         f"{model:<13}{size(weights_bytes(config, 2, 4)):>10}{size(packed_bytes(model)):>10}"
