@@ -23,7 +23,7 @@ from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
 from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory
-from tiny_llm.engine.pool_limit import PoolLimit
+from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
@@ -38,11 +38,6 @@ from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
-
-_NO_MEMORY = (
-    "There is no memory left for this request's keys and values: the pool cannot grow beyond {} blocks of "
-    "{} tokens now. Try again later, or ask for less."
-)
 
 
 class Event(NamedTuple):
@@ -182,7 +177,7 @@ class Engine:
         """Let the pool grow as far as memory is there; end those for whom that is too little even alone."""
         blocks = self.scheduler.blocks
         blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
-        why = _NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
+        why = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
         return self._ended(self.scheduler.refuse(), why)
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:

@@ -12,6 +12,12 @@ from tiny_llm.engine.memory import available_memory_bytes, give_back_memory
 
 _ASK_EVERY_S = 1.0
 
+NO_MEMORY = (
+    "There is no memory left for this request's keys and values: the pool cannot grow beyond {} blocks of "
+    "{} tokens now. Try again later, or ask for less."
+)
+"""Told to who can never run: blocks that there may be, and tokens of a block."""
+
 
 class PoolLimit:
     """A pool of at most ``most`` blocks of ``block_bytes``, which grows by ``slab`` blocks at a time.
