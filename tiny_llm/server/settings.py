@@ -48,7 +48,7 @@ class ServerSettings:
     max_header_bytes: int = 2**14
     read_timeout_s: float = 30.0
     drain_s: float = 30.0
-    compile_timeout_s: float = 5.0
+    compile_timeout_s: float = 10.0
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
