@@ -105,10 +105,6 @@ def test_without_leave_no_call_is_read(llm: LLM) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
-        (
-            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "tool_choice",
-        ),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         (
             {"response_format": {"type": "json_object"}, "params": SamplingParams(min_tokens=3)},

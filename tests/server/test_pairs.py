@@ -41,9 +41,8 @@ FEATURES: Mapping[str, dict[str, Any]] = {
     "priority": {"priority": 5},
     "salt": {"cache_salt": "s"},
 }
-REFUSED = {frozenset(pair) for pair in (("form", "demand"),)} | {
-    frozenset((form, late)) for form in ("form", "demand") for late in ("min_tokens", "ignore_eos")
-}
+REFUSED = {frozenset((form, late)) for form in ("form", "demand") for late in ("min_tokens", "ignore_eos")}
+"""An answer ends where its form does. (A form beside a demanded call binds messages, and there is none.)"""
 
 
 def ask(http: httpx.Client, fields: dict[str, Any]) -> str:
