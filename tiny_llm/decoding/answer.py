@@ -89,7 +89,8 @@ class Answer:
 
     def push(self, token: int, logprobs: Logprobs | None) -> str:
         """Take the next token in; return the text that may now be shown."""
-        self.history.answer[token] += 1
+        if self.needs_last_token:  # else no penalty looks at it
+            self.history.answer[token] += 1
         if logprobs is not None:
             self.logprobs.append(logprobs)
         piece = self.checker.push(token)
