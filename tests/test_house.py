@@ -211,14 +211,15 @@ def class_names(sources: Sequence[Source]) -> Iterator[str]:
 
 def names_are_there(sources: Sequence[Source]) -> Iterator[str]:
     """What is imported of ours is defined there: mypy does not see scripts, and they run seldom."""
-    known = {source.module: source for source in sources if source.packaged}
+    there = {
+        source.module: {name for node in ast.walk(source.tree) for name in defined(node)}
+        for source in sources
+        if source.packaged
+    }
     for source in sources:
         for line, module, names in imported(source):
-            if module not in known:
-                continue
-            there = {name for node in ast.walk(known[module].tree) for name in defined(node)}
-            for name in names:
-                if name not in there and f"{module}.{name}" not in known:
+            for name in names if module in there else ():
+                if name not in there[module] and f"{module}.{name}" not in there:
                     yield f"{source.path}:{line}: {module} has no {name}"
 
 

@@ -170,6 +170,7 @@ def test_ceilings_are_measured_by_a_program_made_here() -> None:
     assert rates["read"] > 0 and rates["fma"] > 0 and rates["int8"] >= 0, rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["decode.py", "prefill.py", "busy.py", "scaling.py"])
 def test_a_benchmark_without_its_peers_ends_in_one_json_line(script: str, tmp_path: Path) -> None:
     options = ["--peers-only", "--against", "torch", "--folder", tmp_path]

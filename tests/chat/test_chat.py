@@ -13,6 +13,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PASTE = "\x1b[200~{}\x1b[201~"
 """What a terminal sends that says what is pasted."""

@@ -66,6 +66,7 @@ def ask_once(settings: ServerSettings, host: str, port: int, load: Callable[[], 
     assert answer.error is None, answer.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "flag", "value"), CASES)
 def test_a_number_works_or_is_refused_by_name(
     command: str, flag: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -153,6 +153,7 @@ os._exit(7)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("kind", ["old", "new", "async"])
 def test_a_fork_is_told_to_spawn(kind: str) -> None:

@@ -117,6 +117,7 @@ def test_an_engine_at_rest_has_given_its_memory_back_and_answers_as_before(llm: 
     assert not any(answer.cached_tokens for answer in again)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_an_engine_at_rest_keeps_nothing_of_its_largest_steps(demo: Path) -> None:
     """glibc kept what MLX had given back, in the middle of its heap: 1.75 GB after one step of a 7B."""

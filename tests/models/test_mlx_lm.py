@@ -64,11 +64,13 @@ def assert_same(make_batch, greedy, off) -> Callable[..., None]:
     return check
 
 
+@pytest.mark.slow
 def test_same_greedy_tokens(folder: Path, tmp_path: Path, assert_same) -> None:
     copy = respelled(folder, tmp_path / folder.name)
     assert_same(peer(copy)[0], copy)
 
 
+@pytest.mark.slow
 def test_same_greedy_tokens_of_a_real_model(stories260k: Path, assert_same) -> None:
     assert_same(peer(stories260k)[0], stories260k, prompt=[1])
 

@@ -102,6 +102,7 @@ print("refused", refused)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["portable", backend.cpu.best_isa() if backend.works() else "amx"])
 def test_no_call_crashes(isa: str) -> None:
     calls = 3000

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.server.conftest import Running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", [OpenAIChatModel, OpenAIResponsesModel])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_loop_ends_with_the_right_number(running: Running, interface: Any, stream: bool) -> None:

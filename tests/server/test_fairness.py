@@ -66,6 +66,7 @@ def alone(start: Any) -> Iterator[Running]:
         yield one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WORST)
 def test_the_worst_bodies_keep_the_loop_for_a_moment(
     alone: Running, monkeypatch: pytest.MonkeyPatch, case: str

@@ -57,6 +57,7 @@ SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(SCHEMAS)))
 def test_a_wild_model_is_always_valid_against_the_schema(http: httpx.Client, number: int) -> None:
     """At temperature 5 the model says nonsense; eight answers at a time must still be of the form."""

@@ -124,6 +124,7 @@ def exchange(running: Running, *pieces: bytes) -> bytes:
             return b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [

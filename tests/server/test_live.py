@@ -93,6 +93,7 @@ def no_task_of(one: Running) -> bool:
     return not one.server.server_state.tasks
 
 
+@pytest.mark.slow
 def test_watchers_are_bounded(start: Any) -> None:
     with start() as one:
         opened = []

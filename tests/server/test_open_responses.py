@@ -162,6 +162,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_of_open_responses_passes(http: httpx.Client, name: str) -> None:
     asked = CASES[name]

@@ -40,6 +40,7 @@ def test_the_places_of_a_prompt_are_those_in_its_text(backend: Backend, text: st
         assert places == expected(tokenizer, ids), f"{text!r} as {shown}"
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(data=st.data())
 def test_the_places_of_any_tokens_are_those_of_what_they_add(backend: Backend, data: st.DataObject) -> None:

@@ -130,6 +130,7 @@ def test_a_template_without_end_is_stopped(source: str) -> None:
         render(source, seconds=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", HUGE)
 def test_a_template_that_makes_too_much_is_stopped_before_it_does(source: str) -> None:
     with pytest.raises(RequestError, match="stopped: it makes a text or a list of more than 4,194,304"):
