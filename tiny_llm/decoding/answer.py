@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from tiny_llm.data import Sequence
 from tiny_llm.decoding.stop import Detokenizer, StopChecker
-from tiny_llm.sampling.penalties import History
+from tiny_llm.sampling.penalties import History, changes_logits, looks_back
 from tiny_llm.sampling_params import Constraint, SamplingParams
 
 Logprobs = dict[int, float]
@@ -62,8 +62,7 @@ class Answer:
     ) -> Answer:
         """An answer without tokens, to ``sequence``, which has its request's id; ``params`` is its own."""
         repeats = params.repetition_penalty != 1
-        follows = repeats or bool(params.presence_penalty or params.frequency_penalty or params.processors)
-        needs_last_token = follows or params.constraint is not None
+        custom = bool(params.processors) or params.constraint is not None
         return cls(
             request_id=sequence.id,
             seq_id=seq_id,
@@ -77,8 +76,8 @@ class Answer:
                 end_ids={*params.stop_token_ids, *end_ids},
             ),
             form=params.constraint() if params.constraint else None,
-            plain=not (needs_last_token or params.logit_bias or params.min_tokens),
-            needs_last_token=needs_last_token,
+            plain=not (custom or changes_logits(params, answered=0)),
+            needs_last_token=custom or looks_back(params),
             last_position=sequence.prompt_len + params.max_tokens - 1,
         )
 

@@ -29,15 +29,14 @@ class History:
         return replace(self, answer=self.answer.copy())
 
 
+def looks_back(params: SamplingParams) -> bool:
+    """Whether ``penalize`` looks at the tokens that an answer has: the newest one changes the next row."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
 def changes_logits(params: SamplingParams, answered: int) -> bool:
     """Whether ``penalize`` would do anything to a row after ``answered`` tokens."""
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or bool(params.logit_bias)
-        or answered < params.min_tokens
-    )
+    return looks_back(params) or bool(params.logit_bias) or answered < params.min_tokens
 
 
 def penalize(
