@@ -333,7 +333,7 @@ def test_a_backend_is_forced_by_option_or_environment(call: Output, monkeypatch:
     monkeypatch.setenv("TINY_LLM_BACKEND", "abacus")
     assert json.loads(call(*SHORT_BENCH, "--json", "--backend", "ref")[1])["backend"] == "ref"
     code, _, err = call("generate", "--prompt", "Hello")
-    expected = "one of ref, cpu, metal, metalsim, cuda"
+    expected = "one of ref, cpu, mlx, metal, metalsim, cuda"
     assert (code, err) == (2, f"error: backend is 'abacus', expected {expected}.\n")
 
 

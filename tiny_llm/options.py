@@ -22,10 +22,11 @@ QuantizeOption = Annotated[
     typer.Option(help="Pack the weights into 4 or 8 bits while loading.", rich_help_panel="Model"),
 ]
 BackendOption = Annotated[
-    Literal["cpu", "cuda", "metal", "metalsim", "ref"] | None,
+    Literal["cpu", "cuda", "metal", "metalsim", "mlx", "ref"] | None,
     typer.Option(
-        help="cpu: our kernels; ref: plain MLX, slow on a CPU; metal: our kernels on Apple's GPUs; "
-        "metalsim: those, simulated; cuda: those, on NVIDIA's. The default is the best there is.",
+        help="cpu: our kernels; mlx: MLX's own fast operations; ref: readable ones; "
+        "metal: our kernels on Apple's GPUs; metalsim: those, simulated; cuda: those, on NVIDIA's. "
+        "The default is the best there is.",
         rich_help_panel="Speed",
     ),
 ]

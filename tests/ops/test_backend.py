@@ -38,7 +38,7 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu, metal, metalsim, cuda\."
+        ConfigError, match=r"backend is 'cuda9', expected one of ref, cpu, mlx, metal, metalsim, cuda\."
     ):
         backend.choose("cuda9")
 

@@ -1,8 +1,9 @@
 """Which kernels run: owns the choice of backend, made once a process, and its override in a block.
 
 ``ref`` is plain mlx.core, anywhere. ``cpu`` is our C++ kernels, where the extension module was built.
-``metal`` and ``metalsim`` are our Metal kernels, on Apple's GPUs and on any CPU with clang;
-``cuda`` is the same text on GPUs of NVIDIA.
+``mlx`` is MLX's own fast operations, on whatever device MLX has. ``metal`` and ``metalsim`` are our Metal
+kernels, on Apple's GPUs and on any CPU with clang; ``cuda`` is the same text on GPUs of NVIDIA. These three
+stand on ``mlx``: ``use`` says which ops run on ours, the others are MLX's.
 Knows no op: each op asks ``on_cpu`` whether its arrays are for the kernels of the module ``cpu``.
 """
 
@@ -33,6 +34,7 @@ except ImportError as error:  # another MLX than it was built with
 
 __all__ = [
     "BACKENDS",
+    "GPU_KERNELS",
     "SlowBackendWarning",
     "active",
     "choose",
@@ -42,11 +44,15 @@ __all__ = [
     "kernel_seconds",
     "num_threads",
     "on_cpu",
+    "on_mlx",
+    "runs_ours",
     "set_threads",
     "use",
     "works",
 ]
-BACKENDS = ("ref", "cpu", "metal", "metalsim", "cuda")
+BACKENDS = ("ref", "cpu", "mlx", "metal", "metalsim", "cuda")
+GPU_KERNELS = ("metal", "metalsim", "cuda")
+"""Backends that run our Metal kernels' text."""
 VARIABLE = "TINY_LLM_BACKEND"
 MAX_THREADS = 1024
 HOW_TO_BUILD = (
@@ -55,6 +61,7 @@ HOW_TO_BUILD = (
 )
 
 _ACTIVE: ContextVar[str | None] = ContextVar("backend", default=None)
+_OURS: ContextVar[frozenset[str] | None] = ContextVar("ours", default=None)
 
 
 class SlowBackendWarning(UserWarning):
@@ -118,14 +125,29 @@ def active() -> str:
 
 
 @contextmanager
-def use(name: str | None) -> Iterator[str]:
-    """Run a block on the backend that ``choose`` returns for ``name``."""
+def use(name: str | None, ours: frozenset[str] | None = None) -> Iterator[str]:
+    """Run a block on the backend that ``choose`` returns for ``name``.
+
+    ``ours`` names the ops that run on our kernels where the backend is one of ``GPU_KERNELS``; None: all.
+    """
     chosen = choose(name)
-    token = _ACTIVE.set(chosen)
+    tokens = _ACTIVE.set(chosen), _OURS.set(ours)
     try:
         yield chosen
     finally:
-        _ACTIVE.reset(token)
+        _ACTIVE.reset(tokens[0])
+        _OURS.reset(tokens[1])
+
+
+def runs_ours(op: str) -> bool:
+    """Whether ``op`` is to run on our kernels for GPUs: they are in use, and it is among them."""
+    ours = _OURS.get()
+    return active() in GPU_KERNELS and (ours is None or op in ours)
+
+
+def on_mlx() -> bool:
+    """Whether an op without a kernel of ours takes MLX's fast one rather than ``ref``."""
+    return active() in ("mlx", *GPU_KERNELS)
 
 
 def set_threads(threads: int | None) -> None:

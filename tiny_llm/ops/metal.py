@@ -22,7 +22,7 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import MODES
 from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops.backend import active
+from tiny_llm.ops.backend import active, runs_ours
 from tiny_llm.ops.cuda import cuda_kernel
 
 VARIABLE = "TINY_LLM_METALSIM"
@@ -46,11 +46,11 @@ class Text:
 
 
 def on_metal(op: str, *arrays: mx.array) -> bool:
-    """Whether ``op`` is to run as Metal: that is in use, and the arrays are floats of one dtype.
+    """Whether ``op`` is to run as Metal: see ``runs_ours``, and the arrays are floats of one dtype.
 
-    Where they are not, ``op`` is counted as a fallback to ``ref``.
+    Where they are not, ``op`` is counted as a fallback.
     """
-    if active() not in ("metal", "metalsim", "cuda"):
+    if not runs_ours(op):
         return False
     if len({a.dtype for a in arrays}) == 1 and arrays[0].dtype in (mx.float32, mx.float16, mx.bfloat16):
         return True
