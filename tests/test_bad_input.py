@@ -140,7 +140,7 @@ def test_an_empty_prompt(prompt: list[str], capsys: pytest.CaptureFixture[str]) 
 
 def test_a_prompt_longer_than_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(capsys, "generate", "--prompt", "word " * 4000)
-    assert "tokens, but the context holds" in line
+    assert "tokens, and this model's maximum context length is" in line
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

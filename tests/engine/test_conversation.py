@@ -82,7 +82,7 @@ def test_a_message_that_cannot_fit_changes_nothing() -> None:
     conversation = Conversation(LLM("demo", max_context=64))
     say(conversation, "Hello")
     before = conversation.messages
-    with pytest.raises(RequestError, match="the context holds 64"):
+    with pytest.raises(RequestError, match="maximum context length is 64"):
         conversation.ask("word " * 200, TALK)
     assert conversation.messages == before and conversation.forgotten == 0
 

@@ -114,7 +114,7 @@ def test_context_ends_an_answer(llm: LLM) -> None:
     (completion,) = small.generate(prompt, SamplingParams(max_tokens=100, temperature=3.0, ignore_eos=True))
     assert completion.finish_reason == "length"
     assert len(prompt) + len(completion.token_ids) == 20
-    with pytest.raises(RequestError, match=r"20 tokens, but the context holds 20"):
+    with pytest.raises(RequestError, match=r"20 tokens, and this model's maximum context length is 20"):
         small.generate([prompt[0]] * 20)
     (last,) = small.generate([prompt[0]] * 19, SamplingParams(max_tokens=100, ignore_eos=True))
     assert len(last.token_ids) == 1, "one free place is one token"
@@ -211,7 +211,7 @@ def test_an_invalid_request_is_refused_before_any_runs(llm: LLM) -> None:
         ([b"text"], "a bytes, but must be a string or a list of token ids"),
         (mx.array([1, 2]), "a array, but must be a string or a list of token ids"),
         ("\ud800", "half of a surrogate pair"),
-        ([0] * llm.max_context, f"{llm.max_context} tokens, but the context holds {llm.max_context}"),
+        ([0] * llm.max_context, f"maximum context length is {llm.max_context} tokens"),
     ]
     for prompt, message in wrong:
         with pytest.raises(RequestError, match=message):

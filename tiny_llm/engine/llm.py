@@ -328,10 +328,7 @@ class LLM:
         if not ids:
             raise RequestError("The prompt is empty; give at least one character or token.")
         if len(ids) >= self.max_context:
-            raise ContextError(
-                f"The prompt has {len(ids)} tokens, but the context holds {self.max_context}, "
-                "the answer included; shorten the prompt."
-            )
+            raise ContextError(f"The prompt is too long: it has {len(ids)} tokens, and {self._most_tokens()}")
         return ids, params
 
     def require_short(self, characters: int) -> None:
@@ -344,9 +341,15 @@ class LLM:
         most = _MOST_LEFT_OUT * self.tokenizer.longest_token * self.max_context
         if characters > most:
             raise ContextError(
-                f"The prompt has {characters} characters, but the context holds {self.max_context} tokens, "
-                "the answer included; shorten the prompt."
+                f"The prompt is too long: it has {characters} characters, and {self._most_tokens()}"
             )
+
+    def _most_tokens(self) -> str:
+        """The context's limit, in words by which clients (litellm, LangChain) know this error."""
+        return (
+            f"this model's maximum context length is {self.max_context} tokens, the answer included; "
+            "shorten the prompt."
+        )
 
     def _encode(self, text: str) -> list[int]:
         """Plain text to ids; a BOS that the text writes out is not doubled by the tokenizer's own."""

@@ -149,7 +149,7 @@ def test_thoughts_are_folded(visit: Visit) -> None:
 def test_an_error_is_told_in_the_servers_words_and_can_be_tried_again(visit: Visit) -> None:
     page = visit.page
     write(page, "word " * 3000)
-    expect(page.get_by_role("alert")).to_contain_text("the context holds 1024")
+    expect(page.get_by_role("alert")).to_contain_text("maximum context length is 1024")
     assert "400" in visit.wrong.pop(), "the browser's own note of it"
     page.get_by_role("button", name="New chat").click()
     page.route(CHAT, lambda route: route.abort())
