@@ -156,3 +156,34 @@ def stories260k(shared_data: Path) -> Path:
 def qwen2_tokenizer_folder(shared_data: Path) -> Path:
     """The folder of Qwen2's published tokenizer.json and tokenizer_config.json."""
     return shared_data / "tokenizers" / "qwen2"
+
+
+@pytest.fixture(scope="session")
+def thinking_model(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``thinking_model(template, has_tags=True)``: the bundled model with more in its template.
+
+    Where it ``has_tags``, its last two words give way to ``<think>`` and ``</think>`` as tokens.
+    """
+
+    def made(template: str, *, has_tags: bool = True) -> Path:
+        folder = tmp_path_factory.mktemp("thinking") / "model"
+        shutil.copytree(demo, folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] += template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if has_tags:
+            tokenizer = json.loads((folder / "tokenizer.json").read_text())
+            words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[-2:]
+            ids = [tokenizer["model"]["vocab"].pop(word) for word in words]
+            tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-2]
+            like = next(one for one in tokenizer["added_tokens"] if one["content"] == "<tool_call>")
+            tags = zip(ids, ("<think>", "</think>"), strict=True)
+            tokenizer["added_tokens"] = [
+                *({**like, "id": token_id, "content": tag} for token_id, tag in tags),
+                *tokenizer["added_tokens"],
+            ]
+            tokenizer["model"]["vocab"] |= {"<think>": ids[0], "</think>": ids[1]}
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return folder
+
+    return made

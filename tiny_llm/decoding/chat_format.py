@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, require_schema
 from tiny_llm.decoding.message import MessageParser
-from tiny_llm.decoding.reasoning import opens_thinking
+from tiny_llm.decoding.reasoning import THINK, THOUGHT, closes_thinking, opens_thinking
 from tiny_llm.decoding.tool_grammar import calls_grammar, parameters_of, strict_grammar
 from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError
@@ -36,7 +36,7 @@ class ChatFormat:
 
     ``tools`` are those that the template shows, None where no call may be made; ``tool_format`` is how this
     model writes a call. ``grammar`` is what the answer must match. ``thinking``: answers begin with a thought
-    that the prompt has opened. ``may_think``: the grammar is of calls alone, and waits for one.
+    that the prompt has opened. ``is_strict``: the grammar is of calls alone, and waits for one.
     """
 
     tools: Sequence[ToolSpec] | None
@@ -44,7 +44,7 @@ class ChatFormat:
     parallel_tool_calls: bool = True
     grammar: Grammar | None = None
     thinking: bool = False
-    may_think: bool = False
+    is_strict: bool = False
 
     @classmethod
     def of(
@@ -71,17 +71,20 @@ class ChatFormat:
             text = calls_grammar(demanded, tool_format, several=several, tags=_tag_tokens(tokenizer))
             return replace(form, grammar=lark_grammar(text, "tools"))
         if offered and grammar is None and any(function.get("strict") for function in functions):
-            return replace(form, grammar=_strict(functions, form, tokenizer), may_think=True)
+            return replace(form, grammar=_strict(functions, form, tokenizer), is_strict=True)
         return form
 
     def after(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> ChatFormat:
-        """The format of answers to that prompt.
-
-        One that a grammar holds from its first token on says no thought.
-        """
-        may_think = self.grammar is None or self.may_think
+        """The format of answers to that prompt: a grammar waits for the end of what is thought first."""
         end = tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special_tokens=False)
-        return replace(self, thinking=may_think and opens_thinking(end))
+        thinking, grammar = opens_thinking(end), self.grammar
+        if grammar is not None and thinking:
+            grammar = replace(grammar, thought="opened")
+        elif grammar is not None:
+            thinks = any(tag in tokenizer.chat_template for tag in (THINK, THOUGHT))
+            may = self.is_strict or (thinks and not closes_thinking(end))
+            grammar = replace(grammar, thought="may" if may else None)
+        return replace(self, thinking=thinking, grammar=grammar)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """``params`` for such answers: where one call is wanted, its end is the answer's."""

@@ -7,13 +7,14 @@ structured_output.py's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits
 
 from tiny_llm.decoding.finite import has_finite_value
+from tiny_llm.decoding.reasoning import THINK, THOUGHT
 from tiny_llm.errors import RequestError
 
 MAX_GRAMMAR_BYTES = 2**17
@@ -38,10 +39,36 @@ _NO_FAULTS = ("WARNING", "regex", "Resource", "limit", "too large", "fuel")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must match, in llguidance's notation; ``param`` is the argument that asked for it."""
+    """What an answer must match, in llguidance's notation; ``param`` is the argument that asked for it.
+
+    ``thought``: the answer "may" begin with a thought, or does, as the prompt "opened" one; it is matched
+    behind that. None: from its first token on.
+    """
 
     text: str
     param: str
+    thought: Literal["may", "opened"] | None = None
+
+
+def behind_thought(grammar: Grammar, marks: Mapping[str, int], end_ids: Collection[int]) -> str:
+    """``grammar`` behind its thought, in llguidance's notation: in a thought, all may be said but its end.
+
+    ``marks``: added tokens that are no text, and their ids; no token of ``end_ids`` ends a thought.
+    """
+    opening = f"<[{marks[THINK]}]>" if THINK in marks else json.dumps(THINK)
+    start = "body GAP @form" if grammar.thought == "opened" else f"({opening} body GAP)? @form"
+    rules = [f"start: {start}", r"GAP: /\n{0,2}/"]
+    if THOUGHT in marks:
+        banned = ",".join(map(str, sorted({marks[THOUGHT], *end_ids})))
+        rules += [f"body: other* <[{marks[THOUGHT]}]>", f"other: <[^{banned}]>"]
+    else:
+        said = ",".join(map(str, sorted({*marks.values()} - {*end_ids})))
+        rules += [f"body: {f'(TEXT <[{said}]>)*' if said else ''} last", "TEXT: /(?s:.*)/"]
+        rules.append(f"last[suffix={json.dumps(THOUGHT)}]: /(?s:.*)/")
+    text = grammar.text
+    form = json.loads(text)["grammars"] if text.lstrip().startswith("{") else [{"lark_grammar": text}]
+    parts = [{"lark_grammar": "\n".join(rules)}, {**form[0], "name": "form"}, *form[1:]]
+    return json.dumps({"grammars": parts})
 
 
 def schema_grammar(schema: Mapping[str, object], param: str = "response_format") -> Grammar:

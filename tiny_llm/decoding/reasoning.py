@@ -26,6 +26,11 @@ def opens_thinking(prompt: str) -> bool:
     return prompt.rstrip().endswith(THINK)
 
 
+def closes_thinking(prompt: str) -> bool:
+    """Whether a prompt ends in a closed thought, an empty one say: the answer is to begin without any."""
+    return prompt.rstrip().endswith(THOUGHT)
+
+
 class ReasoningParser:
     """One answer's text, in any pieces, to reasoning and content.
 

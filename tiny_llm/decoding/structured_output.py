@@ -12,11 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from tiny_llm.decoding.grammar import Grammar
+from tiny_llm.decoding.grammar import Grammar, behind_thought
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_ids = sorted(end_ids)
         self._tokens: LLTokenizer | None = None
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def constrain(self, params: SamplingParams, grammar: Grammar) -> SamplingParams:
@@ -79,7 +79,7 @@ class GrammarCompiler:
 
     def is_kept(self, grammar: Grammar) -> bool:
         """Whether it has been compiled already, so that ``constrain`` takes no time."""
-        return grammar.text in self._kept
+        return grammar in self._kept
 
     def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
         """What makes an answer's constraint.
@@ -87,19 +87,23 @@ class GrammarCompiler:
         Raises RequestError for a grammar that cannot be compiled, ConfigError if no token ends an answer.
         """
         with self._lock:
-            matcher = self._kept.get(grammar.text)
+            matcher = self._kept.get(grammar)
         if matcher is None:
             matcher = self._compiled(grammar)
         with self._lock:
-            self._kept[grammar.text] = matcher
-            self._kept.move_to_end(grammar.text)
+            self._kept[grammar] = matcher
+            self._kept.move_to_end(grammar)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         return partial(copy, GrammarConstraint(matcher, self._vocab_size))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
+        text = grammar.text
+        if grammar.thought is not None:
+            self.compile(replace(grammar, thought=None))  # what is wrong with the form is told now
+            text = behind_thought(grammar, self._marks, self._end_ids)
         limits = LLParserLimits(verbose_errors=False)  # else errors show the parser's inner state
-        matcher = LLMatcher(self._own_tokens(), grammar.text, log_level=0, limits=limits)
+        matcher = LLMatcher(self._own_tokens(), text, log_level=0, limits=limits)
         _require_sound(matcher, grammar.param)
         for walk in (min, max):  # two ways into it, to meet here what would else end an answer in its middle
             trial = matcher.deep_copy()
@@ -110,6 +114,11 @@ class GrammarCompiler:
                     break
                 trial.consume_token(walk(allowed))
         return matcher
+
+    @cached_property
+    def _marks(self) -> dict[str, int]:
+        """Added tokens that are no text."""
+        return {self._tokenizer.token_bytes(i).decode(): i for i in self._tokenizer.marks()}
 
     def _own_tokens(self) -> LLTokenizer:
         """The vocabulary in llguidance's form, made at the first need: that takes a moment."""

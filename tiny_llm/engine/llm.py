@@ -293,10 +293,11 @@ class LLM:
             grammar=response_grammar(response_format),
         )
         prompt = self.chat_prompt(messages, tools=form.tools)
+        form = form.after(self.tokenizer, prompt)
         held = form.params(SamplingParams() if params is None else params)
         if form.grammar is not None:
             held = self.grammars.constrain(held, form.grammar)
-        return with_messages(self.stream(prompt, held), form.after(self.tokenizer, prompt).parser)
+        return with_messages(self.stream(prompt, held), form.parser)
 
     def chat_prompt(
         self,

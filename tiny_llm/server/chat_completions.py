@@ -52,12 +52,11 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     )
     asked = (body.messages, body.chat_template_kwargs, form.tools, body.reasoning_effort)
     prompts = [chat_ids(llm, *asked)]
+    form = form.after(llm.tokenizer, prompts[0])
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
-    return form.after(llm.tokenizer, prompts[0]), job_of(
-        body, prompts, form.params(params), key_salt, form.grammar
-    )
+    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
 
 
 class ChatWriter(ResponseWriter):
