@@ -97,7 +97,7 @@ class SamplingParams:
     for each token that the answer has, ``frequency_penalty`` as often as it has it (OpenAI API).
     ``logit_bias`` {token id: what to add}; ids may be text, as in JSON. Then ``processors`` change the
     row, one after the other. ``constraint`` makes what bans tokens at the end, one for each answer, as it
-    remembers where that is.
+    remembers where that is. ``stopping`` makes what is told an answer's text, and says whether it ends there.
 
     Raises RequestError for a value out of range, NaN and infinity included. Whether an id is in the
     vocabulary is for whoever knows the model to check: see ``require_known``.
@@ -176,6 +176,7 @@ class SamplingParams:
     )
     processors: tuple[LogitsProcessor, ...] = ()
     constraint: Callable[[], Constraint] | None = None
+    stopping: Callable[[], Callable[[str], bool]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -196,8 +197,9 @@ class SamplingParams:
         if self.top_p == 0:
             object.__setattr__(self, "temperature", 0.0)
         _require(all(callable(f) for f in self.processors), "processors", self.processors, "callables")
-        made = self.constraint is None or callable(self.constraint)
-        _require(made, "constraint", self.constraint, "a callable")
+        for name in ("constraint", "stopping"):
+            given = getattr(self, name)
+            _require(given is None or callable(given), name, given, "a callable")
 
 
 OPTIONS: Mapping[str, Option] = {

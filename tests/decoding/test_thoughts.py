@@ -15,6 +15,7 @@ from tiny_llm.data import AssistantMessage
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, schema_grammar
 from tiny_llm.decoding.message import message_of
+from tiny_llm.decoding.stop import StopChecker
 from tiny_llm.decoding.tool_grammar import strict_grammar
 from tiny_llm.decoding.tool_parser import CLOSE, OPEN
 from tiny_llm.errors import RequestError
@@ -143,3 +144,36 @@ def test_a_form_that_cannot_be_kept_is_refused_though_a_thought_comes_first(open
         with pytest.raises(RequestError) as caught:
             opening.grammars.compile(replace(bad, thought="opened"))
         assert caught.value.param == bad.param
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            f"Which? {BAD}\n</tool_call></think>\n\nI see.\n{CALL} and more",
+            f"I see.\n{CALL.rpartition('}')[0]}}}",
+        ),
+        (f"</think>{CALL.replace('f', 'x', 1)}{CALL}more", None),
+        (f"</think>{CALL.replace('{}', '{' + repr(CLOSE).replace(chr(39), chr(34)) + ': 1}')} more", None),
+    ],
+)
+def test_the_only_call_that_is_wanted_ends_the_answer_and_a_thoughts_does_not(
+    opening: LLM, text: str, shown: str | None
+) -> None:
+    """Nor one of a function that is not offered, nor a tag within an argument."""
+    form = replace(ChatFormat.of(opening.tokenizer, tools=[TOOL], parallel_tool_calls=False), thinking=True)
+    ids = opening.tokenizer.encode(text, add_special_tokens=False)
+    checker = StopChecker(opening.tokenizer.stream(), form.params(SamplingParams()), (), len(ids))
+    for token in ids:
+        checker.push(token)
+        fork = checker.copy()
+        if checker.finish_reason:
+            break
+    assert checker.finish_reason == "stop" and fork.finish_reason == "stop"
+    assert checker.shown_tokens == checker.num_tokens
+    assert not checker.text.endswith("more") and checker.text.endswith("}}")
+    if shown is not None:
+        assert checker.text.endswith(shown)
+    parser = form.parser()
+    (call,) = message_of(parser.push(checker.text) + parser.finish()).tool_calls
+    assert call.name == "f" and isinstance(json.loads(call.arguments), dict)

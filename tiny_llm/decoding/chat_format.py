@@ -26,9 +26,6 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Mapping[str, Any]
 _LONGEST_OPENING = 16
 """Tokens: a tag in pieces of a character, and the newlines after it."""
 
-_LINE_END = "\n" + CLOSE
-"""A call's last line. No argument has it: in a JSON string a newline is written as an escape."""
-
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
@@ -88,9 +85,9 @@ class ChatFormat:
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """``params`` for such answers: where one call is wanted, its end is the answer's."""
-        if not self.tools or self.parallel_tool_calls or self.tool_format != "hermes":
+        if not self.tools or self.parallel_tool_calls:
             return params
-        return replace(params, stop=(*params.stop, _LINE_END))
+        return replace(params, stopping=lambda: _FirstCall(self.parser()))
 
     def parser(self) -> MessageParser:
         """What reads one answer."""
@@ -99,6 +96,17 @@ class ChatFormat:
         names = [tool["function"]["name"] for tool in self.tools]
         tools = ToolParser(self.tool_format, names, parallel=self.parallel_tool_calls)
         return MessageParser(tools, thinking=self.thinking)
+
+
+class _FirstCall:
+    """Told an answer's text, says where its first call has ended."""
+
+    def __init__(self, parser: MessageParser) -> None:
+        self._parser = parser
+
+    def __call__(self, text: str) -> bool:
+        self._parser.push(text)
+        return self._parser.is_over
 
 
 def _require_no_text(grammar: Grammar | None) -> None:

@@ -29,6 +29,11 @@ class MessageParser:
         return self._reasoning.is_thinking
 
     @property
+    def is_over(self) -> bool:
+        """Whether the only call that is wanted has been made: what follows it is dropped."""
+        return self._tools is not None and self._tools.is_over
+
+    @property
     def calls(self) -> int:
         """How many calls have begun."""
         return self._tools.calls if self._tools else 0

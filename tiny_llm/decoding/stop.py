@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import Protocol
 
 from tiny_llm.data import FinishReason
@@ -39,7 +39,8 @@ class StopChecker:
     ``params.stop_token_ids``, and where a stop string is complete; with "length" at
     ``limit`` tokens. Of several stop strings the one that is complete first counts; of
     those complete at the same character, the longest. What the first ``params.min_tokens``
-    tokens say is shown whatever it is: stop strings are looked for behind it.
+    tokens say is shown whatever it is: stop strings are looked for behind it. What ``params.stopping``
+    made is told all that is shown, and ends it with "stop" where it says so.
 
     ``num_tokens`` counts every token, the ending one included. ``text`` has neither the ending token's
     text nor the stop string's; ``shown_tokens`` counts the tokens that it has, in part at least.
@@ -55,6 +56,7 @@ class StopChecker:
         self._detokenizer = detokenizer
         self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else end_ids)}
         self._stops = params.stop
+        self._is_over = params.stopping() if params.stopping else None
         self._min_tokens = params.min_tokens
         self._limit = limit
         self._pieces: list[str] = []
@@ -73,6 +75,7 @@ class StopChecker:
         other._detokenizer = self._detokenizer.copy()
         other._pieces = self._pieces.copy()
         other._held_starts = self._held_starts.copy()
+        other._is_over = deepcopy(self._is_over)
         return other
 
     def push(self, token_id: int) -> str:
@@ -92,6 +95,8 @@ class StopChecker:
             self._count_shown()
         elif self.finish_reason != "stop":
             self.shown_tokens += 1
+        if self._is_over is not None and self._is_over(piece) and self.finish_reason is None:
+            self.finish_reason = "stop"
         return piece
 
     def _end(self, reason: FinishReason) -> str:

@@ -51,6 +51,11 @@ class ToolParser:
         self._arguments: _JsonObject | None = None
         self._object: _JsonObject | None = None  # the call around them
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the only call that is wanted has been made."""
+        return self._advance == self._dropping
+
     def push(self, text: str) -> list[MessageDelta]:
         """Take the next piece; return what is certain now."""
         self._text += text
