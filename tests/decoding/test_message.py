@@ -24,7 +24,9 @@ LISTED = (
     '{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [1, {}]}, "id": "123456789"}'
     ', {"name": "g", "arguments": {}}'
 )
+NAMED_ID = "[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{}"
 ARGUMENTS = '{"a": "</tool_call> {\\"", "b": [1, {}]}'
+NAMED = f"[TOOL_CALLS]f[ARGS]{ARGUMENTS}[TOOL_CALLS]g[ARGS]{{}}"
 BARE_ARGUMENTS = '{"a": "b; }"}'
 NAMES = ("f", "g", "h")
 Calls = list[tuple[str, str]]
@@ -55,6 +57,15 @@ CASES: list[tuple[ToolFormat | None, str, str | None, str | None, Calls]] = [
     ("mistral", f"[TOOL_CALLS][{LISTED}] Done.", " Done.", None, [("f", ARGUMENTS), ("g", "{}")]),
     ("mistral", "[TOOL_CALLS] f", "[TOOL_CALLS] f", None, []),
     ("mistral", '[TOOL_CALLS] [{"name": "x", ', '[TOOL_CALLS] [{"name": "x", ', None, []),
+    ("mistral_args", f"So.\n{NAMED}", "So.", None, [("f", ARGUMENTS), ("g", "{}")]),
+    ("mistral_args", f"<think>\n{NAMED}</think>{NAMED_ID} Done.", " Done.", f"{NAMED}", [("f", "{}")]),
+    ("mistral_args", NAMED[:40], None, None, [("f", ARGUMENTS[: 40 - NAMED.index('{"a"')])]),
+    ("mistral_args", f"[TOOL_CALLS] [{LISTED}]", None, None, [("f", ARGUMENTS), ("g", "{}")]),
+    ("mistral_args", "[TOOL_CALLS]x[ARGS]{} a", "[TOOL_CALLS]x[ARGS]{} a", None, []),
+    ("mistral_args", "[TOOL_CALLS]f or g?", "[TOOL_CALLS]f or g?", None, []),
+    ("mistral_args", "[TOOL_CALLS]f[ARGS]5", "[TOOL_CALLS]f[ARGS]5", None, []),
+    ("mistral_args", "[TOOL_CALLS]f[CALL_ID]1", "[TOOL_CALLS]f[CALL_ID]1", None, []),
+    ("mistral", NAMED_ID, None, None, [("f", "{}")]),
     ("llama3_json", '{"name": "x", "parameters": {}}', '{"name": "x", "parameters": {}}', None, []),
     ("llama3_json", BARE, None, None, [("f", BARE_ARGUMENTS), ("g", "{}")]),
     ("llama3_json", "<|python_tag|>" + BARE, None, None, [("f", BARE_ARGUMENTS), ("g", "{}")]),
@@ -74,6 +85,7 @@ FRAGMENTS = (
         '"arguments": {}}',
         '{"a": 1}',
     ),
+    *(NAMED, NAMED_ID, "f", "[ARGS]", "[CALL_ID]", "{}"),
     *(EXTRA, BAD_ESCAPE, SURROGATE, UNKNOWN, LISTED, "[TOOL_CALLS]", "[", "]", ", "),
     *(BARE, "; ", "<|python_tag|>", "<|other|>", '"', "{", "}"),
 )
@@ -103,7 +115,7 @@ def test_every_cut_of_a_text_reads_the_same(
         assert len({call.id for call in message.tool_calls}) == len(calls)
 
 
-@pytest.mark.parametrize("tool_format", [None, "hermes", "llama3_json", "mistral"])
+@pytest.mark.parametrize("tool_format", [None, "hermes", "llama3_json", "mistral", "mistral_args"])
 def test_any_split_of_any_text_gives_the_same_message(tool_format: ToolFormat | None) -> None:
     rng = random.Random(7)
     for _ in range(2_000):
@@ -147,7 +159,7 @@ def test_a_prompt_tells_whether_it_opens_a_thought(prompt: str, opened: bool) ->
     assert opens_thinking(prompt) == opened
 
 
-@pytest.mark.parametrize("tool_format", ["hermes", "llama3_json", "mistral"])
+@pytest.mark.parametrize("tool_format", ["hermes", "llama3_json", "mistral", "mistral_args"])
 def test_of_what_is_no_call_nothing_is_lost(tool_format: ToolFormat) -> None:
     """No function is offered, so that every text is content, to the last space."""
     rng = random.Random(8)
@@ -159,9 +171,10 @@ def test_of_what_is_no_call_nothing_is_lost(tool_format: ToolFormat) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 500])
-@pytest.mark.parametrize("tool_format", ["hermes", "mistral"])
+@pytest.mark.parametrize("tool_format", ["hermes", "mistral", "mistral_args"])
 def test_the_only_call_that_is_wanted_ends_where_it_ends(tool_format: ToolFormat, size: int) -> None:
-    text = f"{ONE}\n{TWO}\nDone." if tool_format == "hermes" else f"[TOOL_CALLS] [{LISTED}] Done."
+    listed = NAMED if tool_format == "mistral_args" else f"[TOOL_CALLS] [{LISTED}]"
+    text = f"{ONE}\n{TWO}\nDone." if tool_format == "hermes" else f"{listed} Done."
     assert shown(read(tool_format, cut(text, size), parallel=False)) == (None, None, [("f", ARGUMENTS)])
 
 
@@ -176,6 +189,7 @@ def test_a_template_tells_the_format() -> None:
     assert tool_format_of('{"name": function name, "parameters": dictionary}') == "llama3_json"
     assert tool_format_of("") == "hermes"
     assert tool_format_of('{{ "[TOOL_CALLS] [" }} {"parameters"') == "mistral"
+    assert tool_format_of('{{ "[TOOL_CALLS]" + name + "[ARGS]" }}') == "mistral_args"
 
 
 def test_each_answer_of_a_prompt_has_a_parser_of_its_own() -> None:

@@ -10,7 +10,7 @@ from tiny_llm import LLM
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.grammar import lark_grammar
 from tiny_llm.decoding.tool_grammar import calls_grammar, strict_grammar
-from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat
+from tiny_llm.decoding.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
 from tiny_llm.errors import RequestError
 
 NUMBER = {
@@ -83,7 +83,24 @@ def test_mistrals_calls_are_a_list(llm: LLM, tags: Mapping[str, int], space: str
         assert not is_taken(llm, grammar, f"{OPEN}{space}[{BAD}]")
 
 
-@pytest.mark.parametrize("tool_format", ["hermes", "mistral"])
+def test_mistrals_newer_calls_have_each_a_name_before_their_arguments(
+    llm: LLM, tags: Mapping[str, int]
+) -> None:
+    tags = {**tags, ARGS: tags[CLOSE]}
+    demanded = calls_grammar(FUNCTIONS, "mistral_args", several=True, tags=tags)
+    alone = calls_grammar(FUNCTIONS, "mistral_args", several=False, tags=tags)
+    strict = strict_grammar(FUNCTIONS, "mistral_args", several=True, tags=tags)
+    assert strict is not None
+    good, bad = f'{OPEN}f{CLOSE}{{"a": 1}}', f'{OPEN}f{CLOSE}{{"b": 1}}'
+    for grammar in (demanded, alone, strict):
+        assert is_taken(llm, grammar, good)
+        assert not is_taken(llm, grammar, bad)
+        assert not is_taken(llm, grammar, good.replace("f", "h"))
+        assert is_taken(llm, grammar, good + good) == (grammar is not alone)
+    assert is_taken(llm, strict, f"Hm. {good} Done.") and is_taken(llm, strict, bad.replace("f", "g"))
+
+
+@pytest.mark.parametrize("tool_format", ["hermes", "mistral", "mistral_args"])
 def test_where_no_token_opens_a_call_nothing_can_wait_for_it(tool_format: ToolFormat) -> None:
     assert strict_grammar(FUNCTIONS, tool_format, several=True, tags={}) is None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -135,3 +137,20 @@ def test_a_chat_that_is_left_early_runs_no_longer(llm: LLM) -> None:
     assert len(llm.engine) == 1
     chunks.close()
     assert len(llm.engine) == 0 and llm.engine.scheduler.usage().used == 0
+
+
+def test_a_model_whose_template_names_arguments_apart_is_read_and_held_so(demo_copy: Path) -> None:
+    """Mistral's newer style: the tag, a name, a tag, the arguments; whole and streamed."""
+    config = json.loads((demo_copy / "tokenizer_config.json").read_text())
+    config["chat_template"] = config["chat_template"].replace("<tool_call>", "[TOOL_CALLS]name[ARGS]")
+    (demo_copy / "tokenizer_config.json").write_text(json.dumps(config))
+    mistral = LLM(demo_copy)
+    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    chunks = list(mistral.stream_chat(STORY, replace(WILD, n=1), **asked))
+    ended = chunks[-1].completion
+    assert ended is not None and ended.message is not None
+    assert re.match(r"\[TOOL_CALLS\](calculator|lookup)\[ARGS\]\{", ended.text), ended.text
+    assert message_of([delta for chunk in chunks for delta in chunk.deltas]) == ended.message
+    (call,) = ended.message.tool_calls
+    assert ended.finish_reason == "length" or isinstance(json.loads(call.arguments), dict)
+    assert ended.message.content is None

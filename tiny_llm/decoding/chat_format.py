@@ -13,7 +13,7 @@ from tiny_llm.decoding.grammar import Grammar, lark_grammar, require_schema
 from tiny_llm.decoding.message import MessageParser
 from tiny_llm.decoding.reasoning import THINK, THOUGHT, closes_thinking, opens_thinking
 from tiny_llm.decoding.tool_grammar import calls_grammar, parameters_of, strict_grammar
-from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
+from tiny_llm.decoding.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.errors import RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def _strict(functions: Sequence[Mapping[str, Any]], form: ChatFormat, tokenizer:
 
 def _tag_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The tags of calls that are one token of this model's, and its id."""
-    encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE, CALLS)}
+    encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE, CALLS, ARGS)}
     return {tag: ids[0] for tag, ids in encoded.items() if len(ids) == 1}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiny_llm.decoding.grammar import embedded_schema
-from tiny_llm.decoding.tool_parser import CALLS, CLOSE, OPEN, ToolFormat
+from tiny_llm.decoding.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
 
 _ANY_ARGUMENTS = '{"type": "object", "x-guidance": {"lenient": true}}'
 
@@ -61,6 +61,8 @@ def _calls(tool_format: ToolFormat, several: bool) -> str:
         case "mistral":
             more = ' (", " call)*' if several else ""
             return f'opening " "? "[" call{more} "]"'
+        case "mistral_args":
+            return "call+" if several else "call"
         case _:
             return r'tagged ("\n" tagged)*' if several else "tagged"
 
@@ -77,12 +79,16 @@ def _rules(
         return f"<[{tags[text]}]>" if text in tags else json.dumps(text)
 
     rules = [f"call: {' | '.join(f'f{number}' for number in range(len(functions)))}"]
-    if tool_format == "mistral":
+    if tool_format in ("mistral", "mistral_args"):
         rules.append(f"opening: {tag(CALLS)}")
     if tool_format == "hermes":
         rules.append(rf'tagged: {tag(OPEN)} "\n" call "\n" {tag(CLOSE)}')
     for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
-        rules.append(_call_rule(number, function["name"], schema, tool_format))
+        name = function["name"]
+        if tool_format == "mistral_args":
+            rules.append(f"f{number}: opening {json.dumps(name)} {tag(ARGS)} %json {schema}")
+        else:
+            rules.append(_call_rule(number, name, schema, tool_format))
     return rules
 
 

@@ -1,8 +1,9 @@
 """Owns tool calls in a model's text: told from what it says, as it streams.
 
-Three formats: Qwen2.5's and Hermes' ``<tool_call>`` tags around {"name", "arguments"}, LLaMA 3's bare
-{"name", "parameters"}, and Mistral's ``[TOOL_CALLS]`` before a list of the former. What is certain is given
-out; a call never shows as text, and what turns out to be no call does. Knows no reasoning.
+Four formats: Qwen2.5's and Hermes' ``<tool_call>`` tags around {"name", "arguments"}, LLaMA 3's bare
+{"name", "parameters"}, Mistral's ``[TOOL_CALLS]`` before a list of the former, and Mistral's newer one,
+``[TOOL_CALLS]name[ARGS]{...}`` for each call. What is certain is given out; a call never shows as text, and
+what turns out to be no call does. Knows no reasoning.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from typing import Literal, TypeAlias
 from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.decoding.stop import open_length
 
-ToolFormat = Literal["hermes", "llama3_json", "mistral"]
+ToolFormat = Literal["hermes", "llama3_json", "mistral", "mistral_args"]
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-CALLS = "[TOOL_CALLS]"
-_TAGS: Mapping[ToolFormat, str] = {"hermes": OPEN, "mistral": CALLS}
+CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_TAGS: Mapping[ToolFormat, str] = {"hermes": OPEN, "mistral": CALLS, "mistral_args": CALLS}
 _PYTHON_TAG = "<|python_tag|>"
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as models nearly always write it: these can be streamed."""
+_NAMED_HEAD = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?\[ARGS\]\s*(?=\{)")
+_LONGEST_HEAD = 256
+"""Characters: of a name, an id and the tags between them."""
 _State: TypeAlias = Callable[[list[MessageDelta]], bool]
 
 
 def tool_format_of(template: str) -> ToolFormat:
     """How a model with this chat template writes its calls."""
     if OPEN not in template and CALLS in template:
-        return "mistral"
+        return "mistral_args" if ARGS in template else "mistral"
     return "llama3_json" if OPEN not in template and '"parameters"' in template else "hermes"
 
 
@@ -77,7 +81,7 @@ class ToolParser:
 
     def _give_up(self, found: list[MessageDelta]) -> bool:
         """A call's end will not come any more: read on behind what opened it, or behind its closing tag."""
-        if self._advance in (self._opened, self._calling) and self._arguments is None:
+        if self._advance in (self._opened, self._calling, self._naming) and self._arguments is None:
             return self._no_call(found)
         if self._advance == self._ending and CLOSE in self._text:
             self._leave(self._text.index(CLOSE), self._ended)
@@ -114,14 +118,41 @@ class ToolParser:
         return False
 
     def _opened(self, found: list[MessageDelta]) -> bool:
-        """After the tag of a list of calls, the list."""
+        """After the tag of a list of calls, the list; or the name of one."""
         begun = self._text.lstrip()
         if not begun:
             return False
-        if not begun.startswith("["):
-            return self._no_call(found)
-        self._open(len(self._text) - len(begun) + 1, self._calling)
+        if begun.startswith("["):
+            self._open(len(self._text) - len(begun) + 1, self._calling)
+        else:
+            self._advance = self._naming
         return True
+
+    def _naming(self, found: list[MessageDelta]) -> bool:
+        """A name, perhaps the call's id, and its arguments."""
+        if self._arguments is None:
+            head = _NAMED_HEAD.match(self._text)
+            if head is None:
+                return not self._may_be_named() and self._no_call(found)
+            if head[1] not in self._names:
+                return self._no_call(found)
+            self._arguments = _JsonObject(head.end())
+            found.append(self._call(head[1], ""))
+        return self._tell_arguments(found, self._talking if self._parallel else self._dropping)
+
+    def _may_be_named(self) -> bool:
+        """Whether more text can still make the head of a call of what is there."""
+        begun = self._text.lstrip()
+        name, bracket, rest = begun.partition("[")
+        if not bracket:
+            words = name.split()
+            whole = len(words) == 1 and words[0] in self._names
+            return not words or whole or any(own.startswith(name) for own in self._names)
+        told, closed, arguments = (bracket + rest).partition(ARGS)
+        if closed:
+            return not arguments.strip()
+        is_tag = any(tag.startswith(told) or told.startswith(CALL_ID) for tag in (ARGS, CALL_ID))
+        return name.strip() in self._names and is_tag and len(begun) < _LONGEST_HEAD
 
     def _calling(self, found: list[MessageDelta]) -> bool:
         if self._arguments is None:
@@ -135,12 +166,17 @@ class ToolParser:
                 return self._no_call(found)
             self._arguments = _JsonObject(head.end())
             found.append(self._call(name, ""))
+        return self._tell_arguments(found, self._ending)
+
+    def _tell_arguments(self, found: list[MessageDelta], then: _State) -> bool:
+        """What is new of a call's arguments; at their end, ``then``."""
+        assert self._arguments is not None, "a call has begun"
         new = self._arguments.look(self._text)
         if new:
             found.append(MessageDelta(tool_call=ToolCallDelta(self.calls - 1, new)))
         if self._arguments.end is None:
             return False
-        self._leave(self._arguments.end, self._ending)
+        self._leave(self._arguments.end, then)
         return True
 
     def _unusual(self, found: list[MessageDelta]) -> bool:

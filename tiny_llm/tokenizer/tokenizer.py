@@ -22,7 +22,9 @@ from tiny_llm.tokenizer.places import places_of
 _LONG_TEXT = 2**14
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
 
-_MARKS = frozenset({"[TOOL_CALLS]", "<tool_call>", "</tool_call>", "<think>", "</think>"})
+_MARKS = frozenset(
+    {"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>", "<think>", "</think>"}
+)
 """Special tokens that say what the text behind them is; whoever reads an answer needs them."""
 
 
