@@ -124,6 +124,7 @@ def test_what_is_no_response_format_is_refused(given: Any, param: str) -> None:
         (lambda: lark_grammar("no rule"), "grammar"),
         (lambda: lark_grammar("start: start"), "grammar"),
         (lambda: lark_grammar('start: "a" start'), "grammar"),
+        (lambda: lark_grammar('start: "a" <[2043-2045]> "b"'), "grammar"),
         (lambda: schema_grammar({"$ref": "#"}), "response_format"),
         (lambda: schema_grammar({"allOf": [{"$ref": "#"}]}), "response_format"),
         (lambda: schema_grammar(NEEDS_ITSELF), "response_format"),
@@ -172,6 +173,40 @@ def test_the_text_of_an_added_token_is_kept(llm: LLM, make: Any, answer: str) ->
     params = llm.grammars.constrain(SamplingParams(max_tokens=40), make())
     (completion,) = llm.generate("Say it.", params)
     assert completion.error is None and completion.text == answer, completion
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        'start: "a" {end} "b"',
+        "start: /a+/ {end}",
+        'start: "a" x\nx: "b" | {end} // "c"',
+        'start: "a" ({end} "a")*',
+    ],
+)
+@pytest.mark.parametrize("end", ["<|im_end|>", "<[{id}]>", "<[5,{id}]>"])
+def test_a_grammar_that_names_what_ends_an_answer_is_refused(llm: LLM, form: str, end: str) -> None:
+    """The answer would end there, complete or not."""
+    (im_end,) = llm.tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    with pytest.raises(RequestError, match="ends an answer") as caught:
+        llm.grammars.compile(lark_grammar(form.format(end=end.format(id=im_end))))
+    assert caught.value.param == "grammar"
+
+
+def test_text_and_comments_name_no_token(llm: LLM) -> None:
+    (im_end,) = llm.tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    form = rf'start: "<|im_end|>" /<\|im_end\|>/ // <|im_end|> and <[{im_end}]>'
+    params = llm.grammars.constrain(SamplingParams(max_tokens=40), lark_grammar(form))
+    assert llm.generate("Say it.", params)[0].text == "<|im_end|>" * 2
+
+
+@pytest.mark.parametrize("some", ["<[*]>", "<[^5]>", "<[2040-2047]>"])
+def test_a_token_of_many_is_none_that_ends_an_answer_before_it_is_complete(llm: LLM, some: str) -> None:
+    grammar = lark_grammar(f'start: "a" {some} "b"')
+    place = llm.grammars.compile(grammar)()
+    (a,) = llm.tokenizer.encode("a", add_special_tokens=False)
+    allowed = place([a])
+    assert any(allowed) and not any(allowed[end] for end in llm.end_ids)
 
 
 def test_the_vocabulary_has_each_tokens_bytes(llm: LLM) -> None:

@@ -7,9 +7,10 @@ needs a deadline calls from a thread.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -29,13 +30,24 @@ _START = "\x02"
 
 _TRIAL_TOKENS = 4
 
+_LARK_TEXT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/')
+"""What in a grammar of Lark's is no rule: strings, comments, regular expressions."""
+_LARK_TOKEN = re.compile(r"<\[([0-9, ]+)\]>|<[^<>\[\]\s]+>")
+"""A token that a grammar names, by its id (one, or a list) or its text."""
+
 
 class GrammarConstraint:
-    """One answer's place in its grammar. The matcher may know more tokens than the model's ``vocab_size``."""
+    """One answer's place in its grammar. The matcher may know more tokens than the model's ``vocab_size``.
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, seen: int = 0) -> None:
+    A token of ``end_ids`` is allowed only where the grammar is complete: it ends the answer, wherever it is.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, end_ids: Sequence[int] = (), seen: int = 0
+    ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._end_ids = end_ids
         self._seen = seen
 
     def __call__(self, tokens: list[int]) -> bytes:
@@ -46,14 +58,14 @@ class GrammarConstraint:
         if not self._matcher.is_stopped():
             self._matcher.consume_tokens(tokens[self._seen :])
         self._seen = len(tokens)
-        allowed = self._matcher.compute_logit_bias()
+        allowed = _mask(self._matcher, self._end_ids)
         if self._matcher.is_error():
             raise ValueError(_fault(self._matcher))
         return allowed[: self._vocab_size]
 
     def __copy__(self) -> GrammarConstraint:
         """The same place, for an answer that goes on by itself from here."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._seen)
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._end_ids, self._seen)
 
 
 class GrammarCompiler:
@@ -95,10 +107,11 @@ class GrammarCompiler:
             self._kept.move_to_end(grammar)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        return partial(copy, GrammarConstraint(matcher, self._vocab_size))
+        return partial(copy, GrammarConstraint(matcher, self._vocab_size, self._end_ids))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         text = grammar.text
+        self._require_no_end(grammar)
         if grammar.thought is not None:
             self.compile(replace(grammar, thought=None))  # what is wrong with the form is told now
             text = behind_thought(grammar, self._marks, self._end_ids)
@@ -108,12 +121,28 @@ class GrammarCompiler:
         for walk in (min, max):  # two ways into it, to meet here what would else end an answer in its middle
             trial = matcher.deep_copy()
             for _ in range(_TRIAL_TOKENS):
-                allowed = _allowed(trial)
+                allowed = [token_id for token_id, can in enumerate(_mask(trial, self._end_ids)) if can]
                 _require_sound(trial, grammar.param)
-                if trial.is_stopped() or not allowed:
+                if trial.is_stopped():
                     break
+                if not allowed:
+                    what = f"{grammar.param}: no finite answer satisfies it"
+                    raise RequestError(what, param=grammar.param, code="invalid_form")
                 trial.consume_token(walk(allowed))
         return matcher
+
+    def _require_no_end(self, grammar: Grammar) -> None:
+        """Raise RequestError for a grammar that names a token which ends the answer, complete or not."""
+        if grammar.text.lstrip().startswith("{"):
+            return
+        for token in _LARK_TOKEN.finditer(_LARK_TEXT.sub(" ", grammar.text)):
+            named = [int(one) for one in (token[1] or "").split(",") if one.strip().isdecimal()]
+            if self._marks.get(token[0]) in self._end_ids or not {*named}.isdisjoint(self._end_ids):
+                what = (
+                    f"{grammar.param}: {token[0]} ends an answer, and must not be named. "
+                    "Leave it out: an answer ends where its grammar is complete."
+                )
+                raise RequestError(what, param=grammar.param, code="invalid_form")
 
     @cached_property
     def _marks(self) -> dict[str, int]:
@@ -175,9 +204,16 @@ def _require_open_end(params: SamplingParams, grammar: Grammar) -> None:
             raise RequestError(what, param=late, code="invalid_value")
 
 
-def _allowed(matcher: LLMatcher) -> list[int]:
-    """The ids of the tokens that can come next."""
-    return [token_id for token_id, allowed in enumerate(matcher.compute_logit_bias()) if allowed]
+def _mask(matcher: LLMatcher, end_ids: Sequence[int]) -> bytes:
+    """A byte a token: 0 for those that cannot come next, and for the end of what is not complete."""
+    allowed = matcher.compute_logit_bias()
+    early = [end for end in end_ids if allowed[end : end + 1] > b"\0"]
+    if not early or matcher.is_error() or matcher.is_accepting():
+        return allowed
+    own = bytearray(allowed)
+    for end in early:
+        own[end] = 0
+    return bytes(own)
 
 
 def _fault(matcher: LLMatcher) -> str:
