@@ -124,7 +124,7 @@ def test_what_is_no_response_format_is_refused(given: Any, param: str) -> None:
         (lambda: lark_grammar("no rule"), "grammar"),
         (lambda: lark_grammar("start: start"), "grammar"),
         (lambda: lark_grammar('start: "a" start'), "grammar"),
-        (lambda: lark_grammar('start: "a" <[2043-2045]> "b"'), "grammar"),
+        (lambda: lark_grammar('start: "a" <[2045-2045]> "b"'), "grammar"),
         (lambda: schema_grammar({"$ref": "#"}), "response_format"),
         (lambda: schema_grammar({"allOf": [{"$ref": "#"}]}), "response_format"),
         (lambda: schema_grammar(NEEDS_ITSELF), "response_format"),
