@@ -12,6 +12,7 @@ import pydantic
 import pytest
 
 from tiny_llm import LLM, SamplingParams
+from tiny_llm.decoding import structured_output
 from tiny_llm.decoding.grammar import schema_grammar
 from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
@@ -88,6 +89,14 @@ def test_a_stream_is_held_to_its_form_beside_free_ones(running: Running, http: h
         free.close()
     jsonschema.validate(json.loads(text), SCHEMAS[0])
     assert plain["choices"] == again["choices"], "who is free is not changed by who is not"
+
+
+def test_the_first_form_waits_for_no_vocabulary(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the interpreter for as long as it takes: a server does that before it is ready."""
+    with start() as own, own.http() as client:
+        monkeypatch.setattr(structured_output, "LLTokenizer", None)
+        answer = client.post(CHAT, json={"messages": ASK, "regex": "[ab]"})
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] in "ab"
 
 
 def test_parse_gives_a_pydantic_model(client: openai.OpenAI) -> None:

@@ -109,6 +109,14 @@ class GrammarCompiler:
                 self._kept.popitem(last=False)
         return partial(copy, GrammarConstraint(matcher, self._vocab_size, self._end_ids))
 
+    def prepare(self) -> None:
+        """Do now what the first form would have to wait for, and all other threads with it.
+
+        For 151,936 tokens it takes 1.3 s, the last 0.8 of them without letting other threads run, and 30 MB.
+        """
+        if self._end_ids:
+            self._own_tokens()
+
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         text = grammar.text
         self._require_no_end(grammar)

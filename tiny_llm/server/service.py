@@ -77,8 +77,10 @@ class Service:
         return None if state == "ready" else Problem(503, said[state], code=state)
 
     async def start(self) -> None:
-        """Load the model. Raises what loading raises."""
-        self._engine = await asyncio.to_thread(self._load)
+        """Load the model, and make ready for forms, which holds up everybody. Raises what loading raises."""
+        engine = await asyncio.to_thread(self._load)
+        await asyncio.to_thread(engine.llm.grammars.prepare)
+        self._engine = engine
 
     async def close(self) -> None:
         """End the engine's thread after its step."""
