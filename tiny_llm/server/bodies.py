@@ -48,8 +48,16 @@ class Body(BaseModel):
     def _without_nulls(cls, value: object) -> object:
         """Null is "not given", whatever the field: some clients send all that they know."""
         if isinstance(value, dict):
+            if len(value) > caps.MAX_FIELDS:  # else there would be a complaint for each
+                raise ValueError(f"has {len(value)} fields, but may have at most {caps.MAX_FIELDS}")
             return {name: item for name, item in value.items() if item is not None}
         return value
+
+
+def _few_labels(value: object) -> object:
+    if isinstance(value, dict) and len(value) > caps.MAX_LABELS:
+        raise ValueError(f"has {len(value)} entries, but may have at most {caps.MAX_LABELS}")
+    return value
 
 
 def _listed(value: object) -> object:
@@ -160,7 +168,7 @@ class Choosing(Body):
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, Label], BeforeValidator(_few_labels)] = Field(default_factory=dict)
     regex: Annotated[str, StringConstraints(min_length=1)] | None = None
     grammar: Annotated[str, StringConstraints(min_length=1)] | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None

@@ -34,7 +34,7 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
     """Answer one request, at once or as a stream."""
     require_model(body.model, service.settings.name)
     job = await aside(request, lambda: _job(service.llm, body, request.state.salt))
-    writer = CompletionWriter(service, body, job)
+    writer = await aside(request, lambda: CompletionWriter(service, body, job))
     return await answered(service, request, job, writer, stream=body.stream)
 
 
@@ -92,7 +92,8 @@ class CompletionWriter(ResponseWriter):
         text = chunk.text if begun else self._before(index) + chunk.text
         if not text and not chunk.logprobs and chunk.completion is None:
             return b""
-        return event_of(self._event(index, text, self._rows(index, chunk), chunk.completion))
+        rows = self._rows(index, chunk)
+        return event_of(self._event(index, text, rows, chunk.completion), len(rows))
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""

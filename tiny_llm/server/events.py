@@ -23,24 +23,26 @@ from tiny_llm.errors import CapacityError
 from tiny_llm.server.answers import dumped, dumps, one_line
 from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
-from tiny_llm.server.service import Service
+from tiny_llm.server.service import Service, aside, is_small
 
 DONE = b"data: [DONE]\n\n"
 SLICE_S = 0.002
 """How long the writing of one stream's events may keep the event loop."""
 _FEW_LOGPROBS = 64  # written in a moment, each with those of 20 other tokens
+_FEW_TOKENS = 4096  # whose text is looked through in a moment
 _PIECES_AT_A_TIME = 256
 _HOLE = "\x00"  # no other value of ours ends with it
 
 
-def event_of(value: object) -> bytes:
-    """A value as an event."""
-    return b"data: " + dumps(value) + b"\n\n"
+def event_of(value: object, rows: int = 0) -> bytes:
+    """A value as an event. With many ``rows`` of log-probabilities, other threads run meanwhile."""
+    written = dumps(value) if rows < _FEW_LOGPROBS else b"".join(dumped(value))
+    return b"data: " + written + b"\n\n"
 
 
-def named_event(name: str, value: object) -> bytes:
+def named_event(name: str, value: object, rows: int = 0) -> bytes:
     """A value as an event that says its name."""
-    return b"event: " + name.encode() + b"\n" + event_of(value)
+    return b"event: " + name.encode() + b"\n" + event_of(value, rows)
 
 
 def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
@@ -89,14 +91,17 @@ async def answered(
     """Have a job done, and answer with it. Raises what the job is refused with."""
     try:
         if stream:
-            return EventStream(_written(writer, await service.begin(request, job)), writer.failure)
+            chunks = await service.begin(request, job)
+            return EventStream(_written(request, writer, chunks), writer.failure)
         answers = await service.whole(request, job)
     except CapacityError as error:
         raise problem_of(error, asked_by=writer.asked_by) from error
     last = [chunks[-1].completion for chunks in answers]
     ended = [completion for completion in last if completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"
-    if sum(len(chunk.logprobs or ()) for chunks in answers for chunk in chunks) < _FEW_LOGPROBS:
+    rows = sum(_rows(chunk) for chunks in answers for chunk in chunks)
+    tokens = sum(len(completion.token_ids) for completion in ended)
+    if is_small(request) and rows < _FEW_LOGPROBS and tokens < _FEW_TOKENS:
         return Response(dumps(writer.whole(answers, ended)), media_type="application/json")
     return await large_json(lambda: writer.whole(answers, ended))
 
@@ -114,18 +119,29 @@ async def large_json(make: Callable[[], object]) -> Response:
     return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": length})
 
 
-async def _written(writer: ResponseWriter, chunks: ChunkStream) -> AsyncGenerator[bytes, None]:
+def _rows(chunk: Chunk) -> int:
+    """Of log-probabilities that a chunk may tell; its completion has those of the whole answer."""
+    own = (chunk.logprobs, chunk.prompt_logprobs, chunk.completion and chunk.completion.logprobs)
+    return sum(len(rows or ()) for rows in own)
+
+
+async def _written(
+    request: Request, writer: ResponseWriter, chunks: ChunkStream
+) -> AsyncGenerator[bytes, None]:
     """The events of a stream; those of chunks that came together are one piece."""
     ended: list[Completion] = []
     async with aclosing(chunks):
-        opening = writer.opening()
+        opening = await aside(request, writer.opening)
         if opening:
             yield opening
         async for came in chunks:
             ended += [chunk.completion for _, chunk in came if chunk.completion is not None]
             async for piece in _in_slices(writer, came):
                 yield piece
-    yield writer.closing(ended) + DONE
+    if sum(len(completion.logprobs or ()) for completion in ended) < _FEW_LOGPROBS:
+        yield await aside(request, lambda: writer.closing(ended)) + DONE
+    else:
+        yield await asyncio.to_thread(writer.closing, ended) + DONE
 
 
 async def _in_slices(
@@ -135,7 +151,10 @@ async def _in_slices(
     pieces: list[bytes] = []
     began = time.perf_counter()
     for index, chunk in came:
-        pieces.append(writer.events(index, chunk))
+        if _rows(chunk) < _FEW_LOGPROBS:
+            pieces.append(writer.events(index, chunk))
+        else:
+            pieces.append(await asyncio.to_thread(writer.events, index, chunk))
         if time.perf_counter() - began > SLICE_S:
             yield b"".join(pieces)
             await asyncio.sleep(0)

@@ -66,10 +66,17 @@ def require_neutral(values: Sequence[Any], given: Any, within: Sequence[str | in
     """``given``, if it is one of the ``values`` that ask for nothing. Raises what a validator may raise."""
     if any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values):
         return given
-    told = json.dumps(given, ensure_ascii=False)[:80]
+    told = _short(given)
     allowed = " or ".join(json.dumps(value) for value in values)
     what = f"{told} is not supported here; {allowed} is taken, as it asks for nothing"
     raise misplaced(within, what, code="unsupported_field")
+
+
+def _short(given: Any) -> str:
+    """A value as JSON, or its beginning; of a list or an object only that it is one: it may be large."""
+    if isinstance(given, list | dict) and given:
+        return "an array" if isinstance(given, list) else "an object"
+    return json.dumps(given[:80] if isinstance(given, str) else given, ensure_ascii=False)[:80]
 
 
 def with_neutral(fields: Mapping[str, Values]) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.decoding.reasoning import THINK
 from tiny_llm.engine.llm import LLM
-from tiny_llm.errors import RequestError, did_you_mean
+from tiny_llm.errors import ContextError, RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
 from tiny_llm.server.answers import StreamUsage
 from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling, StreamOptions
@@ -18,6 +18,7 @@ from tiny_llm.server.chat_bodies import USUAL_EFFORT, Effort, Message, TemplateA
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS
+from tiny_llm.server.strict_json import PartCount
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -120,11 +121,24 @@ def chat_ids(
     """A conversation as the ids of the model's template."""
     given = template_variables(llm.tokenizer, arguments, effort)
     try:
-        llm.require_short(sum(len(message.content or "") for message in messages))
+        _require_fitting(llm, messages)
         ids, _ = llm.check(llm.chat_prompt([_plain(m) for m in messages], tools=tools, **given))
         return ids
     except RequestError as error:
         raise _about(error.param or "messages", error) from error
+
+
+def _require_fitting(llm: LLM, messages: Sequence[Message]) -> None:
+    """Raise ContextError for a conversation that cannot fit, before the work of rendering it; and Problem."""
+    calls = [call.function.arguments for message in messages for call in message.tool_calls]
+    llm.require_short(sum(len(message.content or "") for message in messages) + sum(map(len, calls)))
+    parts = len(messages) + len(calls)
+    if parts >= llm.max_context:  # each one takes a token at least
+        what = f"The conversation has {parts} messages and calls, but the context holds {llm.max_context} "
+        raise ContextError(what + "tokens, the answer included; shorten it.")
+    count = PartCount("messages: the arguments of all calls have")
+    for arguments in calls:
+        count.add(arguments.encode("utf-8", "replace"))
 
 
 def template_variables(

@@ -68,7 +68,7 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
         case Problem():
             return error
         case RequestValidationError():
-            return _invalid(error.errors(), error.body)
+            return invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()], error.body)
         case StarletteHTTPException():
             return Problem(error.status_code, str(error.detail), headers=_allowed(error.headers))
         case BusyError():
@@ -93,8 +93,8 @@ def _allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
 
 
-def _invalid(errors: Sequence[Any], body: object) -> Problem:
-    """The complaint of pydantic's that is most to the point, in our words.
+def invalid(errors: Sequence[Any], body: object) -> Problem:
+    """The complaint of pydantic's about ``body`` that is most to the point, in our words.
 
     Of a field that may be one of several things there is a complaint for each; that about the deepest place
     is about what was meant.
@@ -123,11 +123,11 @@ def _invalid_value(name: str | None, message: str, code: str) -> Problem:
 def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
     """Where pydantic complains: what of its own path is there in the body.
 
-    The rest are the validator's names: "body", a union's alternatives, a kind of item.
+    The rest are the validator's names: a union's alternatives, a kind of item.
     """
     place: list[str | int] = []
     value, more = body, error.get("ctx", {})
-    for part in error["loc"][1:]:
+    for part in error["loc"]:
         if isinstance(value, dict) and str(part) in value:
             value = value[str(part)]
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
@@ -136,7 +136,7 @@ def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
             continue
         place.append(part)
     if error["type"] == "missing":
-        place += error["loc"][1:][-1:]
+        place += error["loc"][-1:]
     if "discriminator" in more:
         place.append(more["discriminator"].strip("'"))
     return [*place, *more.get("within", ())]

@@ -22,7 +22,7 @@ from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
-from tiny_llm.server.service import Service
+from tiny_llm.server.service import Service, aside
 
 _THEIR_NAMES = (
     ("response_format.json_schema", "text.format.schema"),
@@ -69,7 +69,7 @@ async def respond(service: Service, request: Request, body: ResponseBody) -> Res
     chat = chat_of(body)
     try:
         form, job = await chat_job(service, request, chat)
-        writer = ResponsesWriter(service, body, form)
+        writer = await aside(request, lambda: ResponsesWriter(service, body, form))
         return await answered(service, request, job, writer, stream=body.stream)
     except (Problem, TinyLLMError) as error:
         raise _in_our_words(problem_of(error)) from error
@@ -111,12 +111,16 @@ class ResponsesWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """How the items grow by a chunk."""
-        return b"".join(self._event(event) for event in self._told(chunk))
+        rows = len(chunk.logprobs or ())
+        if chunk.completion is not None:  # then each event tells all of them again
+            rows = len(chunk.completion.logprobs or ())
+        return b"".join(self._event(event, rows) for event in self._told(chunk))
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The whole response."""
         response = self._response(ended[0])
-        return self._event({"type": f"response.{response['status']}", "response": response})
+        rows = len(ended[0].logprobs or ())
+        return self._event({"type": f"response.{response['status']}", "response": response}, rows)
 
     def failure(self, error: Exception) -> bytes:
         """A fault in the interface's own form, and in the one that its clients raise an error for."""
@@ -124,9 +128,9 @@ class ResponsesWriter(ResponseWriter):
         told = {"message": problem.detail, "code": problem.code, "param": problem.param}
         return self._event({"type": "error", **told, **problem.body})
 
-    def _event(self, event: dict[str, Any]) -> bytes:
+    def _event(self, event: dict[str, Any], rows: int = 0) -> bytes:
         self._count += 1
-        return named_event(event["type"], {**event, "sequence_number": self._count - 1})
+        return named_event(event["type"], {**event, "sequence_number": self._count - 1}, rows)
 
     def _told(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Take a chunk in; return what it is told by."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Literal, TypeVar
 
@@ -25,6 +26,8 @@ from tiny_llm.server.settings import ServerSettings
 T = TypeVar("T")
 SMALL_BODY_BYTES = 2**13
 """Templates and tokenizers take less for it than a thread's wake-up on a busy machine."""
+_THREADS = 2
+"""For what takes long. Each one that computes delays the event loop's and the engine's turn a little."""
 _STOPPED = "The server is shutting down, and its time to drain is over."
 State = Literal["loading", "ready", "draining", "dead"]
 
@@ -78,6 +81,8 @@ class Service:
 
     async def start(self) -> None:
         """Load the model, and make ready for forms, which holds up everybody. Raises what loading raises."""
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="aside"))
         engine = await asyncio.to_thread(self._load)
         await asyncio.to_thread(engine.llm.grammars.prepare)
         self._engine = engine
@@ -137,9 +142,12 @@ class Service:
 
 async def aside(request: Request, work: Callable[[], T]) -> T:
     """Do what takes as long as the body is large: in a thread, or here, where it is soon done."""
-    if request.state.body_bytes <= SMALL_BODY_BYTES:
-        return work()
-    return await asyncio.to_thread(work)
+    return work() if is_small(request) else await asyncio.to_thread(work)
+
+
+def is_small(request: Request) -> bool:
+    """Whether whatever a request's body makes is small too."""
+    return bool(request.state.body_bytes <= SMALL_BODY_BYTES)
 
 
 class ClientGone(Exception):

@@ -22,6 +22,12 @@ MAX_LISTED = 64
 """Entries of another list of a request's, such as stop_token_ids."""
 MAX_BIASES = 1024
 """Entries of a logit_bias."""
+MAX_FIELDS = 256
+"""Fields of one object that has names of ours: far more than there are."""
+MAX_LABELS = 16
+"""Entries of a request's metadata."""
+MAX_IDS = 2**18
+"""Token ids of one request to /detokenize."""
 MAX_MESSAGES = 2048
 """Messages of one conversation."""
 MAX_TOOLS = 128

@@ -91,5 +91,5 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], FailFast(), Field(max_length=2**20)]
+    tokens: Annotated[list[TokenId], FailFast(), Field(max_length=caps.MAX_IDS)]
     skip_special_tokens: bool = False

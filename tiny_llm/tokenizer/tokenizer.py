@@ -125,7 +125,8 @@ class Tokenizer:
 
     def places(self, text: str, ids: Sequence[int]) -> list[int]:
         """Where in ``text`` each of the ``ids`` that it was encoded to begins; a BOS may be more or less."""
-        spans = self._backend.encode(text, add_special_tokens=self._adds_special(True)).offsets
+        add = self._adds_special(True)
+        spans = self._backend.encode_batch([text], add_special_tokens=add)[0].offsets  # others run meanwhile
         places = places_of(spans)[-len(ids) :]
         return [0] * (len(ids) - len(places)) + places
 
