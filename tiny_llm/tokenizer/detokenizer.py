@@ -305,13 +305,15 @@ class StreamDetokenizer:
         return prompt
 
 
-def token_bytes(backend: tokenizers.Tokenizer, token_id: int) -> bytes:
-    """The bytes that a token alone stands for: a part of a character perhaps. Nothing for an unknown id."""
-    return _bytes_of(_token_text(backend, token_id) or "", _steps(backend) or ())
+def speller(backend: tokenizers.Tokenizer) -> Callable[[int], bytes]:
+    """What gives the bytes that a token alone stands for: a part of a character perhaps. Nothing for an
+    unknown id. To be made once: that takes as long as a hundred tokens."""
+    steps = _steps(backend) or ()
+    return lambda token_id: _bytes_of(_token_text(backend, token_id) or "", steps)
 
 
 def vocabulary_bytes(backend: tokenizers.Tokenizer) -> list[bytes]:
-    """``token_bytes`` of every id."""
+    """What a ``speller`` gives for every id."""
     steps = _steps(backend) or ()
     return [_bytes_of(backend.id_to_token(i) or "", steps) for i in range(backend.get_vocab_size())]
 

@@ -15,7 +15,7 @@ import tokenizers
 
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.chat_template import ChatTemplate
-from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, token_bytes, vocabulary_bytes
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, speller, vocabulary_bytes
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 from tiny_llm.tokenizer.places import places_of
 
@@ -136,7 +136,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token alone stands for, special ones as they are written."""
-        return token_bytes(self._backend, token_id)
+        return self._speller(token_id)
+
+    @cached_property
+    def _speller(self) -> Callable[[int], bytes]:
+        return speller(self._backend)
 
     def vocabulary(self) -> list[bytes]:
         """``token_bytes`` of every id: a moment's work."""
