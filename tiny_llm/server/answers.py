@@ -12,9 +12,7 @@ from tiny_llm.data import AssistantMessage, Chunk, Completion, MessageDelta, Too
 from tiny_llm.tokenizer.places import TokenPlaces
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
-_DEEP = 6
-"""At which a response's values are small: response, choices, choice, logprobs, content, one token's."""
-_MANY = 1024  # plain values that are written in a moment
+_MANY = 1024  # values that are written in a moment
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -68,14 +66,15 @@ def logprob(value: float) -> float:
 
 def chat_logprobs(
     tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int
-) -> list[dict[str, object]]:
-    """Each token as the chat API has it; a row has the chosen token first, then the likeliest."""
-    found = []
+) -> Iterator[dict[str, object]]:
+    """Each token as the chat API has it; a row has the chosen token first, then the likeliest.
+
+    Made as it is read: all at once would be many times as large as what is written.
+    """
     for row in rows:
         chosen = next(iter(row))
         top = [_chat_entry(tokenizer, token_id, row[token_id]) for token_id in _likeliest(row, count)]
-        found.append({**_chat_entry(tokenizer, chosen, row[chosen]), "top_logprobs": top})
-    return found
+        yield {**_chat_entry(tokenizer, chosen, row[chosen]), "top_logprobs": top}
 
 
 def _likeliest(row: Mapping[int, float], count: int) -> list[int]:
@@ -88,27 +87,29 @@ def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, obj
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int, places: TokenPlaces
-) -> dict[str, list[object]]:
-    """Tokens as /v1/completions has them; ``places`` are theirs in the text.
+    tokenizer: Tokenizer, rows: Sequence[Mapping[int, float]], count: int, places: TokenPlaces
+) -> dict[str, Iterator[object]]:
+    """Tokens as /v1/completions has them, made as they are read; ``places`` are theirs in the text.
 
     A row has the chosen token first. What is NaN is not known, and told as null.
     """
-    offsets: list[object] = []
-    logprobs: list[object] = []
-    texts: list[object] = []
-    tops: list[object] = []
-    for row in rows:
-        chosen = next(iter(row))
-        text = token_text(tokenizer, chosen)
-        is_known = not isnan(row[chosen])
-        listed = [*_likeliest(row, count), chosen]  # the chosen one is told even where others are likelier
-        top = {token_text(tokenizer, token_id): logprob(row[token_id]) for token_id in listed}
-        offsets.append(places.take(chosen))
-        logprobs.append(logprob(row[chosen]) if is_known else None)
-        texts.append(text)
-        tops.append(top if is_known else None)
-    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": texts, "top_logprobs": tops}
+    chosen = [next(iter(row)) for row in rows]
+    values = [row[token_id] for row, token_id in zip(rows, chosen, strict=True)]
+    return {
+        "text_offset": (places.take(token_id) for token_id in chosen),
+        "token_logprobs": (None if isnan(value) else logprob(value) for value in values),
+        "tokens": (token_text(tokenizer, token_id) for token_id in chosen),
+        "top_logprobs": (_tops(tokenizer, row, count) for row in rows),
+    }
+
+
+def _tops(tokenizer: Tokenizer, row: Mapping[int, float], count: int) -> dict[str, float] | None:
+    """The likeliest tokens of a row, and the chosen one even where others are likelier."""
+    chosen = next(iter(row))
+    if isnan(row[chosen]):
+        return None
+    listed = [*_likeliest(row, count), chosen]
+    return {token_text(tokenizer, token_id): logprob(row[token_id]) for token_id in listed}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -145,27 +146,59 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def dumped(value: object, depth: int = 0) -> Iterator[bytes]:
-    """``dumps`` in pieces: other threads run between two of them, and none runs during one."""
-    if depth < _DEEP and isinstance(value, dict):
+def dumped(value: object) -> Iterator[bytes]:
+    """``dumps`` in pieces: other threads run between two of them, and none runs during one.
+
+    An iterator is an array whose items are made as they are written.
+    """
+    if _weight(value) <= _MANY:
+        yield dumps(value)
+    elif isinstance(value, dict):
         yield b"{"
         for number, (name, item) in enumerate(value.items()):
             yield (b"," if number else b"") + dumps(name) + b":"
-            yield from dumped(item, depth + 1)
+            yield from dumped(item)
         yield b"}"
-    elif depth < _DEEP and isinstance(value, list):
-        yield b"["
-        step = 1 if any(isinstance(item, dict | list) for item in value) else _MANY
-        for start in range(0, len(value), step):
-            if start:
-                yield b","
-            if step == 1:
-                yield from dumped(value[start], depth + 1)
-            else:
-                yield dumps(value[start : start + step])[1:-1]
-        yield b"]"
     else:
-        yield dumps(value)
+        assert isinstance(value, list | Iterator), "nothing else is large"
+        yield from _dumped_items(iter(value))
+
+
+def _dumped_items(items: Iterator[object]) -> Iterator[bytes]:
+    """An array; small items that follow each other are one piece."""
+    yield b"["
+    comma, size = b"", 0
+    group: list[object] = []
+    for item in items:
+        weight = _weight(item)
+        if group and size + weight > _MANY:
+            yield comma + dumps(group)[1:-1]
+            comma, group, size = b",", [], 0
+        if weight <= _MANY:
+            group.append(item)
+            size += weight
+        else:
+            yield comma
+            yield from dumped(item)
+            comma = b","
+    if group:
+        yield comma + dumps(group)[1:-1]
+    yield b"]"
+
+
+def _weight(value: object) -> int:
+    """How many values ``value`` consists of; only roughly beyond ``_MANY``."""
+    total, stack = 0, [value]
+    while stack and total <= _MANY:
+        item = stack.pop()
+        total += 1
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, Iterator):
+            return _MANY + 1
+    return total
 
 
 def dumps(value: object) -> bytes:

@@ -116,9 +116,8 @@ class ChatWriter(ResponseWriter):
         for delta in deltas[:-1]:
             yield event_of(self._event(index, delta, self._rest([], None, 0)))
         if deltas:
-            rows = chunk.logprobs or []
-            rest = self._rest(rows, chunk.completion, self._parsers[index].calls)
-            yield event_of(self._event(index, deltas[-1], rest), len(rows))
+            rest = self._rest(chunk.logprobs or [], chunk.completion, self._parsers[index].calls)
+            yield event_of(self._event(index, deltas[-1], rest))
 
     def _saying(self, index: int, text: str) -> dict[str, object]:
         return self._event(index, {"content": text}, self._rest([], None, 0))

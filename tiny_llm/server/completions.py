@@ -92,8 +92,7 @@ class CompletionWriter(ResponseWriter):
         text = chunk.text if begun else self._before(index) + chunk.text
         if not text and not chunk.logprobs and chunk.completion is None:
             return b""
-        rows = self._rows(index, chunk)
-        return event_of(self._event(index, text, rows, chunk.completion), len(rows))
+        return event_of(self._event(index, text, self._rows(index, chunk), chunk.completion))
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -30,19 +30,18 @@ SLICE_S = 0.002
 """How long the writing of one stream's events may keep the event loop."""
 _FEW_LOGPROBS = 64  # written in a moment, each with those of 20 other tokens
 _FEW_TOKENS = 4096  # whose text is looked through in a moment
-_PIECES_AT_A_TIME = 256
+_PIECES_AT_A_TIME = 16
 _HOLE = "\x00"  # no other value of ours ends with it
 
 
-def event_of(value: object, rows: int = 0) -> bytes:
-    """A value as an event. With many ``rows`` of log-probabilities, other threads run meanwhile."""
-    written = dumps(value) if rows < _FEW_LOGPROBS else b"".join(dumped(value))
-    return b"data: " + written + b"\n\n"
+def event_of(value: object) -> bytes:
+    """A value as an event."""
+    return b"data: " + b"".join(dumped(value)) + b"\n\n"
 
 
-def named_event(name: str, value: object, rows: int = 0) -> bytes:
+def named_event(name: str, value: object) -> bytes:
     """A value as an event that says its name."""
-    return b"event: " + name.encode() + b"\n" + event_of(value, rows)
+    return b"event: " + name.encode() + b"\n" + event_of(value)
 
 
 def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
@@ -96,19 +95,29 @@ async def answered(
         answers = await service.whole(request, job)
     except CapacityError as error:
         raise problem_of(error, asked_by=writer.asked_by) from error
-    last = [chunks[-1].completion for chunks in answers]
-    ended = [completion for completion in last if completion is not None]
+    ended = [chunks[-1].completion for chunks in answers if chunks[-1].completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"
     rows = sum(_rows(chunk) for chunks in answers for chunk in chunks)
     tokens = sum(len(completion.token_ids) for completion in ended)
     if is_small(request) and rows < _FEW_LOGPROBS and tokens < _FEW_TOKENS:
-        return Response(dumps(writer.whole(answers, ended)), media_type="application/json")
-    return await large_json(lambda: writer.whole(answers, ended))
+        return Response(b"".join(dumped(writer.whole(answers, ended))), media_type="application/json")
+    return await large_json(lambda: writer.whole(answers, ended), answers, ended)
 
 
-async def large_json(make: Callable[[], object]) -> Response:
-    """A response that takes a while to make and to write: others' turn comes in between."""
-    pieces = await asyncio.to_thread(lambda: list(dumped(make())))
+async def large_json(make: Callable[[], object], *used_up: list[Any]) -> Response:
+    """A response that takes a while to make and to write: others' turn comes in between.
+
+    The lists of what it was made of, ``used_up``, are emptied: to let go of all at once takes a while too.
+    """
+
+    def made() -> list[bytes]:
+        pieces = list(dumped(make()))
+        for used in used_up:
+            while used:
+                used.pop()
+        return pieces
+
+    pieces = await asyncio.to_thread(made)
 
     async def sent() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(pieces), _PIECES_AT_A_TIME):

@@ -111,16 +111,12 @@ class ResponsesWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """How the items grow by a chunk."""
-        rows = len(chunk.logprobs or ())
-        if chunk.completion is not None:  # then each event tells all of them again
-            rows = len(chunk.completion.logprobs or ())
-        return b"".join(self._event(event, rows) for event in self._told(chunk))
+        return b"".join(self._event(event) for event in self._told(chunk))
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The whole response."""
         response = self._response(ended[0])
-        rows = len(ended[0].logprobs or ())
-        return self._event({"type": f"response.{response['status']}", "response": response}, rows)
+        return self._event({"type": f"response.{response['status']}", "response": response})
 
     def failure(self, error: Exception) -> bytes:
         """A fault in the interface's own form, and in the one that its clients raise an error for."""
@@ -128,9 +124,9 @@ class ResponsesWriter(ResponseWriter):
         told = {"message": problem.detail, "code": problem.code, "param": problem.param}
         return self._event({"type": "error", **told, **problem.body})
 
-    def _event(self, event: dict[str, Any], rows: int = 0) -> bytes:
+    def _event(self, event: dict[str, Any]) -> bytes:
         self._count += 1
-        return named_event(event["type"], {**event, "sequence_number": self._count - 1}, rows)
+        return named_event(event["type"], {**event, "sequence_number": self._count - 1})
 
     def _told(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Take a chunk in; return what it is told by."""
@@ -140,7 +136,7 @@ class ResponsesWriter(ResponseWriter):
             self._thought_tokens += len(chunk.token_ids)
         if chunk.completion is not None:
             deltas += self._parser.finish()
-        rows = chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top)
+        rows = list(chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top))
         told = self._items.push(deltas, rows)
         if chunk.completion is not None:
             told += self._items.finish(whole=chunk.completion.finish_reason != "length")

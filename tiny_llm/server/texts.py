@@ -48,16 +48,14 @@ class GenerateWriter(ResponseWriter):
     def events(self, index: int, chunk: Chunk) -> bytes:
         """One event a chunk; the last one says all that there is to say of the answer."""
         ended = {} if chunk.completion is None else self._told(index, chunk.completion)
-        told = {"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)}
-        rows = 0 if chunk.completion is None else len(chunk.completion.logprobs or ())
-        return event_of(told, rows)
+        return event_of({"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)})
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """Nothing: each answer's last event said it."""
         return b""
 
     def _told(self, index: int, completion: Completion) -> dict[str, object]:
-        rows = None if completion.logprobs is None else [_json_row(row) for row in completion.logprobs]
+        rows = None if completion.logprobs is None else (_json_row(row) for row in completion.logprobs)
         return {
             "index": index,
             "text": completion.text,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -20,6 +20,7 @@ from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 from tiny_llm.tokenizer.places import places_of
 
 _LONG_TEXT = 2**14
+_SPELLED = 2**14  # tokens whose bytes are remembered
 _TEMPLATE_SECONDS = 2.0  # for one render; honest ones take milliseconds
 
 _MARKS = frozenset(
@@ -140,7 +141,7 @@ class Tokenizer:
 
     @cached_property
     def _speller(self) -> Callable[[int], bytes]:
-        return speller(self._backend)
+        return lru_cache(_SPELLED)(speller(self._backend))
 
     def vocabulary(self) -> list[bytes]:
         """``token_bytes`` of every id: a moment's work."""
