@@ -56,6 +56,8 @@ BENCH_KEYS = [
     "backend",
     "isa",
     "threads",
+    "ops_on_ours",
+    "same_tokens",
     "load_s",
     "prefill_tok_s",
     "decode_tok_s",

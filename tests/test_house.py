@@ -25,7 +25,7 @@ FLOORS: Sequence[frozenset[str]] = (
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),
     frozenset({"ops"}),
     frozenset({"layers", "kv", "sampling"}),
-    frozenset({"models", "decoding", "scheduler"}),
+    frozenset({"models", "decoding", "scheduler", "proving"}),
     frozenset({"engine", "options"}),
     frozenset({"chat", "server", "agent", "course", "planning"}),
     frozenset({"commands"}),

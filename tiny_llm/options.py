@@ -50,6 +50,22 @@ class EngineOptions:
         ),
     ] = False
     backend: BackendOption = None
+    kernels: Annotated[
+        Literal["auto", "ours", "mlx"] | None,
+        typer.Option(
+            help="On a GPU. auto, the default: our kernels where they prove right and fast on this machine; "
+            "ours: where they prove right; mlx: none.",
+            rich_help_panel="Speed",
+        ),
+    ] = None
+    same_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--same-tokens",
+            help="Insist that an answer's tokens do not depend on what else is running.",
+            rich_help_panel="Speed",
+        ),
+    ] = False
     threads: Annotated[
         int | None,
         typer.Option(

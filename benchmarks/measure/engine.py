@@ -10,6 +10,7 @@ from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.loading import kv_dtype
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active
+from tiny_llm.proving.choice import Kernels
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.hub import resolve
@@ -35,7 +36,7 @@ def engine_of(
         EngineSettings(
             kv_blocks=BLOCKS, prefix_cache=prefix_cache, scheduler=scheduler or SchedulerSettings()
         ),
-        backend=active(),
+        kernels=Kernels(active()),
         kv_dtype=kept,
         end_ids=(),
         max_context=config.max_position_embeddings,

@@ -15,6 +15,7 @@ from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.loading import kv_dtype, load_dummy, weight_bytes
 from tiny_llm.ops.backend import active, isa, set_threads, use
+from tiny_llm.proving.choice import Kernels
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.hub import resolve
@@ -87,7 +88,7 @@ class Ours:
                 block_size=BLOCK,
                 scheduler=SchedulerSettings(max_step_ms=1e6),  # nobody is kept waiting by a prompt here
             ),
-            backend=active(),
+            kernels=Kernels(active()),
             kv_dtype=kept,
             end_ids=(),
             max_context=config.max_position_embeddings,

@@ -1,45 +1,54 @@
-"""main.py doctor: backends, and measurements as they were stored."""
+"""main.py doctor: backends, and what was found of our kernels as it was stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tiny_llm.cli import app
-from tiny_llm.ops.autotune import Autotuner, about_this_machine, autotuner
 from tiny_llm.ops.backend import BACKENDS
+from tiny_llm.proving.record import KernelTiming, Proof, Record, Shapes
+
+SHAPES = Shapes(896, 14, 2, 64, 4864, 151936, 4, 64, "bfloat16", 16)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    autotuner.cache_clear()
-    yield
-    autotuner.cache_clear()
+    monkeypatch.setenv("COLUMNS", "150")
 
 
-def doctor() -> str:
+def doctor() -> list[str]:
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0, done.output
-    return done.output
+    return [line.strip() for line in done.output.splitlines()]
 
 
 def test_each_backend_is_there_or_why_not() -> None:
-    lines = doctor().splitlines()
-    assert [line.split()[0] for line in lines[2 : 2 + len(BACKENDS)]] == list(BACKENDS)
-    assert "ref       there" in lines[2]
-    assert lines[-1].endswith("nothing measured yet")
+    lines = doctor()
+    first = lines.index("backends") + 1
+    assert [line.split()[0] for line in lines[first : first + len(BACKENDS)]] == list(BACKENDS)
+    assert lines[first].startswith("ref       there")
+    assert lines[-1] == "kernels   none of ours was tried on a GPU here; the first start on one does it"
 
 
-def test_what_was_measured_is_printed(tmp_path: Path) -> None:
-    stored = Autotuner(
-        tmp_path / "tiny_llm" / "autotune.json", about_this_machine(), lambda call: float(call())
-    )  # type: ignore[arg-type]
-    stored.ours("rms_norm 1536 bfloat16", lambda: 2e-5, lambda: 1e-5, lambda: True)
-    stored.ours("rms_norm 896 bfloat16", lambda: 2e-5, lambda: 1e-5, lambda: False)
-    lines = doctor().splitlines()
-    assert "MLX: ours 20 us, MLX 10 us" in lines[-2]
-    assert "ours: ours 20 us, MLX 10 us, whose bits depend on other rows" in lines[-1]
+def test_what_was_found_is_a_table_with_a_row_for_each_shape() -> None:
+    fast, slow = KernelTiming("1 row", 20.0, 30.0), KernelTiming("512 rows", 1000.0, 500.0)
+    proofs = [
+        Proof("rope", "", (fast,)),
+        Proof("swiglu", "", (fast, slow)),
+        Proof("sample", "a token by each option: another token"),
+    ]
+    Record.of("metal", SHAPES).add(proofs)
+    lines = doctor()
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [
+        ["rope", "1 row", "20.0", "30.0", "1.50x", "yes", "ours", "1.50x MLX's speed at 1 row"],
+        ["sample", "", "", "", "", "no", "MLX's", "a token by each option: another token"],
+        ["swiglu", "1 row", "20.0", "30.0", "1.50x", "yes", "MLX's", "0.50x MLX's speed at 512 rows"],
+        ["", "512 rows", "1,000.0", "500.0", "0.50x", "", "", ""],
+    ]
+    assert any("4 bits in groups of 64, bfloat16" in line for line in lines)
+    assert any("tokens may depend on what else is running" in line.lower() for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +19,17 @@ LARGE_BYTES = 2**28
 
 def load(options: EngineOptions) -> LLM:
     """The model that ``options`` name, ready to answer."""
-    with _LoadingBar() as bar:
-        return LLM(**arguments(options), progress=bar)
+    with _LoadingBar() as bar, _Trying() as trying:
+        llm = LLM(**arguments(options), progress=bar, trying=trying)
+    if llm.kernels.line:
+        print(llm.kernels.line, file=sys.stderr)
+    return llm
 
 
 def load_async(given: Mapping[str, Any]) -> AsyncLLM:
     """A model on a thread of its own, of what ``arguments`` has made of its options."""
-    with _LoadingBar() as bar:
-        return AsyncLLM(**given, progress=bar)
+    with _LoadingBar() as bar, _Trying() as trying:
+        return AsyncLLM(**given, progress=bar, trying=trying)
 
 
 def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
@@ -36,6 +40,8 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         "quantize": options.quantize,
         "offline": options.offline,
         "backend": options.backend,
+        "kernels": options.kernels,
+        "same_tokens": options.same_tokens,
         "threads": options.threads,
         "activations": options.activations,
         "max_context": options.max_model_len,
@@ -45,6 +51,23 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         else parse_bytes(options.swap_memory, "--swap-memory"),
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
     }
+
+
+class _Trying(Bar):
+    """What is called while kernels are tried."""
+
+    def __init__(self) -> None:
+        super().__init__("Trying our kernels on this machine, once")
+
+    def __enter__(self) -> _Trying:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, part: float, words: str) -> None:
+        """Show ``part`` of 1, and what is tried."""
+        self.show(part, words)
 
 
 class _LoadingBar:

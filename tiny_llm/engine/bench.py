@@ -81,6 +81,8 @@ def bench(task: Task, **options: Any) -> dict[str, object]:
             "backend": llm.backend,
             "isa": isa(),
             "threads": num_threads(),
+            "ops_on_ours": ", ".join(llm.kernels.on_ours) or None,
+            "same_tokens": llm.kernels.same_tokens,
             "load_s": round(loaded, 3),
             "prefill_tok_s": round(speed.prefill_tok_s, 2),
             "decode_tok_s": round(speed.decode_tok_s, 2),

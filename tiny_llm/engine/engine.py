@@ -35,6 +35,7 @@ from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.kv_pool import KvFormat
+from tiny_llm.proving.choice import Kernels
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class Engine:
         tokenizer: Tokenizer,
         settings: EngineSettings,
         *,
-        backend: str,
+        kernels: Kernels,
         kv_dtype: mx.Dtype,
         end_ids: Collection[int],
         max_context: int,
@@ -76,7 +77,7 @@ class Engine:
         format = KvFormat.of(model.config, settings.block_size, kv_dtype)
         self.settings = settings = settings.within_reach(format.block_bytes)
         cache = PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
-        self.runner = Runner(model, cache, backend)
+        self.runner = Runner(model, cache, kernels)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
@@ -133,7 +134,11 @@ class Engine:
     def stats(self) -> Snapshot:
         """All figures of the moment, for whoever reports them. To be called between two steps."""
         return Snapshot.of(
-            self.scheduler, self.totals, healthy=self.healthy, block_bytes=self.cache.format.block_bytes
+            self.scheduler,
+            self.totals,
+            healthy=self.healthy,
+            block_bytes=self.cache.format.block_bytes,
+            kernels=self.runner.kernels,
         )
 
     def cancel(self, request_id: int) -> list[Event]:

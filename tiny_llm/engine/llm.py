@@ -20,13 +20,16 @@ from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.memory import give_back_memory
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.settings import BLOCK_SIZE, EngineSettings
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
-from tiny_llm.models.loading import kv_dtype, load_model, weight_bytes
+from tiny_llm.models.loading import check_options, kv_dtype, load_model, weight_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active, choose, set_threads, use
+from tiny_llm.proving.record import Shapes
+from tiny_llm.proving.trial import Progress as Trying
+from tiny_llm.proving.trial import kernels_for
 from tiny_llm.sampling_params import SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.assemble import Progress
@@ -45,6 +48,9 @@ class LLM:
     ``dtype`` is "float32", "bfloat16" or "float16"; None takes what suits the device.
     ``quantize`` 4 or 8 packs the matrices on loading. ``offline`` never asks the network.
     ``backend`` is "cpu" (our kernels) or "ref" (plain MLX); None takes the best there is.
+    ``kernels`` says which ops run on our GPU kernels, where the backend has some: "auto", those that prove
+    right and fast on this machine, tried now if they were not; "ours", all that prove right; "mlx", none.
+    ``same_tokens`` insists that an answer's tokens do not depend on what else is running.
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
     ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
@@ -52,7 +58,8 @@ class LLM:
     that had to make room may take until they go on: without it they are computed again, which
     "preemption" in ``scheduler`` weighs. ``scheduler`` says who gets how much of a step. ``engine`` sets all
     three and more, and then none of them counts.
-    ``progress`` is called with (bytes read, bytes to read) while the weights load.
+    ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
+    1 that is done, what is done now) while kernels are tried.
 
     Close it, or use it in a ``with``, to give its memory back. One thread at a time can use it; AsyncLLM
     serves several at once.
@@ -73,6 +80,8 @@ class LLM:
         offline: bool = False,
         max_context: int | None = None,
         backend: str | None = None,
+        kernels: str | None = None,
+        same_tokens: bool = False,
         threads: int | None = None,
         activations: str = "int8",
         kv_memory: int | None = None,
@@ -80,6 +89,7 @@ class LLM:
         scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
+        trying: Trying | None = None,
     ) -> None:
         require_unforked()
         set_threads(threads)
@@ -89,7 +99,12 @@ class LLM:
             model = FolderCheckpoint(resolve(str(model), offline=offline))
         self.tokenizer = model.tokenizer
         self._chat_prompts = ChatPrompts(self.tokenizer)
+        check_options(dtype, quantize, activations)
         with use(self.backend):
+            kept = kv_dtype(model.config, dtype=dtype, quantize=quantize)
+        shapes = Shapes.of(model.config, quantize, kept, engine.block_size if engine else BLOCK_SIZE)
+        self.kernels = kernels_for(self.backend, shapes, kernels, same_tokens=same_tokens, progress=trying)
+        with use(self.backend, self.kernels.ours):
             loaded = load_model(
                 model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
             )
@@ -97,8 +112,6 @@ class LLM:
         self._weight_bytes = weight_bytes(loaded)
         self.config = loaded.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
-        with use(self.backend):
-            kept = kv_dtype(self.config, dtype=dtype, quantize=quantize)
         self._kept = kept
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
@@ -160,7 +173,7 @@ class LLM:
             self._model,
             self.tokenizer,
             settings,
-            backend=self.backend,
+            kernels=self.kernels,
             kv_dtype=self._kept,
             end_ids=self._end_ids,
             max_context=self.max_context,

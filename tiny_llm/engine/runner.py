@@ -16,6 +16,7 @@ from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
+from tiny_llm.proving.choice import Kernels
 
 
 @dataclass(slots=True)
@@ -39,18 +40,18 @@ class InFlightBatch:
 
 
 class Runner:
-    """``model`` on ``backend``, with its ``cache``. One thread's: MLX's streams belong to it."""
+    """``model`` on the chosen ``kernels``, with its ``cache``. One thread's: MLX's streams belong to it."""
 
-    def __init__(self, model: Model, cache: PagedCache, backend: str) -> None:
+    def __init__(self, model: Model, cache: PagedCache, kernels: Kernels) -> None:
         self.model = model
         self.cache = cache
-        self._backend = backend
+        self.kernels = kernels
 
     def launch(self, plan: Plan, rows: list[Row], drawn: mx.array | None, lap: Lap) -> InFlightBatch:
         """Start a step: from its plan to tokens that are being drawn for ``rows``. See ``forward``."""
         batch = InFlightBatch(plan, rows)
         try:
-            with use(self._backend):
+            with use(self.kernels.backend, self.kernels.ours):
                 batch.drawing = draw(self.forward(plan, drawn, lap), rows, lap)
         except Exception as error:
             batch.error = error
@@ -76,7 +77,7 @@ class Runner:
 
     def swap_ms(self) -> float:
         """Milliseconds that a block takes to host memory and back."""
-        with use(self._backend):
+        with use(self.kernels.backend, self.kernels.ours):
             return self.cache.swap_ms()
 
     def clear(self) -> None:

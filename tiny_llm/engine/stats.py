@@ -14,6 +14,7 @@ from tiny_llm.decoding.answer import Answer
 from tiny_llm.kv.blocks import Usage
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import kernel_seconds
+from tiny_llm.proving.choice import Kernels
 from tiny_llm.scheduler.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -101,8 +102,9 @@ class Snapshot:
     """An engine's figures at one moment. ``totals`` are since it began, and are the engine's own: they go on.
 
     ``running`` and ``waiting`` count sequences, ``preempted`` how often one gave way, by how; ``fallbacks``
-    are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed. Memory in
-    bytes, times in seconds.
+    are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed.
+    ``ops_on_ours`` run on kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same
+    whatever else is running. Memory in bytes, times in seconds.
     """
 
     healthy: bool
@@ -116,11 +118,21 @@ class Snapshot:
     totals: EngineStats
     fallbacks: Mapping[str, int]
     kernel_s: float | None
+    ops_on_ours: tuple[str, ...]
+    same_tokens: bool
     mlx_active_bytes: int
     mlx_cache_bytes: int
 
     @classmethod
-    def of(cls, scheduler: Scheduler, totals: EngineStats, *, healthy: bool, block_bytes: int) -> Snapshot:
+    def of(
+        cls,
+        scheduler: Scheduler,
+        totals: EngineStats,
+        *,
+        healthy: bool,
+        block_bytes: int,
+        kernels: Kernels,
+    ) -> Snapshot:
         """The figures of an engine with this scheduler."""
         prefix = scheduler.blocks.prefix
         return cls(
@@ -135,6 +147,8 @@ class Snapshot:
             totals=totals,
             fallbacks=fallbacks().read(),
             kernel_s=kernel_seconds(),
+            ops_on_ours=kernels.on_ours,
+            same_tokens=kernels.same_tokens,
             mlx_active_bytes=mx.get_active_memory(),
             mlx_cache_bytes=mx.get_cache_memory(),
         )

@@ -26,6 +26,7 @@ from tiny_llm.ops.backend import active, runs_ours
 from tiny_llm.ops.cuda import cuda_kernel
 
 VARIABLE = "TINY_LLM_METALSIM"
+FOLDER = "TINY_LLM_KERNELS"
 _KERNEL = re.compile(r"^// kernel (\w+)\(([^)]*)\) -> \(([^)]*)\)$", re.MULTILINE)
 _HERE = Path(__file__).resolve()
 
@@ -107,16 +108,21 @@ def _made(text: Text, mode: str) -> Kernel:
 
 
 def folder(of: str = "metal") -> Path:
-    """Where kernels/``of`` is: in the package as it is installed, or beside it in a checkout."""
+    """Where kernels/``of`` is: in $TINY_LLM_KERNELS, in the package as it is installed, or beside it."""
+    if given := os.environ.get(FOLDER):
+        return Path(given) / of
     installed = _HERE.parents[1] / "kernels" / of
     return installed if installed.is_dir() else _HERE.parents[2] / "kernels" / of
 
 
-@cache
 def texts(file: str) -> dict[str, Text]:
     """The kernels of a file by name."""
-    name = f"{file}.metal"
-    text = (folder() / name).read_text(encoding="utf-8")
+    return _texts(folder(), f"{file}.metal")
+
+
+@cache
+def _texts(place: Path, name: str) -> dict[str, Text]:
+    text = (place / name).read_text(encoding="utf-8")
     heads = list(_KERNEL.finditer(text))
     # A compiler's message then names the line of the file, not of the text that MLX makes of it.
     header = f'#line 1 "{name}"\n{text[: heads[0].start()]}'

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from tiny_llm.ops.autotune import autotuner
-from tiny_llm.ops.backend import active, cpu, on_cpu
+from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
 
 
@@ -34,8 +33,6 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
     if on_metal("rms_norm", x, weight):
-        if x.size and active() == "metal" and not _ours(x.shape[-1], x.dtype):
-            return mx.fast.rms_norm(x, weight, eps)
         (out,) = _metal("rms_norm", [x, weight, eps], x, outputs=1)
         return out
     return rms_norm_ref(x, weight, eps)
@@ -52,29 +49,6 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
         total, out = _metal("add_rms_norm", [x, residual, weight, eps], x, outputs=2)
         return total, out
     return add_rms_norm_ref(x, residual, weight, eps)
-
-
-def _ours(width: int, dtype: mx.Dtype) -> bool:
-    """Whether our kernel is the faster one here, for a row, or the only one that keeps a row's bits."""
-
-    def rows(count: int) -> mx.array:
-        return mx.random.normal((count, width), key=mx.random.key(0)).astype(dtype)
-
-    weight = mx.ones((width,), dtype)
-
-    def keeps_bits() -> bool:
-        many = rows(33)
-        alone = mx.fast.rms_norm(many[20:21], weight, 1e-6)
-        return bool(mx.array_equal(mx.fast.rms_norm(many, weight, 1e-6)[20:21], alone).item())
-
-    def ours() -> list[mx.array]:
-        one = rows(1)
-        return _metal("rms_norm", [one, weight, 1e-6], one, outputs=1)
-
-    def theirs() -> mx.array:
-        return mx.fast.rms_norm(rows(1), weight, 1e-6)
-
-    return autotuner().ours(f"rms_norm {width} {dtype}", ours, theirs, keeps_bits)
 
 
 def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: int) -> list[mx.array]:

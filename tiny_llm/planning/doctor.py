@@ -1,38 +1,39 @@
-"""Owns ``python main.py doctor``: what runs here, what does not and why, what was measured. No model."""
+"""Owns ``python main.py doctor``: what runs here, what does not and why, what was found of our kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tiny_llm.errors import ConfigError
-from tiny_llm.ops.autotune import about_this_machine, autotuner
 from tiny_llm.ops.backend import BACKENDS, active, choose
+from tiny_llm.proving.choice import choose as choose_kernels
+from tiny_llm.proving.record import Proof, Record, Shapes, machine, records
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
 
 
 @app.command()
 def doctor() -> None:
-    """Say which backends this machine has, and where our kernels or MLX's own ops run."""
-    for line in report():
-        typer.echo(line)
-
-
-def report() -> Iterator[str]:
-    """The lines of it."""
-    about = about_this_machine()
-    yield f"device    {about['device']}, MLX {about['mlx']}, kernels {about['kernels']}"
-    yield f"backend   {active()}"
+    """Say which backends this machine has, and which of our GPU kernels proved right and fast on it."""
+    console = Console(highlight=False)
+    about = machine(active())
+    console.print(f"device    {about['device']}, {about['system']}", soft_wrap=True)
+    console.print(f"MLX       {about['mlx']}, kernels {about['kernels']}", soft_wrap=True)
+    console.print("backends")
     for name in BACKENDS:
-        yield f"  {name:<9} {_state(name)}"
-    measured = autotuner().known()
-    yield "kernels   ours or MLX's own, as measured here" + ("" if measured else ": nothing measured yet")
-    for case, found in measured.items():
-        times = f"ours {found.ours_us:.0f} us, MLX {found.theirs_us:.0f} us"
-        bits = "" if found.theirs_keeps_bits else ", whose bits depend on other rows"
-        yield f"  {case:<40} {'ours' if found.ours else 'MLX'}: {times}{bits}"
+        mark = ", the default" if name == active() else ""
+        console.print(f"  {name:<9} {_state(name)}{mark}", soft_wrap=True)
+    found = records()
+    if not found:
+        console.print("kernels   none of ours was tried on a GPU here; the first start on one does it")
+    for record in found:
+        console.print()
+        console.print(table(record))
 
 
 def _state(name: str) -> str:
@@ -41,3 +42,43 @@ def _state(name: str) -> str:
     except ConfigError as error:
         return str(error)
     return "there"
+
+
+def table(record: Record) -> Table:
+    """What was found for one backend and model: a row for each op and shape, and what "auto" makes of it."""
+    backend, shapes = record.backend, record.shapes
+    proofs = record.read()
+    kernels = choose_kernels(backend, proofs, "auto", False, dense=not shapes.bits)
+    made = Table(title=_title(backend, shapes), title_justify="left", caption=kernels.line)
+    made.caption_justify = "left"
+    for name in ("op", "shape"):
+        made.add_column(name, no_wrap=True)
+    for name in ("ours, us", "MLX, us", "ratio"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for name in ("right?", "runs"):
+        made.add_column(name, no_wrap=True)
+    made.add_column("why")
+    for op, proof in proofs.items():
+        is_ours = op in (kernels.ours or ())
+        for i, row in enumerate(_rows(proof)):
+            runs = Text("ours" if is_ours else "MLX's", "green" if is_ours else "yellow")
+            first = (op, "no" if proof.wrong else "yes", runs, kernels.why[op]) if not i else ("", "", "", "")
+            made.add_row(first[0], *row, *first[1:])
+        made.add_section()
+    return made
+
+
+def _title(backend: str, shapes: Shapes) -> str:
+    weights = f"{shapes.bits} bits in groups of {shapes.group_size}" if shapes.bits else "not quantized"
+    return (
+        f"{backend}: hidden {shapes.hidden}, heads {shapes.heads}/{shapes.kv_heads} x {shapes.head_dim}, "
+        f"MLP {shapes.intermediate}, vocabulary {shapes.vocab:,}, {weights}, {shapes.dtype}"
+    )
+
+
+def _rows(proof: Proof) -> Iterator[tuple[str, str, str, str]]:
+    """Shape, ours, MLX's, and our speed as a share of MLX's; one row of nothing where nothing was timed."""
+    for timing in proof.timings:
+        yield timing.shape, f"{timing.ours_us:,.1f}", f"{timing.mlx_us:,.1f}", f"{timing.ratio:.2f}x"
+    if not proof.timings:
+        yield "", "", "", ""

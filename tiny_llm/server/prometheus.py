@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import (
 )
 
 from tiny_llm.engine.stats import Histogram, Snapshot
+from tiny_llm.proving.choice import OPS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,6 +59,14 @@ class _Figures:
         yield self._gauge("kv_cache_blocks", "KV blocks that there may be.", blocks.limit)
         yield self._gauge("kv_cache_used_blocks", "KV blocks in use.", blocks.used)
         yield self._gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", blocks.cached)
+        told = "1: an answer's tokens do not depend on what else is running."
+        yield self._gauge("same_tokens", told, stats.same_tokens)
+        family = GaugeMetricFamily(
+            "tiny_llm_op_on_our_kernel", "1: on a kernel of ours; 0: on MLX's.", labels=["model_name", "op"]
+        )
+        for op in OPS:
+            family.add_metric([self._name, op], op in stats.ops_on_ours)
+        yield family
 
     def _counters(self) -> Iterator[Metric]:
         stats, totals = self._stats, self._stats.totals

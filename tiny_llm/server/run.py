@@ -146,7 +146,8 @@ async def _serve(server: Server, listening: socket.socket) -> None:
             host, port = listening.getsockname()[:2]
             name = server.service.settings.name
             place = f"[{host}]" if ":" in host else host
-            print(server.service.llm.memory, file=sys.stderr)
+            for line in filter(None, (server.service.llm.memory, server.service.llm.kernels.line)):
+                print(line, file=sys.stderr)
             said = f"Serving {name} at http://{place}:{port} (a page to chat and to watch; Ctrl-C ends it)"
             print(said, file=sys.stderr, flush=True)
         await serving

@@ -1,0 +1,77 @@
+"""Kernels that prove wrong are replaced by the floor's, end to end, on metalsim; and it is said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.cli import app
+from tiny_llm.errors import ConfigError
+from tiny_llm.metalsim.build import why_not
+from tiny_llm.ops.metal import FOLDER, folder
+from tiny_llm.proving.choice import OPS
+from tiny_llm.server.prometheus import exposition
+
+GREEDY = SamplingParams(max_tokens=4, ignore_eos=True)
+PROMPT = "12 + 30 ="
+
+
+@pytest.fixture(autouse=True)
+def _simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr("tiny_llm.proving.record.user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("TINY_LLM_METALSIM", "fast")
+
+
+def tokens(llm: LLM) -> list[int]:
+    return llm.generate(PROMPT, GREEDY)[0].token_ids
+
+
+@pytest.mark.slow
+def test_a_broken_kernel_is_the_floors_and_answers_are_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for of in ("metal", "cuda"):
+        shutil.copytree(folder(of), tmp_path / "kernels" / of)
+    broken = tmp_path / "kernels" / "metal" / "rms_norm.metal"
+    broken.write_text(broken.read_text().replace("-> (total, out)\n", "-> (total, out)\n#define eps 0.5f\n"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "kernels"))
+    with LLM(backend="metalsim", kernels="mlx", quantize=4) as floor:
+        expected = tokens(floor)
+        assert floor.engine.stats().ops_on_ours == ()
+    said: list[str] = []
+    with LLM(backend="metalsim", kernels="ours", quantize=4, trying=lambda _, what: said.append(what)) as llm:
+        assert tokens(llm) == expected
+        assert llm.kernels.ours == set(OPS) - {"rms_norm"}
+        assert "MLX's for rms_norm (a sum and its norm: off by" in llm.kernels.line
+        stats = llm.engine.stats()
+        assert stats.ops_on_ours == tuple(op for op in OPS if op != "rms_norm") and not stats.same_tokens
+        told = exposition(stats, "demo", 0).decode()
+        assert 'tiny_llm_op_on_our_kernel{model_name="demo",op="rms_norm"} 0.0' in told
+        assert 'tiny_llm_op_on_our_kernel{model_name="demo",op="rope"} 1.0' in told
+        assert 'tiny_llm_same_tokens{model_name="demo"} 0.0' in told
+    assert "rms_norm: a sum and its norm" in said
+    with LLM(backend="metalsim", quantize=4) as all_ours:
+        assert tokens(all_ours) != expected, "the case: the broken kernel would be seen"
+    with pytest.raises(
+        ConfigError, match=r"did not prove right on this machine: rms_norm \(a sum and its no"
+    ):
+        LLM(backend="metalsim", quantize=4, same_tokens=True, kernels="ours")
+
+
+def test_metalsim_runs_all_of_ours_untried_unless_asked() -> None:
+    with LLM(backend="metalsim") as llm:
+        assert llm.kernels.ours is None and not llm.kernels.line
+        assert llm.engine.stats().same_tokens and llm.engine.stats().ops_on_ours == OPS
+
+
+def test_the_start_says_where_kernels_are_mlxs() -> None:
+    options = ["--backend", "metalsim", "--kernels", "mlx", "--prompt", "Hi", "--max-tokens", "1"]
+    done = CliRunner().invoke(app, ["generate", *options])
+    assert done.exit_code == 0, done.output
+    assert "Kernels: MLX's; tokens may depend on what else is running (--same-tokens" in done.stderr

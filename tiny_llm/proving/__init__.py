@@ -1,0 +1,1 @@
+"""Whether our GPU kernels are right and fast on this machine: tried once, remembered, and chosen by."""

@@ -1,0 +1,413 @@
+"""Owns what each op is tried on: questions with known answers, and calls that are timed.
+
+An answer is known from ``ref`` on the CPU, or from the same rows alone: a row keeps its bits, whoever is
+beside it. Shapes are the model's, but for how many rows there are. Knows no process and no clock.
+
+Letters: ``T`` rows, ``E`` hidden size, ``H`` heads, ``K`` key/value heads, ``D`` head dim, ``S`` block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from tiny_llm.data import Pages, QuantizedTensor
+from tiny_llm.ops.attention import attention_ref
+from tiny_llm.ops.kv_pool import KvFormat, Pool
+from tiny_llm.ops.linear import gated, linear, linears
+from tiny_llm.ops.paged_attention import paged_attention
+from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
+from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from tiny_llm.ops.rope import rope_frequencies, rope_qk, rope_qk_ref
+from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+from tiny_llm.ops.work_lists import WorkLists
+from tiny_llm.proving.choice import OPS
+from tiny_llm.proving.record import Shapes
+from tiny_llm.sampling.sampler import sample, sample_ref
+from tiny_llm.sampling_params import SamplingParams
+
+TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Of the largest value of an answer: two roundings, and in float32 what another order of a sum makes."""
+ROWS, ROW = 33, 20  # a row among others; tiles of 8, 16 and 32 do not divide them
+EPS = 1e-6
+MATRIX_BYTES = 96 * 2**20  # that matrices take together when they are timed: more than a cache holds
+Arrays = Sequence[mx.array]
+
+
+@dataclass(frozen=True)
+class Check:
+    """``got`` is to be ``expected``, to ``tolerance`` of its largest value; 0: bit for bit."""
+
+    name: str
+    got: Callable[[], Arrays]
+    expected: Callable[[], Arrays]
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """A call to be timed, in chains: ``step`` makes of a state the next one; ``make`` makes the first."""
+
+    shape: str
+    make: Callable[[], Arrays]
+    step: Callable[[Arrays, int], Arrays]
+
+
+Case = Check | TimedCall
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases are: rows that are timed together, and tokens that attention sees."""
+
+    rows: tuple[int, ...] = (1, 16, 512)
+    context: int = 1024
+    checked: int = 300  # tokens: more than a span of attention
+    outputs: int = 520  # of a matrix that is checked, at most
+
+    @classmethod
+    def small(cls) -> Sizes:
+        """For what is simulated."""
+        return cls(rows=(1,), context=16, checked=9, outputs=40)
+
+
+def known(expected: Callable[[], Arrays]) -> Callable[[], Arrays]:
+    """``expected``, computed on the CPU: by nothing of what is tried."""
+
+    def on_the_cpu() -> Arrays:
+        with mx.stream(mx.cpu):
+            answer = expected()
+            mx.eval(*answer)
+        return answer
+
+    return on_the_cpu
+
+
+def normal(s: Shapes, *shape: int, seed: int = 0) -> mx.array:
+    """Seeded numbers in the model's dtype."""
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, s.dtype))
+
+
+def row_of(arrays: Arrays, row: int = ROW) -> list[mx.array]:
+    """One row of each."""
+    return [array[row : row + 1] for array in arrays]
+
+
+def _norms(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    x, y, weight = normal(s, ROWS, s.hidden), normal(s, ROWS, s.hidden, seed=1), normal(s, s.hidden, seed=2)
+    tolerance = TOLERANCE[s.dtype]
+    yield Check(
+        "a norm", lambda: [rms_norm(x, weight, EPS)], known(lambda: [rms_norm_ref(x, weight, EPS)]), tolerance
+    )
+    yield Check(
+        "a sum and its norm",
+        lambda: add_rms_norm(x, y, weight, EPS),
+        known(lambda: add_rms_norm_ref(x, y, weight, EPS)),
+        tolerance,
+    )
+    yield Check(
+        "a row alone and among others",
+        lambda: row_of(add_rms_norm(x, y, weight, EPS)),
+        lambda: add_rms_norm(*_pair([x, y]), weight, EPS),
+    )
+    for rows in sizes.rows:
+        make = partial(_two, s, rows, s.hidden)
+        yield TimedCall(_rows(rows), make, lambda state, _: add_rms_norm(state[0], state[1], weight, EPS))
+
+
+def _two(s: Shapes, rows: int, width: int) -> list[mx.array]:
+    return [normal(s, rows, width), normal(s, rows, width, seed=1)]
+
+
+def _pair(arrays: Arrays) -> tuple[mx.array, mx.array]:
+    """A row of each of two."""
+    first, second = row_of(arrays)
+    return first, second
+
+
+def _rotations(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    inv_freq = rope_frequencies(s.head_dim, 1e6)
+    norms = normal(s, s.head_dim, seed=2), normal(s, s.head_dim, seed=3)
+    x = _heads(s, ROWS)
+
+    def turned(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
+        return rope_qk(x[0], x[1], x[2], inv_freq, *norms, EPS)
+
+    def turned_ref(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
+        return rope_qk_ref(x[0], x[1], x[2], inv_freq, *norms, EPS)
+
+    def alone() -> Arrays:
+        q, k, at = row_of(x)
+        return rope_qk(q, k, at, inv_freq, *norms, EPS)
+
+    tolerance = TOLERANCE[s.dtype]
+    plain = (None, None)
+    yield Check("a rotation", partial(turned, plain), known(partial(turned_ref, plain)), tolerance)
+    yield Check("a normed rotation", partial(turned, norms), known(partial(turned_ref, norms)), tolerance)
+    yield Check("a row alone and among others", lambda: row_of(turned(norms)), alone)
+
+    def step(state: Arrays, _: int) -> Arrays:
+        return [*rope_qk(state[0], state[1], state[2], inv_freq, None, None, EPS), state[2]]
+
+    for rows in sizes.rows:
+        yield TimedCall(_rows(rows), partial(_heads, s, rows), step)
+
+
+def _heads(s: Shapes, rows: int) -> list[mx.array]:
+    """Queries [T, H, D], keys [T, K, D] and the positions of both."""
+    q, k = normal(s, rows, s.heads, s.head_dim), normal(s, rows, s.kv_heads, s.head_dim, seed=1)
+    return [q, k, mx.arange(rows, dtype=mx.int32) * 97]
+
+
+def _gates(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    gate, up = 4 * normal(s, ROWS, s.intermediate), normal(s, ROWS, s.intermediate, seed=1)
+    expected = known(lambda: [swiglu_ref(gate, up)])
+    yield Check("a gated unit", lambda: [swiglu(gate, up)], expected, TOLERANCE[s.dtype])
+    yield Check(
+        "a row alone and among others",
+        lambda: row_of([swiglu(gate, up)]),
+        lambda: [swiglu(*_pair([gate, up]))],
+    )
+    for rows in sizes.rows:
+        make = partial(_two, s, rows, s.intermediate)
+        yield TimedCall(_rows(rows), make, lambda state, _: [swiglu(state[0], state[1]), state[1]])
+
+
+def _matrix(s: Shapes, outputs: int, width: int, seed: int = 5) -> QuantizedTensor:
+    weight = normal(s, outputs, width, seed=seed) * width**-0.5
+    return QuantizedTensor(*mx.quantize(weight, s.group_size, s.bits), s.group_size, s.bits)
+
+
+def _products(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    for width in dict.fromkeys((s.hidden, s.intermediate)):
+        x = normal(s, ROWS, width)
+        weight = _matrix(s, min(sizes.outputs, s.hidden), width)
+        for rows in (1, 5, 16, ROWS):
+            yield from _product(s, x[:rows], weight)
+    yield from _fused(s, sizes)
+    yield from _layers(s, sizes)
+
+
+def _product(s: Shapes, x: mx.array, weight: QuantizedTensor) -> Iterator[Check]:
+    rows, width = x.shape
+    yield Check(
+        f"{_rows(rows)} by a matrix {width} wide",
+        lambda: [quantized_matmul(x, weight)],
+        known(lambda: [quantized_matmul_ref(x, weight)]),
+        TOLERANCE[s.dtype],
+    )
+    yield Check(
+        f"a row {width} wide alone and among {rows}",
+        lambda: row_of([quantized_matmul(x, weight)], rows - 1),
+        lambda: [quantized_matmul(x[rows - 1 :], weight)],
+    )
+
+
+def _fused(s: Shapes, sizes: Sizes) -> Iterator[Check]:
+    """What a layer asks for at once: q, k and v with a bias, and the gated pair."""
+    x = normal(s, ROWS, s.hidden)
+    outputs = s.head_dim * -(-min(sizes.outputs, s.hidden) // s.head_dim)
+    weights = [_matrix(s, outputs, s.hidden, seed) for seed in (5, 6)]
+    biases = [normal(s, outputs, seed=seed) for seed in (7, 8)]
+
+    def fused(x: mx.array) -> list[mx.array]:
+        return [*linears(x, weights, biases), gated(x, weights[0], weights[1], None, None)]
+
+    def expected() -> list[mx.array]:
+        products = [quantized_matmul_ref(x, weight) for weight in weights]
+        sums = [product + bias for product, bias in zip(products, biases, strict=True)]
+        return [*sums, swiglu_ref(products[0], products[1])]
+
+    yield Check(
+        "two matrices with biases, a gated pair", lambda: fused(x), known(expected), TOLERANCE[s.dtype]
+    )
+    yield Check(
+        "these for a row alone and among others", lambda: row_of(fused(x)), lambda: fused(x[ROW : ROW + 1])
+    )
+
+
+def _layers(s: Shapes, sizes: Sizes) -> Iterator[TimedCall]:
+    """All products of a layer, one after another; layers take turns, so that no cache holds them."""
+    wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    shapes = [(wide, s.hidden), (narrow, s.hidden), (narrow, s.hidden), (s.hidden, wide)]
+    shapes += [(s.intermediate, s.hidden), (s.intermediate, s.hidden), (s.hidden, s.intermediate)]
+    layer_bytes = sum(outputs * width for outputs, width in shapes) * s.bits // 8
+    count = max(1, min(8, -(-MATRIX_BYTES // layer_bytes)))
+    layers = [[_random_matrix(s, *shape, seed=i) for shape in shapes] for i in range(count)]
+    mx.eval([[(w.packed, w.scales, w.biases) for w in layer] for layer in layers])
+
+    def step(state: Arrays, number: int) -> Arrays:
+        q, k, v, o, gate, up, down = layers[number % count]
+        heads, _, _ = linears(state[0], [q, k, v], [None, None, None])
+        return [linear(gated(linear(heads, o), gate, up, None, None), down)]  # the next one's input
+
+    for rows in sizes.rows:
+        yield TimedCall(f"{_rows(rows)}, a layer", partial(_two, s, rows, s.hidden), step)
+
+
+def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedTensor:
+    """Random words, which take less time than what ``mx.quantize`` makes of random numbers."""
+    key = mx.random.key(seed)
+    words = mx.random.randint(0, 2**31 - 1, (outputs, width * s.bits // 32), mx.int32, key=key)
+    scales = mx.full((outputs, width // s.group_size), 2.0**-s.bits * width**-0.5, getattr(mx, s.dtype))
+    return QuantizedTensor(words.view(mx.uint32), scales, -scales, s.group_size, s.bits)
+
+
+def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    lens = (sizes.checked, 2, sizes.checked // 2)
+    yield Check(
+        "sequences of several lengths",
+        lambda: _attended(s, lens),
+        known(lambda: [_attended_ref(s, length, b) for b, length in enumerate(lens)]),
+        TOLERANCE[s.dtype],
+    )
+    yield Check(
+        "a sequence alone and among others",
+        lambda: _attended(s, lens)[:1],
+        lambda: _attended(s, lens[:1]),
+    )
+    yield Check(
+        "a row in a chunk and by itself",
+        lambda: _attended(s, lens[:1]),
+        lambda: _attended(s, lens[:1], decoded=3),
+    )
+    for rows in sizes.rows:
+        yield _attention_speed(s, rows, sizes.context)
+
+
+def _qkv(s: Shapes, tokens: int, seed: int) -> list[mx.array]:
+    """Queries [T, H, D], keys and values [T, K, D]."""
+    heads = (s.heads, s.kv_heads, s.kv_heads)
+    return [normal(s, tokens, count, s.head_dim, seed=10 * seed + i) for i, count in enumerate(heads)]
+
+
+def _attended_ref(s: Shapes, tokens: int, seed: int) -> mx.array:
+    return attention_ref(*_qkv(s, tokens, seed), scale=s.head_dim**-0.5, offset=0)
+
+
+def _attended(s: Shapes, lens: Sequence[int], decoded: int = 1) -> list[mx.array]:
+    """What each sequence gets [T, H, D]: the last tokens, ``decoded`` of them, each in a call of its own."""
+    tables = _tables(lens, s.block_size)
+    tokens = [_qkv(s, length, b) for b, length in enumerate(lens)]
+    pool = _pool(s, lens)
+    outs: list[list[mx.array]] = [[] for _ in lens]
+    for left in range(decoded, -1, -1):
+        ends = [length - left for length in lens]
+        starts = [0 if left == decoded else end - 1 for end in ends]
+        parts = [
+            [array[start:end] for array in qkv] for qkv, start, end in zip(tokens, starts, ends, strict=True)
+        ]
+        q, k, v = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
+        out, pool = paged_attention(q, k, v, pool, _pages(tables, starts, ends, s.block_size))
+        mx.eval(out, *pool)
+        at = 0
+        for own, start, end in zip(outs, starts, ends, strict=True):
+            own.append(out[at : at + end - start])
+            at += end - start
+    return [mx.concatenate(own) for own in outs]
+
+
+def _attention_speed(s: Shapes, rows: int, context: int) -> TimedCall:
+    """Up to 16 ``rows`` are a sequence's next token each; more are one sequence's chunk."""
+    sequences, new = (rows, 1) if rows <= 16 else (1, min(rows, context))
+    lens = [context] * sequences
+    pages = _pages(_tables(lens, s.block_size), [context - new] * sequences, lens, s.block_size)
+    work = WorkLists(pages)  # as in a model, where all layers of a step share it
+    k, v = _qkv(s, sequences * new, seed=1)[1:]
+
+    def step(state: Arrays, _: int) -> Arrays:
+        out, pool = paged_attention(state[0], k, v, tuple(state[1:]), pages, work)
+        return [out, *pool]
+
+    return TimedCall(
+        f"{sequences} x {new} of {context} tokens",
+        lambda: [_qkv(s, sequences * new, seed=0)[0], *_pool(s, lens)],
+        step,
+    )
+
+
+def _tables(lens: Sequence[int], size: int) -> list[list[int]]:
+    """Blocks of each sequence, which do not lie in order."""
+    counts = [-(-length // size) for length in lens]
+    ids = list(range(sum(counts)))
+    return [[ids.pop() for _ in range(count)] for count in counts]
+
+
+def _pool(s: Shapes, lens: Sequence[int]) -> Pool:
+    """As the ops in use want it."""
+    blocks = sum(-(-length // s.block_size) for length in lens)
+    format = KvFormat(1, s.kv_heads, s.head_dim, s.block_size, getattr(mx, s.dtype))
+    return format.empty_pool(blocks, blocks)
+
+
+def _pages(tables: list[list[int]], starts: Sequence[int], ends: Sequence[int], size: int) -> Pages:
+    """Of each sequence, the tokens from its start to its end are new, and it has none after them."""
+    news = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+    slots = [
+        table[at // size] * size + at % size for table, new in zip(tables, news, strict=True) for at in new
+    ]
+    width = max(map(len, tables))
+    wide = [table + [0] * (width - len(table)) for table in tables]
+    firsts = [sum(map(len, news[:b])) for b in range(len(news) + 1)]
+    return Pages(*(mx.array(numbers, mx.int32) for numbers in (slots, wide, firsts, list(ends))))
+
+
+def _draws(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    options = [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, top_k=5, seed=2),
+        SamplingParams(temperature=1.5, top_p=0.9, seed=3),
+        SamplingParams(temperature=1.0, min_p=0.1, seed=4),
+        SamplingParams(temperature=0.8, top_k=20, top_p=0.95, seed=5),
+        SamplingParams(temperature=0.0),
+    ]
+    positions = list(range(7, 7 + len(options)))
+    logits = 3 * mx.random.normal((len(options), s.vocab), key=mx.random.key(9))
+
+    yield Check(
+        "a token by each option",
+        lambda: [sample(logits, options, positions)],
+        known(lambda: [sample_ref(logits, options, positions)]),
+    )
+    yield Check(
+        "a row alone and among others",
+        lambda: row_of([sample(logits, options, positions)], 2),
+        lambda: [sample(logits[2:3], options[2:3], positions[2:3])],
+    )
+    nucleus = SamplingParams(temperature=0.8, top_p=0.95, seed=6)
+
+    def step(state: Arrays, number: int) -> Arrays:
+        rows = state[0].shape[0]
+        tokens = sample(state[0], [nucleus] * rows, [number] * rows)
+        return [state[0] + 0 * tokens[:, None]]
+
+    def make(rows: int) -> Arrays:
+        return [mx.random.normal((rows, s.vocab), key=mx.random.key(9))]
+
+    for rows in [count for count in sizes.rows if count <= 16]:
+        yield TimedCall(_rows(rows), partial(make, rows), step)
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
+    """What ``op`` is tried on: first the checks, then what is timed."""
+    makers: Mapping[str, Callable[[Shapes, Sizes], Iterator[Case]]] = {
+        "rms_norm": _norms,
+        "rope": _rotations,
+        "swiglu": _gates,
+        "quantized_matmul": _products,
+        "paged_attention": _attentions,
+        "sample": _draws,
+    }
+    return makers[op](shapes, sizes)
+
+
+def ops_of(shapes: Shapes) -> tuple[str, ...]:
+    """The ops that a model of these shapes uses, of those that have kernels for GPUs."""
+    return tuple(op for op in OPS if shapes.bits or op != "quantized_matmul")

@@ -1,0 +1,141 @@
+"""``python -m tiny_llm.proving.child``: tries ops' kernels in a process that may crash or hang.
+
+Owns the way from a job, JSON on stdin, to lines of JSON on stdout: what it is about to do, and a proof as
+each op is done. Whoever started it keeps the time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+
+import mlx.core as mx
+
+from tiny_llm.ops.backend import active, use
+from tiny_llm.proving.cases import Check, Sizes, TimedCall, cases
+from tiny_llm.proving.record import KernelTiming, Proof, Shapes
+
+TURNS = 5
+CHAIN = 100  # calls of one evaluation, at most
+CHAIN_S = 0.02  # that such a chain takes, about
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class KernelJob:
+    """What to try: ``ops`` on ``backend``; ``small`` for what is simulated."""
+
+    backend: str
+    shapes: Shapes
+    ops: tuple[str, ...]
+    small: bool
+
+    def as_json(self) -> str:
+        """The line that a child reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, line: str) -> KernelJob:
+        """That line as a job."""
+        given = json.loads(line)
+        return cls(given["backend"], Shapes(**given["shapes"]), tuple(given["ops"]), given["small"])
+
+
+def main() -> None:
+    """Try each op of the job."""
+    job = KernelJob.read(sys.stdin.readline())
+    sizes = Sizes.small() if job.small else Sizes()
+    for op in job.ops:
+        with use(job.backend, frozenset({op})):
+            proof = prove(op, job.shapes, sizes, lambda what: _say({"doing": what}))
+        _say({"proof": asdict(proof)})
+
+
+def _say(what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def prove(op: str, shapes: Shapes, sizes: Sizes, doing: Callable[[str], None]) -> Proof:
+    """Try ``op``; ``doing`` is told what comes next. What is wrong is in the proof, and nothing is raised."""
+    timings: list[KernelTiming] = []
+    what = "making inputs"
+    doing(what)
+    try:
+        for case in cases(op, shapes, sizes):
+            what = case.name if isinstance(case, Check) else f"timing {case.shape}"
+            doing(what)
+            if isinstance(case, TimedCall):
+                timings.append(timing(case))
+            elif wrong := difference(case):
+                return Proof(op, f"{what}: {wrong}")
+    except Exception as error:  # a kernel's text may be wrong in any way
+        return Proof(op, f"{what}: {_first_line(error)}")
+    return Proof(op, "", tuple(timings))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def difference(case: Check) -> str:
+    """What is wrong with what a check gets; empty if nothing is."""
+    for got, expected in zip(case.got(), case.expected(), strict=True):
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            return f"got {got.dtype} {got.shape}, expected {expected.dtype} {expected.shape}"
+        if not case.tolerance:
+            if not mx.array_equal(got, expected).item():
+                return "other bits" if mx.issubdtype(got.dtype, mx.floating) else "another token"
+            continue
+        largest = mx.max(mx.abs(expected.astype(mx.float32)))
+        off = mx.abs(got.astype(mx.float32) - expected.astype(mx.float32)) / mx.maximum(largest, 1e-9)
+        if not mx.all(off <= case.tolerance).item():  # a NaN is not
+            return f"off by {mx.max(off).item():.2g} of the largest value, allowed {case.tolerance:g}"
+    return ""
+
+
+def timing(case: TimedCall) -> KernelTiming:
+    """Ours and MLX's in turns, so that a machine that slows down does so for both; medians."""
+    chains = [_Chain(case, nullcontext), _Chain(case, partial(use, active(), frozenset()))]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(TURNS):
+        for chain, spent in zip(chains, seconds, strict=True):
+            spent.append(chain.seconds())
+    ours_us, mlx_us = (1e6 * median(spent) for spent in seconds)
+    return KernelTiming(case.shape, ours_us, mlx_us)
+
+
+class _Chain:
+    """Calls of which each needs the one before, as many in an evaluation as take about ``CHAIN_S``.
+
+    The first ones compile and are not counted. What a call costs the host is in the time.
+    """
+
+    def __init__(self, case: TimedCall, side: Callable[[], AbstractContextManager[object]]) -> None:
+        self._case, self._side = case, side
+        with self._side():
+            self._state = case.make()
+            mx.eval(*self._state)
+        self._calls = WARM_UP
+        self.seconds()  # compiles
+        self._calls = max(1, min(CHAIN, int(CHAIN_S / self.seconds())))
+
+    def seconds(self) -> float:
+        """Of a call."""
+        with self._side():
+            began = time.perf_counter()
+            state = self._state
+            for number in range(self._calls):
+                state = self._case.step(state, number)
+            mx.eval(*state)
+            return (time.perf_counter() - began) / self._calls
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Owns what was found out about our GPU kernels on this machine, in a file of the user's cache.
+
+A file is about one machine, one MLX, one text of our kernels and one model's shapes, and has its name from
+these. One that cannot be read, was edited into something else or is about others is as none. Runs no kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelFacts
+from tiny_llm.ops import backend
+from tiny_llm.ops.metal import folder
+from tiny_llm.user_cache import user_cache, writable
+
+BITS = (4, 8)
+"""Of quantized matrices that our kernels for GPUs multiply by."""
+SLOWEST = 0.9
+"""Our kernel runs where it is at least so fast, as a share of MLX's speed."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a model that kernels are tried on. ``bits`` 0: its matrices are not for our kernels."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    bits: int
+    group_size: int
+    dtype: str
+    block_size: int
+
+    @classmethod
+    def of(cls, config: ModelFacts, quantize: int | None, dtype: mx.Dtype, block_size: int) -> Shapes:
+        """Those of a model loaded with ``quantize`` bits, or as it is stored; it computes in ``dtype``."""
+        stored = config.quantization
+        bits = stored.bits if stored else quantize or 0
+        widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+        group_size = stored.group_size if stored else 32 if any(width % 64 for width in widths) else 64
+        return cls(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.vocab_size,
+            bits if bits in BITS else 0,
+            group_size,
+            str(dtype).rpartition(".")[2],
+            block_size,
+        )
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """Microseconds of a call, ours and MLX's, on a ``shape`` in words."""
+
+    shape: str
+    ours_us: float
+    mlx_us: float
+
+    @property
+    def ratio(self) -> float:
+        """Our speed as a share of MLX's."""
+        return self.mlx_us / self.ours_us
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of trying an op's kernels: ``wrong`` says what went wrong, and is empty if nothing did."""
+
+    op: str
+    wrong: str = ""
+    timings: tuple[KernelTiming, ...] = ()
+
+    @property
+    def slowest(self) -> KernelTiming | None:
+        """Where ours does worst; None if nothing was timed."""
+        return min(self.timings, key=lambda timing: timing.ratio, default=None)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, object]) -> Proof:
+        """From JSON. Raises ValueError, TypeError or KeyError if it is something else."""
+        op, wrong, timings = stored["op"], stored["wrong"], stored["timings"]
+        if not (isinstance(op, str) and isinstance(wrong, str) and isinstance(timings, list)):
+            raise TypeError("not a proof")
+        return cls(op, wrong, tuple(_timing(**one) for one in timings))
+
+
+def _timing(shape: object, ours_us: object, mlx_us: object) -> KernelTiming:
+    if not (isinstance(shape, str) and isinstance(ours_us, float) and isinstance(mlx_us, float)):
+        raise TypeError("not a timing")
+    if not (0 < ours_us < float("inf") and 0 < mlx_us < float("inf")):
+        raise ValueError("not a time")
+    return KernelTiming(shape, ours_us, mlx_us)
+
+
+class Record:
+    """The proofs of one ``key``, in ``path``. Several processes may use it: each replaces the whole file."""
+
+    def __init__(self, path: Path, key: Mapping[str, object]) -> None:
+        self.path = path
+        self.key = dict(key)
+
+    @property
+    def backend(self) -> str:
+        """Whose kernels it is about."""
+        return str(self.key["backend"])
+
+    @property
+    def shapes(self) -> Shapes:
+        """The model's."""
+        return Shapes(**cast(dict[str, Any], self.key["shapes"]))
+
+    @classmethod
+    def of(cls, name: str, shapes: Shapes) -> Record:
+        """That of backend ``name`` on this machine, for a model of these ``shapes``."""
+        key = {**machine(name), "shapes": asdict(shapes)}
+        hashed = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return cls(writable(_folder()) / f"{hashed}.json", key)
+
+    def read(self) -> dict[str, Proof]:
+        """Each op's proof, of those that were tried."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored["key"] != self.key:
+                return {}
+            proofs = [Proof.read(one) for one in stored["proofs"]]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+        return {proof.op: proof for proof in proofs}
+
+    def add(self, found: Iterable[Proof]) -> None:
+        """Keep these too, beside what another process has found meanwhile."""
+        proofs = self.read() | {proof.op: proof for proof in found}
+        stored = {"key": self.key, "proofs": [asdict(proof) for _, proof in sorted(proofs.items())]}
+        with suppress(OSError):  # what cannot be kept is tried again
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(stored, file, indent=1)
+            os.replace(name, self.path)
+
+
+def records() -> list[Record]:
+    """All that are about this machine, this MLX and these kernels, each of a backend and a model's shapes."""
+    kept = _folder()
+    found = []
+    for path in sorted(kept.glob("*.json")) if kept else ():
+        try:
+            key = json.loads(path.read_text(encoding="utf-8"))["key"]
+            shapes, name = Shapes(**key["shapes"]), key["backend"]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        if name in backend.GPU_KERNELS and Record.of(name, shapes).key == key:
+            found.append(Record(path, key))
+    return found
+
+
+def machine(name: str) -> dict[str, str]:
+    """What a proof holds for: backend ``name``, the device, the system's build, MLX, the kernels' text."""
+    return {
+        "backend": name,
+        "device": str(mx.device_info().get("device_name", "unknown")),
+        "system": f"{platform.mac_ver()[0]} {platform.version()}".strip(),
+        "mlx": version("mlx"),
+        "kernels": _texts(),
+    }
+
+
+def _texts() -> str:
+    """A hash of the kernels, of what launches them and of what tries them."""
+    files = [*folder().glob("*.metal"), *folder("cuda").glob("*.cuh")]
+    for module in (backend.__file__, __file__):
+        files += Path(module).parent.glob("*.py")
+    hashed = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.name):
+        hashed.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()[:16]
+
+
+def _folder() -> Path | None:
+    kept = user_cache()
+    return kept / "proofs" if kept else None

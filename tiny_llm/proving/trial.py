@@ -1,0 +1,193 @@
+"""Owns the trial of our kernels on this machine: a child process that tries them, and who keeps its time.
+
+A kernel that does not compile, gives a wrong value, ends its process or does not end is not used; the child
+is started again behind it. No error of the trial keeps a model from being served: MLX's kernels are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tiny_llm.ops.backend import GPU_KERNELS
+from tiny_llm.proving.cases import ops_of
+from tiny_llm.proving.child import KernelJob
+from tiny_llm.proving.choice import Kernels, all_on_mlx, check, choose
+from tiny_llm.proving.record import Proof, Record, Shapes
+
+Progress = Callable[[float, str], None]
+"""Told which part of 1 is done, and what is being done."""
+STARTING = "starting"
+_REAPED_S = 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that an op may take, and all of them; what is not tried by then is MLX's for now."""
+
+    op_s: float = 6.0
+    total_s: float = 10.0
+
+    @classmethod
+    def of(cls, backend: str) -> Limits:
+        """Those of a device; what simulates one is slow."""
+        return cls(60.0, 600.0) if backend == "metalsim" else cls()
+
+
+def kernels_for(
+    backend: str,
+    shapes: Shapes,
+    asked: str | None = None,
+    *,
+    same_tokens: bool = False,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Kernels:
+    """Which ops of a model of these ``shapes`` run on our kernels; tried now, if that is not known yet.
+
+    ``asked`` is one of ``KERNELS``; None: "auto" on a GPU, and on "metalsim", which is for running our
+    kernels, all of them untried. Raises ConfigError for a wish that cannot be granted.
+    """
+    check(backend, asked, same_tokens)
+    if backend not in GPU_KERNELS or (backend == "metalsim" and asked is None):
+        return Kernels(backend, same_tokens=backend != "mlx")
+    if asked == "mlx":
+        return all_on_mlx(backend)
+    proofs = proved(backend, shapes, limits or Limits.of(backend), progress)
+    return choose(backend, proofs, asked or "auto", same_tokens, dense=not shapes.bits)
+
+
+def proved(
+    backend: str, shapes: Shapes, limits: Limits, progress: Progress | None = None
+) -> dict[str, Proof]:
+    """A proof of each op that such a model uses: as it is kept, or tried now and kept."""
+    record = Record.of(backend, shapes)
+    ops = ops_of(shapes)
+    known = record.read()
+    missing = tuple(op for op in ops if op not in known)
+    if missing:
+        job = KernelJob(backend, shapes, missing, small=backend == "metalsim")
+        found = {proof.op: proof for proof in tried(job, limits, progress)}
+        record.add(found.values())
+        known |= found
+    untried = f"not tried within {limits.total_s:g} s; it is at the next start"
+    return {op: known.get(op, Proof(op, untried)) for op in ops}
+
+
+def tried(job: KernelJob, limits: Limits, progress: Progress | None = None) -> Iterator[Proof]:
+    """The proofs of a job's ops as they are made, within ``limits``; an op that was not reached has none."""
+    end = time.monotonic() + limits.total_s
+    left = list(job.ops)
+    while left and time.monotonic() < end:
+        try:
+            child = _Child(KernelJob(job.backend, job.shapes, tuple(left), job.small))
+        except OSError:  # no process can be started
+            return
+        try:
+            yield from _heard(child, left, len(job.ops), end, limits, progress)
+        except _Over:
+            return
+        finally:
+            child.end()
+
+
+class _Over(Exception):
+    """The time for all is over, or the child does not even start."""
+
+
+def _heard(
+    child: _Child, left: list[str], total: int, end: float, limits: Limits, progress: Progress | None
+) -> Iterator[Proof]:
+    """Proofs as a child tells them, up to the op that it does not survive; each is taken off ``left``."""
+    op_end, doing = time.monotonic() + limits.op_s, STARTING
+    while left:
+        if progress is not None:
+            progress(1 - len(left) / total, f"{left[0]}: {doing}")
+        said = child.hear(min(end, op_end))
+        if isinstance(said, Mapping):
+            if "doing" in said:
+                doing = str(said["doing"])
+                continue
+            proof = Proof.read(said["proof"])
+        elif doing == STARTING or (said is None and time.monotonic() < op_end):
+            raise _Over  # which says nothing of the op
+        elif said is not None:
+            proof = Proof(left[0], f"{doing}: {said}")
+        else:
+            proof = Proof(left[0], f"{doing}: no answer within {limits.op_s:g} s")
+        left.remove(proof.op)
+        op_end, doing = time.monotonic() + limits.op_s, "going on"
+        yield proof
+        if not isinstance(said, Mapping):
+            return
+
+
+class _Child:
+    """A process that tries a job's ops."""
+
+    def __init__(self, job: KernelJob) -> None:
+        place = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tiny_llm.proving.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # with all that it starts, it can be ended
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(job.as_json() + "\n")
+            self._process.stdin.close()
+
+    def _listen(self, lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def hear(self, until: float) -> Mapping[str, Any] | str | None:
+        """What it says next; or how it ended, in words; or None: nothing came until then."""
+        try:
+            line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return None
+        with suppress(ValueError):
+            said = json.loads(line or "")
+            if isinstance(said, dict):
+                return said
+        return self._ending()
+
+    def _ending(self) -> str:
+        """How it ended. A line that is no JSON is of a kernel that writes where it must not."""
+        try:
+            code = self._process.wait(_REAPED_S)
+        except subprocess.TimeoutExpired:
+            return "the process that tried it said what it should not"
+        if code >= 0:
+            return f"the process that tried it ended with exit code {code}"
+        with suppress(ValueError):
+            return f"the process that tried it was ended by {signal.Signals(-code).name}"
+        return f"the process that tried it was ended by signal {-code}"
+
+    def end(self) -> None:
+        """End it, and what it has started. One that waits for a GPU may go later."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_REAPED_S)
