@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test quick course book book-serve book-experiments bench bench-metal metal-grid templates soak kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test quick course book book-serve book-experiments bench bench-metal metal-grid templates clients soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -27,6 +27,7 @@ help:
 	@echo 'make bench   run the benchmarks; make bench-metal: on a Mac, ours against MLX and mlx-lm'
 	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
 	@echo 'make templates  published chat templates, fetched: our rendering against transformers'
+	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node) against our server'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
@@ -103,13 +104,31 @@ bench-metal: .venv/run.stamp
 templates: .venv/test.stamp
 	$(python) tools/compare_templates.py $(TEMPLATES)
 
+# Clients of others, whose pins are not ours, in an environment of their own (minutes to make).
+clients: .venv/run.stamp .venv/kernels.stamp .venv-clients/stamp build/clients-node/package.json
+	.venv-clients/bin/python -m pytest clients --rootdir clients -c clients/pytest.ini
+
+.venv-clients/stamp: clients/requirements.txt
+	@echo 'Setting up .venv-clients (once; some minutes) ...' >&2
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --clear --python $(python) .venv-clients && \
+		uv pip install --quiet --python .venv-clients/bin/python -r $<; \
+	else \
+		$(python) -m venv --clear .venv-clients && .venv-clients/bin/python -m pip install --quiet -r $<; \
+	fi
+	@touch $@
+
+build/clients-node/package.json: clients/node/package.json
+	@mkdir -p $(@D) && cp $< $@.new && cd $(@D) && mv package.json.new package.json && \
+		npm install --silent --no-audit --no-fund || { rm -f package.json; exit 1; }
+
 # Every kernel, shape and dtype with three seeds, every access checked; CI takes one seed.
 metal-grid: .venv/test.stamp
 	TINY_LLM_METAL_GRID=full TINY_LLM_METALSIM=strict $(python) -m pytest tests/ops/test_metal.py \
 		tests/sampling/test_metal_sampling.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
+	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
 	cd kernels/cpu && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt \
 		Makefile *.ninja *.cmake *.a
 	find tiny_llm tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,9 +70,9 @@ Rule = Callable[[Sequence[Source]], Iterator[str]]
 
 
 def read_sources(root: Path) -> list[Source]:
-    """Every Python file of main.py, tiny_llm, tools, tests, benchmarks and book under ``root``."""
+    """Every Python file of main.py, tiny_llm, tools, tests, benchmarks, clients and book under ``root``."""
     files = [root / "main.py"]
-    for folder in ("tiny_llm", "tools", "tests", "benchmarks", "book"):
+    for folder in ("tiny_llm", "tools", "tests", "benchmarks", "clients", "book"):
         files += sorted((root / folder).rglob("*.py"))
     return [
         Source(f.relative_to(root).as_posix(), f.read_text(encoding="utf-8")) for f in files if f.is_file()

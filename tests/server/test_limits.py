@@ -66,8 +66,11 @@ def test_a_wrong_key_is_a_401(guarded: Running, header: str) -> None:
 
 
 def test_the_client_raises_its_own_error_for_a_key(guarded: Running) -> None:
-    with guarded.openai("wrong") as client, pytest.raises(openai.AuthenticationError):
+    with guarded.openai("wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
+    assert caught.value.message.count("Incorrect API key provided"), (
+        "litellm knows a wrong key by these words"
+    )
     for key in KEYS:
         with guarded.openai(key) as client:
             assert client.chat.completions.create(model="demo", **ASK).choices

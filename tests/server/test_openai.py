@@ -254,6 +254,13 @@ def test_our_own_routes(running: Running, alone: LLM) -> None:
             "tokens": alone.tokenizer.encode(PROMPT),
         }
         assert http.post("/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": PROMPT}
+        info = http.get("/tokenizer_info").json()  # lm-eval's tokenizer_backend=remote
+        assert info == {
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "chat_template": alone.tokenizer.chat_template,
+            "model_max_length": 1024,
+        }
         chat = http.post("/tokenize", json={"messages": ASK}).json()["tokens"]
         assert chat == alone.chat_prompt(ASK)
         expected = alone.generate(PROMPT, SamplingParams(max_tokens=9, logprobs=1))[0]

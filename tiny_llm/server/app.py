@@ -30,7 +30,7 @@ from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
 from tiny_llm.server.strict_json import StrictRoute
 from tiny_llm.server.text_bodies import CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
-from tiny_llm.server.texts import detokenize, generate, tokenize
+from tiny_llm.server.texts import detokenize, generate, tokenize, tokenizer_info
 from tiny_llm.version import __version__
 
 METRICS_TIMEOUT_S = 5.0
@@ -98,6 +98,10 @@ def _operations(service: Service) -> APIRouter:
     async def model_card(model: str) -> dict[str, object]:
         require_model(model, settings.name)
         return card()
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_facts() -> dict[str, object]:
+        return tokenizer_info(service)
 
     return router
 

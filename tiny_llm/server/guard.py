@@ -108,8 +108,8 @@ class Guard:
         digest = _digest(given[0] if given else b"")
         matches = [hmac.compare_digest(digest, own) for own in self._digests]  # all: no early way out
         if len(set(given)) != 1 or not any(matches):
-            state = "is not a key of this server" if given else "is needed"
-            what = f"An API key {state}; send it as: Authorization: Bearer KEY (or X-Api-Key: KEY)"
+            state = "Incorrect API key provided" if given else "An API key is needed"
+            what = f"{state}; send it as: Authorization: Bearer KEY (or X-Api-Key: KEY)"
             raise Problem(401, what, code="invalid_api_key")
         return digest.hex()
 

@@ -1,4 +1,4 @@
-"""Owns POST /generate, /tokenize and /detokenize: our own short ways to text and token ids."""
+"""Owns POST /generate, /tokenize, /detokenize, GET /tokenizer_info: our own short ways to text and ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.answers import logprob, usage
+from tiny_llm.server.answers import logprob, token_text, usage
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
@@ -98,3 +98,15 @@ def detokenize(service: Service, body: DetokenizeBody) -> dict[str, object]:
         raise Problem(400, what, code="invalid_value", param="tokens")
     text = llm.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return {"prompt": text}
+
+
+def tokenizer_info(service: Service) -> dict[str, object]:
+    """What a client that tokenizes by these routes needs (lm-eval): names of tokenizer_config.json."""
+    tokenizer = service.llm.tokenizer
+    first, ends = tokenizer.bos_id, sorted(tokenizer.eos_ids)
+    return {
+        "bos_token": None if first is None else token_text(tokenizer, first),
+        "eos_token": token_text(tokenizer, ends[0]) if ends else None,
+        "chat_template": tokenizer.chat_template or None,
+        "model_max_length": service.llm.max_context,
+    }
