@@ -32,6 +32,8 @@ _PART_BYTES = 2**16
 _OVERLAP = 300  # as long as what is looked for
 _LARGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{300}")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_WHOLE = re.compile(rb'(?:[^"]*+"[^"\\]*+(?:\\.[^"\\]*+)*+")*+[^"]*+', re.DOTALL)
+"""All up to a string without an end: no other pattern tries each of its quotes for a beginning."""
 _STRUCTURE = (  # what is counted, the most of it, what that is called
     ((b"{", b"["), MAX_CONTAINERS, "objects and arrays"),
     ((b":",), MAX_NAMES, "fields"),
@@ -68,13 +70,14 @@ class PartCount:
         place = 0
         while place < len(written):
             part = written[place : place + _PART_BYTES]
-            bare, quote, opened = _STRING.sub(b"", part).partition(b'"')
-            exceeded = self._exceeded(bare)
+            whole = _WHOLE.match(part)
+            assert whole is not None, "it matches nothing too"
+            exceeded = self._exceeded(_STRING.sub(b"", whole[0]))
             if exceeded:
                 raise Problem(400, f"{self._subject} {exceeded}, which is the most.", code="too_complex")
-            place += len(part)
-            if quote:  # of a string that goes on beyond this part
-                found = _STRING.match(written, place - len(opened) - 1)
+            place += whole.end()
+            if len(whole[0]) < len(part):  # then a string goes on beyond this part
+                found = _STRING.match(written, place)
                 place = found.end() if found else len(written)  # without an end: the parser says so
 
     def _exceeded(self, written: bytes) -> str:
