@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +31,7 @@ from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
 
 PATIENCE_S = 20.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,58 @@ class Running:
         """Until no request is left, and no block is in use."""
         wait_for(lambda: not len(self.engine.llm.engine) and self.used_blocks() == 0, "the engine to be idle")
         self.engine.llm.engine.scheduler.check_integrity()
+
+
+class Process:
+    """``main.py serve`` as a user starts it."""
+
+    def __init__(self, *options: str, files: int | None = None) -> None:
+        command = [sys.executable, str(ROOT / "main.py"), "serve", "--port", "0", *options]
+        if files is not None:
+            command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
+        self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        assert self._child.stderr is not None
+        self.memory, self.said = self._child.stderr.readline(), self._child.stderr.readline()
+        self.url = self.said.split(" at ")[-1].split(" ")[0].strip()
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, verify=False)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
+
+    def ask(self, body: dict[str, object], path: str = "/v1/completions") -> socket.socket:
+        """Send a request on a connection of its own, and do not wait."""
+        return self.send(path, json.dumps(body).encode())
+
+    def send(self, path: str, data: bytes) -> socket.socket:
+        """``ask`` with a body as it is."""
+        one = self.connect()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        one.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        return one
+
+    def tell(self, number: signal.Signals) -> None:
+        self._child.send_signal(number)
+
+    def computed_s(self) -> float:
+        """Seconds that its threads have computed, all together; where that is not told, the time."""
+        if sys.platform != "linux":
+            return time.perf_counter()
+        return time.clock_gettime(~self._child.pid << 3 | 2)  # the clock of another process
+
+    def wait(self) -> int:
+        return self._child.wait(30)
+
+    def rest_of_stderr(self) -> str:
+        """What it said after its first two lines. Call it at the end."""
+        assert self._child.stderr is not None
+        return self._child.stderr.read()
+
+    def end(self) -> None:
+        if self._child.poll() is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
 
 
 def wait_for(done: Callable[[], bool], what: str) -> None:
@@ -149,3 +208,9 @@ def start(demo: Path) -> Callable[..., contextlib.AbstractContextManager[Running
 def until() -> Callable[[Callable[[], bool], str], None]:
     """``until(done, what)``: wait for it, not for ever."""
     return wait_for
+
+
+@pytest.fixture(scope="session")
+def start_process() -> type[Process]:
+    """``start_process(option, ...)``: a server in a process of its own; ``end()`` it."""
+    return Process

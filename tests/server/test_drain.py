@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,9 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
+
+if TYPE_CHECKING:
+    from tests.server.conftest import Process
 
 pytestmark = pytest.mark.slow
 
@@ -22,52 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "Tell me a story.", "max_tokens": 700, "ignore_eos": True, "seed": 1}
 
 
-class Process:
-    """``main.py serve`` as a user starts it."""
-
-    def __init__(self, *options: str, files: int | None = None) -> None:
-        command = [sys.executable, str(ROOT / "main.py"), "serve", "--port", "0", *options]
-        if files is not None:
-            command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
-        self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        assert self._child.stderr is not None
-        self.memory, self.said = self._child.stderr.readline(), self._child.stderr.readline()
-        self.url = self.said.split(" at ")[-1].split(" ")[0].strip()
-
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, verify=False)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
-
-    def ask(self, body: dict[str, object], path: str = "/v1/completions") -> socket.socket:
-        """Send a request on a connection of its own, and do not wait."""
-        data = json.dumps(body).encode()
-        one = self.connect()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        one.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-        return one
-
-    def tell(self, number: signal.Signals) -> None:
-        self._child.send_signal(number)
-
-    def wait(self) -> int:
-        return self._child.wait(30)
-
-    def rest_of_stderr(self) -> str:
-        """What it said after its first two lines. Call it at the end."""
-        assert self._child.stderr is not None
-        return self._child.stderr.read()
-
-    def end(self) -> None:
-        if self._child.poll() is None:
-            os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait()
-
-
 @pytest.fixture
-def process(request: pytest.FixtureRequest) -> Iterator[Process]:
-    one = Process(*getattr(request, "param", ()))
+def process(request: pytest.FixtureRequest, start_process: Any) -> Iterator[Process]:
+    one = start_process(*getattr(request, "param", ()))
     yield one
     one.end()
 
@@ -163,9 +122,9 @@ def test_a_drain_that_expires_tells_everyone(process: Process) -> None:
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["silent", "kept alive"])
-def test_with_few_files_others_wait_and_it_is_said_once(silent: bool) -> None:
+def test_with_few_files_others_wait_and_it_is_said_once(start_process: Any, silent: bool) -> None:
     """150 connections at ulimit -n 64 made 12 MB of tracebacks in 10 s."""
-    process = Process(files=64)
+    process = start_process(files=64)
     clients: list[socket.socket] = []
     try:
         clients += [process.connect() for _ in range(150)]
