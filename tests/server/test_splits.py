@@ -116,5 +116,6 @@ def test_any_split_of_any_text_gives_the_same_parts_everywhere(
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(8)))
         pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         expected = of_library(form, text)
-        for interface, parts in told(running.service, form, pieces).items():
-            assert parts == expected, (interface, pieces)
+        for split in (pieces, list(text)):
+            for interface, parts in told(running.service, form, split).items():
+                assert parts == expected, (interface, split)
