@@ -56,7 +56,7 @@ class Worker:
         self._ask("open", rows=rows, room=room)
 
     def figures(self) -> Mapping[str, float]:
-        """What the engine says of its last decoding, perhaps nothing."""
+        """What the engine says of what it did last, perhaps nothing."""
         return self._ask("figures")
 
     def prefill(self, setting: str, tokens: int) -> float:
@@ -66,6 +66,12 @@ class Worker:
     def decode(self, setting: str, context: int, steps: int) -> float:
         """Seconds for ``steps`` tokens a sequence, after ``context`` tokens."""
         return float(self._ask("decode", setting=setting, context=context, steps=steps)["seconds"])
+
+    def streams(self, setting: str, rows: int, context: int, steps: int) -> float:
+        """Seconds for ``rows`` prompts of ``context`` tokens at once, and ``steps`` tokens after each."""
+        return float(
+            self._ask("streams", setting=setting, rows=rows, context=context, steps=steps)["seconds"]
+        )
 
     def _ask(self, do: str, **arguments: object) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

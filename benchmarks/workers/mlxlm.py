@@ -9,10 +9,12 @@ from importlib.metadata import version
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 from protocol import Config, serve
 
+CHUNK = 2048  # tokens of a prompt that it reads at a time
 DTYPES: Mapping[str, mx.Dtype] = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -30,6 +32,7 @@ class MlxLm:
         self._head_dim = int(str(config["hidden_size"])) // int(str(config["num_attention_heads"]))
         self._tokens = mx.random.randint(0, int(str(config["vocab_size"])), (1, 1 << 12))
         self._rows = 1
+        self.figures: dict[str, float] = {}
         self._use("bfloat16")
         self.about = {
             "version": f"mlx-lm {version('mlx-lm')}, mlx {version('mlx')}",
@@ -41,12 +44,17 @@ class MlxLm:
         self._rows = rows
 
     def prefill(self, setting: str, tokens: int) -> float:
-        """The whole prompt in one forward."""
+        """As its ``generate_step`` reads a prompt: in chunks without logits, then the last token."""
         self._use(setting)
         cache = make_prompt_cache(self._model)
+        prompt = self._prompt(0, tokens)
+        mx.reset_peak_memory()
         began = time.perf_counter()
-        self._step(self._tokens[:, :tokens], cache)
-        return time.perf_counter() - began
+        for start in range(0, tokens - 1, CHUNK):
+            self._model(prompt[:, start : min(start + CHUNK, tokens - 1)], cache=cache)
+            mx.eval([layer.state for layer in cache])
+        mx.eval(self._step(prompt[:, -1:], cache))
+        return self._done(began)
 
     def decode(self, setting: str, context: int, steps: int) -> float:
         """Steps of one token a sequence after random keys and values: a prompt would take it hours."""
@@ -55,20 +63,49 @@ class MlxLm:
         for layer in cache:
             shape = (self._rows, self._kv_heads, context, self._head_dim)
             mx.eval(layer.update_and_fetch(*(mx.random.normal(shape, DTYPES[setting]) for _ in "kv")))
-        tokens = self._tokens[0, : self._rows, None]
+        mx.reset_peak_memory()
         began = time.perf_counter()
-        for _ in range(steps):
-            tokens = self._step(tokens, cache)
-        return time.perf_counter() - began
+        tokens = self._step(self._tokens[0, : self._rows, None], cache)
+        for _ in range(steps - 1):  # as its generate_step does it: one step ahead of what is read
+            following = self._step(tokens, cache)
+            tokens.tolist()
+            tokens = following
+        tokens.tolist()
+        return self._done(began)
+
+    def streams(self, setting: str, rows: int, context: int, steps: int) -> float:
+        """Its ``BatchGenerator``, which its server uses."""
+        self._use(setting)
+        prompts = [self._prompt(row, context)[0].tolist() for row in range(rows)]
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        generator = BatchGenerator(self._model, max_tokens=steps)
+        generator.insert(prompts, [steps] * rows)
+        made = 0
+        while responses := generator.next_generated():
+            made += len(responses)
+        seconds = self._done(began)
+        generator.close()
+        assert made == rows * steps, f"{made} tokens of {rows} x {steps}"
+        return seconds
+
+    def _done(self, began: float) -> float:
+        seconds = time.perf_counter() - began
+        self.figures = {"peak_bytes": mx.get_peak_memory()}
+        return seconds
+
+    def _prompt(self, row: int, tokens: int) -> mx.array:
+        """[1, T], of any length."""
+        return mx.take(self._tokens, (mx.arange(tokens) + 7919 * row) % self._tokens.size, axis=1)
 
     def _use(self, setting: str) -> None:
         self._model.set_dtype(DTYPES[setting])
         mx.eval(self._model.parameters())
 
     def _step(self, tokens: mx.array, cache: Sequence[object]) -> mx.array:
-        """Extend the cache by tokens [B, T] and return the likeliest next ones [B, 1]."""
+        """Extend the cache by tokens [B, T]; the likeliest next ones [B, 1] are under way."""
         likeliest = self._model(tokens, cache=cache)[:, -1].argmax(-1, keepdims=True)
-        mx.eval(likeliest)
+        mx.async_eval(likeliest)
         return likeliest
 
 

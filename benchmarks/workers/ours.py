@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 from protocol import Config, serve
 
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
-from tiny_llm.models.loading import kv_dtype, load_dummy, weight_bytes
+from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.models.loading import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, isa, set_threads, use
-from tiny_llm.proving.choice import Kernels
+from tiny_llm.proving.record import Shapes
+from tiny_llm.proving.trial import kernels_for
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.hub import resolve
@@ -36,11 +40,19 @@ class Ours:
 
     def __init__(self, shape: str, config: Config, threads: int, folder: str) -> None:
         set_threads(threads)
-        self._model = load_dummy(shape, quantize=BITS)
+        checkpoint = _Noise(config)
+        kept = kv_dtype(checkpoint.config, dtype=None, quantize=BITS)
+        self._kernels = kernels_for(active(), Shapes.of(checkpoint.config, BITS, kept, BLOCK))
+        with use(self._kernels.backend, self._kernels.ours):
+            self._model = load_model(checkpoint, quantize=BITS)
         self._tokenizer = Tokenizer.from_folder(_tokenizer_folder())
         self._rows, self._engine = 1, self._made(1, 1)
         self.figures: dict[str, float] = {}  # microseconds of a step, by part
-        self.about = {"version": f"{active()} {isa()}", "weight_bytes": weight_bytes(self._model)}
+        self.about = {
+            "version": f"{active()} {isa()}",
+            "weight_bytes": weight_bytes(self._model),
+            "kernels": self._kernels.line,
+        }
 
     def open(self, rows: int, room: int) -> None:
         """Make an engine for so many sequences."""
@@ -49,11 +61,14 @@ class Ours:
     def prefill(self, setting: str, tokens: int) -> float:
         """A request of one token, on an engine that has seen nothing."""
         engine, prompt = self._made(1, tokens + 1), self._prompt(0, tokens)
+        mx.reset_peak_memory()
         began = time.perf_counter()
         engine.add(prompt, SamplingParams(max_tokens=1))
         while len(engine):
             engine.step()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.figures = {"peak_bytes": mx.get_peak_memory()}
+        return seconds
 
     def decode(self, setting: str, context: int, steps: int) -> float:
         """Steps in which every sequence gets a token. Prompts are found again from the round before."""
@@ -65,6 +80,7 @@ class Ours:
         while len(begun) < self._rows:
             begun.update(number for number, _ in engine.step())
         parts = dict(engine.totals.parts)
+        mx.reset_peak_memory()
         began = time.perf_counter()
         for _ in range(steps):
             engine.step()
@@ -73,8 +89,22 @@ class Ours:
             f"{part}_us": 1e6 * (now - parts[part]) / steps for part, now in engine.totals.parts.items()
         }
         self.figures["step_us"] = 1e6 * seconds / steps
+        self.figures["peak_bytes"] = mx.get_peak_memory()
         for number in numbers:
             engine.cancel(number)
+        return seconds
+
+    def streams(self, setting: str, rows: int, context: int, steps: int) -> float:
+        """So many requests at once on an engine that has seen nothing."""
+        engine = self._made(rows, context + steps)
+        for row in range(rows):
+            engine.add(self._prompt(row, context), SamplingParams(max_tokens=steps, ignore_eos=True))
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        while len(engine):
+            engine.step()
+        seconds = time.perf_counter() - began
+        self.figures = {"peak_bytes": mx.get_peak_memory()}
         return seconds
 
     def _made(self, rows: int, room: int) -> Engine:
@@ -88,7 +118,7 @@ class Ours:
                 block_size=BLOCK,
                 scheduler=SchedulerSettings(max_step_ms=1e6),  # nobody is kept waiting by a prompt here
             ),
-            kernels=Kernels(active()),
+            kernels=self._kernels,
             kv_dtype=kept,
             end_ids=(),
             max_context=config.max_position_embeddings,
@@ -97,6 +127,13 @@ class Ours:
     def _prompt(self, row: int, tokens: int) -> list[int]:
         vocab = self._model.config.vocab_size
         return [(row * tokens + i + 1) * STRIDE % vocab for i in range(tokens)]
+
+
+class _Noise(DummyCheckpoint):
+    """Random weights in the shapes of a config.json's facts."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = ModelConfig.from_hf(dict(config))
 
 
 def _tokenizer_folder() -> Path:

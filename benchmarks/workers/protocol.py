@@ -8,13 +8,16 @@ interleaved. It runs in its engine's own environment, hence only the standard li
     {"do": "open", "rows": 1, "room": 640}                           -> {}
     {"do": "prefill", "setting": "...", "tokens": 512}               -> {"seconds": ...}
     {"do": "decode", "setting": "...", "context": 512, "steps": 16}  -> {"seconds": ...}
+    {"do": "streams", "setting": "...", "rows": 8, "context": 128, "steps": 64}  -> {"seconds": ...}
     {"do": "figures"}                                                -> {...}
 
 ``shape`` is a short name of ours and ``config`` the facts of its config.json, ``folder`` where made weights
 may be kept. ``open`` says how many sequences there will be and how many tokens each may have. ``prefill`` is
 one sequence of so many tokens, from none to the last one's logits. ``decode`` is so many greedy steps of one
 token a sequence, after ``context`` tokens that are in the cache already (making them is not timed).
-``figures`` is what an engine says of the last decoding, perhaps nothing. A failure is {"error": "..."}.
+``streams``, which not every engine has, is so many prompts of ``context`` tokens that come at once, until
+each has ``steps`` tokens. ``figures`` is what an engine says of what it did last, perhaps nothing. A failure
+is {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -85,8 +88,8 @@ def _answer(engine: Engine, request: Mapping[str, object]) -> Mapping[str, objec
         return {}
     if request["do"] == "figures":
         return dict(getattr(engine, "figures", {}))
-    timed = {"prefill": engine.prefill, "decode": engine.decode}[str(request["do"])]
-    return {"seconds": timed(**arguments)}  # type: ignore[operator]
+    assert request["do"] in ("prefill", "decode", "streams")
+    return {"seconds": getattr(engine, str(request["do"]))(**arguments)}
 
 
 def _own_stdout() -> TextIO:
