@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:
-.PHONY: help run test quick course book book-serve book-experiments bench bench-metal metal-grid templates clients soak kernels-test asan tsan arm64 fuzz clean again
+.PHONY: help run test quick course book book-serve book-experiments bench mac metal-grid templates clients soak kernels-test asan tsan arm64 fuzz clean again
 
 help:
 	@echo 'make run     set up and chat with the bundled model'
@@ -24,7 +24,8 @@ help:
 	@echo 'make course  set up and show the chapters of the course'
 	@echo 'make book    build the book into book/site (npm is needed once); make book-serve shows it,'
 	@echo '             make book-experiments runs what its pages show, and puts the results there'
-	@echo 'make bench   run the benchmarks; make bench-metal: on a Mac, ours against MLX and mlx-lm'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make mac     on a Mac: kernel tests, proofs, speed against mlx-lm; a report to paste into an issue'
 	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
 	@echo 'make templates  published chat templates, fetched: our rendering against transformers'
 	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node) against our server'
@@ -65,8 +66,8 @@ book-serve:
 book-experiments: .venv/test.stamp .venv/kernels.stamp
 	$(python) book/regenerate.py
 
-# One draws what it is given, the other takes 20 minutes.
-not_bench := benchmarks/plot_trace.py benchmarks/soak.py
+# One draws what it is given, one takes 20 minutes, one is make mac.
+not_bench := benchmarks/plot_trace.py benchmarks/soak.py benchmarks/mac_report.py
 bench: .venv/run.stamp .venv/kernels.stamp
 	@for script in $(filter-out $(not_bench),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(python) "$$script" || exit 1; done
 
@@ -92,13 +93,9 @@ arm64:
 fuzz: .venv/test.stamp .venv/kernels.stamp
 	TINY_LLM_FUZZ=10000 $(python) -m pytest tests/native/test_fuzz.py
 
-# Ours against MLX's operations and against mlx-lm, on a Mac's GPU.
-bench-metal: .venv/run.stamp
-	$(python) benchmarks/gpu_ops.py
-	$(python) benchmarks/peers.py make mlx-lm
-	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --context 16,512,4096
-	TINY_LLM_BACKEND=metal $(python) benchmarks/decode.py --shape qwen2-1.5b --against mlx-lm --rows 16
-	TINY_LLM_BACKEND=metal $(python) benchmarks/prefill.py --shape qwen2-1.5b --against mlx-lm
+# All that is to be known of a Mac, with nothing to download but packages: some 15 minutes, one table.
+mac: .venv/test.stamp .venv/kernels.stamp
+	$(python) benchmarks/mac_report.py
 
 # Published chat templates, fetched from the hub (or TEMPLATES=folder): our rendering and transformers'.
 templates: .venv/test.stamp
