@@ -3,6 +3,7 @@
 // CUDA spells its own words with them, so that no macro can take them away.
 
 #define inline __device__ __inline__
+#define UNROLL _Pragma("unroll")
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif

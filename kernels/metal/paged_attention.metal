@@ -8,6 +8,7 @@
 // kernel paged_attention(q, keys, values, tables, work, width, scale) -> (out)
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
     constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
+    constexpr int STEP = D % 8 == 0 ? 8 : 1;  // elements of a key that are loaded together
     threadgroup float query[G * D];
     threadgroup float largest[PARTS * G];
     threadgroup float weight[PARTS * G];
@@ -25,10 +26,10 @@
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     float top[G], total[G], sums[G][HELD];
-    for (int g = 0; g < G; g++) {
+    UNROLL for (int g = 0; g < G; g++) {
         top[g] = -INFINITY;
         total[g] = 0.0f;
-        for (int n = 0; n < HELD; n++) {
+        UNROLL for (int n = 0; n < HELD; n++) {
             sums[g][n] = 0.0f;
         }
     }
@@ -37,29 +38,37 @@
     int length = min(work[item * 4 + 2], begin + SPAN);
     for (int b = begin / S + part; b * S < length; b += PARTS) {
         ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
+        int count = min(S, length - b * S);
         float scores[TOKENS][G];
-        for (int n = 0; n < TOKENS; n++) {
+        UNROLL for (int n = 0; n < TOKENS; n++) {
             int token = int(lane) + n * 32;
-            bool counts = token < S && b * S + token < length;
-            for (int g = 0; g < G; g++) {
+            bool counts = token < count;
+            UNROLL for (int g = 0; g < G; g++) {
                 scores[n][g] = counts ? 0.0f : -INFINITY;
             }
-            for (int d = 0; d < D && counts; d++) {
-                float key = static_cast<float>(keys[block + d * S + token]);
-                for (int g = 0; g < G; g++) {
-                    scores[n][g] = fma(query[g * D + d], key, scores[n][g]);
+            if (counts) {
+                for (int first_d = 0; first_d < D; first_d += STEP) {
+                    float key[STEP];
+                    UNROLL for (int d = 0; d < STEP; d++) {
+                        key[d] = static_cast<float>(keys[block + (first_d + d) * S + token]);
+                    }
+                    UNROLL for (int d = 0; d < STEP; d++) {
+                        UNROLL for (int g = 0; g < G; g++) {
+                            scores[n][g] = fma(query[g * D + first_d + d], key[d], scores[n][g]);
+                        }
+                    }
                 }
             }
         }
-        for (int g = 0; g < G; g++) {
+        UNROLL for (int g = 0; g < G; g++) {
             float best = scores[0][g];
-            for (int n = 1; n < TOKENS; n++) {
+            UNROLL for (int n = 1; n < TOKENS; n++) {
                 best = max(best, scores[n][g]);
             }
             float higher = max(top[g], simd_max(best));
             float shrink = metal::precise::exp(top[g] - higher);
             float added = 0.0f;
-            for (int n = 0; n < TOKENS; n++) {
+            UNROLL for (int n = 0; n < TOKENS; n++) {
                 scores[n][g] = metal::precise::exp(scores[n][g] - higher);
                 added += scores[n][g];
             }
@@ -68,32 +77,40 @@
             }
             total[g] = total[g] * shrink + added;
             top[g] = higher;
-            for (int n = 0; n < HELD; n++) {
+            UNROLL for (int n = 0; n < HELD; n++) {
                 sums[g][n] *= shrink;
             }
         }
-        int count = min(S, length - b * S);
-        for (int token = 0; token < count; token++) {
-            float value[HELD];
-            for (int n = 0; n < HELD; n++) {
-                int d = int(lane) + n * 32;
-                value[n] = d < D ? static_cast<float>(values[block + token * D + d]) : 0.0f;
-            }
-            for (int g = 0; g < G; g++) {
-                float share = simd_shuffle(scores[token / 32][g], ushort(token % 32));
-                for (int n = 0; n < HELD; n++) {
-                    sums[g][n] = fma(share, value[n], sums[g][n]);
+        // The loop over a lane's tokens is of a known length: what it indexes stays in registers.
+        UNROLL for (int n = 0; n < TOKENS; n++) {
+            for (int from = 0; from < min(32, count - n * 32); from += 4) {
+                float value[4][HELD];
+                UNROLL for (int t = 0; t < 4; t++) {
+                    int token = n * 32 + from + t;
+                    UNROLL for (int i = 0; i < HELD; i++) {
+                        int d = int(lane) + i * 32;
+                        bool counts = d < D && token < count;
+                        value[t][i] = counts ? static_cast<float>(values[block + token * D + d]) : 0.0f;
+                    }
+                }
+                UNROLL for (int t = 0; t < 4; t++) {
+                    UNROLL for (int g = 0; g < G; g++) {
+                        float share = simd_shuffle(scores[n][g], ushort(from + t));  // 0 of a token past the end
+                        UNROLL for (int i = 0; i < HELD; i++) {
+                            sums[g][i] = fma(share, value[t][i], sums[g][i]);
+                        }
+                    }
                 }
             }
         }
     }
 
-    for (int g = 0; g < G; g++) {
+    UNROLL for (int g = 0; g < G; g++) {
         if (lane == 0) {
             largest[part * G + g] = top[g];
             weight[part * G + g] = total[g];
         }
-        for (int n = 0; n < HELD; n++) {
+        UNROLL for (int n = 0; n < HELD; n++) {
             int d = int(lane) + n * 32;
             if (d < D) {
                 partial[(part * G + g) * D + d] = sums[g][n];

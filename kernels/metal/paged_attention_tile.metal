@@ -42,23 +42,23 @@
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     int seen[M];
-    for (int m = 0; m < M; m++) {
+    UNROLL for (int m = 0; m < M; m++) {
         seen[m] = work[item + 3] + min(pair + m * 8 + down, pairs - 1) / G;
     }
     float highest = -INFINITY, whole = 0.0f;  // of row thread_index, over the spans so far
     float result[SLICES][HELD];
-    for (int slice = 0; slice < SLICES; slice++) {
-        for (int n = 0; n < HELD; n++) {
+    UNROLL for (int slice = 0; slice < SLICES; slice++) {
+        UNROLL for (int n = 0; n < HELD; n++) {
             result[slice][n] = 0.0f;
         }
     }
     for (int begin = 0; begin < length; begin += SPAN) {
         float top[M], total[M];
         simdgroup_matrix<float, 8, 8> sums[M][D / 8];
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int m = 0; m < M; m++) {
             top[m] = -INFINITY;
             total[m] = 0.0f;
-            for (int f = 0; f < D / 8; f++) {
+            UNROLL for (int f = 0; f < D / 8; f++) {
                 sums[m][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
             }
         }
@@ -66,32 +66,32 @@
         for (int b = begin / S + part; b * S < end; b += PARTS) {
             ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
             simdgroup_matrix<float, 8, 8> scores[M][S / 8];
-            for (int m = 0; m < M; m++) {
-                for (int j = 0; j < S / 8; j++) {
+            UNROLL for (int m = 0; m < M; m++) {
+                UNROLL for (int j = 0; j < S / 8; j++) {
                     scores[m][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
                 }
             }
             for (int d = 0; d < D; d += 8) {
                 simdgroup_matrix<float, 8, 8> rows[M];
-                for (int m = 0; m < M; m++) {
+                UNROLL for (int m = 0; m < M; m++) {
                     int at = (m * 8 + down) * D + d + right;
                     rows[m].thread_elements()[0] = query[at];
                     rows[m].thread_elements()[1] = query[at + 1];
                 }
-                for (int j = 0; j < S / 8; j++) {
+                UNROLL for (int j = 0; j < S / 8; j++) {
                     simdgroup_matrix<float, 8, 8> key;
                     ulong at = block + (d + down) * S + j * 8 + right;
                     key.thread_elements()[0] = static_cast<float>(keys[at]);
                     key.thread_elements()[1] = static_cast<float>(keys[at + 1]);
-                    for (int m = 0; m < M; m++) {
+                    UNROLL for (int m = 0; m < M; m++) {
                         simdgroup_multiply_accumulate(scores[m][j], rows[m], key, scores[m][j]);
                     }
                 }
             }
-            for (int m = 0; m < M; m++) {
+            UNROLL for (int m = 0; m < M; m++) {
                 float best = -INFINITY;
-                for (int j = 0; j < S / 8; j++) {
-                    for (int i = 0; i < 2; i++) {
+                UNROLL for (int j = 0; j < S / 8; j++) {
+                    UNROLL for (int i = 0; i < 2; i++) {
                         bool counts = b * S + j * 8 + right + i < seen[m];
                         float score = counts ? scores[m][j].thread_elements()[i] : -INFINITY;
                         scores[m][j].thread_elements()[i] = score;
@@ -104,55 +104,55 @@
                 float base = higher == -INFINITY ? 0.0f : higher;  // a row that sees nothing here
                 float shrink = metal::precise::exp(top[m] - base);
                 float shares[4][2];  // of tokens t, t + 32, ... together, as paged_attention's lanes have them
-                for (int j = 0; j < 4; j++) {
+                UNROLL for (int j = 0; j < 4; j++) {
                     shares[j][0] = 0.0f;
                     shares[j][1] = 0.0f;
                 }
-                for (int j = 0; j < S / 8; j++) {
-                    for (int i = 0; i < 2; i++) {
+                UNROLL for (int j = 0; j < S / 8; j++) {
+                    UNROLL for (int i = 0; i < 2; i++) {
                         float share = metal::precise::exp(scores[m][j].thread_elements()[i] - base);
                         scores[m][j].thread_elements()[i] = share;
                         shares[j % 4][i] += share;
                     }
                 }
                 float eight[4];
-                for (int j = 0; j < 4; j++) {
+                UNROLL for (int j = 0; j < 4; j++) {
                     eight[j] = shares[j][0] + shares[j][1];
                     eight[j] += simd_shuffle_xor(eight[j], ushort(1));
                     eight[j] += simd_shuffle_xor(eight[j], ushort(8));
                 }
                 total[m] = total[m] * shrink + ((eight[0] + eight[1]) + (eight[2] + eight[3]));
                 top[m] = higher;
-                for (int f = 0; f < D / 8; f++) {
+                UNROLL for (int f = 0; f < D / 8; f++) {
                     sums[m][f].thread_elements()[0] *= shrink;
                     sums[m][f].thread_elements()[1] *= shrink;
                 }
             }
-            for (int j = 0; j < S / 8; j++) {
+            UNROLL for (int j = 0; j < S / 8; j++) {
                 int token = j * 8 + down;
                 bool counts = b * S + token < length;  // what lies behind may be anything, and 0 * NaN is not 0
-                for (int f = 0; f < D / 8; f++) {
+                UNROLL for (int f = 0; f < D / 8; f++) {
                     simdgroup_matrix<float, 8, 8> value;
-                    for (int i = 0; i < 2; i++) {
+                    UNROLL for (int i = 0; i < 2; i++) {
                         ulong at = block + token * D + f * 8 + right + i;
                         value.thread_elements()[i] = counts ? static_cast<float>(values[at]) : 0.0f;
                     }
-                    for (int m = 0; m < M; m++) {
+                    UNROLL for (int m = 0; m < M; m++) {
                         simdgroup_multiply_accumulate(sums[m][f], scores[m][j], value, sums[m][f]);
                     }
                 }
             }
         }
 
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int m = 0; m < M; m++) {
             if (right == 0) {
                 largest[part * ROWS + m * 8 + down] = top[m];
                 weight[part * ROWS + m * 8 + down] = total[m];
             }
         }
-        for (int slice = 0; slice < SLICES; slice++) {
-            for (int m = 0; m < M; m++) {
-                for (int f = 0; f < SLICE / 8; f++) {
+        UNROLL for (int slice = 0; slice < SLICES; slice++) {
+            UNROLL for (int m = 0; m < M; m++) {
+                UNROLL for (int f = 0; f < SLICE / 8; f++) {
                     int from = slice * (SLICE / 8) + f;
                     if (from < D / 8) {
                         int at = (part * ROWS + m * 8 + down) * SLICE + f * 8 + right;
@@ -183,7 +183,7 @@
                 }
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
-            for (int n = 0; n < HELD; n++) {
+            UNROLL for (int n = 0; n < HELD; n++) {
                 int i = thread_index + n * THREADS;
                 int row = i / SLICE;
                 if (i < ROWS * SLICE && slice * SLICE + i % SLICE < D) {
@@ -198,8 +198,8 @@
         }
     }
 
-    for (int slice = 0; slice < SLICES; slice++) {
-        for (int n = 0; n < HELD; n++) {
+    UNROLL for (int slice = 0; slice < SLICES; slice++) {
+        UNROLL for (int n = 0; n < HELD; n++) {
             int i = thread_index + n * THREADS;
             int mine = pair + i / SLICE, d = slice * SLICE + i % SLICE;
             if (i < ROWS * SLICE && d < D && mine < pairs) {

@@ -24,7 +24,7 @@ inline float sum_of_row(float part, threadgroup float* sums, int turn, uint lane
     uint t = thread_position_in_threadgroup.x;
     int first = int(threadgroup_position_in_grid.x) * R;
     T scales[HELD];
-    for (int i = 0; i < HELD; i++) {
+    UNROLL for (int i = 0; i < HELD; i++) {
         int e = int(t) + i * TG;
         scales[i] = e < E ? weight[e] : static_cast<T>(0.0f);
     }
@@ -32,14 +32,14 @@ inline float sum_of_row(float part, threadgroup float* sums, int turn, uint lane
         ulong row = ulong(first + r) * E;
         float held[HELD];
         float part = 0.0f;
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
             int e = int(t) + i * TG;
             held[i] = e < E ? static_cast<float>(x[row + e]) : 0.0f;
             part += held[i] * held[i];
         }
         float total = sum_of_row<TG>(part, sums, r, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
         float scale = metal::precise::rsqrt(total / E + eps);
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
             int e = int(t) + i * TG;
             if (e < E) {
                 out[row + e] = static_cast<T>(static_cast<T>(held[i] * scale) * scales[i]);
@@ -53,7 +53,7 @@ inline float sum_of_row(float part, threadgroup float* sums, int turn, uint lane
     uint t = thread_position_in_threadgroup.x;
     int first = int(threadgroup_position_in_grid.x) * R;
     T scales[HELD];
-    for (int i = 0; i < HELD; i++) {
+    UNROLL for (int i = 0; i < HELD; i++) {
         int e = int(t) + i * TG;
         scales[i] = e < E ? weight[e] : static_cast<T>(0.0f);
     }
@@ -61,7 +61,7 @@ inline float sum_of_row(float part, threadgroup float* sums, int turn, uint lane
         ulong row = ulong(first + r) * E;
         float held[HELD];
         float part = 0.0f;
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
             int e = int(t) + i * TG;
             held[i] = 0.0f;
             if (e < E) {
@@ -73,7 +73,7 @@ inline float sum_of_row(float part, threadgroup float* sums, int turn, uint lane
         }
         float squares = sum_of_row<TG>(part, sums, r, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
         float scale = metal::precise::rsqrt(squares / E + eps);
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
             int e = int(t) + i * TG;
             if (e < E) {
                 out[row + e] = static_cast<T>(static_cast<T>(held[i] * scale) * scales[i]);

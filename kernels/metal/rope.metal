@@ -9,7 +9,7 @@ inline void norm_and_turn(
     constexpr int HELD = (HALF + 31) / 32;
     float first[HELD], second[HELD];
     float squares = 0.0f;
-    for (int n = 0; n < HELD; n++) {
+    UNROLL for (int n = 0; n < HELD; n++) {
         int i = int(lane) + n * 32;
         first[n] = i < HALF ? static_cast<float>(x[i]) : 0.0f;
         second[n] = i < HALF ? static_cast<float>(x[i + HALF]) : 0.0f;
@@ -17,7 +17,7 @@ inline void norm_and_turn(
     }
     if (NORM) {
         float scale = metal::precise::rsqrt(simd_sum(squares) / D + eps);
-        for (int n = 0; n < HELD; n++) {
+        UNROLL for (int n = 0; n < HELD; n++) {
             int i = int(lane) + n * 32;
             if (i < HALF) {
                 T a = static_cast<T>(static_cast<T>(first[n] * scale) * weight[i]);
@@ -27,7 +27,7 @@ inline void norm_and_turn(
             }
         }
     }
-    for (int n = 0; n < HELD; n++) {
+    UNROLL for (int n = 0; n < HELD; n++) {
         int i = int(lane) + n * 32;
         if (i < HALF) {
             float angle = position * inv_freq[i];

@@ -13,11 +13,11 @@ import pytest
 
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.errors import ConfigError
-from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.build import stack_arrays, why_not
 from tiny_llm.metalsim.faults import KernelFault
 from tiny_llm.metalsim.lint import problems
 from tiny_llm.metalsim.run import MetalKernel
-from tiny_llm.metalsim.source import Kernel
+from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
@@ -262,8 +262,9 @@ def test_the_order_of_threads_changes_no_bit(
         assert mx.array_equal(got, wanted).item(), f"output {number}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_are_metal_not_just_cpp(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """The variants that run, in their order."""
     seen: list[Kernel] = []
     variant = MetalKernel.variant
 
@@ -272,9 +273,38 @@ def test_kernels_are_metal_not_just_cpp(dtype: mx.Dtype, monkeypatch: pytest.Mon
         return seen[-1]
 
     monkeypatch.setattr(MetalKernel, "variant", note)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_are_metal_not_just_cpp(dtype: mx.Dtype, seen: list[Kernel]) -> None:
     every_kernel(dtype)
     assert len({kernel.name for kernel in seen}) == len(all_texts())
+    assert all(kernel.text.startswith("#pragma METAL fp contract(off)") for kernel in seen)
     assert [problem for kernel in seen for problem in problems(kernel)] == []
+
+
+def test_arrays_of_a_thread_stay_in_registers(seen: list[Kernel]) -> None:
+    """Apple's compiler unrolls no loop that is not marked, and what a variable indexes then lies in memory.
+
+    LLVM, given the same text, leaves such an array on the stack.
+    """
+    every_kernel(mx.bfloat16)
+    for case in [([70], [2], 14, 2, 128, 64), ([300], [1], 8, 1, 256, 32), ([40], [1], 7, 1, 80, 32)]:
+        attended(*case, mx.bfloat16)
+    found = {k.full_name: stack_arrays(program(k)) for k in seen if "quantized_matmul" not in k.name}
+    assert {name: arrays for name, arrays in found.items() if arrays} == {}
+
+
+def test_this_sees_an_array_that_a_loop_left_in_memory(
+    seen: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metal, "_PRELUDE", "#define UNROLL\n")
+    metal._made.cache_clear()
+    attended([300], [1], 8, 2, 128, 64, mx.bfloat16)
+    metal._made.cache_clear()
+    arrays = stack_arrays(program(seen[0]))
+    assert {name.split(" ")[0] for name in arrays} & {"sums", "scores"}
 
 
 def all_texts() -> list[metal.Text]:

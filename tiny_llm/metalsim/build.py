@@ -200,6 +200,18 @@ def parse(text: str) -> list[tuple[str, str, str]]:
     return _diagnostics(_clang_on(text, [*options, *wanted, "-Wimplicit-float-conversion"]).stderr)
 
 
+def stack_arrays(text: str) -> list[str]:
+    """Arrays that the optimized code of the C++ ``text`` keeps on its stack, as LLVM says it; not our own.
+
+    Raises CompileError.
+    """
+    options = [*_options("fast"), "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
+    done = _clang_on(text, options)
+    if done.returncode:
+        raise CompileError(done.stderr[-2000:])
+    return re.findall(r"^ +%((?!msim_)\S+ = alloca \[.*\]),", done.stdout, re.M)
+
+
 def _diagnostics(text: str) -> list[tuple[str, str, str]]:
     return [(found["file"], found["line"], found["what"]) for found in _DIAGNOSTIC.finditer(text)]
 

@@ -29,6 +29,11 @@ VARIABLE = "TINY_LLM_METALSIM"
 FOLDER = "TINY_LLM_KERNELS"
 _KERNEL = re.compile(r"^// kernel (\w+)\(([^)]*)\) -> \(([^)]*)\)$", re.MULTILINE)
 _HERE = Path(__file__).resolve()
+# Before every kernel's text. What is not written as fma() is rounded twice: a row's bits rest on it. And
+# Apple's compiler unrolls no loop by itself: what such a loop indexes lies in memory, not in registers.
+_PRELUDE = """#pragma METAL fp contract(off)
+#define UNROLL _Pragma("clang loop unroll(full)")
+"""
 
 Kernel = Callable[..., list[mx.array]]
 
@@ -99,12 +104,14 @@ def _mode() -> str:
 def _made(text: Text, mode: str) -> Kernel:
     if mode == "metal":
         return cast(
-            Kernel, mx.fast.metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header)
+            Kernel,
+            mx.fast.metal_kernel(text.name, text.inputs, text.outputs, text.body, _PRELUDE + text.header),
         )
     if mode == "cuda":
         prelude = folder("cuda") / "metal.cuh"
         return cuda_kernel(text.name, text.inputs, text.outputs, text.body, text.header, prelude)
-    return metal_kernel(text.name, text.inputs, text.outputs, text.body, text.header, mode=mode)
+    header = _PRELUDE + text.header
+    return metal_kernel(text.name, text.inputs, text.outputs, text.body, header, mode=mode)
 
 
 def folder(of: str = "metal") -> Path:

@@ -51,18 +51,18 @@ template <typename T> MSIM_SYNC T simd_shuffle_and_fill_up(T x, T fill, ushort b
 
 // The order of a butterfly that goes by neighbours first: ((0+1)+(2+3))+..., as Apple's GPUs have it.
 template <typename T, typename F> MSIM_QUIET T msim_tree(const Exchange* e, F f, uint first, uint lanes) {
-  T values[32];
-  bool there[32];
+  T msim_values[32];
+  bool msim_there[32];
   for (uint i = 0; i < lanes; ++i) {
-    there[i] = msim_active(e, first + i);
-    if (there[i]) values[i] = msim_take<T>(e, first + i);
+    msim_there[i] = msim_active(e, first + i);
+    if (msim_there[i]) msim_values[i] = msim_take<T>(e, first + i);
   }
   for (uint width = 1; width < lanes; width *= 2)
     for (uint i = 0; i + width < lanes; i += 2 * width) {
-      if (there[i] && there[i + width]) values[i] = f(values[i], values[i + width]);
-      else if (there[i + width]) values[i] = values[i + width], there[i] = true;
+      if (msim_there[i] && msim_there[i + width]) msim_values[i] = f(msim_values[i], msim_values[i + width]);
+      else if (msim_there[i + width]) msim_values[i] = msim_values[i + width], msim_there[i] = true;
     }
-  return values[0];
+  return msim_values[0];
 }
 template <typename T, typename F> MSIM_SYNC T msim_reduce(T x, F f) {
   return msim_tree<T>(msim_give(OP_REDUCE, x), f, 0, 32);
