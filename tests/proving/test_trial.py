@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -81,8 +82,12 @@ def test_a_kernel_that_hangs_is_left_behind(shapes: Shapes, plant: Plant) -> Non
 
 def test_the_time_for_all_is_kept(shapes: Shapes, plant: Plant) -> None:
     """Else the hang would end by metalsim's own limit, and be a proof."""
+    assert wrong(shapes, "swiglu") == {"swiglu": ""}, "and it is compiled by now"
     plant("rope", "rope_qk", HANG)
-    assert wrong(shapes, "rope", "swiglu", limits=Limits(600.0, 6.0)) == {}
+    in_time = Limits(600.0, 8.0)
+    assert wrong(shapes, "swiglu", "rope", limits=in_time) == {"swiglu": ""}, "rope may be tried again"
+    found = wrong(shapes, "rope", "swiglu", limits=in_time)
+    assert found == {"rope": "a rotation: not done within 8 s"}, "it would be the same at the next start"
     made = proved("metalsim", shapes, Limits(600.0, 0.0))
     assert set(made) == set(ops_of(shapes))
     assert all(proof.wrong.startswith("not tried within") for proof in made.values())
@@ -94,6 +99,14 @@ def test_a_child_that_does_not_start_says_nothing_of_kernels(
 ) -> None:
     monkeypatch.setattr(trial.sys, "executable", "/bin/false")
     assert wrong(shapes, *ops_of(shapes)) == {}
+
+
+def test_modules_of_the_folder_that_we_are_called_in_are_not_taken(
+    shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    assert wrong(shapes, "swiglu") == {"swiglu": ""}
 
 
 def test_an_interpreter_that_is_not_there_keeps_nothing_from_starting(

@@ -21,10 +21,9 @@ from tiny_llm.ops.backend import active, use
 from tiny_llm.proving.cases import Check, Sizes, TimedCall, cases
 from tiny_llm.proving.record import KernelTiming, Proof, Shapes
 
-TURNS = 5
+TURNS, SLOW_TURNS = 5, 3
 CHAIN = 100  # calls of one evaluation, at most
-CHAIN_S = 0.02  # that such a chain takes, about
-WARM_UP = 2
+CHAIN_S = 0.02  # that such a chain takes, about; what takes longer gets fewer turns
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def timing(case: TimedCall) -> KernelTiming:
     """Ours and MLX's in turns, so that a machine that slows down does so for both; medians."""
     chains = [_Chain(case, nullcontext), _Chain(case, partial(use, active(), frozenset()))]
     seconds: list[list[float]] = [[], []]
-    for _ in range(TURNS):
+    for _ in range(SLOW_TURNS if any(chain.is_slow for chain in chains) else TURNS):
         for chain, spent in zip(chains, seconds, strict=True):
             spent.append(chain.seconds())
     ours_us, mlx_us = (1e6 * median(spent) for spent in seconds)
@@ -122,17 +121,20 @@ class _Chain:
         with self._side():
             self._state = case.make()
             mx.eval(*self._state)
-        self._calls = WARM_UP
+        self._calls, self._number = 1, 0
         self.seconds()  # compiles
-        self._calls = max(1, min(CHAIN, int(CHAIN_S / self.seconds())))
+        call_s = self.seconds()
+        self._calls = max(1, min(CHAIN, int(CHAIN_S / call_s)))
+        self.is_slow = call_s > CHAIN_S
 
     def seconds(self) -> float:
         """Of a call."""
         with self._side():
             began = time.perf_counter()
             state = self._state
-            for number in range(self._calls):
-                state = self._case.step(state, number)
+            for _ in range(self._calls):
+                state = self._case.step(state, self._number)
+                self._number += 1
             mx.eval(*state)
             return (time.perf_counter() - began) / self._calls
 

@@ -34,9 +34,9 @@ _REAPED_S = 1.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds that an op may take, and all of them; what is not tried by then is MLX's for now."""
+    """Seconds that a case may take, and all of them; what is not tried by then is MLX's for now."""
 
-    op_s: float = 6.0
+    case_s: float = 5.0
     total_s: float = 10.0
 
     @classmethod
@@ -110,24 +110,29 @@ def _heard(
     child: _Child, left: list[str], total: int, end: float, limits: Limits, progress: Progress | None
 ) -> Iterator[Proof]:
     """Proofs as a child tells them, up to the op that it does not survive; each is taken off ``left``."""
-    op_end, doing = time.monotonic() + limits.op_s, STARTING
+    doing = STARTING
     while left:
         if progress is not None:
             progress(1 - len(left) / total, f"{left[0]}: {doing}")
-        said = child.hear(min(end, op_end))
+        case_end = time.monotonic() + limits.case_s
+        said = child.hear(min(end, case_end))
         if isinstance(said, Mapping):
             if "doing" in said:
                 doing = str(said["doing"])
                 continue
             proof = Proof.read(said["proof"])
-        elif doing == STARTING or (said is None and time.monotonic() < op_end):
+        elif doing == STARTING:
             raise _Over  # which says nothing of the op
         elif said is not None:
             proof = Proof(left[0], f"{doing}: {said}")
+        elif time.monotonic() >= case_end:
+            proof = Proof(left[0], f"{doing}: no answer within {limits.case_s:g} s")
+        elif len(left) == total:  # it had all the time, and would have no more at the next start
+            proof = Proof(left[0], f"{doing}: not done within {limits.total_s:g} s")
         else:
-            proof = Proof(left[0], f"{doing}: no answer within {limits.op_s:g} s")
+            raise _Over
         left.remove(proof.op)
-        op_end, doing = time.monotonic() + limits.op_s, "going on"
+        doing = "going on"
         yield proof
         if not isinstance(said, Mapping):
             return
@@ -140,7 +145,8 @@ class _Child:
         place = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tiny_llm.proving.child"],
+            # -P: no module of the folder that we are called in.
+            [sys.executable, "-P", "-m", "tiny_llm.proving.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
