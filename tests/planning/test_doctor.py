@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tiny_llm.cli import app
-from tiny_llm.ops.backend import BACKENDS
+from tiny_llm.metalsim.build import why_not
+from tiny_llm.models import registry
+from tiny_llm.ops.backend import BACKENDS, works
+from tiny_llm.planning.compatibility import OPS
+from tiny_llm.proving.choice import OPS as KERNELS
 from tiny_llm.proving.record import KernelTiming, Proof, Record, Shapes
 
 SHAPES = Shapes(896, 14, 2, 64, 4864, 151936, 4, 64, "bfloat16", 16)
@@ -16,12 +21,12 @@ SHAPES = Shapes(896, 14, 2, 64, 4864, 151936, 4, 64, "bfloat16", 16)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tiny_llm.proving.record.user_cache", lambda: tmp_path / "cache")
     monkeypatch.setenv("COLUMNS", "150")
 
 
-def doctor() -> list[str]:
-    done = CliRunner().invoke(app, ["doctor"])
+def doctor(*arguments: str) -> list[str]:
+    done = CliRunner().invoke(app, ["doctor", *arguments])
     assert done.exit_code == 0, done.output
     return [line.strip() for line in done.output.splitlines()]
 
@@ -43,8 +48,7 @@ def test_what_was_found_is_a_table_with_a_row_for_each_shape() -> None:
     ]
     Record.of("metal", SHAPES).add(proofs)
     lines = doctor()
-    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if line.startswith("│")]
-    assert rows == [
+    assert cells(lines) == [
         ["rope", "1 row", "20.0", "30.0", "1.50x", "yes", "ours", "1.50x MLX's speed at 1 row"],
         ["sample", "", "", "", "", "no", "MLX's", "a token by each option: another token"],
         ["swiglu", "1 row", "20.0", "30.0", "1.50x", "yes", "MLX's", "0.50x MLX's speed at 512 rows"],
@@ -52,3 +56,34 @@ def test_what_was_found_is_a_table_with_a_row_for_each_shape() -> None:
     ]
     assert any("4 bits in groups of 64, bfloat16" in line for line in lines)
     assert any("tokens may depend on what else is running" in line.lower() for line in lines)
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
+def test_a_models_shapes_and_their_kernels() -> None:
+    rows = cells(doctor("--model", "qwen2-0.5b", "--quantize", "4", "--backend", "ref"))
+    assert rows == [[op, "plain MLX"] for op in OPS]
+
+
+@pytest.mark.skipif(not works(), reason="there are no CPU kernels")
+def test_what_has_no_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cells(doctor("--model", "qwen2-0.5b", "--quantize", "8", "--backend", "cpu"))
+    assert whole == [[op, "our C++ kernel"] for op in OPS]
+    # As for an architecture that gives its matrices to others than layers.
+    monkeypatch.setattr(registry, "DECODER", replace(registry.DECODER, packed=False))
+    rows = dict(cells(doctor("--model", "qwen2-0.5b", "--quantize", "8", "--backend", "cpu")))
+    assert rows["linear"] == "plain MLX: no kernel for these arrays"
+    assert rows["paged_attention"] == "our C++ kernel"
+
+
+@pytest.mark.slow
+def test_kernels_for_gpus_are_tried_on_the_models_shapes() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    lines = doctor("--model", "demo", "--quantize", "4", "--backend", "metalsim")
+    rows = [row for row in cells(lines) if row[0]]
+    assert [row[0] for row in rows] == list(KERNELS)
+    assert {row[5] for row in rows} == {"yes"}, lines
+    assert any("hidden 256, heads 4/2 x 64" in line for line in lines)

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tiny_llm.config import ModelFacts
+from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import ConfigError
-from tiny_llm.ops.backend import BACKENDS, active, choose
+from tiny_llm.models.loading import check_options, kv_dtype
+from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, active, choose, use
+from tiny_llm.options import BackendOption, DebugOption, DtypeOption, QuantizeOption
+from tiny_llm.planning.compatibility import OPS, fallen_back
+from tiny_llm.planning.memory import find_config
 from tiny_llm.proving.choice import choose as choose_kernels
-from tiny_llm.proving.record import Proof, Record, Shapes, machine, records
+from tiny_llm.proving.record import Proof, Shapes, machine, records
+from tiny_llm.proving.trial import Limits, proved
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
 
 
 @app.command()
-def doctor() -> None:
-    """Say which backends this machine has, and which of our GPU kernels proved right and fast on it."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Also say which kernels this one's shapes get: a short name, a folder."
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    backend: BackendOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Say which backends this machine has, and which of our GPU kernels proved right and fast on it.
+
+    With --model: which kernels its shapes get and what falls back; on a GPU they are tried if they were not.
+    """
     console = Console(highlight=False)
+    if model is not None:
+        return _of_a_model(console, find_config(model), choose(backend), dtype, quantize)
     about = machine(active())
     console.print(f"device    {about['device']}, {about['system']}", soft_wrap=True)
     console.print(f"MLX       {about['mlx']}, kernels {about['kernels']}", soft_wrap=True)
@@ -33,7 +57,31 @@ def doctor() -> None:
         console.print("kernels   none of ours was tried on a GPU here; the first start on one does it")
     for record in found:
         console.print()
-        console.print(table(record))
+        console.print(table(record.backend, record.shapes, record.read()))
+
+
+def _of_a_model(
+    console: Console, config: ModelFacts, backend: str, dtype: str | None, quantize: int | None
+) -> None:
+    check_options(dtype, quantize)
+    if backend in GPU_KERNELS:
+        with use(backend):
+            kept = kv_dtype(config, dtype=dtype, quantize=quantize)
+        shapes = Shapes.of(config, quantize, kept, BLOCK_SIZE)
+        with console.status("Trying our kernels") as status:
+            proofs = proved(
+                backend, shapes, Limits.of(backend), lambda part, what: status.update(f"{part:4.0%} {what}")
+            )
+        return console.print(table(backend, shapes, proofs))
+    runs = {"cpu": "our C++ kernel", "ref": "plain MLX", "mlx": "MLX's fast operation"}[backend]
+    without = fallen_back(config, backend, dtype=dtype, quantize=quantize)
+    made = Table(title=f"{config.model_type} on backend {backend}", title_justify="left")
+    for name in ("op", "runs"):
+        made.add_column(name, no_wrap=True)
+    for op in OPS:
+        fell = without.get(op)
+        made.add_row(op, Text("plain MLX: no kernel for these arrays", "yellow") if fell else runs)
+    console.print(made)
 
 
 def _state(name: str) -> str:
@@ -44,10 +92,8 @@ def _state(name: str) -> str:
     return "there"
 
 
-def table(record: Record) -> Table:
+def table(backend: str, shapes: Shapes, proofs: Mapping[str, Proof]) -> Table:
     """What was found for one backend and model: a row for each op and shape, and what "auto" makes of it."""
-    backend, shapes = record.backend, record.shapes
-    proofs = record.read()
     kernels = choose_kernels(backend, proofs, "auto", False, dense=not shapes.bits)
     made = Table(title=_title(backend, shapes), title_justify="left", caption=kernels.line)
     made.caption_justify = "left"
