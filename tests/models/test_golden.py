@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,19 @@ from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.loading import load_model
+from tiny_llm.ops.backend import use, works
 
 pytestmark = [pytest.mark.chapter("1.5"), pytest.mark.usefixtures("backend")]
 TOLERANCE = 1e-4  # relative to the largest value; on a CPU we are within 2e-6
+
+
+@pytest.fixture(scope="module", params=["ref", "cpu", "mlx"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that these models tell apart, in turn; the CPU kernels where they were built."""
+    if request.param == "cpu" and not works():
+        pytest.skip("the CPU kernels were not built: no C++ compiler")
+    with use(request.param) as name:
+        yield name
 
 
 @pytest.fixture(scope="module")

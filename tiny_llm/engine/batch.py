@@ -68,7 +68,8 @@ def _tables(plan: Plan) -> mx.array:
         missing = width - len(item.block_table)
         if missing:
             tables.frombytes(bytes(tables.itemsize * missing))
-    return _ints(tables).reshape(len(plan.items), width)
+    shaped = memoryview(tables).cast("B").cast("i", (len(plan.items), width))  # no operation: it can be read
+    return mx.array(shaped)  # type: ignore[arg-type]
 
 
 def _ints(values: array[int]) -> mx.array:

@@ -22,7 +22,7 @@ from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
-from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory
+from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
@@ -34,7 +34,8 @@ from tiny_llm.models.cost import step_costs
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.kv_pool import KvFormat
+from tiny_llm.ops.backend import use
+from tiny_llm.ops.kv_pool import KvFormat, may_run_ahead
 from tiny_llm.proving.choice import Kernels
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
@@ -74,7 +75,10 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
-        format = KvFormat.of(model.config, settings.block_size, kv_dtype)
+        with use(kernels.backend, kernels.ours):
+            format = KvFormat.of(model.config, settings.block_size, kv_dtype)
+            ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
+        settings = replace(settings, async_scheduling=ahead)
         self.settings = settings = settings.within_reach(format.block_bytes)
         cache = PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
         self.runner = Runner(model, cache, kernels)
@@ -83,10 +87,12 @@ class Engine:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), format.token_bytes)
         self.scheduler = Scheduler(settings.block_manager(), scheduler, costs)
-        step_bytes = activation_bytes(model.config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        step_bytes = activation_bytes(model.config, tokens, rows, format.gathered_bytes(max_context))
         slab, block_bytes = settings.slab_blocks, format.block_bytes
         self._pool_limit = PoolLimit(settings.kv_blocks, slab, block_bytes, step_bytes, clock)
         limit_kept_memory(available_memory_bytes())
+        wire_memory()
 
     def __len__(self) -> int:
         """Requests that are waiting or running."""

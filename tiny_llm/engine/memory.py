@@ -61,6 +61,13 @@ def limit_kept_memory(available: int) -> None:
         set_option(_M_TRIM_THRESHOLD, most)
 
 
+def wire_memory() -> None:
+    """Let Metal keep what it works with in memory, as much of it as the device recommends."""
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most:
+        mx.set_wired_limit(int(most))
+
+
 def give_back_memory() -> None:
     """Let go of what is kept for the next operation: MLX's buffers, and glibc's pages that nobody uses."""
     mx.clear_cache()

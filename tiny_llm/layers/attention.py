@@ -11,16 +11,20 @@ from tiny_llm.data import Batch, KVCache
 from tiny_llm.layers.linear import Linear, heads_of
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import RMSNorm
-from tiny_llm.ops.rope import rope_qk
+from tiny_llm.ops.rope import rope_periods, rope_qk
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """x [T, E] to [T, E]. ``inv_freq`` [D/2]; ``q_norm`` and ``k_norm`` (Qwen3) normalise each head."""
+    """x [T, E] to [T, E]. ``inv_freq`` [D/2]; ``q_norm`` and ``k_norm`` (Qwen3) normalise each head.
+
+    ``periods`` are ``rope_periods`` of the frequencies.
+    """
 
     layer: int
     head_dim: int
     inv_freq: mx.array
+    periods: mx.array | None
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
@@ -54,15 +58,16 @@ class Attention:
         o = Linear.take(weights, f"{prefix}.o_proj", bias=config.output_bias)
         q_norm = RMSNorm.take(weights, f"{prefix}.q_norm", eps) if config.qk_norm else None
         k_norm = RMSNorm.take(weights, f"{prefix}.k_norm", eps) if config.qk_norm else None
-        return cls(layer, config.head_dim, inv_freq, q, k, v, o, q_norm, k_norm)
+        return cls(layer, config.head_dim, inv_freq, rope_periods(inv_freq), q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
         q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
         q, k = self._rotated(q, k, batch.positions)
+        v = v.reshape(v.shape[0], -1, self.head_dim)
         return self.o_proj(kv.attend(self.layer, q, k, v, batch))
 
     def _rotated(self, q: mx.array, k: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         if self.q_norm is None or self.k_norm is None:
-            return rope_qk(q, k, positions, self.inv_freq, None, None, 0.0)
+            return rope_qk(q, k, positions, self.inv_freq, None, None, 0.0, self.periods)
         q_norm, k_norm, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return rope_qk(q, k, positions, self.inv_freq, q_norm, k_norm, eps)
+        return rope_qk(q, k, positions, self.inv_freq, q_norm, k_norm, eps, self.periods)

@@ -35,7 +35,7 @@ class Linear:
 
 
 def heads_of(x: mx.array, maps: Sequence[Linear], head_dim: int) -> list[mx.array]:
-    """Return each map's output for one x [T, I], as heads [T, O / head_dim, head_dim]."""
+    """Return each map's output for one x [T, I], as heads [T, O / head_dim, head_dim], perhaps flat still."""
     return linears(x, [m.weight for m in maps], [m.bias for m in maps], head_dim)
 
 

@@ -61,14 +61,15 @@ def kv_token_bytes(config: ModelFacts, item_bytes: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
-def activation_bytes(config: ModelFacts, tokens: int, rows: int) -> int:
+def activation_bytes(config: ModelFacts, tokens: int, rows: int, gathered: int = 0) -> int:
     """Bytes of a step's float32 intermediate results: ``tokens`` T go in, logits [rows, V] come out.
 
+    ``gathered`` bytes of keys and values attention brings together in a layer, where it reads no pages.
     A layer makes six vectors [T, E] (two sums, two norms, two outputs), queries twice and attention's output
     [T, H, D], keys twice and values [T, K, D], and the MLP's middle [T, F].
     """
     heads = 3 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    layer = 4 * tokens * (6 * config.hidden_size + heads + config.intermediate_size)
+    layer = 4 * tokens * (6 * config.hidden_size + heads + config.intermediate_size) + gathered
     return min(config.num_layers, LAYERS_AT_ONCE) * layer + 4 * rows * config.vocab_size
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.softmax import softmax
 
 _BLOCK_SIZE = 64  # tokens a block of the pool that the CPU kernel is given
@@ -48,7 +48,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: in
     _check(q, k, v, offset)
     if on_cpu("attention", q, k, v):
         return _attention_cpu(q, k, v, scale, offset)
+    if on_mlx() and q.size:
+        return attention_mlx(q, k, v, scale=scale, offset=offset)
     return attention_ref(q, k, v, scale=scale, offset=offset)
+
+
+def attention_mlx(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+    """By MLX's kernel, where the last query stands at the last key that is given."""
+    T = q.shape[0]
+    queries, keys, values = (x.swapaxes(0, 1)[None] for x in (q, k[: offset + T], v[: offset + T]))
+    mask = "causal" if T > 1 else None
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return out[0].swapaxes(0, 1).astype(q.dtype)
 
 
 def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int) -> mx.array:

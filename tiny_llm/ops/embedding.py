@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.data import Matrix, QuantizedTensor
-from tiny_llm.ops.backend import cpu
+from tiny_llm.ops.backend import cpu, on_mlx
 
 
 def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
@@ -32,4 +32,12 @@ def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
         raise ValueError(f"[embedding] expected integer tokens [T], got {tokens.dtype} {tokens.shape}")
     if not isinstance(weight, (mx.array, QuantizedTensor)):
         return cpu.embedding(tokens, weight)
-    return embedding_ref(tokens, weight)
+    return embedding_mlx(tokens, weight) if on_mlx() else embedding_ref(tokens, weight)
+
+
+def embedding_mlx(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
+    """In the scales' dtype throughout, as ``quantized_matmul_mlx`` reads the same table."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight[tokens]
+    rows = weight.packed[tokens], weight.scales[tokens], weight.biases[tokens]
+    return mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)

@@ -6,14 +6,17 @@ grown and copied here. What is in them only attention knows, and whose a block i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts
-from tiny_llm.ops.backend import active, cpu
+from tiny_llm.ops.backend import active, cpu, on_mlx, runs_ours
+
+GATHER_BYTES = 2**26
+"""The most that a call of MLX's attention gathers; a sequence alone may take more, as it cannot be cut."""
 
 Pool = tuple[mx.array, ...]
 """One layer's arrays, in the order of ``KvFormat.arrays``: each [N, ...], N blocks."""
@@ -27,11 +30,29 @@ class KvArray(NamedTuple):
     dtype: mx.Dtype
 
 
+def is_token_major() -> bool:
+    """Whether a pool is laid out for MLX's attention, which is then the one to read it.
+
+    It takes a sequence's tokens one after the other, whole; our kernels score a block's tokens side by side.
+    """
+    return on_mlx() and not runs_ours("paged_attention")
+
+
+def may_run_ahead(device: mx.DeviceType) -> bool:
+    """Whether a step may be launched while the one before it runs on ``device``, without a second pool.
+
+    A GPU holds what its commands read until they are done, and MLX's scatter writes nothing in place that
+    is held: it would copy each layer's pool.
+    """
+    return device == mx.cpu
+
+
 @dataclass(frozen=True, slots=True)
 class KvFormat:
     """Keys and values of a model: ``heads`` K vectors of ``head_dim`` D of each, a token and layer.
 
-    They lie in blocks of ``block_size`` S tokens, and are stored in ``dtype``.
+    They lie in blocks of ``block_size`` S tokens, and are stored in ``dtype``. ``token_major`` is as
+    the backend in use, where this is made, wants it.
     """
 
     num_layers: int
@@ -39,6 +60,7 @@ class KvFormat:
     head_dim: int
     block_size: int
     dtype: mx.Dtype
+    token_major: bool = field(default_factory=is_token_major)
 
     @classmethod
     def of(cls, config: ModelFacts, block_size: int, dtype: mx.Dtype) -> KvFormat:
@@ -47,7 +69,13 @@ class KvFormat:
 
     @property
     def arrays(self) -> tuple[KvArray, ...]:
-        """What each layer has. A block's S keys lie side by side for each d, to be scored all at once."""
+        """What each layer has. A block's S keys lie side by side for each d, to be scored all at once.
+
+        ``token_major`` has both as [S, K, D]: consecutive blocks are then consecutive tokens.
+        """
+        if self.token_major:
+            shape = (self.block_size, self.heads, self.head_dim)
+            return KvArray("keys", shape, self.dtype), KvArray("values", shape, self.dtype)
         return (
             KvArray("keys", (self.heads, self.head_dim, self.block_size), self.dtype),
             KvArray("values", (self.heads, self.block_size, self.head_dim), self.dtype),
@@ -62,6 +90,11 @@ class KvFormat:
     def token_bytes(self) -> int:
         """Bytes of a token's place in a block, over all layers: ``footprint.kv_token_bytes``."""
         return self.block_bytes // self.block_size
+
+    def gathered_bytes(self, longest: int) -> int:
+        """The most bytes that attention gathers at once, for contexts of up to ``longest`` tokens."""
+        each = longest * self.token_bytes // self.num_layers
+        return max(GATHER_BYTES, each) if self.token_major else 0
 
     def empty_pool(self, blocks: int, max_blocks: int) -> Pool:
         """A layer's arrays with ``blocks`` blocks, all 0.

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops.backend import active, cpu
+from tiny_llm.ops.backend import active, cpu, on_mlx
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.swiglu import swiglu
 
@@ -41,7 +41,12 @@ def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.arra
         return y if bias is None else y + bias
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"[linear] expected a weight [O, {x.shape[-1]}] for x {x.shape}, got {weight.shape}")
-    return linear_ref(x, weight, bias)
+    return linear_mlx(x, weight, bias) if on_mlx() else linear_ref(x, weight, bias)
+
+
+def linear_mlx(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """The bias is added before the sum is rounded to x's dtype."""
+    return linear_ref(x, weight) if bias is None else mx.addmm(bias, x, weight.T)
 
 
 def linears(
@@ -49,12 +54,13 @@ def linears(
 ) -> list[mx.array]:
     """Return ``linear(x, weight, bias)`` for each weight; the kernels make them in one pass over x [T, I].
 
-    Each is [T, O], or with a ``head_dim`` its heads, [T, O / head_dim, head_dim].
+    Each is [T, O], or with a ``head_dim`` its heads, [T, O / head_dim, head_dim]; MLX's own operations leave
+    that shape to whoever takes them.
     """
     if _packed(weights):
         return cpu.linear(x, list(weights), list(biases), head_dim)
     outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    if not head_dim:
+    if not head_dim or on_mlx():
         return outputs
     return [output.reshape(output.shape[0], -1, head_dim) for output in outputs]
 

@@ -3,7 +3,8 @@
 Letters: ``T`` new tokens, ``B`` sequences, ``H`` query heads, ``K`` key/value heads, ``D`` head
 dim, ``N`` blocks, ``S`` tokens a block, ``W`` blocks in the longest table.
 
-A pool is keys [N, K, D, S] and values [N, K, S, D], as ``kv_pool.KvFormat`` has them.
+A pool is keys [N, K, D, S] and values [N, K, S, D], or for MLX's attention both [N, S, K, D], as
+``kv_pool.KvFormat`` has them.
 (Kwon et al. 2023, PagedAttention.)
 """
 
@@ -18,8 +19,9 @@ import mlx.core as mx
 from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu
-from tiny_llm.ops.kv_pool import Pool
+from tiny_llm.ops.kv_pool import Pool, is_token_major
 from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.work_lists import WorkLists
 
 _SPAN = 256  # tokens of a context that one threadgroup sees, at most
@@ -55,6 +57,8 @@ def paged_attention(
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
     if on_metal("paged_attention", q, k, v):
         return _metal(q, k, v, pool, work or WorkLists(pages), scale)
+    if is_token_major():
+        return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale)
     return paged_attention_ref(q, k, v, pool, pages, scale)
 
 
@@ -69,6 +73,43 @@ def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
     keys[block, :, :, place] = k.astype(keys.dtype)
     values[block, :, place] = v.astype(values.dtype)
     return keys, values
+
+
+def paged_attention_mlx(
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
+) -> tuple[mx.array, Pool]:
+    """By MLX's attention, over pools [N, S, K, D]: a call for each of ``WorkLists.reads``."""
+    keys, values = pool
+    at = work.places(keys.shape[1])
+    keys[at] = k.astype(keys.dtype)
+    values[at] = v.astype(values.dtype)
+    size, kv_heads, dim = keys.shape[1:]
+    reads = work.reads(
+        LayerSizes(size, q.shape[1], kv_heads, kv_heads * dim * (keys.itemsize + values.itemsize))
+    )
+    outs = [_attend_group(q, keys, values, group, scale) for group in reads.groups]
+    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    out = out.astype(q.dtype)
+    return out if reads.order is None else out[reads.order], (keys, values)
+
+
+def _attend_group(q: mx.array, keys: mx.array, values: mx.array, group: ReadGroup, scale: float) -> mx.array:
+    """Attention of the group's rows, as [rows, H, D]."""
+    _, H, D = q.shape
+    own = q[group.rows]
+    queries = own.swapaxes(0, 1)[None] if group.mask == "causal" else own[:, :, None]
+    seen = [_vectors(pool, group.places) for pool in (keys, values)]
+    out = mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=group.mask)
+    return out[0].swapaxes(0, 1) if group.mask == "causal" else out.reshape(-1, H, D)
+
+
+def _vectors(pool: mx.array, places: slice | mx.array) -> mx.array:
+    """What lies at ``places`` of a pool [N, S, K, D], as [B, K, L, D]; a range is not copied."""
+    _, _, K, D = pool.shape
+    if isinstance(places, slice):
+        tokens, token = places.stop - places.start, K * D
+        return mx.as_strided(pool, (1, K, tokens, D), (pool.size, D, token, 1), places.start * token)
+    return mx.take(pool.reshape(-1, D), places, axis=0)
 
 
 def _metal(

@@ -7,7 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.ops.backend import active, cpu
+from tiny_llm.ops.backend import active, cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal
 
 _COLUMNS = 2  # outputs that a lane makes
@@ -43,7 +43,21 @@ def quantized_matmul(x: mx.array, weight: QuantizedTensor) -> mx.array:
         return _metal(x, weight)
     if x.ndim == 2 and weight.bits in (2, 4, 8) and active() == "cpu":
         return _cpu(x, weight)
-    return quantized_matmul_ref(x, weight)
+    return quantized_matmul_mlx(x, weight) if on_mlx() else quantized_matmul_ref(x, weight)
+
+
+def quantized_matmul_mlx(x: mx.array, weight: QuantizedTensor) -> mx.array:
+    """In x's dtype; MLX's kernels for GPUs sum in float32 all the same."""
+    y = mx.quantized_matmul(
+        x,
+        weight.packed,
+        weight.scales,
+        weight.biases,
+        transpose=True,
+        group_size=weight.group_size,
+        bits=weight.bits,
+    )
+    return y.astype(x.dtype)
 
 
 def _cpu(x: mx.array, weight: QuantizedTensor) -> mx.array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal
 
 
@@ -35,7 +35,12 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     if on_metal("rms_norm", x, weight):
         (out,) = _metal("rms_norm", [x, weight, eps], x, outputs=1)
         return out
-    return rms_norm_ref(x, weight, eps)
+    return rms_norm_mlx(x, weight, eps) if on_mlx() else rms_norm_ref(x, weight, eps)
+
+
+def rms_norm_mlx(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """MLX's kernel, which rounds where ``rms_norm_ref`` does."""
+    return mx.fast.rms_norm(x, weight, eps) if x.size else rms_norm_ref(x, weight, eps)
 
 
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
@@ -48,6 +53,9 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     if on_metal("rms_norm", x, residual, weight):
         total, out = _metal("add_rms_norm", [x, residual, weight, eps], x, outputs=2)
         return total, out
+    if on_mlx():
+        total = x + residual
+        return total, rms_norm_mlx(total, weight, eps)
     return add_rms_norm_ref(x, residual, weight, eps)
 
 

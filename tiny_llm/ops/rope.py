@@ -7,9 +7,9 @@ import math
 import mlx.core as mx
 
 from tiny_llm.config import RopeScaling
-from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal
-from tiny_llm.ops.rms_norm import rms_norm_ref
+from tiny_llm.ops.rms_norm import rms_norm_mlx, rms_norm_ref
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> mx.array:
@@ -21,6 +21,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     if scaling is not None:
         frequencies = [_scaled(frequency, scaling) for frequency in frequencies]
     return mx.array(frequencies, dtype=mx.float32)
+
+
+def rope_periods(inv_freq: mx.array) -> mx.array | None:
+    """Return ``1 / inv_freq`` [D/2] for ``rope_qk``, made once; None where no kernel takes it."""
+    if not on_mlx():
+        return None
+    periods = 1 / inv_freq
+    mx.eval(periods)
+    return periods
 
 
 def _scaled(frequency: float, scaling: RopeScaling) -> float:
@@ -68,7 +77,20 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     _check("rope", x, positions, inv_freq)
     if on_metal("rope", x):
         return _metal(x, x[:, :0], positions, inv_freq, None, None, 0.0)[0]
+    if on_mlx():
+        return rope_mlx(x[:, :, None], positions, 1 / inv_freq)
     return rope_ref(x, positions, inv_freq)
+
+
+def rope_mlx(x: mx.array, positions: mx.array, periods: mx.array) -> mx.array:
+    """By MLX's kernel, to which each of x [T, H, 1, D]'s rows is a sequence of one token at its own offset.
+
+    Returns [T, H, D].
+    """
+    T, H, _, D = x.shape
+    if x.size:
+        x = mx.fast.rope(x, D, traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
+    return x.reshape(T, H, D)
 
 
 def rope_qk(
@@ -79,17 +101,26 @@ def rope_qk(
     q_norm: mx.array | None,
     k_norm: mx.array | None,
     eps: float,
+    periods: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Norm the heads of q [T, H, D] and k [T, K, D] by [D] each, if given, and rotate; ``rope_qk_ref``."""
+    """Norm the heads of q [T, H, D] and k [T, K, D] by [D] each, if given, and rotate; ``rope_qk_ref``.
+
+    Both may be flat, [T, H * D]. ``periods`` are ``rope_periods(inv_freq)``, if the caller has them.
+    """
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
     if on_cpu("rope", q, k, inv_freq, *norms):
         return cpu.rope_qk(q, k, positions, inv_freq, q_norm, k_norm, eps)
-    _check("rope_qk", q, positions, inv_freq)
-    _check("rope_qk", k, positions, inv_freq)
+    ours = on_metal("rope", q, k, *norms) and len(norms) != 1
+    q, k = (_as_heads(x, positions, inv_freq, one_each=on_mlx() and not ours) for x in (q, k))
     if any(norm.shape != q.shape[-1:] for norm in norms):
         raise ValueError(f"[rope_qk] expected norms {q.shape[-1:]}, got {[norm.shape for norm in norms]}")
-    if on_metal("rope", q, k, *norms) and len(norms) != 1:
+    if ours:
         return _metal(q, k, positions, inv_freq, q_norm, k_norm, eps)
+    if on_mlx():
+        periods = 1 / inv_freq if periods is None else periods
+        q = q if q_norm is None else rms_norm_mlx(q, q_norm, eps)
+        k = k if k_norm is None else rms_norm_mlx(k, k_norm, eps)
+        return rope_mlx(q, positions, periods), rope_mlx(k, positions, periods)
     return rope_qk_ref(q, k, positions, inv_freq, q_norm, k_norm, eps)
 
 
@@ -120,6 +151,15 @@ def _metal(
         output_dtypes=[q.dtype, k.dtype],
     )
     return q_out, k_out
+
+
+def _as_heads(x: mx.array, positions: mx.array, inv_freq: mx.array, *, one_each: bool) -> mx.array:
+    """x [T, H, D], which may be flat; with ``one_each`` as [T, H, 1, D], in the same one operation."""
+    D = 2 * inv_freq.size
+    if x.ndim != 2 or not D or x.shape[1] % D:
+        _check("rope_qk", x, positions, inv_freq)
+    T, heads = x.shape[0], x.shape[1] // D if x.ndim == 2 else x.shape[1]
+    return x.reshape(T, heads, 1, D) if one_each else x.reshape(T, heads, D)
 
 
 def _check(op: str, x: mx.array, positions: mx.array, inv_freq: mx.array) -> None:

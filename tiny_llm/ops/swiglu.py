@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import mlx.core as mx
 
-from tiny_llm.ops.backend import cpu, on_cpu
+from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal
 
 
@@ -24,7 +27,20 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
         raise ValueError(f"[swiglu] expected gate and up of one shape, got {gate.shape} and {up.shape}")
     if on_cpu("swiglu", gate, up):
         return cpu.swiglu(gate, up)
-    return _metal(gate, up) if on_metal("swiglu", gate, up) else swiglu_ref(gate, up)
+    if on_metal("swiglu", gate, up):
+        return _metal(gate, up)
+    return swiglu_mlx(gate, up) if on_mlx() else swiglu_ref(gate, up)
+
+
+def swiglu_mlx(gate: mx.array, up: mx.array) -> mx.array:
+    """In one kernel, which MLX makes of ``swiglu_ref``; on a CPU it would call a C++ compiler for that."""
+    return fused()(gate, up) if mx.default_device().type == mx.gpu else swiglu_ref(gate, up)
+
+
+@cache
+def fused() -> Callable[[mx.array, mx.array], mx.array]:
+    """``swiglu_ref``, compiled for all shapes."""
+    return mx.compile(swiglu_ref, shapeless=True)
 
 
 def _metal(gate: mx.array, up: mx.array) -> mx.array:

@@ -11,6 +11,9 @@ from typing import cast
 import mlx.core as mx
 
 from tiny_llm.data import Pages
+from tiny_llm.ops.read_groups import LayerSizes, ReadGroups
+
+Places = tuple[mx.array, mx.array] | tuple[slice, slice]
 
 
 class WorkLists:
@@ -23,6 +26,25 @@ class WorkLists:
         self.pages = pages
         self._by_span: dict[int, tuple[mx.array, mx.array]] = {}
         self._by_tile: dict[tuple[int, int], mx.array] = {}
+        self._by_sizes: dict[LayerSizes, ReadGroups] = {}
+        self._places: dict[int, Places] = {}
+
+    def reads(self, sizes: LayerSizes) -> ReadGroups:
+        """The calls of MLX's attention."""
+        if sizes not in self._by_sizes:
+            self._by_sizes[sizes] = ReadGroups(self.pages, sizes)
+        return self._by_sizes[sizes]
+
+    def places(self, size: int) -> Places:
+        """Each new row's block, and its place in that of ``size`` tokens: int32 [T], or ranges of one."""
+        if size not in self._places:
+            slots = self.pages.slot_mapping
+            if slots.size == 1:  # writing to a range is fewer operations
+                block, place = divmod(cast(int, slots.item()), size)
+                self._places[size] = slice(block, block + 1), slice(place, place + 1)
+            else:
+                self._places[size] = slots // size, slots % size
+        return self._places[size]
 
     def spans(self, size: int) -> tuple[mx.array, mx.array]:
         """A piece of work for each row and span of ``size`` tokens of its context.

@@ -1,0 +1,93 @@
+"""Backend mlx behind an engine: the tokens of ``ref`` for lone requests, steps ahead, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.engine import memory
+from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.models.footprint import LAYERS_AT_ONCE, activation_bytes
+from tiny_llm.ops.backend import use
+from tiny_llm.ops.kv_pool import GATHER_BYTES, KvFormat, may_run_ahead
+
+PROMPTS = ["a KV cache", "Tell me about paged attention.", "34 + 25 =", "Once upon a time " * 12]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+SETTINGS = EngineSettings(kv_blocks=256, slab_blocks=256, prefix_cache=False)
+
+
+def llm_on(backend: str, demo: Path, quantize: int | None, block_size: int = 16) -> LLM:
+    settings = replace(SETTINGS, block_size=block_size)
+    return LLM(demo, backend=backend, dtype="float32", quantize=quantize, engine=settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantize", "block_size"), [(None, 16), (4, 32), (8, 64)])
+def test_a_lone_request_gets_the_tokens_of_ref(demo: Path, quantize: int | None, block_size: int) -> None:
+    told = {}
+    for backend in ("ref", "mlx"):
+        with llm_on(backend, demo, quantize, block_size) as own:
+            told[backend] = [own.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+    assert told["mlx"] == told["ref"]
+
+
+@pytest.mark.slow
+def test_a_step_ahead_changes_no_token(demo: Path) -> None:
+    with llm_on("mlx", demo, None) as own:
+        ahead = [one.token_ids for one in own.generate(PROMPTS, GREEDY)]
+        number = own.engine.add(own.check(PROMPTS[0])[0], GREEDY)
+        own.engine.step()
+        own.engine.step()
+        assert own.engine._ahead is not None, "nothing is in flight"
+        own.engine.cancel(number)
+        waited = own.with_engine(replace(SETTINGS, async_scheduling=False))
+        assert [one.token_ids for one in waited.generate(PROMPTS, GREEDY)] == ahead
+
+
+def test_steps_are_not_run_ahead_where_that_copies_the_pool() -> None:
+    """A GPU's commands hold the pool that they read, so that MLX's scatter would write into another."""
+    with use("mlx"):
+        assert may_run_ahead(mx.cpu) and not may_run_ahead(mx.gpu)
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_step_takes_no_second_pool(demo: Path, requests: int) -> None:
+    with llm_on("mlx", demo, None) as own:
+        waited = own.with_engine(replace(SETTINGS, async_scheduling=False))
+        engine = waited.engine
+        for prompt in PROMPTS[:requests]:
+            engine.add(waited.check(prompt)[0], replace(GREEDY, max_tokens=40, ignore_eos=True))
+        for _ in range(4):
+            engine.step()
+        pool = SETTINGS.kv_blocks * engine.cache.format.block_bytes
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for _ in range(20):
+            assert engine.step(), "it has ended"
+        assert mx.get_peak_memory() - before < pool / 4
+
+
+def test_what_attention_gathers_is_in_the_estimate_of_a_step(demo: Path) -> None:
+    with llm_on("mlx", demo, None) as own, llm_on("ref", demo, None) as other:
+        gathered = [one.engine.cache.format.gathered_bytes(100) for one in (own, other)]
+        config = own.config
+    assert gathered == [GATHER_BYTES, 0]
+    with use("mlx"):
+        format = KvFormat(2, 8, 128, 16, mx.float32)
+    assert format.gathered_bytes(100_000) == 100_000 * 2 * 8 * 128 * 4, "one long sequence is not cut"
+    more = activation_bytes(config, 64, 8, GATHER_BYTES) - activation_bytes(config, 64, 8)
+    assert more == min(LAYERS_AT_ONCE, config.num_layers) * GATHER_BYTES
+
+
+def test_the_wired_limit_is_what_the_device_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    wired: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    memory.wire_memory()
+    assert wired == [], "a CPU recommends nothing"
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
+    memory.wire_memory()
+    assert wired == [2**34]

@@ -1,0 +1,114 @@
+"""Which rows of a step MLX's attention reads keys and values for in one call: made once a step.
+
+Rows of one new token go together in length classes, so that little is padded; a chunk goes alone, as its rows
+see each other's past. Owns what is read at once. Knows no layer: it is told the sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, cast
+
+import mlx.core as mx
+
+from tiny_llm.data import Pages
+from tiny_llm.ops.kv_pool import GATHER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ReadGroup:
+    """Rows of one call of attention.
+
+    ``rows`` are one of each of B sequences, or, where the mask is "causal", all of one. ``places`` are what
+    they see: a range of the pool's tokens, or int32 [B, K, L], the vectors of a pool that is seen as
+    [N * S * K, D]. ``mask`` [B, H, 1, L] is False beyond a shorter sequence's end.
+    """
+
+    rows: slice | mx.array
+    places: slice | mx.array
+    mask: mx.array | Literal["causal"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """``block`` S tokens a block, ``heads`` H, ``kv_heads`` K; bytes of a token's k and v."""
+
+    block: int
+    heads: int
+    kv_heads: int
+    token_bytes: int
+
+
+class ReadGroups:
+    """The calls of a step, and how rows of their outputs, one after the other, come back into order.
+
+    ``order`` [T] is None where they are in order. Nothing is evaluated here: the pages are the host's own.
+    """
+
+    def __init__(self, pages: Pages, sizes: LayerSizes) -> None:
+        self._pages, self._sizes = pages, sizes
+        starts = cast(list[int], pages.query_start_loc.tolist())
+        self._lens = cast(list[int], pages.context_lens.tolist())
+        self._starts = starts
+        classes: dict[int, list[int]] = {}
+        chunks: list[int] = []
+        for b, (start, end) in enumerate(pairwise(starts)):
+            if end - start == 1:
+                classes.setdefault((self._blocks(b) - 1).bit_length(), []).append(b)
+            elif end > start:
+                chunks.append(b)
+        alike = [part for members in classes.values() for part in self._within_bytes(members)]
+        self.groups = [self._decodes(part) for part in alike] + [self._chunk(b) for b in chunks]
+        rows = [starts[b] for part in alike for b in part]
+        rows += [row for b in chunks for row in range(starts[b], starts[b + 1])]
+        self.order: mx.array | None = None
+        if rows != list(range(len(rows))):
+            self.order = mx.array(sorted(range(len(rows)), key=rows.__getitem__), mx.int32)
+
+    def _blocks(self, b: int) -> int:
+        return -(-self._lens[b] // self._sizes.block)
+
+    def _within_bytes(self, members: list[int]) -> list[list[int]]:
+        """A class in parts that gather no more than ``GATHER_BYTES``."""
+        longest = max(self._lens[b] for b in members)
+        most = max(1, GATHER_BYTES // (longest * self._sizes.token_bytes))
+        return [members[i : i + most] for i in range(0, len(members), most)]
+
+    def _decodes(self, members: list[int]) -> ReadGroup:
+        rows = [self._starts[b] for b in members]
+        in_a_row = rows == list(range(rows[0], rows[0] + len(rows)))
+        at = slice(rows[0], rows[0] + len(rows)) if in_a_row else mx.array(rows, mx.int32)
+        if len(members) == 1:
+            return ReadGroup(at, self._alone(members[0]), None)
+        lens = [self._lens[b] for b in members]
+        mask = None if len(set(lens)) == 1 else self._mask(lens)
+        return ReadGroup(at, self._gathered(members), mask)
+
+    def _chunk(self, b: int) -> ReadGroup:
+        return ReadGroup(slice(self._starts[b], self._starts[b + 1]), self._alone(b), "causal")
+
+    def _alone(self, b: int) -> slice | mx.array:
+        """A range where the sequence's blocks lie side by side."""
+        width, count, size = self._pages.block_tables.shape[1], self._blocks(b), self._sizes.block
+        tables = memoryview(self._pages.block_tables).cast("B").cast("i")  # type: ignore[arg-type]
+        own = tables[b * width : b * width + count].tolist()
+        if own == list(range(own[0], own[0] + count)):
+            return slice(own[0] * size, own[0] * size + self._lens[b])
+        return self._gathered([b])
+
+    def _gathered(self, members: list[int]) -> mx.array:
+        """Where the vectors of ``members`` lie, int32 [B, K, L]; behind a shorter one's end any other's."""
+        size, heads = self._sizes.block, self._sizes.kv_heads
+        longest = max(self._lens[b] for b in members)
+        tables = self._pages.block_tables[:, : -(-longest // size)]
+        if len(members) < tables.shape[0]:
+            tables = tables[mx.array(members, mx.int32)]
+        tokens = (tables[:, :, None] * size + mx.arange(size, dtype=mx.int32)).reshape(len(members), 1, -1)
+        return tokens[:, :, :longest] * heads + mx.arange(heads, dtype=mx.int32)[:, None]
+
+    def _mask(self, lens: list[int]) -> mx.array:
+        """As large as the scores: attention would make it so in each layer."""
+        seen = mx.arange(max(lens), dtype=mx.int32) < mx.array(lens, mx.int32)[:, None, None, None]
+        shape = (len(lens), self._sizes.heads, 1, max(lens))
+        return mx.contiguous(mx.broadcast_to(seen, shape))
