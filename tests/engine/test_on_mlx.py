@@ -91,3 +91,11 @@ def test_the_wired_limit_is_what_the_device_recommends(monkeypatch: pytest.Monke
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
     memory.wire_memory()
     assert wired == [2**34]
+
+
+def test_a_gpu_has_the_memory_that_its_device_tells() -> None:
+    held = mx.get_active_memory()
+    apple = memory._gpu_limit({"max_recommended_working_set_size": 2**34, "memory_size": 2**35})
+    assert apple == ("the GPU", 2**34 - held, 2**34)
+    card = memory._gpu_limit({"total_memory": 2**36, "free_memory": 2**30})
+    assert card == ("the GPU", 2**30 + mx.get_cache_memory(), 2**36), "others hold the rest"

@@ -69,6 +69,26 @@ def test_metalsim_without_a_compiler_says_how_to_get_one(tmp_path: Path) -> None
     assert "ConfigError: backend 'metalsim' is not there: " in child.stderr
 
 
+@pytest.mark.parametrize(("there", "best"), [("metal", "metal"), ("cuda", "cuda"), (None, "mlx")])
+def test_a_gpu_is_used_where_it_is_the_default_device(
+    monkeypatch: pytest.MonkeyPatch, there: str | None, best: str
+) -> None:
+    """It was ``ref``, which is several times slower there than MLX's own operations."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for name in ("metal", "cuda"):
+        monkeypatch.setattr(getattr(mx, name), "is_available", lambda name=name: name == there)
+    assert backend._best.__wrapped__() == best
+
+
+def test_no_kernel_for_gpus_is_trusted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "active", lambda: "metal")
+    assert not backend.runs_ours("rms_norm") and backend.on_mlx()
+    monkeypatch.undo()
+    with backend.use("mlx"):
+        monkeypatch.setattr(backend, "active", lambda: "metal")
+        assert backend.runs_ours("rms_norm"), "a backend that was asked for by name runs all of them"
+
+
 def test_the_environment_decides_where_no_name_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "ref")
     assert backend.choose() == backend.active() == "ref"

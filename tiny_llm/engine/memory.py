@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,10 +39,17 @@ def narrowest_limit() -> Limit:
 
 def _limits() -> list[Limit]:
     if mx.default_device().type == mx.gpu:
-        info = mx.device_info()
-        most = int(info.get("max_recommended_working_set_size") or info.get("memory_size", 0))
-        return [Limit("the GPU", max(0, most - mx.get_active_memory()), most)]
+        return [_gpu_limit(mx.device_info())]
     return memory_limits()
+
+
+def _gpu_limit(info: Mapping[str, str | int]) -> Limit:
+    """What Metal recommends, or all that a card has, of which other processes may hold some."""
+    most = int(info.get("max_recommended_working_set_size") or info.get("total_memory") or 0)
+    left = most - mx.get_active_memory()
+    if "free_memory" in info:  # what MLX keeps of freed buffers is not free to the card, but to us
+        left = min(left, int(info["free_memory"]) + mx.get_cache_memory())
+    return Limit("the GPU", max(0, left), most)
 
 
 def kept_bytes(available: int) -> int:

@@ -61,7 +61,7 @@ HOW_TO_BUILD = (
 )
 
 _ACTIVE: ContextVar[str | None] = ContextVar("backend", default=None)
-_OURS: ContextVar[frozenset[str] | None] = ContextVar("ours", default=None)
+_OURS: ContextVar[frozenset[str] | None] = ContextVar("ours", default=frozenset())  # none is trusted unasked
 
 
 class SlowBackendWarning(UserWarning):
@@ -110,7 +110,7 @@ def _why_not() -> str:
 def _best() -> str:
     """Warns, once a process, where it must be ``ref`` on a CPU."""
     if mx.default_device().type != mx.cpu:
-        return "ref"
+        return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "mlx"
     if works():
         return "cpu"
     warnings.warn(
