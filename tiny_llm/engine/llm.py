@@ -47,7 +47,8 @@ class LLM:
     ``model`` is a short name, a repository id, a folder, "demo", the bundled model, or a Checkpoint.
     ``dtype`` is "float32", "bfloat16" or "float16"; None takes what suits the device.
     ``quantize`` 4 or 8 packs the matrices on loading. ``offline`` never asks the network.
-    ``backend`` is "cpu" (our kernels) or "ref" (plain MLX); None takes the best there is.
+    ``backend`` is "cpu" (our kernels), "ref" (plain MLX), "mlx" (its fast operations, with which tokens
+    may depend on what else is running) or, on such a GPU, "metal" or "cuda"; None takes the best there is.
     ``kernels`` says which ops run on our GPU kernels, where the backend has some: "auto", those that prove
     right and fast on this machine, tried now if they were not; "ours", all that prove right; "mlx", none.
     ``same_tokens`` insists that an answer's tokens do not depend on what else is running.
