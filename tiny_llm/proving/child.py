@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from tiny_llm.ops.backend import active, use
 from tiny_llm.proving.cases import Check, Sizes, TimedCall, cases
+from tiny_llm.proving.choice import NEEDS
 from tiny_llm.proving.record import KernelTiming, Proof, Shapes
 
 TURNS, SLOW_TURNS = 5, 3
@@ -28,12 +29,16 @@ CHAIN_S = 0.02  # that such a chain takes, about; what takes longer gets fewer t
 
 @dataclass(frozen=True)
 class KernelJob:
-    """What to try: ``ops`` on ``backend``; ``small`` for what is simulated."""
+    """What to try: ``ops`` on ``backend``; ``small`` for what is simulated.
+
+    ``right`` are ops that are known to be right: those that ``NEEDS`` an op are ours when it is tried.
+    """
 
     backend: str
     shapes: Shapes
     ops: tuple[str, ...]
     small: bool
+    right: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """The line that a child reads."""
@@ -43,16 +48,21 @@ class KernelJob:
     def read(cls, line: str) -> KernelJob:
         """That line as a job."""
         given = json.loads(line)
-        return cls(given["backend"], Shapes(**given["shapes"]), tuple(given["ops"]), given["small"])
+        ops, right = (tuple(given[name]) for name in ("ops", "right"))
+        return cls(given["backend"], Shapes(**given["shapes"]), ops, given["small"], right)
 
 
 def main() -> None:
     """Try each op of the job."""
     job = KernelJob.read(sys.stdin.readline())
     sizes = Sizes.small() if job.small else Sizes()
+    right = set(job.right)
     for op in job.ops:
-        with use(job.backend, frozenset({op})):
+        with_it = {one for one, needed in NEEDS.items() if needed == op}
+        with use(job.backend, frozenset({op} | with_it & right)):
             proof = prove(op, job.shapes, sizes, lambda what: _say({"doing": what}))
+        if not proof.wrong:
+            right.add(op)
         _say({"proof": asdict(proof)})
 
 

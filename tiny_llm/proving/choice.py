@@ -15,6 +15,9 @@ OPS = ("rms_norm", "rope", "swiglu", "quantized_matmul", "paged_attention", "sam
 COPIES = frozenset({"kv_write", "embedding"})
 """Ops that move numbers and add none up: a row's bits are the same, whoever moves them."""
 
+NEEDS: Mapping[str, str] = {"kv_write": "paged_attention"}
+"""Of an op, the one without which it has nothing to do: MLX's attention writes pages of its own layout."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -65,6 +68,9 @@ def choose(
     if same_tokens:
         _require_same_tokens(backend, proofs, dense)
     decided = {op: _decide(proof, kernels == "ours" or same_tokens) for op, proof in proofs.items()}
+    for op in decided.keys() & NEEDS.keys():
+        if decided[op][0] and not decided.get(NEEDS[op], (False, ""))[0]:
+            decided[op] = False, f"{NEEDS[op]} is MLX's"
     ours = frozenset(op for op, (is_ours, _) in decided.items() if is_ours)
     why = {op: words for op, (_, words) in decided.items()}
     holds = not dense and all(op in ours | COPIES for op in proofs)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,7 +77,8 @@ def proved(
     known = record.read()
     missing = tuple(op for op in ops if op not in known)
     if missing:
-        job = KernelJob(backend, shapes, missing, small=backend == "metalsim")
+        right = tuple(op for op, proof in known.items() if not proof.wrong)
+        job = KernelJob(backend, shapes, missing, backend == "metalsim", right)
         found = {proof.op: proof for proof in tried(job, limits, progress)}
         record.add(found.values())
         known |= found
@@ -88,14 +89,17 @@ def proved(
 def tried(job: KernelJob, limits: Limits, progress: Progress | None = None) -> Iterator[Proof]:
     """The proofs of a job's ops as they are made, within ``limits``; an op that was not reached has none."""
     end = time.monotonic() + limits.total_s
-    left = list(job.ops)
+    left, right = list(job.ops), list(job.right)
     while left and time.monotonic() < end:
         try:
-            child = _Child(KernelJob(job.backend, job.shapes, tuple(left), job.small))
+            child = _Child(replace(job, ops=tuple(left), right=tuple(right)))
         except OSError:  # no process can be started
             return
         try:
-            yield from _heard(child, left, len(job.ops), end, limits, progress)
+            for proof in _heard(child, left, len(job.ops), end, limits, progress):
+                if not proof.wrong:
+                    right.append(proof.op)
+                yield proof
         except _Over:
             return
         finally:
