@@ -241,7 +241,8 @@ def _layers(s: Shapes, sizes: Sizes) -> Iterator[TimedCall]:
 
     def step(state: Arrays, number: int) -> Arrays:
         q, k, v, o, gate, up, down = layers[number % count]
-        heads, _, _ = linears(state[0], [q, k, v], [None, None, None])
+        x = mx.fast.rms_norm(state[0], None, EPS)  # as in a model: else numbers grow beyond all bounds
+        heads, _, _ = linears(x, [q, k, v], [None, None, None])
         return [linear(gated(linear(heads, o), gate, up, None, None), down)]  # the next one's input
 
     for rows in sizes.rows:
@@ -252,8 +253,9 @@ def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedT
     """Random words, which take less time than what ``mx.quantize`` makes of random numbers."""
     key = mx.random.key(seed)
     words = mx.random.randint(0, 2**31 - 1, (outputs, width * s.bits // 32), mx.int32, key=key)
-    scales = mx.full((outputs, width // s.group_size), 2.0**-s.bits * width**-0.5, getattr(mx, s.dtype))
-    return QuantizedTensor(words.view(mx.uint32), scales, -scales, s.group_size, s.bits)
+    scales = mx.full((outputs, width // s.group_size), 0.5 * 2.0**-s.bits * width**-0.5, getattr(mx, s.dtype))
+    biases = -scales * ((2**s.bits - 1) / 2)  # in the middle
+    return QuantizedTensor(words.view(mx.uint32), scales, biases, s.group_size, s.bits)
 
 
 def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
