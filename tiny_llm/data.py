@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from tiny_llm.sampling_params import SamplingParams as SamplingParams
@@ -113,6 +113,16 @@ class Chunk:
     deltas: Collection[MessageDelta] = ()
     shown_tokens: int = 0
 
+    def followed_by(self, other: Chunk) -> Chunk:
+        """Two pieces of one answer as one."""
+        return replace(
+            other,
+            text=self.text + other.text,
+            token_ids=self.token_ids + other.token_ids,
+            logprobs=None if self.logprobs is None else [*self.logprobs, *(other.logprobs or ())],
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
@@ -205,11 +215,16 @@ class Sequence:
             self.prompt_len = len(self.tokens)
 
 
+Drafter: TypeAlias = "Callable[[Sequence, int], array[int]]"
+"""(a sequence, how many at most) -> tokens that may come next in it; fewer, or none, where it has no idea."""
+
+
 class PlanItem(NamedTuple):
     """What one sequence does in a step. A tuple, as a step makes one for each sequence.
 
     ``tokens`` [n] go to positions ``start:start + n``. One that is still being drawn is ``-1 - r``: it
-    will be what the step before draws as its r-th. ``block_table`` is the sequence's, as far as these tokens.
+    will be what the step before draws as its r-th. Those beyond the sequence's own are a draft: guesses, to
+    be checked by what is drawn in their places. ``block_table`` is the sequence's, as far as these tokens.
     Logits are wanted of the item's last ``logit_rows`` tokens.
     """
 
@@ -227,9 +242,9 @@ class Plan:
     Before the items' keys and values are written: the pool has ``num_blocks``; then all of
     ``swap_out`` (block, host slot), all of ``copies`` (from block, to block), all of ``swap_in``
     (host slot, block), in this order. ``items`` has ``decodes`` sequences of one new token first, with
-    ``decode_context`` tokens before them; then ``chunk_tokens`` tokens of sequences that catch
-    up, with ``chunk_context`` tokens before them, summed over tokens. ``preempted`` had to make room:
-    (sequence, whether it was swapped out).
+    ``decode_context`` tokens before them, and ``drafted`` guesses behind their own; then ``chunk_tokens``
+    tokens of sequences that catch up, with ``chunk_context`` tokens before them, summed over tokens.
+    ``preempted`` had to make room: (sequence, whether it was swapped out).
     """
 
     items: list[PlanItem]
@@ -242,6 +257,7 @@ class Plan:
     chunk_tokens: int = 0
     chunk_context: int = 0
     preempted: list[tuple[int, bool]] = field(default_factory=list)
+    drafted: int = 0
 
 
 class StepCosts(NamedTuple):

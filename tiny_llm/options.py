@@ -96,6 +96,14 @@ class EngineOptions:
             rich_help_panel="Limits",
         ),
     ] = None
+    speculate: Annotated[
+        Literal["off", "ngram"],
+        typer.Option(
+            help="ngram: guess that text which repeats goes on as before, and check several tokens in a "
+            "step; the answer is the same.",
+            rich_help_panel="Speed",
+        ),
+    ] = "ngram"
     max_step_ms: Annotated[
         float,
         typer.Option(

@@ -99,6 +99,9 @@ class SamplingParams:
     row, one after the other. ``constraint`` makes what bans tokens at the end, one for each answer, as it
     remembers where that is. ``stopping`` makes what is told an answer's text, and says whether it ends there.
 
+    With ``speculate`` tokens are guessed, and a step checks several of them: by what the sequence has had
+    before, and by ``prediction``, the tokens that the caller expects. No answer depends on it.
+
     Raises RequestError for a value out of range, NaN and infinity included. Whether an id is in the
     vocabulary is for whoever knows the model to check: see ``require_known``.
     """
@@ -174,6 +177,8 @@ class SamplingParams:
         le=1e4,
         shape="by token",
     )
+    speculate: bool = True
+    prediction: tuple[int, ...] = ()
     processors: tuple[LogitsProcessor, ...] = ()
     constraint: Callable[[], Constraint] | None = None
     stopping: Callable[[], Callable[[str], bool]] | None = None
@@ -181,7 +186,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "processors"):
+        for name in ("stop", "stop_token_ids", "prediction", "processors"):
             given = getattr(self, name)
             listed = isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
             _require(listed, name, given, "a list, empty meaning none")
@@ -196,6 +201,9 @@ class SamplingParams:
             _require(option.allows(given), name, given, expected)
         if self.top_p == 0:
             object.__setattr__(self, "temperature", 0.0)
+        _require(isinstance(self.speculate, bool), "speculate", self.speculate, "True or False")
+        ids = all(type(token) is int and 0 <= token < MOST for token in self.prediction)
+        _require(ids, "prediction", self.prediction, "token ids")
         _require(all(callable(f) for f in self.processors), "processors", self.processors, "callables")
         for name in ("constraint", "stopping"):
             given = getattr(self, name)
@@ -215,8 +223,8 @@ def _require(ok: bool, name: str, given: object, expected: str) -> None:
 
 def require_known(params: SamplingParams, vocab_size: int) -> None:
     """Raise RequestError for a token id that the model does not have: an index that nobody checks again."""
-    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-        for token_id in ids:
+    for name in ("logit_bias", "stop_token_ids", "prediction"):
+        for token_id in getattr(params, name) or ():
             expected = f"token ids in the vocabulary, which is 0 to {vocab_size - 1}"
             _require(token_id < vocab_size, name, token_id, expected)
 

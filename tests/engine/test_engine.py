@@ -340,7 +340,7 @@ def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> 
     engine._clock = lambda: now[0]
     asks = [prompt(llm, f"What is {what}?") for what in ("prefill", "decode", "paging", "34 + 25")]
     expected = llm.generate(asks[1], replace(GREEDY, max_tokens=40))[0].token_ids
-    long = replace(GREEDY, max_tokens=40)
+    long = replace(GREEDY, max_tokens=40, speculate=False)
     gone, stays = engine.add(asks[0], long), engine.add(asks[1], long)
     late, ends = engine.add(asks[2], long, timeout_s=5), engine.add(asks[3], replace(long, ignore_eos=False))
     for _ in range(4):
@@ -383,7 +383,7 @@ def test_the_cheaper_way_to_make_room_is_measured(llm: LLM) -> None:
     engine = llm.with_engine(EngineSettings(kv_blocks=14, host_blocks=64)).engine
     assert 0 < engine.scheduler.settings.swap_ms_per_block < 5
     for what in ("prefill", "decode", "paging", "a fox"):
-        engine.add(prompt(llm, f"What is {what}?"), replace(GREEDY, max_tokens=60))
+        engine.add(prompt(llm, f"What is {what}?"), replace(GREEDY, max_tokens=60, speculate=False))
     drain(engine)
     assert engine.scheduler.preempted["swap"] > 0 == engine.scheduler.preempted["recompute"]
 

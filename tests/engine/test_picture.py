@@ -12,7 +12,7 @@ from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
 
-LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
+LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1, speculate=False)
 
 
 def fresh(llm: LLM, blocks: int = 256, running: int = 256) -> LLM:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, Completion, SamplingParams
+from tiny_llm.data import Plan
 from tiny_llm.decoding import decide
+from tiny_llm.decoding.decide import Decision
+from tiny_llm.engine import engine as engine_module
 from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.scheduler import drafts
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 pytestmark = pytest.mark.slow
@@ -86,6 +91,8 @@ def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
         frequency_penalty=chance.choice((0, 0, 0.3)),
         logit_bias=chance.choice((None, {5: 2.0, 7: -3.0})),
         processors=sometimes((no_echo,), 0.15) or (),
+        speculate=chance.random() < 0.8,
+        prediction=sometimes(tuple(chance.choices(range(vocab), k=30))) or (),
         constraint=(lambda: EvenThenOdd(vocab, ends)) if form else None,
     )
 
@@ -115,7 +122,7 @@ def told(completion: Completion) -> Told:
 
 def alone(llm: LLM, asks: Sequence[Ask]) -> list[list[Told]]:
     """Each request by itself, nothing prepared ahead and nothing remembered between them."""
-    settings = EngineSettings(kv_blocks=64, prefix_cache=False, async_scheduling=False)
+    settings = EngineSettings(kv_blocks=64, prefix_cache=False, async_scheduling=False, speculate="off")
     fresh = [llm.with_engine(settings) for _ in asks]
     return [
         [told(one) for one in own.generate(p, params)]
@@ -164,6 +171,7 @@ SETTINGS: Mapping[str, EngineSettings] = {
         scheduler=SchedulerSettings(preemption="swap"),
     ),
     "slabs": EngineSettings(kv_blocks=512, slab_blocks=4),
+    "no guesses": EngineSettings(kv_blocks=512, speculate="off"),
 }
 
 
@@ -219,7 +227,7 @@ def test_preemption_happens_here(llm: LLM, policy: str) -> None:
     """The two above prove nothing unless the pool is too small for them."""
     settings = SETTINGS[policy]
     own = llm.with_engine(settings)
-    for prompt, params, _, _ in traffic(llm, 7, 24):
+    for prompt, params, _, _ in traffic(llm, 7, 48):
         own.engine.add(prompt, params)
     while len(own.engine):
         own.engine.step()
@@ -241,7 +249,7 @@ def test_a_key_that_depends_on_the_batch_is_noticed(llm: LLM, monkeypatch: pytes
 
 def test_sums_that_depend_on_the_batch_are_noticed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: logits off by rounding, by as much as the batch has rows."""
-    asks = [(p, replace(s, temperature=1.5, top_k=0, top_p=1.0), 0, 0) for p, s, _, _ in traffic(llm, 2, 24)]
+    asks = [(p, replace(s, temperature=1.5, top_k=0, top_p=1.0), 0, 0) for p, s, _, _ in traffic(llm, 2, 48)]
     expected = alone(llm, asks)
     real = decide.sample
 
@@ -251,3 +259,94 @@ def test_sums_that_depend_on_the_batch_are_noticed(llm: LLM, monkeypatch: pytest
 
     monkeypatch.setattr(decide, "sample", by_size)
     assert together(llm, SETTINGS["roomy"], asks) != expected
+
+
+def with_predictions(asks: Sequence[Ask], expected: Sequence[Sequence[Told]], seed: int) -> list[Ask]:
+    """The same requests, which predict their first answer but for every tenth token or so."""
+    chance = random.Random(seed)
+    found: list[Ask] = []
+    for (prompt, params, *when), answers in zip(asks, expected, strict=True):
+        guesses = tuple(3 if chance.random() < 0.1 else token for token in answers[0][0])
+        found.append((prompt, replace(params, speculate=True, prediction=guesses), *when))
+    return found
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is guessed is checked, whether or not it pays."""
+    monkeypatch.setattr(drafts.Worth, "length", lambda self, share, most: most)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", [name for name, own in SETTINGS.items() if own.speculate != "off"])
+def test_guesses_change_no_token(
+    llm: LLM, name: str, asks: list[Ask], expected: list[list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right and wrong ones, checked beside chunks, forms, penalties, forks, with memory and without."""
+    accepted: list[int] = []
+    real = decide.by_sequence
+
+    def counted(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, list[Decision]]]:
+        found = real(plan, decisions)
+        accepted.extend(len(own) for _, own in found if own and own[-1].row.guesses)
+        return found
+
+    monkeypatch.setattr(engine_module, "by_sequence", counted)
+    assert together(llm, SETTINGS[name], with_predictions(asks, expected, 3)) == expected
+    assert len(accepted) > 20 and max(accepted) > 4, "hardly a guess was checked"
+
+
+@pytest.mark.usefixtures("eager")
+def test_one_accepted_token_too_many_is_noticed(
+    llm: LLM, asks: list[Ask], expected: list[list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant: the first wrong guess counts as right."""
+    real = decide._guessed_right
+
+    def once_more(before: Sequence[Decision], row: decide.Row) -> bool:
+        return real(before, row) or len(row.guesses) == 1
+
+    monkeypatch.setattr(decide, "_guessed_right", once_more)
+    assert together(llm, SETTINGS["roomy"], with_predictions(asks, expected, 3)) != expected
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_noise_key_used_twice_is_noticed(
+    llm: LLM, asks: list[Ask], expected: list[list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant: every row of a draft draws with the noise of the draft's first."""
+    real = decide.sample
+
+    def first_key(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
+        firsts: list[int] = []
+        for n, position in enumerate(positions):
+            goes_on = n > 0 and params[n] is params[n - 1] and position == positions[n - 1] + 1
+            firsts.append(firsts[-1] if goes_on else position)
+        return real(logits, params, firsts)
+
+    monkeypatch.setattr(decide, "sample", first_key)
+    assert together(llm, SETTINGS["roomy"], with_predictions(asks, expected, 3)) != expected
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_rejected_token_in_the_prefix_cache_is_noticed(
+    llm: LLM, asks: list[Ask], expected: list[list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant: an answer's last token, which no step has computed, counts as computed when blocks stay.
+
+    What lies there is the guess that it was not. A second turn begins with each answer, and finds it.
+    """
+    real = BlockManager.free
+
+    def too_far(self: BlockManager, table: BlockTable, tokens: Sequence[int] = (), computed: int = 0) -> None:
+        real(self, table, tokens, min(len(tokens), len(table.blocks) * self.block_size))
+
+    guessed = with_predictions(asks, expected, 3)
+    turns = [
+        (prompt + answers[0][0] + [5], SamplingParams(max_tokens=8), 0, 60)
+        for (prompt, *_), answers in zip(asks, expected, strict=True)
+    ]
+    both = [*expected, *alone(llm, turns)]
+    assert together(llm, SETTINGS["roomy"], [*guessed, *turns]) == both
+    monkeypatch.setattr(BlockManager, "free", too_far)
+    assert together(llm, SETTINGS["roomy"], [*guessed, *turns]) != both

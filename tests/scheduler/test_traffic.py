@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 SIZE = 4
 AGEING_S = 5.0
 EVENTS = ("answered", "refused", "busy", "cancelled", "timeout", "failed", "forks", "copies", "hits")
-EVENTS += ("recompute", "swap", "back", "ahead", "for nothing", "starved")
+EVENTS += ("recompute", "swap", "back", "ahead", "for nothing", "starved", "drafted", "accepted", "rejected")
 
 
 def following(state: int, token: int) -> int:
@@ -88,17 +88,19 @@ class Model:
         if slot < len(self.slots):  # else the pool has shrunk
             self.slots[slot] = None
 
-    def compute(self, item: PlanItem, seq: Sequence) -> int:
-        """Check the item's whole context, then add its tokens; returns the last state."""
+    def compute(self, item: PlanItem, seq: Sequence) -> list[int]:
+        """Check the item's whole context, then add its tokens; returns the state after each of them."""
         state = len(seq.salt)
         for position, token in enumerate(seq.tokens[: item.start]):
             state = following(state, token)
             found = self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE]
             assert found == state, f"sequence {seq.id} has lost position {position} of {item.start}"
+        states = []
         for position, token in enumerate(item.tokens, item.start):
             state = following(state, token)
             self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE] = state
-        return state
+            states.append(state)
+        return states
 
 
 class Traffic(RuleBasedStateMachine):
@@ -116,6 +118,8 @@ class Traffic(RuleBasedStateMachine):
         step_ms=st.sampled_from([3.0, 30.0, inf]),
         preemption=st.sampled_from(["auto", "recompute", "swap", "swap"]),
         swap_ms=st.sampled_from([0.01, 1.0, inf]),
+        right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        drafting=st.booleans(),
     )
     def start(
         self,
@@ -128,6 +132,8 @@ class Traffic(RuleBasedStateMachine):
         step_ms: float,
         preemption: Preemption,
         swap_ms: float,
+        right: float,
+        drafting: bool,
     ) -> None:
         blocks = BlockManager(SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching)
         self.settings = SchedulerSettings(
@@ -140,7 +146,8 @@ class Traffic(RuleBasedStateMachine):
             preemption=preemption,
             swap_ms_per_block=swap_ms,
         )
-        self.scheduler = Scheduler(blocks, self.settings)
+        self.right = right
+        self.scheduler = Scheduler(blocks, self.settings, drafter=self._draft if drafting else None)
         self.model = Model(host)
         self.now = 0.0
         self.ids = iter(range(10**9))
@@ -219,6 +226,19 @@ class Traffic(RuleBasedStateMachine):
             self._fail()
         self.scheduler.check_integrity()
 
+    def _draft(self, seq: Sequence, most: int) -> array[int]:
+        """What will come, but for guesses that are wrong; sometimes less than is asked for, or nothing."""
+        state, draft = len(seq.salt), array("i")
+        for token in seq.tokens:
+            state = following(state, token)
+        while len(draft) < most and hash((state, 7)) % 8:
+            token, _ = answer(state, self.branch[seq.id])
+            if hash((state, 11)) % 100 >= 100 * self.right:
+                token = 3
+            draft.append(token)
+            state = following(state, token)
+        return draft
+
     def _cancel(self, pick: int) -> None:
         if self.live:
             seq_id = list(self.live)[pick % len(self.live)]
@@ -287,7 +307,8 @@ class Traffic(RuleBasedStateMachine):
         assert as_sent(plan) == sent, (
             "a plan is what it was when it was made: it refers to nothing that goes on"
         )
-        self.scheduler.speed.observe(plan, 0.5 + 0.1 * plan.decodes + 0.3 * plan.chunk_tokens)
+        rows = plan.decodes + plan.drafted
+        self.scheduler.speed.observe(plan, 0.5 + 0.1 * rows + 0.3 * plan.chunk_tokens)
         self.scheduler.check_integrity()
         self.seen["steps"] += 1
         self.seen["copies"] += len(plan.copies)
@@ -326,22 +347,22 @@ class Traffic(RuleBasedStateMachine):
         assert len({item.seq_id for item in plan.items}) == len(plan.items)
         for index, item in enumerate(plan.items):
             seq, end = self.live[item.seq_id], item.start + len(item.tokens)
-            assert (
-                item.start == seq.num_computed_tokens
-                and item.tokens == seq.tokens[item.start : end]
-                and item.tokens
-            )
-            assert item.logit_rows == (end == len(seq.tokens))
+            drafted = max(0, end - len(seq.tokens))
+            assert item.start == seq.num_computed_tokens and item.tokens
+            assert item.tokens == seq.tokens[item.start : end] + item.tokens[len(item.tokens) - drafted :]
+            assert item.logit_rows == (drafted + 1 if end >= len(seq.tokens) else 0)
             assert len(item.block_table) * SIZE >= end and max(item.block_table) < plan.num_blocks
-            assert index >= plan.decodes or len(item.tokens) == 1
+            assert len(item.tokens) == 1 + drafted if index < plan.decodes else not drafted
+            assert end < seq.prompt_len + seq.params.max_tokens, "a token that is never needed is computed"
         decodes, chunks = plan.items[: plan.decodes], plan.items[plan.decodes :]
+        assert plan.drafted == sum(len(item.tokens) - 1 for item in decodes)
         assert plan.decode_context == sum(item.start for item in decodes)
         assert plan.chunk_tokens == sum(len(item.tokens) for item in chunks)
         assert plan.chunk_context == sum(i.start + n for i in chunks for n in range(len(i.tokens)))
 
     def _check_time(self, plan: Plan) -> None:
         speed = self.scheduler.speed
-        guess = speed.decode_ms(plan.decodes, plan.decode_context)
+        guess = speed.decode_ms(plan.decodes + plan.drafted, plan.decode_context)
         guess += sum(speed.chunk_ms(item.start, len(item.tokens)) for item in plan.items[plan.decodes :])
         within = guess <= self.settings.max_step_ms
         assert within or not plan.decodes or plan.chunk_tokens <= 8, "chunks took more than their time"
@@ -354,18 +375,31 @@ class Traffic(RuleBasedStateMachine):
                 self.seen["for nothing"] += 1
                 yield Advance(item.seq_id, ())
                 continue
-            known = item._replace(tokens=seq.tokens[item.start : item.start + len(item.tokens)])
-            state = self.model.compute(known, seq)
+            known = seq.tokens[item.start : item.start + len(item.tokens)]
+            states = self.model.compute(item._replace(tokens=known + item.tokens[len(known) :]), seq)
             if item.logit_rows:
                 forks = tuple(
-                    self._forked(seq, state, n + 1) for n in range(self.forks_to_come.pop(seq.id, 0))
+                    self._forked(seq, states[-1], n + 1) for n in range(self.forks_to_come.pop(seq.id, 0))
                 )
                 self.forks_to_come[seq.id] = 0
-                yield self._advance(seq, seq.id, state, forks)
+                advance = self._advance(seq, seq.id, states[-item.logit_rows], forks)
+                drafted = item.tokens[len(item.tokens) - item.logit_rows + 1 :]
+                for guess, state in zip(drafted, states[len(states) - len(drafted) :], strict=True):
+                    if advance.finish_reason or guess != list(advance.tokens)[-1]:
+                        break
+                    more = self._advance(seq, seq.id, state, made=len(advance.tokens))
+                    advance = more._replace(tokens=(*advance.tokens, *more.tokens))
+                self.seen["drafted"] += len(drafted) > 0
+                self.seen["accepted"] += len(advance.tokens) > 1
+                self.seen["rejected"] += len(advance.tokens) <= len(drafted)
+                yield advance
 
-    def _advance(self, seq: Sequence, seq_id: int, state: int, forks: tuple[Advance, ...] = ()) -> Advance:
+    def _advance(
+        self, seq: Sequence, seq_id: int, state: int, forks: tuple[Advance, ...] = (), *, made: int = 0
+    ) -> Advance:
+        """The token after ``state``, and after ``made`` others of the same step."""
         token, ended = answer(state, self.branch[seq_id])
-        full = len(seq.tokens) + 1 - seq.prompt_len == seq.params.max_tokens
+        full = len(seq.tokens) + made + 1 - seq.prompt_len == seq.params.max_tokens
         return Advance(seq_id, (token,), "stop" if ended else "length" if full else None, forks)
 
     def _forked(self, seq: Sequence, state: int, branch: int) -> Advance:

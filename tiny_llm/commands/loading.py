@@ -49,6 +49,7 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         "swap_memory": 0
         if options.swap_memory is None
         else parse_bytes(options.swap_memory, "--swap-memory"),
+        "speculate": options.speculate,
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
     }
 

@@ -7,7 +7,9 @@ the two the next step can be prepared, with tokens that nobody has seen.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -17,7 +19,7 @@ from tiny_llm.data import Plan
 from tiny_llm.decoding.answer import Answer, Logprobs
 from tiny_llm.sampling.allowed import keep_allowed
 from tiny_llm.sampling.logprobs import Reported, named, reported
-from tiny_llm.sampling.penalties import changes_logits, penalize
+from tiny_llm.sampling.penalties import History, changes_logits, penalize
 from tiny_llm.sampling.sampler import sample
 
 NOT_FINITE = "The model's logits are not finite: the weights or the precision cannot carry this prompt."
@@ -29,12 +31,19 @@ Lap = Callable[[str], None]
 """Told the name of each part of a step when it is done."""
 
 
+_NO_GUESSES = array("i")
+
+
 class Row(NamedTuple):
-    """Row ``row`` of a step's logits, about the token at ``position`` of an answer's sequence."""
+    """Row ``row`` of a step's logits, about the token at ``position`` of an answer's sequence.
+
+    It counts only if the ``guesses``, which stand between the answer's tokens and this one, are right.
+    """
 
     row: int
     answer: Answer
     position: int
+    guesses: array[int] = _NO_GUESSES
 
     @property
     def is_drawn(self) -> bool:
@@ -45,6 +54,20 @@ class Row(NamedTuple):
     def answered(self) -> int:
         """Tokens of the answer before this one, those included that are still being drawn."""
         return self.position - self.answer.prompt_len
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's tokens before this one, as far as they have been committed, and the guesses."""
+        return self.answer.token_ids + self.guesses.tolist()
+
+    @property
+    def history(self) -> History:
+        """What penalties look at."""
+        if not self.guesses:
+            return self.answer.history
+        history = self.answer.history.copy()
+        history.answer.update(self.guesses)
+        return history
 
 
 class Decision(NamedTuple):
@@ -68,12 +91,15 @@ def rows_of(plan: Plan, sharing: Callable[[int], Sequence[Answer]]) -> list[Row]
         if not item.logit_rows:
             continue
         answers = sharing(item.seq_id)
-        position = item.start + len(item.tokens) - item.logit_rows + 1
+        guessed = len(item.tokens) - item.logit_rows + 1
+        position = item.start + guessed
+        is_draft = item.logit_rows > 1 and position >= answers[0].prompt_len
         for index in range(first, first + item.logit_rows):
             if position < answers[0].prompt_len:
                 rows.append(Row(index, answers[0], position))
             else:
-                rows += [Row(index, answer, position) for answer in answers]
+                guesses = item.tokens[guessed : guessed + index - first] if is_draft else _NO_GUESSES
+                rows += [Row(index, answer, position, guesses) for answer in answers]
             position += 1
         first += item.logit_rows
     return rows
@@ -82,7 +108,8 @@ def rows_of(plan: Plan, sharing: Callable[[int], Sequence[Answer]]) -> list[Row]
 def by_sequence(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, list[Decision]]]:
     """For each item with logit rows its sequence's id, and the decisions on its rows, in order.
 
-    None on one in the middle of a prompt; left out are those on answers that ended while the step ran.
+    None on one in the middle of a prompt; left out are those on answers that ended while the step ran, and
+    those that count on a guess which was wrong.
     """
     found: list[tuple[int, list[Decision]]] = []
     owner: list[list[Decision]] = []  # of each row of logits
@@ -92,9 +119,18 @@ def by_sequence(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, li
             found.append((item.seq_id, own))
             owner += [own] * item.logit_rows
     for decision in decisions:
-        if not decision.row.answer.ended:
-            owner[decision.row.row].append(decision)
+        own = owner[decision.row.row]
+        if not decision.row.answer.ended and _guessed_right(own, decision.row):
+            own.append(decision)
     return found
+
+
+def _guessed_right(before: Sequence[Decision], row: Row) -> bool:
+    """Whether the row's guesses are what was drawn ``before`` it, in the same step."""
+    if not row.guesses:
+        return True
+    last = before[-1] if before else None
+    return last is not None and last.row.position == row.position - 1 and last.token == row.guesses[-1]
 
 
 class _Report(NamedTuple):
@@ -221,7 +257,7 @@ def _changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) ->
             logits,
             penalized,
             [row.answer.params for row in own],
-            [row.answer.history for row in own],
+            [row.history for row in own],
             [row.answered for row in own],
         )
     if any(row.answer.params.processors for row in rows):
@@ -243,7 +279,9 @@ def _allowed(row: Row, errors: list[str | None], number: int, vocab: int) -> byt
     if form is None or errors[number] is not None:
         return None
     try:
-        mask = form(row.answer.token_ids)
+        # What is only guessed does not move the answer's own form; one that forbids a guess fails here, in a
+        # row that does not count.
+        mask = (copy(form) if row.guesses else form)(row.token_ids)
         if not isinstance(mask, bytes) or len(mask) != vocab:
             raise TypeError(f"expected {vocab} bytes, got {mask!r:.60}")
         return mask
@@ -257,7 +295,7 @@ def _processed(logits: mx.array, row: Row, errors: list[str | None], number: int
     scores = logits.astype(mx.float32)
     if not row.answer.params.processors:
         return scores
-    tokens = row.answer.tokens.tolist()
+    tokens = row.answer.tokens.tolist() + row.guesses.tolist()
     try:
         for processor in row.answer.params.processors:
             given = processor(list(tokens), scores)

@@ -22,6 +22,7 @@ from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
+from tiny_llm.decoding.ngram import ngram_draft
 from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
@@ -86,7 +87,8 @@ class Engine:
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), format.token_bytes)
-        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs)
+        drafter = ngram_draft if settings.speculate == "ngram" else None
+        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafter)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, format.gathered_bytes(max_context))
         slab, block_bytes = settings.slab_blocks, format.block_bytes
@@ -231,12 +233,15 @@ class Engine:
         chunks: dict[int, Chunk] = {}  # by sequence
         advances: list[Advance] = []
         for seq_id, own in by_sequence(plan, decisions):
-            parts = [self._take(decision, now, chunks) for decision in own]
-            if not parts:
-                advances.append(Advance(seq_id, ()))
-                continue
+            parts: dict[int, Advance] = {}  # by answer
+            for decision in own:
+                answer = decision.row.answer
+                if not answer.ended:  # else by a token before this one
+                    begun = parts.get(answer.seq_id, Advance(answer.seq_id, ()))
+                    parts[answer.seq_id] = self._take(decision, begun, now, chunks)
             # Of several answers that begin from one prompt, all but the first become forks of its sequence.
-            advances.append(parts[0]._replace(forks=tuple(parts[1:])))
+            first, *forks = parts.values() or (Advance(seq_id, ()),)
+            advances.append(first._replace(forks=tuple(forks)))
         events: list[Event] = []
         for sequence in self.scheduler.commit(plan, advances):
             chunk = chunks.get(sequence.id)
@@ -251,17 +256,23 @@ class Engine:
             self._ahead = None  # all of its sequences have ended
         return events
 
-    def _take(self, decision: Decision, now: float, chunks: dict[int, Chunk]) -> Advance:
-        """One token for one answer, or its end by an error of its own; the chunk goes to ``chunks``."""
+    def _take(self, decision: Decision, begun: Advance, now: float, chunks: dict[int, Chunk]) -> Advance:
+        """One token more for one answer, or its end by an error of its own; ``chunks`` has what to tell."""
         answer = decision.row.answer
         request = self._requests[answer.request_id]
         if decision.error is not None:
             answer.error, answer.ended = decision.error, True
-            chunks[answer.seq_id] = Chunk("", index=answer.index, shown_tokens=answer.checker.shown_tokens)
-            return Advance(answer.seq_id, (), "error")
+            shown = answer.checker.shown_tokens
+            chunks.setdefault(answer.seq_id, Chunk("", index=answer.index, shown_tokens=shown))
+            return begun._replace(finish_reason="error")
         self.totals.count_token(answer, request.arrival, now)
-        chunks[answer.seq_id] = request.chunk(answer, decision.token, decision.logprobs, now)
-        return Advance(answer.seq_id, (decision.token,), answer.checker.finish_reason)
+        chunk = request.chunk(answer, decision.token, decision.logprobs, now)
+        if answer.seq_id in chunks:
+            chunk = chunks[answer.seq_id].followed_by(chunk)
+        chunks[answer.seq_id] = chunk
+        return begun._replace(
+            tokens=(*begun.tokens, decision.token), finish_reason=answer.checker.finish_reason
+        )
 
     def _end(self, answer: Answer, reason: EndReason, now: float) -> Completion:
         """Forget an answer, and its request with the last one; return the whole of it."""

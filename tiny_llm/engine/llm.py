@@ -20,7 +20,7 @@ from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.memory import give_back_memory
-from tiny_llm.engine.settings import BLOCK_SIZE, EngineSettings
+from tiny_llm.engine.settings import BLOCK_SIZE, EngineSettings, Speculation
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
@@ -57,8 +57,8 @@ class LLM:
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
     that had to make room may take until they go on: without it they are computed again, which
-    "preemption" in ``scheduler`` weighs. ``scheduler`` says who gets how much of a step. ``engine`` sets all
-    three and more, and then none of them counts.
+    "preemption" in ``scheduler`` weighs. ``speculate`` "off" checks no guesses of coming tokens.
+    ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
     1 that is done, what is done now) while kernels are tried.
 
@@ -87,6 +87,7 @@ class LLM:
         activations: str = "int8",
         kv_memory: int | None = None,
         swap_memory: int = 0,
+        speculate: Speculation = "ngram",
         scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
@@ -117,7 +118,9 @@ class LLM:
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         if engine is None:
-            engine = EngineSettings.fitting(self.config, kept, kv_memory, scheduler, swap_memory=swap_memory)
+            engine = EngineSettings.fitting(
+                self.config, kept, kv_memory, scheduler, swap_memory=swap_memory, speculate=speculate
+            )
         self._use_engine(engine)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
+Speculation = Literal["off", "ngram"]
 BLOCK_SIZE = 16
 """Tokens of a block, unless an operator says otherwise."""
 BLOCK_SIZES = (16, 32, 64)
@@ -30,6 +32,7 @@ class EngineSettings:
     """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens.
 
     ``async_scheduling``: where the next step is known but for its tokens, prepare it while this one runs.
+    ``speculate``: check guesses of coming tokens, "ngram" what such tokens were followed by before.
     """
 
     kv_blocks: int
@@ -38,6 +41,7 @@ class EngineSettings:
     host_blocks: int = 0
     prefix_cache: bool = True
     async_scheduling: bool = True
+    speculate: Speculation = "ngram"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def __post_init__(self) -> None:
@@ -46,6 +50,9 @@ class EngineSettings:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ConfigError(f"block_size is {self.block_size!r}, but must be one of {sizes}.")
+        if self.speculate not in get_args(Speculation):
+            ways = ", ".join(map(repr, get_args(Speculation)))
+            raise ConfigError(f"speculate is {self.speculate!r}, but must be one of {ways}.")
         check_whole("slab_blocks", self.slab_blocks)
         check_whole("host_blocks", self.host_blocks, least=0, most=MAX_HOST_BLOCKS)
 
@@ -58,6 +65,7 @@ class EngineSettings:
         scheduler: SchedulerSettings | None = None,
         *,
         swap_memory: int = 0,
+        speculate: Speculation = "ngram",
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values; None: half of the memory that can be had now.
 
@@ -90,6 +98,7 @@ class EngineSettings:
             kv_blocks=memory // block,
             host_blocks=swap_memory // block,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
+            speculate=speculate,
             scheduler=_with_steps_within(available // 4, config, scheduler or SchedulerSettings()),
         )
 

@@ -3,7 +3,8 @@
 There is one rule. A sequence has ``num_computed_tokens < len(tokens)``, and a step lets
 them catch up within a budget. One token behind is a decode: all of those go first, so that no prompt can hold
 them up. The rest of the budget goes to chunks of whoever is further behind: new prompts, what a
-prefix hit left over, what was preempted. A draft to be checked would be more tokens in an item.
+prefix hit left over, what was preempted. A draft is more tokens in an item of
+a decode: guesses, which stay where they turn out to be what is drawn in their places.
 
 Integers only: tokens are passed on and never looked at, no clock is read, and no array is known.
 While all decode, a step can be planned before the last one is committed: ``follow``.
@@ -17,9 +18,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from math import inf
 
-from tiny_llm.data import Advance, EndReason, Output, Plan, PlanItem, Sequence, StepCosts
+from tiny_llm.data import Advance, Drafter, EndReason, Output, Plan, PlanItem, Sequence, StepCosts
 from tiny_llm.errors import BusyError, CapacityError, RequestError
 from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
+from tiny_llm.scheduler.drafts import Acceptance, Speculation, Worth
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
 from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime, context_of
@@ -37,7 +39,7 @@ class _Entry:
     waiting, which is to say that it makes a request as old as one that came so much earlier.
     """
 
-    __slots__ = ("answers", "blocked_at", "rank", "seq", "table")
+    __slots__ = ("acceptance", "answers", "blocked_at", "rank", "seq", "table")
 
     def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float, answers: int) -> None:
         self.seq = seq
@@ -45,6 +47,7 @@ class _Entry:
         self.answers = answers  # that are to come of it: several until it forks
         self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
         self.blocked_at = -1
+        self.acceptance = Acceptance()
 
 
 class _Step:
@@ -56,7 +59,7 @@ class _Step:
         self.tokens = tokens
         self.ms = inf
         self.least_ms = inf  # what the first chunk may take whatever is left
-        self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = 0
+        self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = self.drafted = 0
 
     @property
     def has_room(self) -> bool:
@@ -68,7 +71,8 @@ class Scheduler:
     """Decides step by step: ``expire``, ``schedule``, run the plan, ``commit``. For one thread.
 
     ``costs`` say how the parts of the model's steps compare, before any is measured; ``speed.observe`` is
-    to be told how long steps took. ``preempted`` counts by policy.
+    to be told how long steps took. ``preempted`` counts by policy. With a ``drafter`` its guesses are
+    checked, as far as that pays.
     """
 
     def __init__(
@@ -76,11 +80,13 @@ class Scheduler:
         blocks: BlockManager,
         settings: SchedulerSettings | None = None,
         costs: StepCosts | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.blocks = blocks
         self.settings = settings or SchedulerSettings()
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
+        self.speculation = Speculation(drafter) if drafter is not None else None
         self._entries: dict[int, _Entry] = {}
         self._answers = 0  # that these are to give
         self._running: RankedList[_Entry] = RankedList()
@@ -164,15 +170,19 @@ class Scheduler:
             chunk_tokens=step.chunk_tokens,
             chunk_context=step.chunk_context,
             preempted=step.preempted,
+            drafted=step.drafted,
         )
 
     def follow(self, plan: Plan, leaving: Collection[int]) -> Plan | None:
         """The step after ``plan``, before that is committed; None where it cannot be told yet.
 
         Every sequence of ``plan`` goes on with the token that it is drawing now, but for those ``leaving``.
-        One that turns out to have ended is passed over by ``commit``.
+        One that turns out to have ended is passed over by ``commit``. Where guesses of what comes behind that
+        token are worth more, it is waited for.
         """
-        if plan.decodes != self.num_running or plan.chunk_tokens or self._may_admit():
+        if plan.decodes != self.num_running or plan.chunk_tokens or plan.drafted or self._may_admit():
+            return None
+        if self.speculation is not None and self._expects_drafts(plan, self.speculation):
             return None
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         growing: list[tuple[BlockTable, int]] = []
@@ -208,6 +218,9 @@ class Scheduler:
                 continue
             seq, end = entry.seq, item.start + len(item.tokens)
             if advance is not None:
+                if self.speculation is not None:
+                    drafted = item.start + len(item.tokens) - len(seq.tokens)
+                    self.speculation.count(entry.acceptance, drafted, advance)
                 assert advance.seq_id == item.seq_id
                 advanced.append(seq)
                 if advance.forks:
@@ -284,7 +297,7 @@ class Scheduler:
 
     def _decode(self, step: _Step) -> list[_Entry]:
         """Put all that are one token behind into the step; return those that are further behind."""
-        items, behind, context = step.items, [], 0
+        items, decoding, behind, context = step.items, list[_Entry](), list[_Entry](), 0
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
             seq = entry.seq
             tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
@@ -294,15 +307,41 @@ class Scheduler:
                 behind.append(entry)
             else:
                 items.append(PlanItem(seq.id, tokens[start:], start, self._blocks(entry, len(tokens)), 1))
+                decoding.append(entry)
                 context += start
         if items:
             step.decodes, step.decode_context = len(items), context
             step.tokens -= len(items)
+            if self.speculation is not None:
+                self._add_drafts(step, decoding, self.speculation)
             if behind or self.num_waiting:
-                alone, bound = self.speed.decode_ms(len(items), context), self.settings.max_step_ms
+                rows, bound = len(items) + step.drafted, self.settings.max_step_ms
+                alone = self.speed.decode_ms(rows, context)
                 step.ms = _MARGIN * bound - alone
                 step.least_ms = max(bound, alone) / 2
         return behind
+
+    def _add_drafts(self, step: _Step, decoding: list[_Entry], speculation: Speculation) -> None:
+        """Let decodes check as many guesses as are expected to pay; nobody makes room for them."""
+        worth = Worth(self.speed, step.decodes, step.decode_context)
+        for index, entry in enumerate(decoding):
+            seq, start = entry.seq, entry.seq.num_computed_tokens
+            left = seq.prompt_len + seq.params.max_tokens - 1 - len(seq.tokens)  # the last is not computed
+            draft = speculation.draft(seq, entry.acceptance, worth, min(left, step.tokens))
+            end = len(seq.tokens) + len(draft)
+            if draft and (end <= entry.table.writable or self.blocks.reserve(entry.table, start, end)):
+                tokens = seq.tokens[start:] + draft
+                step.items[index] = PlanItem(seq.id, tokens, start, self._blocks(entry, end), len(tokens))
+                step.drafted += len(draft)
+                step.tokens -= len(draft)
+
+    def _expects_drafts(self, plan: Plan, speculation: Speculation) -> bool:
+        """Whether the step after ``plan`` will have guesses that are worth waiting for its tokens."""
+        worth, expected = Worth(self.speed, plan.decodes, plan.decode_context), False
+        for item in plan.items:
+            entry = self._entries[item.seq_id]
+            expected |= speculation.is_expected(entry.seq, entry.acceptance, worth)
+        return expected
 
     def _chunk(self, step: _Step, entry: _Entry) -> None:
         """Let a sequence catch up as far as the budget goes."""

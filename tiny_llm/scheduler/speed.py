@@ -41,7 +41,8 @@ class StepTime:
 
     def observe(self, plan: Plan, ms: float) -> None:
         """A step took ``ms``."""
-        work = (1.0, plan.decodes, plan.decode_context, plan.chunk_tokens, plan.chunk_context)
+        rows = plan.decodes + plan.drafted
+        work = (1.0, rows, plan.decode_context, plan.chunk_tokens, plan.chunk_context)
         parts = list(map(mul, self._costs, work))
         expected = sum(parts)
         if not self._is_measured:
@@ -80,6 +81,10 @@ class StepTime:
         """A step of ``decodes`` sequences with ``context`` tokens before them, and nothing else."""
         work = (1.0, decodes, context, 0.0, 0.0)
         return _dot(self._costs, work) + self._deviation(work)
+
+    def row_ms(self) -> float:
+        """What one more row of a decode adds to a step, its context's keys and values being read anyway."""
+        return self._costs[1]
 
     def chunk_ms(self, start: int, tokens: int) -> float:
         """What ``tokens`` tokens from position ``start`` on add to a step."""
