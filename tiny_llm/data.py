@@ -78,7 +78,8 @@ class Completion:
     ``token_ids`` and ``logprobs`` have every token that was made, ``text`` what the first ``shown_tokens``
     of them say: neither a token that ended the answer nor a stop string is shown.
     ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
-    cache. ``error`` says what went wrong where ``finish_reason`` is "error". ``message`` is a chat's.
+    cache. ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right. ``error`` says what
+    went wrong where ``finish_reason`` is "error". ``message`` is a chat's.
     """
 
     text: str
@@ -92,6 +93,8 @@ class Completion:
     error: str | None = None
     message: AssistantMessage | None = None
     shown_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long

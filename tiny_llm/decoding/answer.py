@@ -49,6 +49,8 @@ class Answer:
     error: str | None = None
     last_s: float = 0.0
     ended: bool = False
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
     def begun(

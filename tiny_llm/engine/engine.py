@@ -231,6 +231,8 @@ class Engine:
         self.healthy = True
         now = self._clock()
         chunks: dict[int, Chunk] = {}  # by sequence
+        for decision in decisions if plan.drafted else ():
+            decision.row.answer.drafted_tokens += len(decision.row.guesses) > 0
         advances: list[Advance] = []
         for seq_id, own in by_sequence(plan, decisions):
             parts: dict[int, Advance] = {}  # by answer
@@ -239,6 +241,7 @@ class Engine:
                 if not answer.ended:  # else by a token before this one
                     begun = parts.get(answer.seq_id, Advance(answer.seq_id, ()))
                     parts[answer.seq_id] = self._take(decision, begun, now, chunks)
+                    answer.accepted_tokens += len(decision.row.guesses) > 0
             # Of several answers that begin from one prompt, all but the first become forks of its sequence.
             first, *forks = parts.values() or (Advance(seq_id, ()),)
             advances.append(first._replace(forks=tuple(forks)))

@@ -89,4 +89,6 @@ class Request:
             cached_tokens=self.cached_tokens,
             error=answer.error,
             shown_tokens=answer.checker.shown_tokens,
+            drafted_tokens=answer.drafted_tokens,
+            accepted_tokens=answer.accepted_tokens,
         )

@@ -101,10 +101,11 @@ _COUNTS = ("steps", "failed_steps", "prompt_tokens", "generation_tokens", "ends"
 class Snapshot:
     """An engine's figures at one moment. ``totals`` are since it began, and are the engine's own: they go on.
 
-    ``running`` and ``waiting`` count sequences, ``preempted`` how often one gave way, by how; ``fallbacks``
-    are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed.
-    ``ops_on_ours`` run on kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same
-    whatever else is running. Memory in bytes, times in seconds.
+    ``running`` and ``waiting`` count sequences, ``preempted`` how often one gave way, by how;
+    ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right; ``fallbacks`` are calls of
+    an op that had no kernel, ``kernel_s`` is what kernels took where they are timed. ``ops_on_ours`` run on
+    kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same whatever else is running.
+    Memory in bytes, times in seconds.
     """
 
     healthy: bool
@@ -115,6 +116,8 @@ class Snapshot:
     prefix_hit_tokens: int
     prefix_miss_tokens: int
     preempted: Mapping[str, int]
+    drafted_tokens: int
+    accepted_tokens: int
     totals: EngineStats
     fallbacks: Mapping[str, int]
     kernel_s: float | None
@@ -134,7 +137,7 @@ class Snapshot:
         kernels: Kernels,
     ) -> Snapshot:
         """The figures of an engine with this scheduler."""
-        prefix = scheduler.blocks.prefix
+        prefix, speculation = scheduler.blocks.prefix, scheduler.speculation
         return cls(
             healthy=healthy,
             running=scheduler.num_running,
@@ -144,6 +147,8 @@ class Snapshot:
             prefix_hit_tokens=prefix.hit_tokens if prefix is not None else 0,
             prefix_miss_tokens=prefix.miss_tokens if prefix is not None else 0,
             preempted=dict(scheduler.preempted),
+            drafted_tokens=speculation.drafted if speculation is not None else 0,
+            accepted_tokens=speculation.accepted if speculation is not None else 0,
             totals=totals,
             fallbacks=fallbacks().read(),
             kernel_s=kernel_seconds(),
@@ -181,7 +186,7 @@ class StepClock:
         stats, seconds = self._stats, self._last - self._began
         stats.steps += 1
         stats.step_s.add(seconds)
-        stats.step_tokens.add(plan.decodes + plan.chunk_tokens)
+        stats.step_tokens.add(plan.decodes + plan.drafted + plan.chunk_tokens)
         stats.step_sequences.add(len(plan.items))
         stats.prompt_tokens += plan.chunk_tokens
         return seconds * 1e3

@@ -29,7 +29,13 @@ class Trace:
     def step(self, plan: Plan, began: float, ended: float) -> None:
         """A step was run."""
         self._add(
-            "step", _STEPS, began, ended, sequences=len(plan.items), tokens=plan.decodes + plan.chunk_tokens
+            "step",
+            _STEPS,
+            began,
+            ended,
+            sequences=len(plan.items),
+            tokens=sum(len(item.tokens) for item in plan.items),
+            drafted=plan.drafted,
         )
         for number, item in enumerate(plan.items):
             wait = self._waits.pop(item.seq_id, None)

@@ -28,11 +28,17 @@ def usage(ended: Iterable[Completion]) -> dict[str, object]:
     read = sum(len(completion.prompt_token_ids) for completion in first)
     made = sum(len(completion.token_ids) for completion in completions)
     cached = sum(completion.cached_tokens for completion in first)
+    drafted = sum(completion.drafted_tokens for completion in completions)
+    accepted = sum(completion.accepted_tokens for completion in completions)
     return {
         "prompt_tokens": read,
         "completion_tokens": made,
         "total_tokens": read + made,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
     }
 
 

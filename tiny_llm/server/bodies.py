@@ -164,6 +164,7 @@ class Choosing(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda s: s % 2**64)] | None = None
     stop: Stops = Field(default_factory=list)
     stream: bool = False
+    speculate: bool = True
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     user: Label | None = None
     safety_identifier: Label | None = None

@@ -152,6 +152,13 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class Prediction(Body):
+    """The answer that the client expects, say a text with a few changes: what is right comes sooner."""
+
+    type: Literal["content"]
+    content: Text
+
+
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
@@ -164,4 +171,5 @@ class ChatBody(Sampling):
     top_logprobs: Few | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
+    prediction: Prediction | None = None
     chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)

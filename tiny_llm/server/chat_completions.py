@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,11 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
+    if body.prediction is not None:
+        # What is beyond the longest answer would only have to be read.
+        text = body.prediction.content[: params.max_tokens * llm.tokenizer.longest_token]
+        expected = llm.tokenizer.encode(text, add_special_tokens=False)
+        params = replace(params, prediction=tuple(expected))
     return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
 
 

@@ -47,7 +47,7 @@ def params_of(
         raise Problem(400, what, code="invalid_value", param="prompt")
     given = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
     most = max_tokens or _room(llm, max(map(len, prompts)))
-    return SamplingParams(max_tokens=most, n=body.n, logprobs=logprobs, **given)
+    return SamplingParams(max_tokens=most, n=body.n, logprobs=logprobs, speculate=body.speculate, **given)
 
 
 def grammar_of(body: Sampling) -> Grammar | None:
