@@ -208,7 +208,9 @@ def run_until_first(engine: Engine, request: Request, began: float = 0.0) -> lis
 
 def add(engine: Engine, request: Request) -> int:
     """Hand a request in; its answer has exactly the length asked for."""
-    return engine.add(request.ids, SamplingParams(max_tokens=request.answer, ignore_eos=True))
+    return engine.add(
+        request.ids, SamplingParams(max_tokens=request.answer, ignore_eos=True, speculate=False)
+    )
 
 
 if __name__ == "__main__":

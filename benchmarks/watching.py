@@ -46,7 +46,7 @@ async def one_round(engine: AsyncLLM, live: Live, watchers: int, tokens: int) ->
     """Answer all prompts while ``watchers`` watch."""
     seen: list[bytes] = []
     tasks = [asyncio.ensure_future(watch(live, seen)) for _ in range(watchers)]
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, speculate=False)
     wall, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(engine.generate([1 + number] * PROMPT, params) for number in range(SEQUENCES)))
     spent = Round(time.perf_counter() - wall, time.process_time() - cpu, len(seen))

@@ -34,7 +34,10 @@ def engine_of(
         model,
         Tokenizer.from_folder(tokenizer if tokenizer.is_dir() else resolve("demo")),
         EngineSettings(
-            kv_blocks=BLOCKS, prefix_cache=prefix_cache, scheduler=scheduler or SchedulerSettings()
+            kv_blocks=BLOCKS,
+            prefix_cache=prefix_cache,
+            speculate="off",  # random weights repeat themselves, which is easily guessed
+            scheduler=scheduler or SchedulerSettings(),
         ),
         kernels=Kernels(active()),
         kv_dtype=kept,

@@ -32,7 +32,7 @@ def run(llm: LLM, plan: Plan) -> dict[str, object]:
     while at < size or numbers:
         now = time.perf_counter()
         while at < size and (len(numbers) < streams if streams else start + due[at] <= now):
-            params = SamplingParams(max_tokens=int(plan["answers"][at]), ignore_eos=True)
+            params = SamplingParams(max_tokens=int(plan["answers"][at]), ignore_eos=True, speculate=False)
             began[at] = now if streams else start + due[at]
             numbers[llm.engine.add(ids[at], params)] = at
             at += 1

@@ -74,7 +74,7 @@ class Ours:
         """Steps in which every sequence gets a token. Prompts are found again from the round before."""
         engine = self._engine
         engine.settings = replace(engine.settings, async_scheduling=setting == "ahead")
-        params = SamplingParams(max_tokens=steps + SPARE, ignore_eos=True)
+        params = SamplingParams(max_tokens=steps + SPARE, ignore_eos=True, speculate=False)
         numbers = [engine.add(self._prompt(row, context), params) for row in range(self._rows)]
         begun: set[int] = set()
         while len(begun) < self._rows:

@@ -159,7 +159,7 @@ class _Round:
 
     def _add(self, max_tokens: int) -> None:
         for prompt in self._prompts:
-            self._engine.add(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+            self._engine.add(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, speculate=False))
 
     def _run(self) -> None:
         while len(self._engine):

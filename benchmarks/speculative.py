@@ -1,0 +1,158 @@
+"""What does guessing tokens bring? With and without, interleaved; medians.
+
+On ``--shape`` with random weights: guesses that are always right and such that are right seven times in ten,
+from a script that knows the answer; and n-gram look-up where there is nothing to find, for one sequence and
+for 16. On the bundled model: n-gram look-up where the answer repeats the prompt. Both sides must give the
+same tokens. Prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from array import array
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, replace
+
+from tiny_llm import LLM, SamplingParams
+from tiny_llm.data import Drafter, Sequence
+from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.scheduler.drafts import Speculation
+
+K = 4
+TEXT = (
+    "Paged attention keeps keys and values in blocks of sixteen tokens. A block table maps each sequence to "
+    "its blocks. A block that is full and shared is never copied. When memory runs out, a sequence gives its "
+    "blocks back and is computed again later. "
+)
+RECORDS = "\n".join(
+    json.dumps({"id": n, "name": f"block {n}", "state": "free", "owner": None}) for n in range(12)
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One round: tokens of each answer, seconds, steps, and guesses."""
+
+    answers: list[list[int]]
+    seconds: float
+    steps: int
+    drafted: int
+    accepted: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return sum(map(len, self.answers)) / self.seconds
+
+
+def scripted(answer: Listed[int], right: float) -> Drafter:
+    """Guesses of a sequence whose answer is known; each is right with that chance, by position alone."""
+
+    def draft(seq: Sequence, most: int) -> array[int]:
+        at = len(seq.tokens) - seq.prompt_len
+        known = answer[at : at + min(most, K)]
+        return array(
+            "i", [t if random.Random(at + n).random() < right else t ^ 1 for n, t in enumerate(known)]
+        )
+
+    return draft
+
+
+def run(llm: LLM, prompts: Listed[list[int]], params: SamplingParams, drafter: Drafter | str) -> Run:
+    """Answer the prompts on a fresh engine, whose first tokens are not timed."""
+    mode = "ngram" if drafter == "ngram" else "off"
+    engine = llm.with_engine(EngineSettings(kv_blocks=2048, speculate=mode)).engine
+    if not isinstance(drafter, str):
+        engine.scheduler.speculation = Speculation(drafter)
+    numbers = [engine.add(prompt, replace(params, seed=n)) for n, prompt in enumerate(prompts)]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    began, steps, early = 0.0, 0, 0
+    while len(engine):
+        if not began and all(answers.values()):
+            began, steps, early = time.perf_counter(), engine.totals.steps, sum(map(len, answers.values()))
+        for number, chunk in engine.step():
+            answers[number] += chunk.token_ids
+    seconds = time.perf_counter() - began
+    made = sum(map(len, answers.values()))
+    stats = engine.stats()
+    return Run(
+        list(answers.values()),
+        seconds * made / (made - early),
+        engine.totals.steps - steps,
+        stats.drafted_tokens,
+        stats.accepted_tokens,
+    )
+
+
+def compare(
+    name: str,
+    llm: LLM,
+    prompts: Listed[list[int]],
+    params: SamplingParams,
+    drafter: Drafter | str,
+    rounds: int,
+) -> dict[str, object]:
+    """A row of the table."""
+    plain, guessed = [], []
+    for _ in range(rounds):
+        plain.append(run(llm, prompts, params, "off"))
+        guessed.append(run(llm, prompts, params, drafter))
+        assert guessed[-1].answers == plain[-1].answers, "another answer with guesses than without"
+    alone, with_guesses = (statistics.median(r.rate for r in side) for side in (plain, guessed))
+    last = guessed[-1]
+    found: dict[str, object] = {
+        "case": name,
+        "plain_tok_s": round(alone, 1),
+        "guessed_tok_s": round(with_guesses, 1),
+        "ratio": round(statistics.median(g.rate / p.rate for g, p in zip(guessed, plain, strict=True)), 3),
+        "tokens_a_step": round(sum(map(len, last.answers)) / last.steps / len(prompts), 2),
+        "drafted": last.drafted,
+        "accepted": last.accepted,
+    }
+    print(
+        f"{name:<34}{alone:>9.1f}{with_guesses:>9.1f}{found['ratio']:>8.2f}x{found['tokens_a_step']:>9.2f}"
+        f"{last.accepted:>7} of {last.drafted}",
+        flush=True,
+    )
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="qwen2-0.5b", help="short name of the random model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    options = parser.parse_args()
+    print(f"{'':<34}{'plain':>9}{'guessed':>9}{'ratio':>9}{'a step':>9}   right")
+    rows = []
+
+    def row(
+        name: str, llm: LLM, prompts: Listed[list[int]], params: SamplingParams, of: Drafter | str
+    ) -> None:
+        rows.append(compare(name, llm, prompts, params, of, options.rounds))
+
+    with LLM(DummyCheckpoint(options.shape), quantize=4) as llm:
+        vocab = llm.config.vocab_size
+        prompts = [[(n * 7919 + i * 104729) % vocab for i in range(1, 17)] for n in range(16)]
+        free = SamplingParams(max_tokens=options.tokens, temperature=1.0, ignore_eos=True)
+        answer = run(llm, prompts[:1], free, "off").answers[0]
+        row(f"{options.shape}, always right, k {K}", llm, prompts[:1], free, scripted(answer, 1.0))
+        row(f"{options.shape}, right 7 in 10, k {K}", llm, prompts[:1], free, scripted(answer, 0.7))
+        row("n-gram, nothing to find", llm, prompts[:1], free, "ngram")
+        row("n-gram, nothing to find, 16 at once", llm, prompts, free, "ngram")
+    with LLM("demo") as llm:
+        greedy = SamplingParams(max_tokens=3 * options.tokens, ignore_eos=True)
+        for name, text in (("repeats a text", TEXT), ("repeats records", RECORDS)):
+            prompt = llm.chat_prompt([{"role": "user", "content": f"Say this again: {text}"}])
+            row(f"bundled model, {name}", llm, [prompt], greedy, "ngram")
+    print(json.dumps({"benchmark": "speculative", "shape": options.shape, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
