@@ -222,6 +222,10 @@ Drafter: TypeAlias = "Callable[[Sequence, int], array[int]]"
 """(a sequence, how many at most) -> tokens that may come next in it; fewer, or none, where it has no idea."""
 
 
+GUESS = -(2**31)
+"""In a plan, in the place of a token that the draft model is to guess when the step begins."""
+
+
 class PlanItem(NamedTuple):
     """What one sequence does in a step. A tuple, as a step makes one for each sequence.
 

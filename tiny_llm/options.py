@@ -97,13 +97,17 @@ class EngineOptions:
         ),
     ] = None
     speculate: Annotated[
-        Literal["off", "ngram"],
+        Literal["off", "ngram", "draft"] | None,
         typer.Option(
-            help="ngram: guess that text which repeats goes on as before, and check several tokens in a "
-            "step; the answer is the same.",
+            help="Guess tokens and check several in a step; the answer is the same. ngram, the default: text "
+            "that repeats goes on as before; draft: by a draft model.",
             rich_help_panel="Speed",
         ),
-    ] = "ngram"
+    ] = None
+    draft: Annotated[
+        str | None,
+        typer.Option(help="A small model of the same tokenizer, to guess tokens.", rich_help_panel="Speed"),
+    ] = None
     max_step_ms: Annotated[
         float,
         typer.Option(

@@ -60,8 +60,8 @@ def no_echo(tokens: list[int], logits: mx.array) -> mx.array:
 
 @pytest.fixture(scope="module")
 def llm(demo: Path) -> LLM:
-    """The bundled model, on the best backend of this machine."""
-    return LLM(demo)
+    """The bundled model, on the best backend of this machine, and its draft model."""
+    return LLM(demo, draft="demo-draft")
 
 
 def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
@@ -172,6 +172,18 @@ SETTINGS: Mapping[str, EngineSettings] = {
     ),
     "slabs": EngineSettings(kv_blocks=512, slab_blocks=4),
     "no guesses": EngineSettings(kv_blocks=512, speculate="off"),
+    "a draft model": EngineSettings(kv_blocks=512, speculate="draft"),
+    "a draft model, small chunks": EngineSettings(
+        kv_blocks=512,
+        speculate="draft",
+        scheduler=SchedulerSettings(max_num_batched_tokens=40, max_num_seqs=8),
+    ),
+    "a draft model, recompute": EngineSettings(
+        kv_blocks=TINY, speculate="draft", scheduler=SchedulerSettings(preemption="recompute")
+    ),
+    "a draft model, swap": EngineSettings(
+        kv_blocks=TINY, host_blocks=HOST, speculate="draft", scheduler=SchedulerSettings(preemption="swap")
+    ),
 }
 
 

@@ -50,6 +50,7 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         if options.swap_memory is None
         else parse_bytes(options.swap_memory, "--swap-memory"),
         "speculate": options.speculate,
+        "draft": options.draft,
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
     }
 

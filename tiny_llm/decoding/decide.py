@@ -27,6 +27,8 @@ NOTHING_LEFT = (
     "No token may come next: the answer's form, logit_bias, min_tokens or a processor bans every one. "
     "(A form that is complete allows only the end, which min_tokens forbids.)"
 )
+Sharing = Callable[[int], Sequence[Answer]]
+"""(a sequence's id) -> the answers that it computes for."""
 Lap = Callable[[str], None]
 """Told the name of each part of a step when it is done."""
 
@@ -79,7 +81,7 @@ class Decision(NamedTuple):
     error: str | None
 
 
-def rows_of(plan: Plan, sharing: Callable[[int], Sequence[Answer]]) -> list[Row]:
+def rows_of(plan: Plan, sharing: Sharing) -> list[Row]:
     """Every row of logits that ``plan`` asks for, in order.
 
     ``sharing(sequence's id)`` are the answers that it computes for: several while they all begin from one

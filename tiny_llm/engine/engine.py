@@ -21,8 +21,9 @@ import mlx.core as mx
 from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
-from tiny_llm.decoding.decide import Decision, by_sequence, rows_of
+from tiny_llm.decoding.decide import Decision, by_sequence
 from tiny_llm.decoding.ngram import ngram_draft
+from tiny_llm.engine.draft import DraftModel, to_be_guessed
 from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
@@ -63,6 +64,7 @@ class Engine:
         kv_dtype: mx.Dtype,
         end_ids: Collection[int],
         max_context: int,
+        draft: Model | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.healthy = True
@@ -76,23 +78,31 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
+        draft = draft if settings.speculate == "draft" else None
+        models = [model] if draft is None else [model, draft]
         with use(kernels.backend, kernels.ours):
-            format = KvFormat.of(model.config, settings.block_size, kv_dtype)
+            formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
+        self.block_bytes = sum(format.block_bytes for format in formats)
         settings = replace(settings, async_scheduling=ahead)
-        self.settings = settings = settings.within_reach(format.block_bytes)
-        cache = PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
-        self.runner = Runner(model, cache, kernels)
+        self.settings = settings = settings.within_reach(self.block_bytes)
+        caches = [
+            PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
+            for format in formats
+        ]
+        drafting = None if draft is None else DraftModel(draft, caches[-1])
+        self.runner = Runner(model, caches[0], kernels, drafting)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
-        costs = step_costs(model.config, weight_bytes(model), format.token_bytes)
-        drafter = ngram_draft if settings.speculate == "ngram" else None
+        costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
+        drafter = {"off": None, "ngram": ngram_draft, "draft": to_be_guessed}[settings.speculate]
+        assert settings.speculate != "draft" or drafting, "somebody must guess"
         self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafter)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        step_bytes = activation_bytes(model.config, tokens, rows, format.gathered_bytes(max_context))
-        slab, block_bytes = settings.slab_blocks, format.block_bytes
-        self._pool_limit = PoolLimit(settings.kv_blocks, slab, block_bytes, step_bytes, clock)
+        step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
+        slab = settings.slab_blocks
+        self._pool_limit = PoolLimit(settings.kv_blocks, slab, self.block_bytes, step_bytes, clock)
         limit_kept_memory(available_memory_bytes())
         wire_memory()
 
@@ -145,7 +155,7 @@ class Engine:
             self.scheduler,
             self.totals,
             healthy=self.healthy,
-            block_bytes=self.cache.format.block_bytes,
+            block_bytes=self.block_bytes,
             kernels=self.runner.kernels,
         )
 
@@ -201,7 +211,7 @@ class Engine:
             if not request.started_s:
                 self._note_start(request, item.seq_id)
         clock.lap("schedule")
-        return self.runner.launch(plan, rows_of(plan, self._drawing), None, clock.lap) if plan.items else None
+        return self.runner.launch(plan, self._drawing, None, clock.lap) if plan.items else None
 
     def _note_start(self, request: Request, seq_id: int) -> None:
         sequence = self.scheduler.sequence(seq_id)
@@ -224,7 +234,7 @@ class Engine:
         if following is None:
             return None
         drawn = batch.drawing.tokens
-        return self.runner.launch(following, rows_of(following, self._drawing), drawn, clock.lap)
+        return self.runner.launch(following, self._drawing, drawn, clock.lap)
 
     def _commit(self, plan: Plan, decisions: Sequence[Decision]) -> list[Event]:
         """Give each answer its token, and the scheduler what comes of it; forget what has ended."""

@@ -18,6 +18,7 @@ from tiny_llm.decoding.chat_prompt import ChatPrompts
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.message import with_messages
 from tiny_llm.decoding.structured_output import GrammarCompiler
+from tiny_llm.engine.draft import load_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.memory import give_back_memory
 from tiny_llm.engine.settings import BLOCK_SIZE, EngineSettings, Speculation
@@ -57,7 +58,8 @@ class LLM:
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
     that had to make room may take until they go on: without it they are computed again, which
-    "preemption" in ``scheduler`` weighs. ``speculate`` "off" checks no guesses of coming tokens.
+    "preemption" in ``scheduler`` weighs. ``speculate`` "off" checks no guesses of coming tokens, "ngram"
+    those that a text which repeats itself suggests, "draft" those of the model ``draft``.
     ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
     1 that is done, what is done now) while kernels are tried.
@@ -87,7 +89,8 @@ class LLM:
         activations: str = "int8",
         kv_memory: int | None = None,
         swap_memory: int = 0,
-        speculate: Speculation = "ngram",
+        speculate: Speculation | None = None,
+        draft: str | Path | Checkpoint | None = None,
         scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
         progress: Progress | None = None,
@@ -95,6 +98,7 @@ class LLM:
     ) -> None:
         require_unforked()
         set_threads(threads)
+        speculate, draft = which_draft(model, speculate, draft)
         self.backend = choose(backend) if backend else active()
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
@@ -110,8 +114,9 @@ class LLM:
             loaded = load_model(
                 model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
             )
+            self._draft = None if draft is None else load_draft(draft, model, offline=offline)
         self._model = loaded
-        self._weight_bytes = weight_bytes(loaded)
+        self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config = loaded.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         self._kept = kept
@@ -119,7 +124,13 @@ class LLM:
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         if engine is None:
             engine = EngineSettings.fitting(
-                self.config, kept, kv_memory, scheduler, swap_memory=swap_memory, speculate=speculate
+                self.config,
+                kept,
+                kv_memory,
+                scheduler,
+                swap_memory=swap_memory,
+                speculate=speculate,
+                draft=None if self._draft is None else self._draft.config,
             )
         self._use_engine(engine)
 
@@ -151,7 +162,7 @@ class LLM:
         """
         if self._turn is not None:
             with self._turn.taken():
-                self._turn = self._model = None
+                self._turn = self._model = self._draft = None
             give_back_memory()
 
     @property
@@ -162,7 +173,7 @@ class LLM:
     @property
     def memory(self) -> str:
         """What the weights take, and what keys and values may: for a line at the start."""
-        settings, block_bytes = self.engine.settings, self.engine.cache.format.block_bytes
+        settings, block_bytes = self.engine.settings, self.engine.block_bytes
         told = (
             f"weights {self._weight_bytes / 1e9:.2f} GB · keys and values up to "
             f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
@@ -181,6 +192,7 @@ class LLM:
             kv_dtype=self._kept,
             end_ids=self._end_ids,
             max_context=self.max_context,
+            draft=self._draft,
         )
         self._turn = Turn(engine)
         self._chunks: dict[int, deque[Chunk]] = {}

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.data import Plan
-from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, draw
+from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of
 from tiny_llm.engine.batch import build_batch
+from tiny_llm.engine.draft import DraftModel
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
@@ -42,17 +43,29 @@ class InFlightBatch:
 class Runner:
     """``model`` on the chosen ``kernels``, with its ``cache``. One thread's: MLX's streams belong to it."""
 
-    def __init__(self, model: Model, cache: PagedCache, kernels: Kernels) -> None:
+    def __init__(
+        self, model: Model, cache: PagedCache, kernels: Kernels, draft: DraftModel | None = None
+    ) -> None:
         self.model = model
         self.cache = cache
         self.kernels = kernels
+        self.draft = draft
 
-    def launch(self, plan: Plan, rows: list[Row], drawn: mx.array | None, lap: Lap) -> InFlightBatch:
-        """Start a step: from its plan to tokens that are being drawn for ``rows``. See ``forward``."""
-        batch = InFlightBatch(plan, rows)
+    def launch(self, plan: Plan, sharing: Sharing, drawn: mx.array | None, lap: Lap) -> InFlightBatch:
+        """Start a step: from its plan to tokens that are being drawn for its answers.
+
+        See ``forward``, and ``decide.rows_of`` on ``sharing``. The draft model's guesses become the plan's.
+        """
+        batch = InFlightBatch(plan, [])
         try:
             with use(self.kernels.backend, self.kernels.ours):
-                batch.drawing = draw(self.forward(plan, drawn, lap), rows, lap)
+                if self.draft is not None and drawn is not None:
+                    self.draft.follow(plan, drawn)
+                elif self.draft is not None:
+                    batch.plan = self.draft.guessed(plan, lambda seq_id: sharing(seq_id)[0].params)
+                    lap("draft")
+                batch.rows = rows_of(batch.plan, sharing)
+                batch.drawing = draw(self.forward(batch.plan, drawn, lap), batch.rows, lap)
         except Exception as error:
             batch.error = error
         return batch
@@ -83,3 +96,5 @@ class Runner:
     def clear(self) -> None:
         """Let go of all keys and values."""
         self.cache.clear()
+        if self.draft is not None:
+            self.draft.cache.clear()

@@ -16,7 +16,7 @@ from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
-Speculation = Literal["off", "ngram"]
+Speculation = Literal["off", "ngram", "draft"]
 BLOCK_SIZE = 16
 """Tokens of a block, unless an operator says otherwise."""
 BLOCK_SIZES = (16, 32, 64)
@@ -32,7 +32,8 @@ class EngineSettings:
     """What an operator may set. ``kv_blocks`` is the pool's limit in blocks of ``block_size`` tokens.
 
     ``async_scheduling``: where the next step is known but for its tokens, prepare it while this one runs.
-    ``speculate``: check guesses of coming tokens, "ngram" what such tokens were followed by before.
+    ``speculate``: check guesses of coming tokens, "ngram" what such tokens were followed by before, "draft"
+    those of a draft model.
     """
 
     kv_blocks: int
@@ -66,8 +67,11 @@ class EngineSettings:
         *,
         swap_memory: int = 0,
         speculate: Speculation = "ngram",
+        draft: ModelFacts | None = None,
     ) -> EngineSettings:
-        """Settings for ``kv_memory`` bytes of keys and values; None: half of the memory that can be had now.
+        """Settings for ``kv_memory`` bytes of keys and values, those of a ``draft`` model included.
+
+        None: half of the memory that can be had now.
 
         Those of sequences that had to make room may take ``swap_memory`` bytes more.
         A step has no more tokens than a quarter of it holds the intermediate results of.
@@ -75,7 +79,8 @@ class EngineSettings:
         Raises ConfigError if that is not enough for a block, or more than there can ever be: an amount that
         was mistyped shows here, and not in requests that fail when memory has run out.
         """
-        block = KvFormat.of(config, BLOCK_SIZE, kv_dtype).block_bytes
+        models = [config] if draft is None else [config, draft]
+        block = sum(KvFormat.of(one, BLOCK_SIZE, kv_dtype).block_bytes for one in models)
         available = available_memory_bytes()
         memory = available // 2 if kv_memory is None else kv_memory
         if memory < block:

@@ -18,7 +18,7 @@ from tiny_llm.proving.choice import Kernels
 from tiny_llm.scheduler.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-PARTS = ("schedule", "build", "forward", "sample", "commit")
+PARTS = ("schedule", "draft", "build", "forward", "sample", "commit")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

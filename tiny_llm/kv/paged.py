@@ -47,6 +47,10 @@ class PagedCache:
             taken.append(time.perf_counter() - began)
         return 1e3 * min(taken) * self.format.num_layers / _TRIED
 
+    def arrays(self) -> list[mx.array]:
+        """All keys and values, to be waited for."""
+        return [array for pool in self._layers for array in pool]
+
     def clear(self) -> None:
         """Let go of all arrays, after a step that failed half way."""
         self._layers, self._host = [], []

@@ -17,6 +17,7 @@ from tiny_llm.scheduler.speed import StepTime
 MOST_DRAFTED = 16
 """Guesses of one sequence in a step."""
 _PRIOR = 0.6  # of guesses are right, before any is known
+_DRIFT = 0.02  # towards that goes what is believed, while nothing is checked: so it is tried again
 _NEWS = 0.15  # of what is believed comes from the latest guess
 
 
@@ -89,6 +90,7 @@ class Speculation:
         if drafted <= 0:
             for token in advance.tokens:
                 known.compare(token)
+            known.share += _DRIFT * max(0.0, _PRIOR - known.share)
             return
         accepted = max(0, len(advance.tokens) - 1)
         if not advance.finish_reason:  # else it was not looked at to its end

@@ -106,6 +106,10 @@ class Tokenizer:
         """Characters of the longest token: no text has fewer tokens than its length divided by this."""
         return max(map(len, self._backend.get_vocab()))
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same token in both."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Return ``encode`` of every text; the library spreads them over the cores."""
         for text in texts:
