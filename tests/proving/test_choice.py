@@ -66,7 +66,7 @@ def test_pages_are_not_written_for_an_attention_that_is_mlxs() -> None:
 def test_dense_matrices_are_mlxs_and_said() -> None:
     chosen = choice(proof("rope", 1.0), dense=True)
     assert not chosen.same_tokens
-    assert "MLX's for products (the matrices are not quantized)" in chosen.line
+    assert "MLX's for matrices that are not of 4 or 8 bits" in chosen.line
 
 
 def test_same_tokens_takes_ours_at_any_speed_or_names_what_is_wrong() -> None:
@@ -77,7 +77,7 @@ def test_same_tokens_takes_ours_at_any_speed_or_names_what_is_wrong() -> None:
         ConfigError, match=r"did not prove right .*: swiglu \(other bits\)\. Leave --same-tok"
     ):
         choice(*slow, proof("swiglu", wrong="other bits"), same_tokens=True)
-    with pytest.raises(ConfigError, match=r"not quantized .* give --quantize 8 or 4"):
+    with pytest.raises(ConfigError, match=r"not quantized to .* give --quantize 8 or 4"):
         choice(*slow, same_tokens=True, dense=True)
 
 

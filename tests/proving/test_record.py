@@ -121,11 +121,23 @@ def test_shapes_are_those_that_the_model_is_loaded_with() -> None:
     )
     made = Shapes.of(config, 4, mx.bfloat16, 16)
     assert made == Shapes(896, 14, 2, 64, 4864, 99, 4, 64, "bfloat16", 16)
-    assert Shapes.of(config, None, mx.float16, 32) == replace(made, bits=0, dtype="float16", block_size=32)
-    config.intermediate_size = 4896
-    assert Shapes.of(config, 8, mx.bfloat16, 16).group_size == 32, "64 does not divide it"
+    unpacked = Shapes.of(config, None, mx.float16, 32)
+    assert unpacked == replace(made, bits=0, dtype="float16", block_size=32, dense=True)
     config.quantization = Quantization(8, 128)
     stored = Shapes.of(config, None, mx.bfloat16, 16)
-    assert (stored.bits, stored.group_size) == (8, 128)
+    assert (stored.bits, stored.group_size, stored.dense) == (8, 128, False)
     config.quantization = Quantization(6, 64)
     assert Shapes.of(config, None, mx.bfloat16, 16).bits == 0, "our kernels have no 6 bits"
+    config.quantization = Quantization(4, 64, {"a": Quantization(8, 64), "b": Quantization(8, 32)})
+    mixed = Shapes.of(config, None, mx.bfloat16, 16)
+    assert mixed.formats == [(4, 64), (8, 32), (8, 64)] and not mixed.dense
+    for other in (None, Quantization(6, 64)):
+        config.quantization = Quantization(4, 64, {"lm_head": other})
+        assert Shapes.of(config, None, mx.bfloat16, 16) == replace(made, dense=True)
+
+
+def test_a_record_of_a_model_of_several_formats_is_read(shapes: Shapes) -> None:
+    mixed = replace(shapes, more="8/32 8/64", dense=True)
+    Record.of("metal", mixed).add([FOUND])
+    assert Record.of("metal", mixed).read() == {"rope": FOUND}
+    assert [one.shapes for one in records()] == [mixed]

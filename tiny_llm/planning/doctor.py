@@ -94,7 +94,7 @@ def _state(name: str) -> str:
 
 def table(backend: str, shapes: Shapes, proofs: Mapping[str, Proof]) -> Table:
     """What was found for one backend and model: a row for each op and shape, and what "auto" makes of it."""
-    kernels = choose_kernels(backend, proofs, "auto", False, dense=not shapes.bits)
+    kernels = choose_kernels(backend, proofs, "auto", False, dense=shapes.dense)
     made = Table(title=_title(backend, shapes), title_justify="left", caption=kernels.line)
     made.caption_justify = "left"
     for name in ("op", "shape"):

@@ -9,7 +9,7 @@ Letters: ``T`` rows, ``E`` hidden size, ``H`` heads, ``K`` key/value heads, ``D`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -178,23 +178,30 @@ def _gates(s: Shapes, sizes: Sizes) -> Iterator[Case]:
 
 def _matrix(s: Shapes, outputs: int, width: int, seed: int = 5) -> QuantizedTensor:
     weight = normal(s, outputs, width, seed=seed) * width**-0.5
-    return QuantizedTensor(*mx.quantize(weight, s.group_size, s.bits), s.group_size, s.bits)
+    group = _group(s, width)
+    return QuantizedTensor(*mx.quantize(weight, group, s.bits), group, s.bits)
+
+
+def _group(s: Shapes, width: int) -> int:
+    return s.group_size if width % s.group_size == 0 else 32
 
 
 def _products(s: Shapes, sizes: Sizes) -> Iterator[Case]:
-    for width in dict.fromkeys((s.hidden, s.intermediate)):
-        x = normal(s, ROWS, width)
-        weight = _matrix(s, min(sizes.outputs, s.hidden), width)
-        for rows in (1, 5, 16, ROWS):
-            yield from _product(s, x[:rows], weight)
-    yield from _fused(s, sizes)
+    for bits, group in s.formats:
+        own = replace(s, bits=bits, group_size=group)
+        for width in dict.fromkeys((s.hidden, s.intermediate)):
+            x = normal(s, ROWS, width)
+            weight = _matrix(own, min(sizes.outputs, s.hidden), width)
+            for rows in (1, 5, 16, ROWS):
+                yield from _product(s, x[:rows], weight)
+        yield from _fused(own, sizes)
     yield from _layers(s, sizes)
 
 
 def _product(s: Shapes, x: mx.array, weight: QuantizedTensor) -> Iterator[Check]:
     rows, width = x.shape
     yield Check(
-        f"{_rows(rows)} by a matrix {width} wide",
+        f"{_rows(rows)} by a matrix of {weight.bits} bits, {width} wide",
         lambda: [quantized_matmul(x, weight)],
         known(lambda: [quantized_matmul_ref(x, weight)]),
         TOLERANCE[s.dtype],
@@ -253,9 +260,10 @@ def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedT
     """Random words, which take less time than what ``mx.quantize`` makes of random numbers."""
     key = mx.random.key(seed)
     words = mx.random.randint(0, 2**31 - 1, (outputs, width * s.bits // 32), mx.int32, key=key)
-    scales = mx.full((outputs, width // s.group_size), 0.5 * 2.0**-s.bits * width**-0.5, getattr(mx, s.dtype))
+    group, scale = _group(s, width), 0.5 * 2.0**-s.bits * width**-0.5
+    scales = mx.full((outputs, width // group), scale, getattr(mx, s.dtype))
     biases = -scales * ((2**s.bits - 1) / 2)  # in the middle
-    return QuantizedTensor(words.view(mx.uint32), scales, biases, s.group_size, s.bits)
+    return QuantizedTensor(words.view(mx.uint32), scales, biases, group, s.bits)
 
 
 def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:

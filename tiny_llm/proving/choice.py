@@ -60,7 +60,7 @@ def check(backend: str, kernels: str | None, same_tokens: bool) -> None:
 def choose(
     backend: str, proofs: Mapping[str, Proof], kernels: str, same_tokens: bool, *, dense: bool
 ) -> Kernels:
-    """Which of the ops that were tried run on ours. ``dense``: matrices that are not quantized are MLX's.
+    """Which of the ops that were tried run on ours. ``dense``: some matrices are not for our kernels.
 
     "auto" takes ours where they are at least ``SLOWEST`` times as fast in every shape, "ours" all that are
     right; so does "auto" where same tokens are asked for. Raises ConfigError if they cannot be had.
@@ -89,8 +89,8 @@ _DEPEND = "tokens may depend on what else is running (--same-tokens insists that
 def _require_same_tokens(backend: str, proofs: Mapping[str, Proof], dense: bool) -> None:
     if dense:
         raise ConfigError(
-            "Same tokens were asked for (--same-tokens), but matrices that are not quantized are multiplied "
-            f"by MLX on backend {backend!r}; give --quantize 8 or 4, or take backend 'cpu'."
+            "Same tokens were asked for (--same-tokens), but matrices that are not quantized to 4 or 8 bits "
+            f"are multiplied by MLX on backend {backend!r}; give --quantize 8 or 4, or take backend 'cpu'."
         )
     wrong = [f"{op} ({proof.wrong})" for op, proof in proofs.items() if proof.wrong and op not in COPIES]
     if wrong:
@@ -118,7 +118,7 @@ def _line(
     said = f"Kernels: ours for {', '.join(op for op in proofs if op in ours) or 'nothing'}"
     others = [f"{op} ({why[op]})" for op in proofs if op not in ours]
     if dense:
-        others.append("products (the matrices are not quantized)")
+        others.append("matrices that are not of 4 or 8 bits")
     if others:
         said += f"; MLX's for {', '.join(others)}"
     return f"{said}. {'Tokens do not depend on what else is running' if holds else _DEPEND.capitalize()}."

@@ -27,13 +27,19 @@ from tiny_llm.user_cache import user_cache, writable
 
 BITS = (4, 8)
 """Of quantized matrices that our kernels for GPUs multiply by."""
+GROUP_SIZE = 64
+"""Of what is quantized on loading, where it divides a row; else 32."""
 SLOWEST = 0.9
 """Our kernel runs where it is at least so fast, as a share of MLX's speed."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a model that kernels are tried on. ``bits`` 0: its matrices are not for our kernels."""
+    """The sizes of a model that kernels are tried on. ``bits`` 0: its matrices are not for our kernels.
+
+    Some of them may have a format of their own: ``more`` lists those that are ours, as "8/64 4/32", bits and
+    group. ``dense``: some are MLX's to multiply by, as they are not quantized or have other bits.
+    """
 
     hidden: int
     heads: int
@@ -45,14 +51,22 @@ class Shapes:
     group_size: int
     dtype: str
     block_size: int
+    more: str = ""
+    dense: bool = False
+
+    @property
+    def formats(self) -> list[tuple[int, int]]:
+        """Bits and group size of every kind of matrix that is for our kernels, the most common first."""
+        more = [tuple(map(int, one.split("/"))) for one in self.more.split()]
+        return [(self.bits, self.group_size), *((bits, group) for bits, group in more)]
 
     @classmethod
     def of(cls, config: ModelFacts, quantize: int | None, dtype: mx.Dtype, block_size: int) -> Shapes:
         """Those of a model loaded with ``quantize`` bits, or as it is stored; it computes in ``dtype``."""
         stored = config.quantization
         bits = stored.bits if stored else quantize or 0
-        widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-        group_size = stored.group_size if stored else 32 if any(width % 64 for width in widths) else 64
+        others = list(stored.overrides.values()) if stored else []
+        ours = {f"{one.bits}/{one.group_size}" for one in others if one is not None and one.bits in BITS}
         return cls(
             config.hidden_size,
             config.num_heads,
@@ -61,9 +75,11 @@ class Shapes:
             config.intermediate_size,
             config.vocab_size,
             bits if bits in BITS else 0,
-            group_size,
+            stored.group_size if stored else GROUP_SIZE,
             str(dtype).rpartition(".")[2],
             block_size,
+            " ".join(sorted(ours)),
+            bits not in BITS or any(one is None or one.bits not in BITS for one in others),
         )
 
 

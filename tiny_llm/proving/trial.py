@@ -65,7 +65,7 @@ def kernels_for(
     if asked == "mlx":
         return all_on_mlx(backend)
     proofs = proved(backend, shapes, limits or Limits.of(backend), progress)
-    return choose(backend, proofs, asked or "auto", same_tokens, dense=not shapes.bits)
+    return choose(backend, proofs, asked or "auto", same_tokens, dense=shapes.dense)
 
 
 def proved(
