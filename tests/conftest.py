@@ -31,11 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks, and turn each ``--chapter`` into a part of pytest's own ``-m``.
 
-    Hypothesis draws the same examples in every run, and looks at no clock. Without CPU kernels the
-    tests run on ``ref``.
+    Hypothesis draws the same examples in every run, and looks at no clock. Without CPU kernels, or
+    on a GPU, tests that name no backend run on ``ref``.
     """
     _share_cores()
-    if not works():  # nobody need be warned in each test that this is slow
+    if not works() or mx.default_device().type != mx.cpu:  # no warning in each test, no trial of GPU kernels
         os.environ.setdefault(VARIABLE, "ref")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     settings.load_profile("repeatable")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.ops import backend
-from tiny_llm.ops.argmax import argmax
+from tiny_llm.ops.argmax import argmax, largest, largest_ref
 
 INF, NAN = math.inf, math.nan
 
@@ -51,3 +51,27 @@ def test_half_precision_and_no_values() -> None:
     assert argmax(mx.array([1.0, 3.0, 2.0], mx.bfloat16)).item() == 1
     with pytest.raises(ValueError, match=r"\[argmax\] expected at least one value a row, got shape \(2, 0\)"):
         argmax(mx.zeros((2, 0)))
+
+
+@pytest.mark.parametrize("width", [1, 5, 128, 129, 1000, 40000])
+def test_the_largest_few_as_a_whole_sort_has_them(width: int) -> None:
+    """Many are equal, and some rows have hardly a number: blocks that are left out must not be missed."""
+    x = mx.round(mx.random.normal((4, width), key=mx.random.key(width)) * 3)
+    x[1] = -mx.inf
+    x[2, 1:] = -mx.inf
+    x[3, : width // 2] = x[3, width // 2 : 2 * (width // 2)]
+    for count in {0, 1, 2, min(7, width), min(50, width), width}:
+        assert mx.array_equal(largest(x, count), largest_ref(x, count)), count
+
+
+def test_the_largest_few_of_a_wide_row_are_found_without_sorting_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_widths: list[int] = []
+
+    def spy(x: mx.array, axis: int) -> mx.array:
+        sorted_widths.append(x.shape[axis])
+        return sort(x, axis=axis)
+
+    sort = mx.argsort
+    monkeypatch.setattr(mx, "argsort", spy)
+    largest(mx.zeros((2, 152_000)), 20)
+    assert max(sorted_widths) < 4000

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.ops import backend
+from tiny_llm.sampling import sampler
 from tiny_llm.sampling.sampler import filter_logits, gumbel_noise, sample
 from tiny_llm.sampling_params import SamplingParams
 
@@ -186,3 +187,13 @@ def test_half_precision_logits_are_filtered_in_float32(dtype: mx.Dtype) -> None:
     params = mixed_params(6)
     exact = sample(logits.astype(mx.float32), params, range(6))
     assert sample(logits, params, range(6)).tolist() == exact.tolist()
+
+
+def test_a_few_are_ranked_as_all_would_be() -> None:
+    """Of a wide row with many equals, top-k and top-p keep the same, sorted whole or not."""
+    scores = mx.round(mx.random.normal((4, 3000), key=mx.random.key(3)) * 4) / 2
+    scores = scores - mx.max(scores, axis=-1, keepdims=True)
+    params = [
+        SamplingParams(top_k=k, top_p=p, seed=1) for k, p in ((1, 1.0), (20, 0.5), (7, 0.999), (20, 1.0))
+    ]
+    assert mx.array_equal(sampler._among_best(scores, params), sampler.top_k_top_p_mask(scores, params))

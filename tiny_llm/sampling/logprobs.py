@@ -10,6 +10,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from tiny_llm.ops.argmax import largest
 from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.sums import row_sums
 
@@ -39,10 +40,7 @@ def reported_ref(logits: mx.array, tokens: mx.array, count: int) -> Reported:
     """Plain mlx.core: all log-probabilities, of which a few are taken."""
     logp = log_probabilities(logits)
     chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
-    best = mx.argpartition(-logp, min(count, logp.shape[-1] - 1), axis=-1)[:, :count]
-    best = mx.sort(best, axis=-1)  # so that the lower id is first among equals
-    order = mx.argsort(-mx.take_along_axis(logp, best, axis=-1), axis=-1)
-    best = mx.take_along_axis(best, order, axis=-1)
+    best = largest(logp, count)
     return chosen, best, mx.take_along_axis(logp, best, axis=-1)
 
 

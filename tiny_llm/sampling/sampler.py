@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from tiny_llm.ops.argmax import argmax
+from tiny_llm.ops.argmax import argmax, largest
 from tiny_llm.ops.backend import cpu, on_cpu
 from tiny_llm.ops.metal import kernel, on_metal
 from tiny_llm.ops.sums import row_sums, sums_before
@@ -122,10 +122,20 @@ def filter_logits(logits: mx.array, params: Sequence[SamplingParams]) -> mx.arra
     ranked = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if ranked:  # ranking is the dear part, so only rows that ask for it pay
         at = mx.array(ranked)
-        allowed = top_k_top_p_mask(scores[at], [params[r] for r in ranked])
+        allowed = _among_best(scores[at], [params[r] for r in ranked])
         scores[at] = mx.where(allowed, scores[at], -mx.inf)
     floor = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
     return mx.where(scores >= floor, scores, -mx.inf)
+
+
+def _among_best(scores: mx.array, params: Sequence[SamplingParams]) -> mx.array:
+    """``top_k_top_p_mask``; where each row has a top-k, only the largest of them are ranked."""
+    most = max(p.top_k for p in params)
+    if not all(p.top_k for p in params) or most >= scores.shape[1]:
+        return top_k_top_p_mask(scores, params)
+    best = largest(scores, most)
+    keep = top_k_top_p_mask(mx.take_along_axis(scores, best, axis=-1), params)
+    return mx.put_along_axis(mx.zeros(scores.shape, mx.bool_), best, keep, axis=-1)
 
 
 def top_k_top_p_mask(scores: mx.array, params: Sequence[SamplingParams]) -> mx.array:
