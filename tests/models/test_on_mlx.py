@@ -12,9 +12,12 @@ import pytest
 from tiny_llm.data import Plan, PlanItem
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.metalsim.build import why_not
 from tiny_llm.models.loading import load_model
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import KvFormat
+from tiny_llm.ops.metal import VARIABLE as METALSIM_VARIABLE
+from tiny_llm.proving.choice import OPS
 
 # Of the largest logit. In 16 bits MLX's CPU device also sums in them, which its kernels for GPUs do not.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 0.12}
@@ -29,9 +32,16 @@ STEPS = [
 MOST = 80  # tokens of a sequence
 
 
-def logits_of(folder: Path, backend: str, dtype: str, quantize: int | None, size: int) -> mx.array:
+def logits_of(
+    folder: Path,
+    backend: str,
+    dtype: str,
+    quantize: int | None,
+    size: int,
+    ours: frozenset[str] = frozenset(),
+) -> mx.array:
     """Of every token of ``STEPS``."""
-    with use(backend):
+    with use(backend, ours):
         model = load_model(folder, dtype=dtype, quantize=quantize)
         format = KvFormat.of(model.config, size, getattr(mx, dtype))
         blocks = -(-MOST // size)
@@ -72,3 +82,18 @@ def test_logits_of_ragged_batches(
     expected = logits_of(folder, "ref", dtype, quantize, size)
     error = off(logits_of(folder, "mlx", dtype, quantize, size), expected)
     assert error < TOLERANCE[dtype], f"off by {error:.2g} of the largest logit"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason="no clang for metalsim")
+@pytest.mark.parametrize("ours", [*OPS, "all but attention"])
+def test_each_kernel_of_ours_stands_on_the_floor(
+    golden: Path, ours: str, off: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One op on ours and the others on MLX's, and the other way round: shapes and pools agree."""
+    monkeypatch.setenv(METALSIM_VARIABLE, "fast")
+    ops = frozenset(OPS) - {"paged_attention"} if ours == "all but attention" else frozenset({ours})
+    folder = golden / "qwen3"
+    expected = logits_of(folder, "ref", "float32", 8, 16)
+    got = logits_of(folder, "metalsim", "float32", 8, 16, ops)
+    assert off(got, expected) < TOLERANCE["float32"]

@@ -22,7 +22,7 @@ def argmax(x: mx.array) -> mx.array:
 
 
 def largest_ref(x: mx.array, count: int) -> mx.array:
-    """Return uint32 [R, count]: where each row of x [R, N] is largest, best first, lower places among equals."""
+    """Where each row of x [R, N] is largest, uint32 [R, count]: best first, the lower of equals before."""
     return mx.argsort(-x, axis=-1)[:, :count]
 
 
