@@ -19,11 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -197,18 +198,29 @@ def in_folder(folder: Path) -> Iterator[tuple[str, str]]:
         yield path.stem, path.read_text("utf-8")
 
 
+UNREACHABLE = (httpx2.TransportError, ConnectionError)
+"""The hub's silence, and huggingface_hub told to be offline: no other template would come either."""
+HUB_SECONDS = 10.0
+
+
 def from_hub() -> Iterator[tuple[str, str]]:
-    """The published templates: name and source. What cannot be had is said on stderr."""
+    """The published templates: name and source. What cannot be had is said on stderr.
+
+    Raises UNREACHABLE.
+    """
     for repo_id in PUBLISHED:
         try:
             yield repo_id, fetched(repo_id)
+        except UNREACHABLE:
+            raise
         except (OSError, ValueError, KeyError) as error:
             print(f"{repo_id}: {type(error).__name__}: {str(error).strip()[:200]}", file=sys.stderr)
 
 
 def fetched(repo_id: str) -> str:
     """The template that is taken with tools, from the file of its own or from the tokenizer's."""
-    files = huggingface_hub.list_repo_files(repo_id)
+    info = huggingface_hub.model_info(repo_id, timeout=HUB_SECONDS)  # asks once, unlike list_repo_files
+    files = {file.rfilename for file in info.siblings or []}
     if "chat_template.jinja" in files:
         path = huggingface_hub.hf_hub_download(repo_id, "chat_template.jinja")
         return Path(path).read_text("utf-8")
@@ -227,17 +239,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="?", help="take *.jinja from here, and ask no network")
     folder = parser.parse_args(arguments).folder
-    print(" ".join([*(f"{name:>9}" for name in CONVERSATIONS), " template"]))
+    try:
+        counts = print_table(in_folder(folder) if folder else from_hub())
+    except UNREACHABLE as error:
+        hub, why = huggingface_hub.constants.ENDPOINT, f"{type(error).__name__}: {error}".split("\n")[0]
+        what = "Where there is no network, give a folder of *.jinja: make templates TEMPLATES=folder"
+        print(f"error: {hub} cannot be reached ({why}). {what}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{count} {cell}" for cell, count in counts.items()))
+    return int(counts["!"] > 0 or not any(counts.values()))
+
+
+def print_table(templates: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """A row for each; returns how often each cell was there."""
     counts = dict.fromkeys("=+-!", 0)
-    for template, source in in_folder(folder) if folder else from_hub():
+    for number, (template, source) in enumerate(templates):
+        if number == 0:
+            print(" ".join([*(f"{name:>9}" for name in CONVERSATIONS), " template"]))
         files = TokenizerFiles(Backend(models.BPE()), SPECIALS, {"default": source}, add_bos=None)
         prompts = ChatPrompts(Tokenizer(files))
         cells = [verdict(prompts, source, name) for name in CONVERSATIONS]
         for cell in cells:
             counts[cell] += 1
         print(" ".join([*(f"{cell:>9}" for cell in cells), f" {template}"]), flush=True)
-    print(", ".join(f"{count} {cell}" for cell, count in counts.items()))
-    return int(counts["!"] > 0 or not any(counts.values()))
+    return counts
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import compare_templates as tool
 import pytest
+from huggingface_hub import ModelInfo
 
 from tests.decoding.test_chat_prompt import FAMILIES
 
@@ -68,16 +70,36 @@ def test_templates_are_fetched_wherever_a_repository_has_them(
         "d/none": {"tokenizer_config.json": "{}"},
     }
 
+    def info(repo_id: str, timeout: float) -> ModelInfo:
+        return ModelInfo(id=repo_id, siblings=[{"rfilename": name} for name in repositories[repo_id]])
+
     def download(repo_id: str, name: str) -> str:
         path = tmp_path_factory.mktemp("hub") / name
         path.write_text(repositories[repo_id][name], "utf-8")
         return str(path)
 
     monkeypatch.setattr(tool, "PUBLISHED", tuple(repositories))
-    monkeypatch.setattr(tool.huggingface_hub, "list_repo_files", lambda repo_id: [*repositories[repo_id]])
+    monkeypatch.setattr(tool.huggingface_hub, "model_info", info)
     monkeypatch.setattr(tool.huggingface_hub, "hf_hub_download", download)
     assert tool.main([]) == 0
     said = capsys.readouterr()
     shown = {name: cells_of(said.out, name) for name in ("a/file", "b/config", "c/named")}
     assert shown == {"a/file": CELLS["object"], "b/config": CELLS["mistral"], "c/named": CELLS["text"]}
     assert "d/none: KeyError" in said.err
+
+
+@pytest.mark.parametrize("way", ["refused", "offline"])
+def test_without_a_hub_one_line_says_so(
+    way: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a traceback, after half a minute of tries."""
+    with socket.socket() as bound:  # nobody listens
+        bound.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setattr(tool.huggingface_hub.model_info.__self__, "endpoint", endpoint)
+        monkeypatch.setattr(tool.huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(tool.huggingface_hub.constants, "HF_HUB_OFFLINE", way == "offline")
+        assert tool.main([]) == 1
+    said = capfd.readouterr()
+    assert said.err.startswith(f"error: {endpoint} cannot be reached (") and said.err.count("\n") == 1
+    assert "TEMPLATES=folder" in said.err and not said.out
