@@ -5,6 +5,7 @@ A request is a chat in other words, so a chat is what the engine is asked. Nothi
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,10 +26,11 @@ from tiny_llm.server.response_items import Items
 from tiny_llm.server.service import Service, aside
 
 _THEIR_NAMES = (
-    ("response_format.json_schema", "text.format.schema"),
-    ("response_format", "text.format"),
-    ("messages", "input"),
-    ("reasoning_effort", "reasoning.effort"),
+    (r"response_format\.json_schema", "text.format.schema"),
+    (r"response_format", "text.format"),
+    (r"messages", "input"),
+    (r"reasoning_effort", "reasoning.effort"),
+    (r"(tools\[\d+\])\.function", r"\1"),
 )
 
 _REPEATED = (
@@ -79,9 +81,9 @@ def _in_our_words(problem: Problem) -> Problem:
     """About the field that this interface has in the place of the chat's."""
     param, message = problem.param or "", problem.detail
     for theirs, ours in _THEIR_NAMES:
-        if param.startswith(theirs):
-            told = message.replace(theirs, ours)
-            return Problem(problem.status_code, told, code=problem.code, param=ours + param[len(theirs) :])
+        if re.match(theirs, param):
+            told, name = (re.sub(theirs, ours, text) for text in (message, param))
+            return Problem(problem.status_code, told, code=problem.code, param=name)
     return problem
 
 
