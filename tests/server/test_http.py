@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ def keyed(start: Any) -> Iterator[Running]:
         yield one
 
 
-def exchange(running: Running, head: str, body: bytes = b"") -> str:
+def exchange(running: Running, head: str, body: bytes = b"", *, end: str = "\r\n\r\n") -> str:
     """Send raw bytes; return all that comes until the server closes."""
     port = int(running.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+        connection.sendall((head.replace("\n", "\r\n") + end).encode() + body)
         return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
 
 
@@ -83,6 +84,65 @@ def test_a_refusal_can_be_read_by_a_friends_page(keyed: Running, running: Runnin
         assert answer.status_code == status
         assert answer.headers.get("access-control-allow-origin") == FRIEND, f"{status} has no CORS headers"
         assert "retry-after" in answer.headers["access-control-expose-headers"].lower()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("GET /health", 400),
+        ("\x16\x03\x01\x02", 400),
+        ("GET /health HTTP/1.1\nHost: localhost\nOrigin: {0}\nX-Request-Id: mine\nno colon", 400),
+        ("GET /health HTTP/1.1\nOrigin: {0}", 400),
+        ("POST /generate HTTP/1.1\nHost: localhost\nContent-Length: many", 400),
+        ("GET /health HTTP/1.1\nHost: localhost\nOrigin: {0}\nX-Request-Id: mine\nCookie: {1}", 431),
+        ("GET /health HTTP/1.1\nOrigin: http://other.example\nX-Request-Id: mine\nCookie: {1}", 431),
+    ],
+)
+def test_what_is_no_http_is_refused_like_all_else(keyed: Running, head: str, status: int) -> None:
+    """They came from uvicorn: plain text, no id, and no page could read them."""
+    end = "" if status == 431 else "\r\n\r\n"  # one that comes whole is the guard's
+    said = exchange(keyed, head.format(FRIEND, "x" * 30_000), end=end)
+    told, _, body = said.partition("\r\n\r\n")
+    assert told.startswith(f"HTTP/1.1 {status} ") and "\r\nconnection: close" in told.lower(), said
+    assert "\r\nx-request-id: " in told.lower(), told
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert "bytearray" not in body, "the parser's insides are told"
+    if status == 431:  # so far its headers can be read
+        assert "\r\nx-request-id: mine" in told.lower(), told
+        assert (f"\r\naccess-control-allow-origin: {FRIEND}" in told.lower()) == ("other" not in head), told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_body_that_breaks_its_framing_ends_the_request(
+    running: Running, until: Any, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the midst of a chunked body; and once the answer has begun, when nobody reads what is sent."""
+    head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json"
+    body = json.dumps({"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}).encode()
+    if stream:
+        said = exchange(running, f"{head}\nContent-Length: {len(body)}", body + b"no request\r\n\r\n")
+        assert said.startswith("HTTP/1.1 200 ") and "[DONE]" in said
+        assert "HTTP/1.1 400 " in said.partition("[DONE]")[2]
+    else:
+        said = exchange(running, f"{head}\nTransfer-Encoding: chunked", b"zz\r\n{}\r\n")
+        assert said.startswith("HTTP/1.1 400 ") and said.count("content-length") == 1
+    until(lambda: not running.server.server_state.tasks, "the request to end")
+    assert "Traceback" not in caplog.text, caplog.text
+    running.wait_until_idle()
+
+
+def test_options_tell_what_there_is(keyed: Running) -> None:
+    """Of the server, and of a path; they were a 404 and a 405."""
+    for target, allowed in [
+        ("*", "GET, HEAD, POST, OPTIONS"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v1/completions", "POST, OPTIONS"),
+    ]:
+        said = exchange(keyed, f"OPTIONS {target} HTTP/1.1\nHost: localhost\nConnection: close").lower()
+        assert said.startswith("http/1.1 204 ") and said.endswith("\r\n\r\n"), said
+        assert f"\r\nallow: {allowed}\r\n".lower() in said and "\r\nx-request-id: " in said, said
+    said = exchange(keyed, "OPTIONS /nowhere HTTP/1.1\nHost: localhost\nConnection: close")
+    assert said.startswith("HTTP/1.1 404 ")
 
 
 def test_a_preflight_lets_an_sdks_own_headers_through(keyed: Running) -> None:

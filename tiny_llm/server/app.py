@@ -142,6 +142,9 @@ async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientGone):
         return Response(status_code=499)  # nobody reads it
     problem = problem_of(error)
+    allowed = (problem.headers or {}).get("Allow")
+    if request.method == "OPTIONS" and allowed:  # that was the question
+        return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
     if problem.status_code == 500 and not isinstance(error, Problem):
         asked = (request.state.request_id, request.method, request.url.path)
         _LOG.error("%s %s %s failed", *asked, exc_info=error)

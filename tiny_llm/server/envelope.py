@@ -25,7 +25,8 @@ _LOG = logging.getLogger("tiny_llm.server")
 class Envelope:
     """Wraps ``app``: takes a request's id or makes one, returns it as X-Request-Id, logs what came of it.
 
-    HEAD is answered as GET is, without the body. A target may be whole, as a proxy gets it: http://host/path.
+    HEAD is answered as GET is, without the body. A target may be whole, as a proxy gets it: http://host/path;
+    or, of OPTIONS, the server: *.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -58,9 +59,17 @@ class Envelope:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         method = "GET" if is_head else scope["method"]
-        await self._app({**scope, "method": method}, receive, enveloped)
+        app = _whole_server if method == "OPTIONS" and scope["raw_path"] == b"*" else self._app
+        await app({**scope, "method": method}, receive, enveloped)
         if sent + scope["state"].get("body_bytes", 0) > LARGE_BYTES:
             await asyncio.to_thread(trim_heap)
+
+
+async def _whole_server(scope: Scope, receive: Receive, send: Send) -> None:
+    """What is asked of no route of ours, but of all (RFC 9110, 9.3.7)."""
+    headers = [(b"allow", b"GET, HEAD, POST, OPTIONS")]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _request_id(scope: Scope) -> bytes:

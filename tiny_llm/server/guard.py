@@ -81,6 +81,8 @@ class Guard:
     def _check(self, scope: Scope) -> str:
         """The key's own salt for the prefix cache. Raises Problem for what is refused by its head alone."""
         settings, headers = self._settings, scope["headers"]
+        if "problem" in scope["state"]:  # it could not even be parsed
+            raise scope["state"]["problem"]
         size = sum(len(name) + len(value) for name, value in headers)
         if len(headers) > settings.max_headers or size > settings.max_header_bytes:
             most = f"{settings.max_headers} headers of {settings.max_header_bytes} bytes"

@@ -1,15 +1,23 @@
-"""Owns the deadline for a request that trickles in: headers that never end, a body nobody reads.
+"""Owns what HTTP/1.1 itself can be wrong in: a request that trickles in, and bytes that are none.
 
-uvicorn closes connections that idle between requests; this closes those that idle within one.
+uvicorn closes connections that idle between requests; this closes those that idle within one. What cannot be
+parsed is refused by our application, like anything else, so that the refusal has all that others have.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from tiny_llm.server.problems import Problem
+
+_FOR_A_REFUSAL = re.compile(rb"\r\n(origin|x-request-id):[ \t]*([^\r\n]{1,256})(?=\r\n\S)", re.IGNORECASE)
+"""The headers that change how a refusal looks."""
 
 
 class DeadlineProtocol(H11Protocol):
@@ -18,6 +26,7 @@ class DeadlineProtocol(H11Protocol):
     read_timeout_s = 30.0
     _deadline: asyncio.TimerHandle | None = None
     _heard_s = 0.0
+    _is_refused = False
 
     @classmethod
     def within(cls, seconds: float) -> type[DeadlineProtocol]:
@@ -38,6 +47,8 @@ class DeadlineProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Some bytes of a request, perhaps its last."""
         self._heard_s = self.loop.time()
+        if self._is_refused:  # the rest of what is no request
+            return
         super().data_received(data)
         half_sent = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
         if half_sent or self.conn.their_state is h11.SEND_BODY:
@@ -49,6 +60,49 @@ class DeadlineProtocol(H11Protocol):
         """A request is answered: the next one is awaited."""
         self._heard_s = self.loop.time()
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Have the application refuse what h11 has just raised an error for."""
+        self._is_refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its request will never be whole
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is half sent
+            self.transport.close()
+            return
+        self.headers = [(b"connection", b"close"), *self._known_headers()]
+        scope: Any = {
+            "type": "http",
+            "method": "GET",
+            "scheme": "http",
+            "http_version": "1.1",
+            "path": "",
+            "raw_path": b"",
+            "root_path": "",
+            "query_string": b"",
+            "headers": self.headers,
+            "state": {"problem": _problem_of(sys.exception())},
+        }
+        self.cycle = RequestResponseCycle(
+            scope=scope,
+            conn=self.conn,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            on_response=self.on_response_complete,
+        )
+        task = self.loop.create_task(self.cycle.run_asgi(self.app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    def _known_headers(self) -> list[tuple[bytes, bytes]]:
+        """Those that are to be seen in what was not taken."""
+        found = _FOR_A_REFUSAL.findall(self.conn.trailing_data[0])
+        return [(name.lower(), value) for name, value in found]
 
     @property
     def idle_s(self) -> float:
@@ -65,3 +119,11 @@ class DeadlineProtocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _problem_of(error: BaseException | None) -> Problem:
+    """What h11 raises, without its words: they are about its insides."""
+    status = getattr(error, "error_status_hint", 400)
+    if status == 431:
+        return Problem(431, "The request line and the headers are too large.")
+    return Problem(400, "What was sent is no valid HTTP/1.1 request.", code="invalid_http")
