@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tiny_llm.server.answers import dumped, dumps
+from tiny_llm.server.answers import WrittenArray, dumped, dumps
+from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.strict_json import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES, parse
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     import httpx2 as httpx
 
-    from tests.server.conftest import Process
+    from tests.server.conftest import Process, Running
 
 MOST_S = 0.1
 TRIES = 3
@@ -144,9 +146,30 @@ def test_json_in_pieces_is_the_same_json(value: object) -> None:
     assert b"".join(dumped(value)) == dumps(value)
 
 
-def test_an_iterator_is_written_as_the_array_of_its_items() -> None:
+def test_a_written_array_is_the_array_of_its_items() -> None:
     rows = [{"a": [n] * 30, "b": {"c": None}} for n in range(500)]
-    assert b"".join(dumped({"x": iter(rows), "y": iter(())})) == dumps({"x": rows, "y": []})
+    array, empty = WrittenArray(lambda: (dumps(row).decode() for row in rows)), WrittenArray(lambda: ())
+    for _ in range(2):  # as often as asked
+        assert b"".join(dumped({"x": array, "y": [empty]})) == dumps({"x": rows, "y": [[]]})
+
+
+def test_log_probabilities_are_written_as_json_writes_them(running: Running) -> None:
+    tokenizer = running.service.llm.tokenizer
+    rows = [{n: -n / 7, n + 1: -0.1, n + 2: -0.1, n + 3: -math.inf} for n in range(2040)]
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        told = max(round(value, 6), -9999.0)
+        return {"token": data.decode("utf-8", "replace"), "logprob": told, "bytes": list(data)}
+
+    expected = []
+    for n, row in enumerate(rows):
+        best = sorted(row, key=lambda token, row=row: -row[token])[:3]  # type: ignore[misc]
+        top = [entry(token, row[token]) for token in best]
+        expected.append({**entry(n, row[n]), "top_logprobs": top})
+    assert b"".join(dumped(LogprobWriter(tokenizer, 3).chat(rows))) == dumps(expected)
+    alone = [{**entry(n, row[n]), "top_logprobs": []} for n, row in enumerate(rows)]
+    assert b"".join(dumped(LogprobWriter(tokenizer, 0).chat(rows))) == dumps(alone)
 
 
 @pytest.mark.parametrize(

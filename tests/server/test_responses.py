@@ -10,6 +10,7 @@ import pydantic
 import pytest
 
 from tiny_llm.data import MessageDelta, ToolCallDelta
+from tiny_llm.server.answers import WrittenArray
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
@@ -167,7 +168,7 @@ def test_logprobs_are_of_the_text(client: openai.OpenAI) -> None:
 
 
 def test_reasoning_and_calls_are_items_of_their_own() -> None:
-    items = Items()
+    items = Items(lambda rows: WrittenArray(lambda: map(str, rows)))
     deltas = [
         MessageDelta(reasoning="Hm"),
         MessageDelta(reasoning="."),

@@ -1,19 +1,18 @@
-"""Owns what all answers have in common as JSON: ids, usage, log-probabilities, messages."""
+"""Owns what all answers have in common as JSON: ids, usage, messages, and JSON in pieces."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite, isnan
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from tiny_llm.data import AssistantMessage, Chunk, Completion, MessageDelta, ToolCall
-from tiny_llm.tokenizer.places import TokenPlaces
-from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _MANY = 1024  # values that are written in a moment
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
+_WRITTEN_AT_A_TIME = 32  # items of a ``WrittenArray``
 
 
 def new_id(prefix: str) -> str:
@@ -65,68 +64,6 @@ class StreamUsage:
         return {"usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}}
 
 
-def logprob(value: float) -> float:
-    """A log-probability that JSON can carry."""
-    return round(value, 6) if isfinite(value) else _LEAST_LOGPROB
-
-
-def chat_logprobs(
-    tokenizer: Tokenizer, rows: Iterable[Mapping[int, float]], count: int
-) -> Iterator[dict[str, object]]:
-    """Each token as the chat API has it; a row has the chosen token first, then the likeliest.
-
-    Made as it is read: all at once would be many times as large as what is written.
-    """
-    for row in rows:
-        chosen = next(iter(row))
-        top = [_chat_entry(tokenizer, token_id, row[token_id]) for token_id in _likeliest(row, count)]
-        yield {**_chat_entry(tokenizer, chosen, row[chosen]), "top_logprobs": top}
-
-
-def _likeliest(row: Mapping[int, float], count: int) -> list[int]:
-    return sorted(row, key=lambda token_id: -row[token_id])[:count]
-
-
-def _chat_entry(tokenizer: Tokenizer, token: int, value: float) -> dict[str, object]:
-    data = tokenizer.token_bytes(token)
-    return {"token": data.decode("utf-8", "replace"), "logprob": logprob(value), "bytes": list(data)}
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer, rows: Sequence[Mapping[int, float]], count: int, places: TokenPlaces
-) -> dict[str, Iterator[object]]:
-    """Tokens as /v1/completions has them, made as they are read; ``places`` are theirs in the text.
-
-    A row has the chosen token first. What is NaN is not known, and told as null.
-    """
-    chosen = [next(iter(row)) for row in rows]
-    values = [row[token_id] for row, token_id in zip(rows, chosen, strict=True)]
-    return {
-        "text_offset": (places.take(token_id) for token_id in chosen),
-        "token_logprobs": (None if isnan(value) else logprob(value) for value in values),
-        "tokens": (token_text(tokenizer, token_id) for token_id in chosen),
-        "top_logprobs": (_tops(tokenizer, row, count) for row in rows),
-    }
-
-
-def _tops(tokenizer: Tokenizer, row: Mapping[int, float], count: int) -> dict[str, float] | None:
-    """The likeliest tokens of a row, and the chosen one even where others are likelier."""
-    chosen = next(iter(row))
-    if isnan(row[chosen]):
-        return None
-    listed = [*_likeliest(row, count), chosen]
-    return {token_text(tokenizer, token_id): logprob(row[token_id]) for token_id in listed}
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token by itself; one that is no whole character is told by its bytes, as OpenAI does."""
-    data = tokenizer.token_bytes(token)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
 def delta_json(delta: MessageDelta) -> dict[str, Any]:
     """What is new of a message, as the chat API has it."""
     call = delta.tool_call
@@ -152,11 +89,18 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def dumped(value: object) -> Iterator[bytes]:
-    """``dumps`` in pieces: other threads run between two of them, and none runs during one.
+@dataclass(frozen=True, slots=True)
+class WrittenArray:
+    """An array whose ``items`` are JSON already, made as they are written, anew each time.
 
-    An iterator is an array whose items are made as they are written.
+    All at once would be many times as large as what is written.
     """
+
+    items: Callable[[], Iterable[str]]
+
+
+def dumped(value: object) -> Iterator[bytes]:
+    """``dumps`` in pieces: other threads run between two of them, and none runs during one."""
     if _weight(value) <= _MANY:
         yield dumps(value)
     elif isinstance(value, dict):
@@ -165,12 +109,23 @@ def dumped(value: object) -> Iterator[bytes]:
             yield (b"," if number else b"") + dumps(name) + b":"
             yield from dumped(item)
         yield b"}"
+    elif isinstance(value, WrittenArray):
+        yield from _dumped_written(iter(value.items()))
     else:
-        assert isinstance(value, list | Iterator), "nothing else is large"
-        yield from _dumped_items(iter(value))
+        assert isinstance(value, list), "nothing else is large"
+        yield from _dumped_items(value)
 
 
-def _dumped_items(items: Iterator[object]) -> Iterator[bytes]:
+def _dumped_written(items: Iterator[str]) -> Iterator[bytes]:
+    yield b"["
+    comma = ""
+    while group := list(islice(items, _WRITTEN_AT_A_TIME)):
+        yield (comma + ",".join(group)).encode()
+        comma = ","
+    yield b"]"
+
+
+def _dumped_items(items: list[object]) -> Iterator[bytes]:
     """An array; small items that follow each other are one piece."""
     yield b"["
     comma, size = b"", 0
@@ -202,7 +157,7 @@ def _weight(value: object) -> int:
             stack += item.values()
         elif isinstance(item, list):
             stack += item
-        elif isinstance(item, Iterator):
+        elif isinstance(item, WrittenArray):
             return _MANY + 1
     return total
 

@@ -15,10 +15,11 @@ from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.message import message_of
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.answers import chat_logprobs, delta_json, message_json, new_id, usage
+from tiny_llm.server.answers import delta_json, message_json, new_id, usage
 from tiny_llm.server.chat_bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.jobs import Job
+from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, stream_usage
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, aside
@@ -69,8 +70,8 @@ class ChatWriter(ResponseWriter):
     """/v1/chat/completions' words."""
 
     def __init__(self, service: Service, body: ChatBody, form: ChatFormat, job: Job) -> None:
-        self._tokenizer = service.llm.tokenizer
         self._body = body
+        self._logprobs = LogprobWriter(service.llm.tokenizer, body.top_logprobs or 0)
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
         self._model = service.settings.name
@@ -138,8 +139,7 @@ class ChatWriter(ResponseWriter):
         """What a choice has beside its message: log-probabilities, and why it ended if it has."""
         told = None
         if self._body.logprobs:
-            content = chat_logprobs(self._tokenizer, rows, self._body.top_logprobs or 0)
-            told = {"content": content, "refusal": None}
+            told = {"content": self._logprobs.chat(rows), "refusal": None}
         reason: str | None = None if ended is None else ended.finish_reason
         if reason == "stop" and calls:
             reason = "tool_calls"

@@ -13,9 +13,10 @@ from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.answers import completion_logprobs, new_id, usage
+from tiny_llm.server.answers import new_id, usage
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
 from tiny_llm.server.jobs import Job
+from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.params import (
     DEFAULT_COMPLETION_TOKENS,
     grammar_of,
@@ -57,6 +58,7 @@ class CompletionWriter(ResponseWriter):
     def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
         self._tokenizer = service.llm.tokenizer
         self._body = body
+        self._logprobs = LogprobWriter(self._tokenizer, body.logprobs or 0)
         self._job = job
         self._echoes = [self._echo(prompt) for prompt in body.prompt] if body.echo else []
         self._places: dict[int, TokenPlaces] = {}  # of answers whose log-probabilities are told
@@ -112,7 +114,7 @@ class CompletionWriter(ResponseWriter):
         told = None
         if self._body.logprobs is not None:
             places = self._places.get(index) or self._places.setdefault(index, self._places_of(index))
-            told = completion_logprobs(self._tokenizer, rows, self._body.logprobs, places)
+            told = self._logprobs.completion(rows, places)
         reason = None if ended is None else ended.finish_reason
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 

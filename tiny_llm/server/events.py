@@ -97,8 +97,7 @@ async def answered(
         raise problem_of(error, asked_by=writer.asked_by) from error
     ended = [chunks[-1].completion for chunks in answers if chunks[-1].completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"
-    rows = sum(_rows(chunk) for chunks in answers for chunk in chunks)
-    tokens = sum(len(completion.token_ids) for completion in ended)
+    rows, tokens = _rows_of(job, ended), sum(len(completion.token_ids) for completion in ended)
     if is_small(request) and rows < _FEW_LOGPROBS and tokens < _FEW_TOKENS:
         return Response(b"".join(dumped(writer.whole(answers, ended))), media_type="application/json")
     return await large_json(lambda: writer.whole(answers, ended), answers, ended)
@@ -126,6 +125,12 @@ async def large_json(make: Callable[[], object], *used_up: list[Any]) -> Respons
 
     length = str(sum(map(len, pieces)))
     return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": length})
+
+
+def _rows_of(job: Job, ended: Sequence[Completion]) -> int:
+    """Of log-probabilities that answers have, told by their lengths: to look at every chunk takes a while."""
+    of_prompt, own = job.params.prompt_logprobs is not None, job.params.logprobs is not None
+    return sum(of_prompt * len(one.prompt_token_ids) + own * len(one.token_ids) for one in ended)
 
 
 def _rows(chunk: Chunk) -> int:

@@ -5,13 +5,15 @@ One item is open at a time. Knows how clients of /v1/responses expect to be told
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tiny_llm.data import MessageDelta, ToolCallDelta
-from tiny_llm.server.answers import new_id
+from tiny_llm.server.answers import WrittenArray, new_id
 
 Event = dict[str, Any]
+Logprobs = Sequence[Mapping[int, float]]
+_Written = Callable[[Logprobs], WrittenArray]
 _PARTS: Mapping[str, tuple[str, str, str]] = {
     # a message's field: the kind of item that it is a part of, the kind of its part, its event
     "content": ("message", "output_text", "response.output_text"),
@@ -20,15 +22,16 @@ _PARTS: Mapping[str, tuple[str, str, str]] = {
 
 
 class Items:
-    """What an answer consists of. ``done`` are the items that are complete."""
+    """What an answer consists of. ``done`` are the complete items; ``written`` makes logprobs JSON."""
 
-    def __init__(self) -> None:
+    def __init__(self, written: _Written) -> None:
+        self._written = written
         self.done: list[dict[str, Any]] = []
         self._events: list[Event] = []  # to be told
         self._open: _Item | None = None
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[int, float]] = []
 
-    def push(self, deltas: Sequence[MessageDelta], rows: Sequence[dict[str, Any]]) -> list[Event]:
+    def push(self, deltas: Sequence[MessageDelta], rows: Logprobs) -> list[Event]:
         """Take what a piece of text added to the message; ``rows`` are its tokens' logprobs."""
         self._rows += rows
         for delta in deltas:
@@ -43,7 +46,7 @@ class Items:
     def finish(self, *, whole: bool) -> list[Event]:
         """No more comes. An answer of nothing is an empty message."""
         if self._open is None and not self.done:
-            self._begin(_Text(len(self.done), "content"))
+            self._begin(_Text(len(self.done), "content", self._written))
         self._close("completed" if whole else "incomplete")
         return self._told()
 
@@ -62,7 +65,7 @@ class Items:
     def _grow(self, name: str, text: str) -> None:
         if not isinstance(self._open, _Text) or self._open.name != name:
             self._close("completed")
-            self._begin(_Text(len(self.done), name))
+            self._begin(_Text(len(self.done), name, self._written))
         assert isinstance(self._open, _Text)
         rows, self._rows = self._rows, []
         self._events.append(self._open.grow(text, rows))
@@ -106,26 +109,27 @@ class _Item:
 class _Text(_Item):
     """A message or reasoning, of one part."""
 
-    def __init__(self, index: int, name: str) -> None:
+    def __init__(self, index: int, name: str, written: _Written) -> None:
         self.name = name
+        self._written = written
         self._kind, self._part_kind, self._event_name = _PARTS[name]
         super().__init__(index, "msg" if name == "content" else "rs")
         self._at = {**self.place, "content_index": 0}
         self._text = ""
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[int, float]] = []
 
     def begin(self) -> Iterator[Event]:
         """It is there, with a part that is empty."""
         yield self._event("response.output_item.added", {**self.told("in_progress"), "content": []})
         yield {"type": "response.content_part.added", **self._at, "part": self._part()}
 
-    def grow(self, text: str, rows: list[dict[str, Any]]) -> Event:
+    def grow(self, text: str, rows: Logprobs) -> Event:
         """Some more of it."""
         self._text += text
         self.keep(rows)
         return {"type": f"{self._event_name}.delta", **self._at, "delta": text, **self._logprobs(rows)}
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
+    def keep(self, rows: Logprobs) -> None:
         """Log-probabilities of its tokens, also of those that have no text."""
         self._rows += rows if self.name == "content" else []
 
@@ -146,8 +150,8 @@ class _Text(_Item):
         own: dict[str, Any] = {"annotations": []} if self.name == "content" else {}
         return {"type": self._part_kind, "text": self._text, **own, **self._logprobs(self._rows)}
 
-    def _logprobs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {"logprobs": list(rows)} if self.name == "content" else {}
+    def _logprobs(self, rows: Logprobs) -> dict[str, Any]:
+        return {"logprobs": self._written(list(rows))} if self.name == "content" else {}
 
 
 class _Call(_Item):

@@ -16,9 +16,10 @@ from fastapi.responses import Response
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.errors import TinyLLMError
-from tiny_llm.server.answers import chat_logprobs, new_id
+from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, named_event
+from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
@@ -91,11 +92,9 @@ class ResponsesWriter(ResponseWriter):
     """/v1/responses' words: what the response is, each item as it grows, what it came to."""
 
     def __init__(self, service: Service, body: ResponseBody, form: ChatFormat) -> None:
-        self._tokenizer = service.llm.tokenizer
         self._body = body
         self._parser = form.parser()
-        self._items = Items()
-        self._top = body.top_logprobs or 0
+        self._items = Items(LogprobWriter(service.llm.tokenizer, body.top_logprobs or 0).chat)
         self._thought_tokens = 0
         self._count = 0
         self._head = _head(body, service.settings.name)
@@ -138,8 +137,7 @@ class ResponsesWriter(ResponseWriter):
             self._thought_tokens += len(chunk.token_ids)
         if chunk.completion is not None:
             deltas += self._parser.finish()
-        rows = list(chat_logprobs(self._tokenizer, chunk.logprobs or (), self._top))
-        told = self._items.push(deltas, rows)
+        told = self._items.push(deltas, chunk.logprobs or ())
         if chunk.completion is not None:
             told += self._items.finish(whole=chunk.completion.finish_reason != "length")
         return told

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
-from tiny_llm.server.answers import logprob, token_text, usage
+from tiny_llm.server.answers import usage
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
+from tiny_llm.server.logprobs import by_id, token_text
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, aside
@@ -55,7 +56,6 @@ class GenerateWriter(ResponseWriter):
         return b""
 
     def _told(self, index: int, completion: Completion) -> dict[str, object]:
-        rows = None if completion.logprobs is None else (_json_row(row) for row in completion.logprobs)
         return {
             "index": index,
             "text": completion.text,
@@ -64,13 +64,8 @@ class GenerateWriter(ResponseWriter):
             "prompt_tokens": len(completion.prompt_token_ids),
             "cached_tokens": completion.cached_tokens,
             "ttft_s": round(completion.timing.ttft_s, 6),
-            "logprobs": rows,
+            "logprobs": None if completion.logprobs is None else by_id(completion.logprobs),
         }
-
-
-def _json_row(row: Mapping[int, float]) -> dict[str, float]:
-    """One token's log-probabilities by token id: JSON's keys are strings."""
-    return {str(token_id): logprob(value) for token_id, value in row.items()}
 
 
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
