@@ -4,8 +4,9 @@
 // their order, and so do the spans in a second kernel where any row has several (SPLIT). Spans begin at multiples of
 // SPAN whatever else is in the batch, so that a row's bits do not depend on the other rows.
 // work: for each threadgroup its row, the row's sequence, the tokens that it sees, and its span.
+// `written` and `read` say nothing: they put this behind the write that it sees, and the next write behind this.
 
-// kernel paged_attention(q, keys, values, tables, work, width, scale) -> (out)
+// kernel paged_attention(q, keys, values, tables, work, width, scale, written) -> (out, read)
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
     constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
     constexpr int STEP = D % 8 == 0 ? 8 : 1;  // elements of a key that are loaded together
@@ -18,6 +19,9 @@
     int head = int(thread_position_in_grid.y);
     ulong item = thread_position_in_grid.z;
     ulong row = work[item * 4];
+    if (item == 0 && head == 0 && thread_index_in_threadgroup == 0) {
+        read[0] = written;
+    }
 
     ulong first = (row * K + head) * (G * D);
     for (int i = int(thread_index_in_threadgroup); i < G * D; i += PARTS * 32) {

@@ -9,7 +9,7 @@
 // first row sees, and the first of the threadgroup's pairs.
 #include <metal_simdgroup_matrix>
 
-// kernel paged_attention_tile(q, keys, values, tables, work, width, scale) -> (out)
+// kernel paged_attention_tile(q, keys, values, tables, work, width, scale, written) -> (out, read)
     constexpr int ROWS = 8 * M;
     constexpr int SLICE = 64;  // columns of the result that the parts put together at a time
     constexpr int SLICES = (D + SLICE - 1) / SLICE;
@@ -29,6 +29,9 @@
     int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
     int head = int(thread_position_in_grid.y);
     ulong item = ulong(thread_position_in_grid.z) * 5;
+    if (item == 0 && head == 0 && thread_index == 0) {
+        read[0] = written;
+    }
     ulong start = work[item];
     int pairs = work[item + 1] * G, pair = work[item + 4];
     ulong table = ulong(work[item + 2]) * width;

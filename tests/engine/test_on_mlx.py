@@ -52,6 +52,10 @@ def test_steps_are_not_run_ahead_where_that_copies_the_pool() -> None:
     """A GPU's commands hold the pool that they read, so that MLX's scatter would write into another."""
     with use("mlx"):
         assert may_run_ahead(mx.cpu) and not may_run_ahead(mx.gpu)
+    with use("metalsim", frozenset({"paged_attention", "kv_write"})):
+        assert may_run_ahead(mx.gpu), "a kernel of ours writes the pool where it lies"
+    with use("metalsim", frozenset({"paged_attention"})):
+        assert not may_run_ahead(mx.gpu)
 
 
 @pytest.mark.parametrize("requests", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -83,6 +84,67 @@ def test_this_sees_a_pool_that_somebody_else_holds() -> None:
         mx.reset_peak_memory()
         mx.eval(step(pages, 1))
         assert mx.get_peak_memory() - before >= POOL * len(held), "each of the four is copied"
+
+
+def test_our_kernel_writes_a_pool_that_somebody_else_holds() -> None:
+    """As a GPU does until its commands are done: with steps ahead, each would have a pool of its own."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with backend.use("metalsim"):
+        pages = cache()
+        mx.eval(step(pages, 0))
+        held = [[mx.stop_gradient(array) for array in pool] for pool in pages._layers]
+        mx.eval(held)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(pages, 1))
+        assert mx.get_peak_memory() - before < POOL / 4
+        for (keys, values, _), (old_keys, old_values, _) in zip(pages._layers, held, strict=True):
+            assert mx.array_equal(keys, old_keys).item() and mx.array_equal(values, old_values).item()
+            assert mx.abs(keys[0, :, :, 1]).max().item() > 0, "and what is written is seen by all"
+
+
+def waits_for(result: mx.array) -> tuple[dict[str, set[str]], set[str]]:
+    """Of each kernel in the graph of ``result``, the kernels that it waits for; and the other operations."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, result)
+    label = dict(re.findall(r'(\d+) \[label ?="(\w+)"', graph.getvalue()))
+    kernels = {node for node, name in label.items() if name == "CustomKernel"}
+    made = {array: node for node, array in re.findall(r'(\d+) -> "(\w+)"', graph.getvalue())}
+    waits: dict[str, set[str]] = {kernel: set() for kernel in kernels}
+    for array, node in re.findall(r'"(\w+)" -> (\d+)', graph.getvalue()):
+        if node in kernels and made.get(array) in kernels:
+            waits[node].add(made[array])
+    return waits, set(label.values())
+
+
+def test_a_write_waits_for_the_read_before_it_and_a_read_for_its_write(tmp_path: Path) -> None:
+    """What MLX has to do for three steps, by its own graph: it makes one of Metal kernels anywhere."""
+    found: list[tuple[dict[str, set[str]], set[str]]] = []
+
+    def three_steps(_: mx.array) -> mx.array:
+        # There is no device, and none is needed: nothing is run.
+        tokens = backend._ACTIVE.set("metal"), backend._OURS.set(None)
+        try:
+            pages = PagedCache(KvFormat(1, K, D, S, mx.float32), max_blocks=BLOCKS)
+            pages.prepare(Plan([], BLOCKS, [], [], []))
+            mx.eval(pages._layers)
+            out = [step(pages, number, layers=1)[0] for number in range(3)][-1]
+        finally:
+            backend._ACTIVE.reset(tokens[0])
+            backend._OURS.reset(tokens[1])
+        found.append(waits_for(out))
+        return out
+
+    mx.export_function(str(tmp_path / "steps"), three_steps, mx.zeros(1))
+    ((waits, operations),) = found
+    assert not operations & {"Scatter", "Copy", "Contiguous", "Transpose"}, "the pool is taken as it is"
+    order, left = [], dict(waits)
+    while left:
+        (first,) = [kernel for kernel, before in left.items() if before <= set(order)]
+        order.append(first)
+        del left[first]
+    assert len(order) == 6, "each write and each read of three steps, in one order and no other"
 
 
 def test_a_kernel_is_given_the_pool_as_it_was_written() -> None:

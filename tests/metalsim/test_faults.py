@@ -241,6 +241,13 @@ def test_the_order_of_threads_is_drawn_anew_for_each_seed(run: Run) -> None:
     assert sorted(orders[2]) == list(range(256))
 
 
+def test_a_mutable_input_lies_row_by_row(run: Run) -> None:
+    """MLX would make it so before the kernel runs: what the kernel then writes is lost with the copy."""
+    pool = mx.zeros((4, 32)).T
+    with pytest.raises(ValueError, match="expected a row by row: MLX would write to a copy of it"):
+        run("out[0] = 0;", pool, out=[((1,), mx.float32)], mutable_inputs=("a",))
+
+
 def test_outputs_may_be_partial_and_inputs_mutable_where_that_is_said(run: Run) -> None:
     pool = mx.zeros(8)
     mx.eval(pool)

@@ -206,9 +206,16 @@ class MetalKernel:
                 f"({', '.join(self.input_names)}), got {len(inputs)}"
             )
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
-        if self.ensure_row_contiguous:
-            arrays = [mx.contiguous(x) for x in arrays]
         mx.eval(arrays)
+        if self.ensure_row_contiguous:
+            given = zip(self.input_names, arrays, strict=True)
+            arrays = [x if name in self.mutable_inputs else mx.contiguous(x) for name, x in given]
+            mx.eval(arrays)
+        for name, x in zip(self.input_names, arrays, strict=True):
+            if name in self.mutable_inputs and x.size and not _memory(x).c_contiguous:
+                raise ValueError(
+                    f"[metal_kernel] expected {name} row by row: MLX would write to a copy of it"
+                )
         return arrays
 
     def _run(

@@ -19,7 +19,12 @@ GATHER_BYTES = 2**26
 """The most that a call of MLX's attention gathers; a sequence alone may take more, as it cannot be cut."""
 
 Pool = tuple[mx.array, ...]
-"""One layer's arrays, in the order of ``KvFormat.arrays``: each [N, ...], N blocks."""
+"""One layer's arrays, in the order of ``KvFormat.arrays``: each [N, ...], N blocks.
+
+Where a kernel writes them as they lie, one more comes last: what their last reader gave, and who would write
+them waits for. Everybody else asks for ``settled``.
+"""
+_ARRAYS = 2
 
 
 class KvArray(NamedTuple):
@@ -42,9 +47,9 @@ def may_run_ahead(device: mx.DeviceType) -> bool:
     """Whether a step may be launched while the one before it runs on ``device``, without a second pool.
 
     A GPU holds what its commands read until they are done, and MLX's scatter writes nothing in place that
-    is held: it would copy each layer's pool.
+    is held: it would copy each layer's pool. Our own kernel does.
     """
-    return device == mx.cpu
+    return device == mx.cpu or (runs_ours("kv_write") and runs_ours("paged_attention"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +116,19 @@ def num_blocks(pool: Pool) -> int:
     return pool[0].shape[0]
 
 
+def settled(pool: Pool) -> Pool:
+    """The arrays alone; where a kernel writes them as they lie, done is all that was to read or write."""
+    if len(pool) > _ARRAYS:
+        mx.eval(*pool)
+    return pool[:_ARRAYS]
+
+
 def resize_pool(pool: Pool, blocks: int) -> Pool:
     """The same pool with more blocks; the new ones are 0."""
     more = blocks - num_blocks(pool)
-    grown = tuple(mx.concatenate([array, mx.zeros((more, *array.shape[1:]), array.dtype)]) for array in pool)
+    grown = tuple(
+        mx.concatenate([array, mx.zeros((more, *array.shape[1:]), array.dtype)]) for array in settled(pool)
+    )
     mx.eval(*grown)  # a layer at a time, so that only one is in memory twice
     return grown
 
@@ -126,6 +140,7 @@ def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
     """
     if active() == "cpu":
         return tuple(cpu.copy_blocks(old, new, pairs) for old, new in zip(source, target, strict=True))
+    source, target = settled(source), settled(target)
     for old, new in zip(source, target, strict=True):
         blocks = old[pairs[:, 0]]
         mx.eval(blocks)  # whoever has yet to read a pool keeps it from being written where it lies

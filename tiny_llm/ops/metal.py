@@ -1,6 +1,7 @@
 """Our Metal kernels: owns their text, read from kernels/metal, and who runs it: MLX on a GPU, or metalsim.
 
 A file is a header for all its kernels, then each one's body below ``// kernel NAME(inputs) -> (outputs)``.
+An input that a kernel writes where it lies is a ``mutable NAME``; whoever calls it keeps the order.
 Knows no op: each op asks ``on_metal`` whether its arrays are for Metal, and calls ``kernel``.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ Kernel = Callable[..., list[mx.array]]
 _WATCHED: ContextVar[list[tuple[str, Traffic]] | None] = ContextVar("watched", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one of each, and to compare texts takes time
 class Text:
     """One kernel of a file, as ``metal_kernel`` wants it; the lines are known by the file's own numbers."""
 
@@ -49,6 +50,7 @@ class Text:
     outputs: tuple[str, ...]
     header: str
     body: str
+    mutable: tuple[str, ...] = ()
 
 
 def on_metal(op: str, *arrays: mx.array) -> bool:
@@ -62,6 +64,12 @@ def on_metal(op: str, *arrays: mx.array) -> bool:
         return True
     fallbacks().add(op)
     return False
+
+
+@lru_cache(maxsize=1024, typed=True)
+def scalar(value: float) -> mx.array:
+    """A number as the array that a kernel takes: made once, not at each call."""
+    return mx.array(value)
 
 
 def kernel(name: str, file: str | None = None) -> Kernel:
@@ -111,7 +119,9 @@ def _made(text: Text, mode: str) -> Kernel:
         prelude = folder("cuda") / "metal.cuh"
         return cuda_kernel(text.name, text.inputs, text.outputs, text.body, text.header, prelude)
     header = _PRELUDE + text.header
-    return metal_kernel(text.name, text.inputs, text.outputs, text.body, header, mode=mode)
+    return metal_kernel(
+        text.name, text.inputs, text.outputs, text.body, header, mode=mode, mutable_inputs=text.mutable
+    )
 
 
 def folder(of: str = "metal") -> Path:
@@ -138,7 +148,10 @@ def _texts(place: Path, name: str) -> dict[str, Text]:
     for head, end in zip(heads, ends, strict=True):
         called, inputs, outputs = head.groups()
         body = _body(name, text, head.end() + 1, end)
-        kernels[called] = Text(called, _names(inputs), _names(outputs), header, body)
+        declared = _names(inputs)
+        mutable = tuple(one.split()[1] for one in declared if one.startswith("mutable "))
+        plain = tuple(one.removeprefix("mutable ") for one in declared)
+        kernels[called] = Text(called, plain, _names(outputs), header, body, mutable)
     return kernels
 
 

@@ -18,9 +18,9 @@ import mlx.core as mx
 
 from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
-from tiny_llm.ops.backend import active, cpu, on_cpu
-from tiny_llm.ops.kv_pool import Pool, is_token_major
-from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
+from tiny_llm.ops.kv_pool import Pool, is_token_major, settled
+from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.work_lists import WorkLists
 
@@ -62,17 +62,41 @@ def paged_attention(
     return paged_attention_ref(q, k, v, pool, pages, scale)
 
 
-def _write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
+def kv_write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
+    """The pool with k, v [T, K, D] at ``slots``."""
+    return (_write_in_place if runs_ours("kv_write") else kv_write_ref)(pool, k, v, slots)
+
+
+def kv_write_ref(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
     """The pool with k, v [T, K, D] at ``slots``, written in place where nobody else holds it.
 
     A pool that is seen transposed would be copied, here or by the kernel that reads it.
     """
-    keys, values = pool
+    keys, values = settled(pool)
     size = keys.shape[3]
     block, place = slots // size, slots % size
     keys[block, :, :, place] = k.astype(keys.dtype)
     values[block, :, place] = v.astype(values.dtype)
     return keys, values
+
+
+def _write_in_place(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
+    """The same by a kernel that writes the pool where it lies, whoever holds it: in order by data alone.
+
+    It waits for what the pool's last reader gave; the next is to take what comes back as the third.
+    """
+    keys, values = pool[:2]
+    after = pool[2] if len(pool) > 2 else scalar(0)
+    (T, K, D), S = k.shape, keys.shape[3]
+    (written,) = kernel("kv_write")(
+        inputs=[keys, values, k, v, slots, after],
+        template=[("P", keys.dtype), ("D", D), ("S", S), ("K", K)],
+        grid=(D, K, T),
+        threadgroup=(min(D, 256), 1, 1),
+        output_shapes=[()],
+        output_dtypes=[mx.int32],
+    )
+    return keys, values, written
 
 
 def paged_attention_mlx(
@@ -115,21 +139,21 @@ def _vectors(pool: mx.array, places: slice | mx.array) -> mx.array:
 def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
 ) -> tuple[mx.array, Pool]:
-    """MLX writes k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
-    keys, values = _write(pool, k, v, work.pages.slot_mapping)
+    """Write k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
+    pool = kv_write(pool, k, v, work.pages.slot_mapping)
     sequences = work.pages.context_lens.shape[0]
     use_tiles = (
         q.shape[0] > sequences
-        and tile_fits(keys.shape[3], q.shape[2])
+        and tile_fits(pool[0].shape[3], q.shape[2])
         and attention_tiles_keep_bits(active())
     )
-    attend = _tiles if use_tiles else _rows
-    return attend(q, keys, values, work, scale), (keys, values)
+    out, read = (_tiles if use_tiles else _rows)(q, pool, work, scale)
+    return out, (*pool[:2], read) if runs_ours("kv_write") else pool
 
 
-def _rows(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale: float) -> mx.array:
-    """A threadgroup a query row, key/value head and span of the row's context."""
-    (T, H, D), (_, K, _, S) = q.shape, keys.shape
+def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
+    """A threadgroup a query row, key/value head and span of the row's context. And that it was read."""
+    (T, H, D), (_, K, _, S) = q.shape, pool[0].shape
     G, span = H // K, _span(S)
     parts = _parts(G, D)
     pieces, firsts = work.spans(span)
@@ -137,20 +161,19 @@ def _rows(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale:
     split = pieces.shape[0] > T
     out_dtype = mx.float32 if split else q.dtype
     out_shape = (pieces.shape[0], H, D + 2) if split else q.shape
-    tables = work.pages.block_tables
-    (out,) = kernel("paged_attention")(
-        inputs=[q, keys, values, tables, pieces, tables.shape[1], scale],
+    out, read = kernel("paged_attention")(
+        inputs=_inputs(q, pool, work, pieces, scale),
         template=[
             *(("T", q.dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
         ],
         grid=(32 * parts, K, pieces.shape[0]),
         threadgroup=(32 * parts, 1, 1),
-        output_shapes=[out_shape],
-        output_dtypes=[out_dtype],
+        output_shapes=[out_shape, ()],
+        output_dtypes=[out_dtype, mx.int32],
     )
     if not split:
-        return out
+        return out, read
     (merged,) = kernel("paged_attention_merge", "paged_attention")(
         inputs=[out, firsts],
         template=[("T", q.dtype), ("H", H), ("D", D)],
@@ -159,29 +182,34 @@ def _rows(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale:
         output_shapes=[q.shape],
         output_dtypes=[q.dtype],
     )
-    return merged
+    return merged, read
 
 
-def _tiles(q: mx.array, keys: mx.array, values: mx.array, work: WorkLists, scale: float) -> mx.array:
+def _tiles(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
     """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries."""
-    (_, H, D), (_, K, _, S) = q.shape, keys.shape
+    (_, H, D), (_, K, _, S) = q.shape, pool[0].shape
     G = H // K
     parts = _parts(G, D)
     tile = 2 if D <= 128 else 1  # matrices of 8 pairs; what two of them hold at a larger D does not fit
     pieces = work.tiles(G, 8 * tile)
-    tables = work.pages.block_tables
-    (out,) = kernel("paged_attention_tile")(
-        inputs=[q, keys, values, tables, pieces, tables.shape[1], scale],
+    out, read = kernel("paged_attention_tile")(
+        inputs=_inputs(q, pool, work, pieces, scale),
         template=[
             *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
         ],
         grid=(32 * parts, K, pieces.shape[0]),
         threadgroup=(32 * parts, 1, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[q.dtype],
+        output_shapes=[q.shape, ()],
+        output_dtypes=[q.dtype, mx.int32],
     )
-    return out
+    return out, read
+
+
+def _inputs(q: mx.array, pool: Pool, work: WorkLists, pieces: mx.array, scale: float) -> list[mx.array]:
+    tables = work.pages.block_tables
+    written = pool[2] if len(pool) > 2 else scalar(0)
+    return [q, *pool[:2], tables, pieces, scalar(tables.shape[1]), scalar(scale), written]
 
 
 def tile_fits(size: int, dim: int) -> bool:
@@ -204,8 +232,7 @@ def attention_tiles_keep_bits(backend: str) -> bool:
     q = mx.random.normal((new, 6, 64), key=mx.random.key(0))
     keys = mx.random.normal((table.size, 2, 64, 16), key=mx.random.key(1))
     values = mx.random.normal((table.size, 2, 16, 64), key=mx.random.key(2))
-    tiles = _tiles(q, keys, values, work, 0.125)
-    rows = _rows(q, keys, values, work, 0.125)
+    tiles, rows = (attend(q, (keys, values), work, 0.125)[0] for attend in (_tiles, _rows))
     return bool(mx.array_equal(tiles, rows).item())
 
 
@@ -225,7 +252,7 @@ def paged_attention_ref(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, Pool]:
     """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
-    keys, values = _write(pool, k, v, pages.slot_mapping)
+    keys, values = kv_write_ref(pool, k, v, pages.slot_mapping)
     size = keys.shape[3]
     starts = cast(list[int], pages.query_start_loc.tolist())
     lens = cast(list[int], pages.context_lens.tolist())

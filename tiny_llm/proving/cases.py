@@ -18,7 +18,7 @@ from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.kv_pool import KvFormat, Pool
 from tiny_llm.ops.linear import gated, linear, linears
-from tiny_llm.ops.paged_attention import paged_attention
+from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope_frequencies, rope_qk, rope_qk_ref
@@ -266,6 +266,43 @@ def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedT
     return QuantizedTensor(words.view(mx.uint32), scales, biases, group, s.bits)
 
 
+def _writes(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    """What is written where it lies is there for who reads it next, and for nobody who came before."""
+    expected = known(lambda: _in_turn(s, kv_write_ref))
+    yield Check("rows that are written and read in turn", lambda: _in_turn(s, kv_write), expected)
+    for rows in sizes.rows:
+        slots = mx.arange(rows, dtype=mx.int32)
+        _, k, v = _qkv(s, rows, seed=1)
+
+        def step(state: Arrays, _: int, k: mx.array = k, v: mx.array = v, slots: mx.array = slots) -> Arrays:
+            return kv_write(tuple(state), k, v, slots)
+
+        yield TimedCall(_rows(rows), partial(_blocks, s, -(-rows // s.block_size)), step)
+
+
+def _blocks(s: Shapes, count: int) -> list[mx.array]:
+    """A pool as our kernels want it."""
+    K, D, S, dtype = s.kv_heads, s.head_dim, s.block_size, getattr(mx, s.dtype)
+    return [mx.zeros((count, K, D, S), dtype), mx.zeros((count, K, S, D), dtype)]
+
+
+def _in_turn(s: Shapes, write: Callable[[Pool, mx.array, mx.array, mx.array], Pool]) -> list[mx.array]:
+    """What lies in two blocks after each of six writes, each of which overwrites some of the one before.
+
+    All is in order by data: a read waits for the write, and the next write for that read.
+    """
+    pool: Pool = tuple(_blocks(s, 2))
+    seen: list[mx.array] = []
+    for turn in range(6):
+        _, k, v = _qkv(s, 5, seed=turn)
+        keys, values, *written = write(pool, k, v, mx.arange(5, dtype=mx.int32) * 2 + turn)
+        read = [array[mx.arange(2) + sum(written)] for array in (keys, values)]
+        none = mx.isnan(read[0]).sum() + mx.isnan(read[1]).sum()
+        pool = (keys, values, *([none.astype(mx.int32)] if written else []))
+        seen += read
+    return seen
+
+
 def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     lens = (sizes.checked, 2, sizes.checked // 2)
     yield Check(
@@ -412,6 +449,7 @@ def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
         "rope": _rotations,
         "swiglu": _gates,
         "quantized_matmul": _products,
+        "kv_write": _writes,
         "paged_attention": _attentions,
         "sample": _draws,
     }
