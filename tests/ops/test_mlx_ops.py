@@ -150,6 +150,8 @@ BATCHES = {
     "a prompt": ([33], [33]),
     "chunks": ([50, 9], [37, 9]),
     "decodes and chunks": ([90, 5, 100, 64, 20], [1, 1, 1, 12, 20]),
+    "guesses": ([40, 33, 48, 70, 45], [4, 4, 4, 4, 2]),
+    "guesses and decodes": ([40, 90, 33, 48, 41], [8, 1, 8, 1, 9]),
     "chunks first": ([64, 90, 20, 95], [12, 1, 20, 1]),
 }
 
@@ -199,3 +201,11 @@ def test_the_format_says_how_a_pool_lies(dtype: mx.Dtype) -> None:
     with backend.use("ref"):
         shapes = [array.shape for array in KvFormat(1, K, D, 16, dtype).arrays]
     assert shapes == [(K, D, 16), (K, 16, D)]
+
+
+def test_sequences_with_as_many_rows_are_one_call(dtype: mx.Dtype) -> None:
+    """Guesses that are checked are a few rows of each sequence; a call a sequence would be a loop a layer."""
+    sizes = read_groups.LayerSizes(16, H, K, 2 * K * D * dtype.size)
+    step = Step([40, 33, 48, 40, 47, 90], [4, 4, 4, 1, 1, 20], 16, dtype)
+    groups = WorkLists(step.pages).reads(sizes).groups
+    assert [group.rows for group in groups] == [slice(0, 12), slice(12, 14), slice(14, 34)]

@@ -121,10 +121,13 @@ def _attend_group(q: mx.array, keys: mx.array, values: mx.array, group: ReadGrou
     """Attention of the group's rows, as [rows, H, D]."""
     _, H, D = q.shape
     own = q[group.rows]
-    queries = own.swapaxes(0, 1)[None] if group.mask == "causal" else own[:, :, None]
+    sequences = 1 if isinstance(group.places, slice) else group.places.shape[0]
+    each = own.shape[0] // sequences
+    # One row each is moved by no transposition, which would be an operation more.
+    queries = own[:, :, None] if each == 1 else own.reshape(sequences, each, H, D).swapaxes(1, 2)
     seen = [_vectors(pool, group.places) for pool in (keys, values)]
     out = mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=group.mask)
-    return out[0].swapaxes(0, 1) if group.mask == "causal" else out.reshape(-1, H, D)
+    return (out if each == 1 else out.swapaxes(1, 2)).reshape(-1, H, D)
 
 
 def _vectors(pool: mx.array, places: slice | mx.array) -> mx.array:

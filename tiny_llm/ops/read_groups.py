@@ -1,7 +1,7 @@
 """Which rows of a step MLX's attention reads keys and values for in one call: made once a step.
 
-Rows of one new token go together in length classes, so that little is padded; a chunk goes alone, as its rows
-see each other's past. Owns what is read at once. Knows no layer: it is told the sizes.
+Sequences with as many new rows, few, go together in length classes, so that little is padded; a chunk goes
+alone. Owns what is read at once. Knows no layer: it is told the sizes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import mlx.core as mx
 from tiny_llm.data import Pages
 from tiny_llm.ops.kv_pool import GATHER_BYTES
 
+FEW_ROWS = 8
+"""Rows of a sequence that MLX's kernel for decoding takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadGroup:
     """Rows of one call of attention.
 
-    ``rows`` are one of each of B sequences, or, where the mask is "causal", all of one. ``places`` are what
-    they see: a range of the pool's tokens, or int32 [B, K, L], the vectors of a pool that is seen as
-    [N * S * K, D]. ``mask`` [B, H, 1, L] is False beyond a shorter sequence's end.
+    ``rows`` are R of each of B sequences, B is 1 where the mask is "causal". ``places`` are what they see: a
+    range of the pool's tokens, or int32 [B, K, L], the vectors of a pool that is seen as [N * S * K, D].
+    ``mask`` [B, H, R, L] is False for what a row may not see.
     """
 
     rows: slice | mx.array
@@ -51,17 +54,14 @@ class ReadGroups:
         starts = cast(list[int], pages.query_start_loc.tolist())
         self._lens = cast(list[int], pages.context_lens.tolist())
         self._starts = starts
-        classes: dict[int, list[int]] = {}
-        chunks: list[int] = []
+        classes: dict[tuple[int, int], list[int]] = {}
         for b, (start, end) in enumerate(pairwise(starts)):
-            if end - start == 1:
-                classes.setdefault((self._blocks(b) - 1).bit_length(), []).append(b)
-            elif end > start:
-                chunks.append(b)
-        alike = [part for members in classes.values() for part in self._within_bytes(members)]
-        self.groups = [self._decodes(part) for part in alike] + [self._chunk(b) for b in chunks]
-        rows = [starts[b] for part in alike for b in part]
-        rows += [row for b in chunks for row in range(starts[b], starts[b + 1])]
+            if count := end - start:
+                alike = (self._blocks(b) - 1).bit_length() if count <= FEW_ROWS else -1 - b
+                classes.setdefault((count, alike), []).append(b)
+        parts = [part for members in classes.values() for part in self._within_bytes(members)]
+        self.groups = [self._group(part) for part in parts]
+        rows = [row for part in parts for row in self._rows(part)]
         self.order: mx.array | None = None
         if rows != list(range(len(rows))):
             self.order = mx.array(sorted(range(len(rows)), key=rows.__getitem__), mx.int32)
@@ -75,18 +75,19 @@ class ReadGroups:
         most = max(1, GATHER_BYTES // (longest * self._sizes.token_bytes))
         return [members[i : i + most] for i in range(0, len(members), most)]
 
-    def _decodes(self, members: list[int]) -> ReadGroup:
-        rows = [self._starts[b] for b in members]
+    def _rows(self, members: list[int]) -> list[int]:
+        return [row for b in members for row in range(self._starts[b], self._starts[b + 1])]
+
+    def _group(self, members: list[int]) -> ReadGroup:
+        rows = self._rows(members)
         in_a_row = rows == list(range(rows[0], rows[0] + len(rows)))
         at = slice(rows[0], rows[0] + len(rows)) if in_a_row else mx.array(rows, mx.int32)
+        each = len(rows) // len(members)
         if len(members) == 1:
-            return ReadGroup(at, self._alone(members[0]), None)
+            return ReadGroup(at, self._alone(members[0]), "causal" if each > 1 else None)
         lens = [self._lens[b] for b in members]
-        mask = None if len(set(lens)) == 1 else self._mask(lens)
+        mask = None if each == 1 and len(set(lens)) == 1 else self._mask(lens, each)
         return ReadGroup(at, self._gathered(members), mask)
-
-    def _chunk(self, b: int) -> ReadGroup:
-        return ReadGroup(slice(self._starts[b], self._starts[b + 1]), self._alone(b), "causal")
 
     def _alone(self, b: int) -> slice | mx.array:
         """A range where the sequence's blocks lie side by side."""
@@ -107,8 +108,8 @@ class ReadGroups:
         tokens = (tables[:, :, None] * size + mx.arange(size, dtype=mx.int32)).reshape(len(members), 1, -1)
         return tokens[:, :, :longest] * heads + mx.arange(heads, dtype=mx.int32)[:, None]
 
-    def _mask(self, lens: list[int]) -> mx.array:
+    def _mask(self, lens: list[int], rows: int) -> mx.array:
         """As large as the scores: attention would make it so in each layer."""
-        seen = mx.arange(max(lens), dtype=mx.int32) < mx.array(lens, mx.int32)[:, None, None, None]
-        shape = (len(lens), self._sizes.heads, 1, max(lens))
-        return mx.contiguous(mx.broadcast_to(seen, shape))
+        ends = [[length - rows + 1 + row for row in range(rows)] for length in lens]
+        seen = mx.arange(max(lens), dtype=mx.int32) < mx.array(ends, mx.int32)[:, None, :, None]
+        return mx.contiguous(mx.broadcast_to(seen, (len(lens), self._sizes.heads, rows, max(lens))))
