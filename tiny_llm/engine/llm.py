@@ -123,15 +123,16 @@ class LLM:
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         if engine is None:
-            engine = EngineSettings.fitting(
-                self.config,
-                kept,
-                kv_memory,
-                scheduler,
-                swap_memory=swap_memory,
-                speculate=speculate,
-                draft=None if self._draft is None else self._draft.config,
-            )
+            with use(self.backend, self.kernels.ours):
+                engine = EngineSettings.fitting(
+                    self.config,
+                    kept,
+                    kv_memory,
+                    scheduler,
+                    swap_memory=swap_memory,
+                    speculate=speculate,
+                    draft=None if self._draft is None else self._draft.config,
+                )
         self._use_engine(engine)
 
     @property
