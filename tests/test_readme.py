@@ -31,7 +31,6 @@ NOT_RUN: Mapping[str, str] = {
     "python benchmarks/peers.py make": "environments of the peers, from a network",
     "python benchmarks/decode.py --context 16,512,4096": "minutes",
     "python benchmarks/prefill.py --context 512,4096": "minutes",
-    "python benchmarks/batch.py": "minutes",
     "python main.py bench --model qwen2-0.5b --load-format dummy --quantize 4": "half a minute",
 }
 FAILS: Mapping[str, str] = {"python main.py course check 1.1": "still to be written"}

@@ -75,3 +75,15 @@ def test_the_start_says_where_kernels_are_mlxs() -> None:
     done = CliRunner().invoke(app, ["generate", *options])
     assert done.exit_code == 0, done.output
     assert "Kernels: MLX's; tokens may depend on what else is running (--same-tokens" in done.stderr
+
+
+@pytest.mark.slow
+def test_guesses_of_a_draft_model_are_checked_by_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiny_llm.scheduler.drafts.Worth.length", lambda self, share, most: min(most, 3))
+    asked = SamplingParams(max_tokens=12, ignore_eos=True)
+    with LLM(backend="ref", speculate="off") as ref:
+        prompt = ref.chat_prompt([{"role": "user", "content": "What is prefill?"}])
+        expected = ref.generate([prompt], asked)[0].token_ids
+    with LLM(backend="metalsim", draft="demo-draft") as llm:
+        answer = llm.generate([prompt], asked)[0]
+    assert answer.token_ids == expected and answer.accepted_tokens > 2
