@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -78,6 +81,15 @@ def test_a_kernel_that_hangs_is_left_behind(shapes: Shapes, plant: Plant) -> Non
     plant("rope", "rope_qk", HANG)
     found = wrong(shapes, "rope", "swiglu", limits=Limits(10.0, 600.0))
     assert found == {"rope": "a rotation: no answer within 10 s", "swiglu": ""}
+
+
+def test_a_child_whose_parent_is_gone_ends_all_the_same(shapes: Shapes, plant: Plant) -> None:
+    """One that hung in a kernel ran for ever."""
+    plant("rope", "rope_qk", HANG)
+    job = replace(KernelJob("metalsim", shapes, ("rope",), True), seconds=4.0)
+    command = [sys.executable, "-m", "tiny_llm.proving.child"]
+    done = subprocess.run(command, input=job.as_json(), text=True, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGALRM, done.stderr
 
 
 def test_the_time_for_all_is_kept(shapes: Shapes, plant: Plant) -> None:

@@ -7,6 +7,7 @@ each op is done. Whoever started it keeps the time.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ CHAIN_S = 0.02  # that such a chain takes, about; what takes longer gets fewer t
 class KernelJob:
     """What to try: ``ops`` on ``backend``; ``small`` for what is simulated.
 
+    The process ends after ``seconds``, whoever still waits for it: who started it may be gone.
     ``right`` are ops that are known to be right: those that ``NEEDS`` an op are ours when it is tried.
     """
 
@@ -39,6 +41,7 @@ class KernelJob:
     ops: tuple[str, ...]
     small: bool
     right: tuple[str, ...] = ()
+    seconds: float = 600.0
 
     def as_json(self) -> str:
         """The line that a child reads."""
@@ -49,12 +52,13 @@ class KernelJob:
         """That line as a job."""
         given = json.loads(line)
         ops, right = (tuple(given[name]) for name in ("ops", "right"))
-        return cls(given["backend"], Shapes(**given["shapes"]), ops, given["small"], right)
+        return cls(given["backend"], Shapes(**given["shapes"]), ops, given["small"], right, given["seconds"])
 
 
 def main() -> None:
     """Try each op of the job."""
     job = KernelJob.read(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_REAL, job.seconds)  # no handler: it ends a kernel that hangs, too
     sizes = Sizes.small() if job.small else Sizes()
     right = set(job.right)
     for op in job.ops:

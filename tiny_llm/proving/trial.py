@@ -30,6 +30,7 @@ Progress = Callable[[float, str], None]
 """Told which part of 1 is done, and what is being done."""
 STARTING = "starting"
 _REAPED_S = 1.0
+_ORPHAN_S = 5.0  # beyond its time, after which a child ends by itself
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def tried(job: KernelJob, limits: Limits, progress: Progress | None = None) -> I
     left, right = list(job.ops), list(job.right)
     while left and time.monotonic() < end:
         try:
-            child = _Child(replace(job, ops=tuple(left), right=tuple(right)))
+            seconds = end - time.monotonic() + _ORPHAN_S
+            child = _Child(replace(job, ops=tuple(left), right=tuple(right), seconds=seconds))
         except OSError:  # no process can be started
             return
         try:
