@@ -14,10 +14,10 @@ from statistics import median
 
 from measure.sides import numbers
 
-from tiny_llm.engine.bench import Task, measure
 from tiny_llm.engine.llm import LLM
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import set_threads, use
+from tiny_llm.planning.bench import Task, measure
 from tiny_llm.planning.speed import FORMAT, Machine, Speed, measure_machine, predict
 
 ANSWER = 16

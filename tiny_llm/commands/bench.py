@@ -12,9 +12,9 @@ from rich.table import Table
 
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments
-from tiny_llm.engine.bench import Task
-from tiny_llm.engine.bench import bench as run
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, JsonOption, command_app
+from tiny_llm.planning.bench import Task
+from tiny_llm.planning.bench import bench as run
 
 app = command_app()
 

@@ -6,13 +6,13 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Batch, Plan
-from tiny_llm.engine.bench import Task, bench, measure
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import CapacityError, ConfigError, RequestError
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.loading import load_dummy
+from tiny_llm.planning.bench import Task, bench, measure
 
 
 class Watcher(Trace):
