@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,16 @@ def test_guesses_of_a_draft_model_are_checked_by_the_same_kernels(monkeypatch: p
     with LLM(backend="metalsim", draft="demo-draft") as llm:
         answer = llm.generate([prompt], asked)[0]
     assert answer.token_ids == expected and answer.accepted_tokens > 2
+
+
+@pytest.mark.slow
+def test_a_server_says_so_too() -> None:
+    main = Path(__file__).resolve().parents[2] / "main.py"
+    command = [sys.executable, str(main), "serve", "--port", "0", "--backend", "metalsim", "--kernels", "mlx"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = list(itertools.takewhile(lambda line: not line.startswith("Serving"), server.stderr))
+        server.terminate()
+        server.communicate()
+    assert said[-1].startswith("Kernels: MLX's; tokens may depend on what else is running")
+    assert server.returncode == 0
