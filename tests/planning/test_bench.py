@@ -15,6 +15,11 @@ from tiny_llm.models.loading import load_dummy
 from tiny_llm.planning.bench import Task, bench, measure
 
 
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("demo")
+
+
 class Watcher(Trace):
     """Remembers each step: the tokens that go in, a sequence each, and where they begin."""
 
