@@ -205,7 +205,8 @@ def stack_arrays(text: str) -> list[str]:
 
     Raises CompileError.
     """
-    options = [*_options("fast"), "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
+    inlined = ("-mllvm", "-inline-threshold=1000000")  # as Metal does with all functions
+    options = [*_options("fast"), *inlined, "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
     done = _clang_on(text, options)
     if done.returncode:
         raise CompileError(done.stderr[-2000:])

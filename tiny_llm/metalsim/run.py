@@ -24,6 +24,7 @@ Array = mx.array | bool | int | float
 _MAX_THREADS = 1024
 _MAX_BUFFERS = 96
 _INPUT, _OUTPUT, _MUTABLE = 0, 1, 2
+_ALIGNED = 16  # bytes that are loaded at once, at most, and on a GPU a buffer begins at more
 
 
 class _Buffer(ctypes.Structure):
@@ -33,6 +34,7 @@ class _Buffer(ctypes.Structure):
         ("read", ctypes.c_uint64),
         ("written", ctypes.c_uint64),
         ("fetched", ctypes.c_uint64),
+        ("loads", ctypes.c_uint64),
         ("element", ctypes.c_uint32),
         ("role", ctypes.c_uint32),
         ("must_be_written", ctypes.c_uint32),
@@ -62,12 +64,13 @@ class Traffic:
     """What one dispatch did: bytes by buffer, which are 0 in mode "fast", and how often threads met.
 
     ``read`` and ``written`` count each thread's. ``fetched`` counts an element once a threadgroup: what must
-    come from beyond the caches of the cores.
+    come from beyond the caches of the cores. ``loads`` counts a thread's, however wide.
     """
 
     read: dict[str, int]
     fetched: dict[str, int]
     written: dict[str, int]
+    loads: dict[str, int]
     simd_operations: int
     barriers: int
 
@@ -298,6 +301,7 @@ class MetalKernel:
             {name: int(b.read) for name, b in zip(names, buffers, strict=True)},
             {name: int(b.fetched) for name, b in zip(names, buffers, strict=True)},
             {name: int(b.written) for name, b in zip(names, buffers, strict=True)},
+            {name: int(b.loads) for name, b in zip(names, buffers, strict=True)},
             int(launch.simd_operations),
             int(launch.barriers),
         )
@@ -376,7 +380,13 @@ def _bound_array(name: str, array: mx.array, role: int) -> _Bound:
         if stride * (length - 1) < 0:
             raise ValueError(f"[metal_kernel] expected no negative strides, got {view.strides} for {name}")
         size += stride * (length - 1)
-    return _Bound(name, _address(view), size, element, role, keep=(array, view))
+    address = _address(view)
+    if address % _ALIGNED and role == _INPUT:  # on a CPU MLX puts a size of 8 bytes before an array
+        memory = (ctypes.c_char * (size + _ALIGNED))()
+        start = -ctypes.addressof(memory) % _ALIGNED
+        ctypes.memmove(ctypes.addressof(memory) + start, address, size)
+        return _Bound(name, ctypes.addressof(memory) + start, size, element, role, keep=memory)
+    return _Bound(name, address, size, element, role, keep=(array, view))
 
 
 class _PyBuffer(ctypes.Structure):

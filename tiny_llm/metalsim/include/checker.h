@@ -67,7 +67,7 @@ void check_cells(const Place& p, u32 bytes, bool write, bool read, bool atomic, 
 }
 
 void count_read(Buffer& b, u32* by, u64 offset, u32 bytes) {
-  b.read += bytes;
+  b.read += bytes, ++b.loads;
   for (u64 i = offset / b.element; i <= (offset + bytes - 1) / b.element; ++i)
     if (by[i] != group_number + 1) by[i] = group_number + 1, b.fetched += b.element;
 }

@@ -47,7 +47,7 @@ enum Kind : u32 {
 
 struct Buffer {
   u8* data;
-  u64 bytes, read, written, fetched;  // fetched: read, an element once a threadgroup
+  u64 bytes, read, written, fetched, loads;  // fetched: read, an element once a threadgroup
   u32 element, role, must_be_written, unused;
 };
 
