@@ -30,20 +30,27 @@ inline uint3 grid_thread() {
 }
 
 // The same order of sums as metalsim's and, as far as it is known, Apple's: halves, from 16 lanes apart to one.
-template <typename F>
-inline float simd_reduce(float value, F combine) {
+template <typename V, typename F>
+inline V simd_reduce(V value, F combine) {
     for (int apart = 16; apart > 0; apart /= 2) {
         value = combine(value, __shfl_xor_sync(ALL, value, apart));
     }
     return value;
 }
 
-inline float simd_sum(float value) {
-    return simd_reduce(value, [](float a, float b) { return a + b; });
+template <typename V>
+inline V simd_sum(V value) {
+    return simd_reduce(value, [](V a, V b) { return a + b; });
 }
 
-inline float simd_max(float value) {
-    return simd_reduce(value, [](float a, float b) { return fmaxf(a, b); });
+template <typename V>
+inline V simd_max(V value) {
+    return simd_reduce(value, [](V a, V b) { return max(a, b); });
+}
+
+template <typename V>
+inline V simd_min(V value) {
+    return simd_reduce(value, [](V a, V b) { return min(a, b); });
 }
 
 template <typename V>
@@ -68,6 +75,14 @@ struct pair {
     uint x, y;
     pair() = default;
     __device__ pair(uint first, uint second) : x(first), y(second) {}
+};
+
+// Numbers that are loaded together.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) vec {
+    T at[N];
+    __device__ T& operator[](int i) { return at[i]; }
+    __device__ T operator[](int i) const { return at[i]; }
 };
 
 namespace precise {
@@ -96,7 +111,9 @@ inline uint atomic_fetch_add_explicit(uint* at, uint value, memory_order_of_meta
 }
 
 using metal::as_type;
+using metal::vec;
 using metal::simd_max;
+using metal::simd_min;
 using metal::simd_shuffle;
 using metal::simd_shuffle_xor;
 using metal::simd_sum;
@@ -108,3 +125,5 @@ using metal::simd_sum;
 #define thread_index_in_simdgroup (::metal::flat_thread() % 32)
 #define simdgroup_index_in_threadgroup (::metal::flat_thread() / 32)
 #define uint2 ::metal::pair
+#define uint4 ::metal::vec<uint, 4>
+#define float4 ::metal::vec<float, 4>

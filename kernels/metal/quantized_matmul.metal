@@ -2,58 +2,142 @@
 // The order of a sum is that of the width I alone, so one row and many have the same bits: chunks of 32 weights go
 // to 8 parts in turn; a part is a chain of fma in order of its inputs; the parts are added in pairs. Nothing here
 // but a lane a part: 8 lanes side by side read 8 chunks side by side. quantized_matmul_tile has the same order.
-// A simdgroup makes 4 * COLUMNS outputs of R rows.
+// A lane loads a chunk's weights by 16 bytes, its inputs by 4. A weight's bits are not moved: the scale is divided
+// by what they are worth there, a power of two, which changes no bit of the product.
 
-// kernel quantized_matmul(x, packed, scales, biases, rows, outputs) -> (out)
+// Adds to a lane's sums its part of R rows of x times two rows of one matrix, or one of each of two.
+template <int I, int BITS, int GROUP, int R, typename T, typename S>
+inline void add_rows(
+    const device T* x,
+    int row,
+    int rows,
+    const device uint* packed_0,
+    const device uint* packed_1,
+    S scales_0,
+    S scales_1,
+    S biases_0,
+    S biases_1,
+    int column_0,
+    int column_1,
+    int part,
+    thread float (&sums)[R][2]) {
     constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
-    constexpr uint MASK = (1u << BITS) - 1;
     constexpr int CHUNKS = I / 32;
-    int lane = int(thread_index_in_simdgroup);
-    int column = int(thread_position_in_grid.y) * (4 * COLUMNS) + lane / 8;
-    int row = int(thread_position_in_grid.z) * R;
-
-    float sums[R][COLUMNS];
-    for (int r = 0; r < R; r++) {
-        for (int c = 0; c < COLUMNS; c++) {
-            sums[r][c] = 0.0f;
-        }
+    UNROLL for (int r = 0; r < R; r++) {
+        sums[r][0] = 0.0f;
+        sums[r][1] = 0.0f;
     }
-    for (int chunk = lane % 8; chunk < CHUNKS; chunk += 8) {
-        float scale[COLUMNS], bias[COLUMNS];
-        ulong matrix_row[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            matrix_row[c] = min(column + c * 4, outputs - 1);  // past the end: the last one, and not stored
-            ulong group = matrix_row[c] * (I / GROUP) + chunk * 32 / GROUP;
-            scale[c] = static_cast<float>(scales[group]);
-            bias[c] = static_cast<float>(biases[group]);
+    for (int chunk = part; chunk < CHUNKS; chunk += 8) {
+        float scale[2][WEIGHTS], bias[2];
+        uint4 words[2][BITS / 4];
+        UNROLL for (int c = 0; c < 2; c++) {
+            ulong column = c == 0 ? column_0 : column_1;
+            ulong group = column * (I / GROUP) + chunk * 32 / GROUP;
+            float whole = static_cast<float>(c == 0 ? scales_0[group] : scales_1[group]);
+            UNROLL for (int w = 0; w < WEIGHTS; w++) {
+                scale[c][w] = whole * (1.0f / static_cast<float>(1u << (w * BITS)));
+            }
+            bias[c] = static_cast<float>(c == 0 ? biases_0[group] : biases_1[group]);
+            const device uint* at = (c == 0 ? packed_0 : packed_1) + (column * CHUNKS + chunk) * BITS;
+            UNROLL for (int i = 0; i < BITS / 4; i++) {
+                words[c][i] = *(const device uint4*)(at + i * 4);
+            }
         }
-        for (int word = 0; word < BITS; word++) {
-            float weights[COLUMNS][WEIGHTS];
-            for (int c = 0; c < COLUMNS; c++) {
-                uint bits = packed[(matrix_row[c] * CHUNKS + chunk) * BITS + word];
-                for (int w = 0; w < WEIGHTS; w++) {
-                    weights[c][w] = fma(scale[c], static_cast<float>((bits >> (w * BITS)) & MASK), bias[c]);
+        UNROLL for (int k = 0; k < 32; k += 4) {
+            float weights[2][4];
+            UNROLL for (int c = 0; c < 2; c++) {
+                uint word = words[c][k / WEIGHTS / 4][k / WEIGHTS % 4];
+                UNROLL for (int i = 0; i < 4; i++) {
+                    int w = k % WEIGHTS + i;
+                    uint number = word & (((1u << BITS) - 1) << (w * BITS));
+                    weights[c][i] = fma(scale[c][w], static_cast<float>(number), bias[c]);
                 }
             }
-            for (int r = 0; r < R; r++) {
-                ulong at = ulong(min(row + r, rows - 1)) * I + chunk * 32 + word * WEIGHTS;
-                for (int w = 0; w < WEIGHTS; w++) {
-                    float value = static_cast<float>(x[at + w]);
-                    for (int c = 0; c < COLUMNS; c++) {
-                        sums[r][c] = fma(value, weights[c][w], sums[r][c]);
+            UNROLL for (int r = 0; r < R; r++) {
+                ulong at = ulong(min(row + r, rows - 1)) * I + chunk * 32 + k;
+                vec<T, 4> values = *(const device vec<T, 4>*)(x + at);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    float value = static_cast<float>(values[i]);
+                    UNROLL for (int c = 0; c < 2; c++) {
+                        sums[r][c] = fma(value, weights[c][i], sums[r][c]);
                     }
                 }
             }
         }
     }
-    for (int r = 0; r < R; r++) {
-        for (int c = 0; c < COLUMNS; c++) {
-            float sum = sums[r][c];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int c = 0; c < 2; c++) {
             for (ushort apart = 1; apart < 8; apart *= 2) {
-                sum += simd_shuffle_xor(sum, apart);
+                sums[r][c] += simd_shuffle_xor(sums[r][c], apart);
             }
-            if (lane % 8 == 0 && row + r < rows && column + c * 4 < outputs) {
-                out[ulong(row + r) * outputs + column + c * 4] = static_cast<T>(sum);
+        }
+    }
+}
+
+// A sum as it is stored: the bias is added to what was rounded.
+template <typename T, bool BIAS, typename B>
+inline T biased(float sum, B bias, int column) {
+    T rounded = static_cast<T>(sum);
+    return BIAS ? static_cast<T>(static_cast<float>(rounded) + static_cast<float>(bias[column])) : rounded;
+}
+
+// kernel quantized_matmul(x, packed, scales, biases, bias, rows, outputs) -> (out)
+    int lane = int(thread_index_in_simdgroup);
+    int column = int(thread_position_in_grid.y) * 8 + lane / 8;  // a simdgroup makes 8 outputs of R rows
+    int row = int(thread_position_in_grid.z) * R;
+    int first = min(column, outputs - 1), second = min(column + 4, outputs - 1);  // past the end: not stored
+    float sums[R][2];
+    add_rows<I, BITS, GROUP>(
+        x, row, rows, packed, packed, scales, scales, biases, biases, first, second, lane % 8, sums);
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int c = 0; c < 2; c++) {
+            int o = column + c * 4;
+            if (lane % 8 == 0 && row + r < rows && o < outputs) {
+                out[ulong(row + r) * outputs + o] = biased<T, BIAS>(sums[r][c], bias, o);
             }
+        }
+    }
+
+// kernel quantized_matmul_three(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, packed_2, scales_2, biases_2, bias_2, rows, outputs_0, outputs_1, outputs_2) -> (out_0, out_1, out_2)
+    int lane = int(thread_index_in_simdgroup);
+    int group = int(thread_position_in_grid.y);
+    int groups_0 = (outputs_0 + 7) / 8, groups_1 = (outputs_1 + 7) / 8;
+    int m = group < groups_0 ? 0 : group < groups_0 + groups_1 ? 1 : 2;  // a simdgroup's matrix
+    group -= m == 0 ? 0 : m == 1 ? groups_0 : groups_0 + groups_1;
+    const device uint* packed = m == 0 ? packed_0 : m == 1 ? packed_1 : packed_2;
+    const device S* scales = m == 0 ? scales_0 : m == 1 ? scales_1 : scales_2;
+    const device S* biases = m == 0 ? biases_0 : m == 1 ? biases_1 : biases_2;
+    const device T* bias = m == 0 ? bias_0 : m == 1 ? bias_1 : bias_2;
+    device T* out = m == 0 ? out_0 : m == 1 ? out_1 : out_2;
+    int outputs = m == 0 ? outputs_0 : m == 1 ? outputs_1 : outputs_2;
+    int column = group * 8 + lane / 8;
+    int row = int(thread_position_in_grid.z) * R;
+    int first = min(column, outputs - 1), second = min(column + 4, outputs - 1);
+    float sums[R][2];
+    add_rows<I, BITS, GROUP>(
+        x, row, rows, packed, packed, scales, scales, biases, biases, first, second, lane % 8, sums);
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int c = 0; c < 2; c++) {
+            int o = column + c * 4;
+            if (lane % 8 == 0 && row + r < rows && o < outputs) {
+                out[ulong(row + r) * outputs + o] = biased<T, BIAS>(sums[r][c], bias, o);
+            }
+        }
+    }
+
+// kernel quantized_matmul_gated(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, rows, outputs) -> (out)
+    int lane = int(thread_index_in_simdgroup);
+    int column = int(thread_position_in_grid.y) * 4 + lane / 8;  // 4 of the gate's, and the same 4 of the other's
+    int row = int(thread_position_in_grid.z) * R;
+    int inside = min(column, outputs - 1);
+    float sums[R][2];
+    add_rows<I, BITS, GROUP>(
+        x, row, rows, packed_0, packed_1, scales_0, scales_1, biases_0, biases_1, inside, inside, lane % 8, sums);
+    UNROLL for (int r = 0; r < R; r++) {
+        if (lane % 8 == 0 && row + r < rows && column < outputs) {
+            float gate = static_cast<float>(biased<T, BIAS>(sums[r][0], bias_0, column));
+            T silu = static_cast<T>(gate / (1.0f + metal::precise::exp(-gate)));
+            T up = biased<T, BIAS>(sums[r][1], bias_1, column);
+            out[ulong(row + r) * outputs + column] = static_cast<T>(silu * up);
         }
     }

@@ -4,68 +4,94 @@
 // simdgroup needs nothing from another until its part is done: each lane unpacks the weights of its own places of a
 // matrix, with no threadgroup memory and no barrier on the way.
 // Apple does not say in which order the hardware sums the 8 products of a place. Where it is a chain of fma in order,
-// as in metalsim, a row has the bits of quantized_matmul; ops/quantized_matmul.py asks the device before it uses this.
+// as in metalsim, a row has the bits of quantized_matmul; the op asks the device before it uses this.
 // Float throughout: on Apple's GPUs half is no faster here, and weights rounded to it would not be those of one row.
 #include <metal_simdgroup_matrix>
 
-// kernel quantized_matmul_tile(x, packed, scales, biases, rows, outputs) -> (out)
-    constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
-    constexpr uint MASK = (1u << BITS) - 1;
-    constexpr int CHUNKS = I / 32;
-    constexpr int PARTS = 8;
-    threadgroup float others[PARTS / 2 * M * N * 64];
-    int lane = int(thread_index_in_simdgroup);
-    int part = int(simdgroup_index_in_threadgroup);
-    int down = (lane / 4 & 4) + lane / 2 % 4;  // a lane's places in a matrix: (down, right) and the next one
-    int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
-    int row = int(threadgroup_position_in_grid.x) * (8 * M) + down;
-    int column = int(threadgroup_position_in_grid.y) * (8 * N) + right;
+constant constexpr int PARTS = 8;
 
-    simdgroup_matrix<float, 8, 8> sums[M][N];
-    for (int m = 0; m < M; m++) {
-        for (int n = 0; n < N; n++) {
+// A simdgroup's part of a tile: N / 2 matrices across from each of two columns, of one matrix or of two.
+template <int I, int BITS, int GROUP, int M, int N, typename T, typename S>
+inline void add_tiles(
+    const device T* x,
+    int row,
+    int rows,
+    const device uint* packed_0,
+    const device uint* packed_1,
+    S scales_0,
+    S scales_1,
+    S biases_0,
+    S biases_1,
+    int column_0,
+    int column_1,
+    int outputs,
+    int part,
+    int down,
+    int right,
+    thread simdgroup_matrix<float, 8, 8> (&sums)[M][N]) {
+    constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
+    constexpr int CHUNKS = I / 32;
+    uint shift = uint(down % WEIGHTS * BITS);  // where a lane's weights are in their words: they are not moved
+    uint mask = ((1u << BITS) - 1) << shift;
+    float worth = 1.0f / static_cast<float>(1u << shift);
+    UNROLL for (int m = 0; m < M; m++) {
+        UNROLL for (int n = 0; n < N; n++) {
             sums[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         }
     }
     for (int chunk = part; chunk < CHUNKS; chunk += PARTS) {
         float scale[N][2], bias[N][2];
-        ulong words[N][2];
-        for (int n = 0; n < N; n++) {
-            for (int i = 0; i < 2; i++) {
-                ulong o = min(column + n * 8 + i, outputs - 1);  // past the end: the last one, and not stored
+        uint4 words[N][2];  // those that a lane needs
+        UNROLL for (int n = 0; n < N; n++) {
+            bool second = n >= N / 2;
+            int column = second ? column_1 + (n - N / 2) * 8 : column_0 + n * 8;
+            const device uint* packed = second ? packed_1 : packed_0;
+            UNROLL for (int i = 0; i < 2; i++) {
+                ulong o = min(column + i, outputs - 1);  // past the end: the last one, and not stored
                 ulong group = o * (I / GROUP) + chunk * 32 / GROUP;
-                scale[n][i] = static_cast<float>(scales[group]);
-                bias[n][i] = static_cast<float>(biases[group]);
-                words[n][i] = (o * CHUNKS + chunk) * BITS;
+                scale[n][i] = static_cast<float>(second ? scales_1[group] : scales_0[group]) * worth;
+                bias[n][i] = static_cast<float>(second ? biases_1[group] : biases_0[group]);
+                const device uint* at = packed + (o * CHUNKS + chunk) * BITS;
+                if (BITS == 4) {
+                    words[n][i] = *(const device uint4*)at;
+                } else {
+                    at += down / WEIGHTS;
+                    words[n][i] = uint4(at[0], at[2], at[4], at[6]);
+                }
             }
         }
-        for (int k = 0; k < 32; k += 8) {
+        UNROLL for (int k = 0; k < 32; k += 8) {
             simdgroup_matrix<float, 8, 8> values[M];
-            for (int m = 0; m < M; m++) {
+            UNROLL for (int m = 0; m < M; m++) {
                 ulong at = ulong(min(row + m * 8, rows - 1)) * I + chunk * 32 + k + right;
-                values[m].thread_elements()[0] = static_cast<float>(x[at]);
-                values[m].thread_elements()[1] = static_cast<float>(x[at + 1]);
+                vec<T, 2> pair = *(const device vec<T, 2>*)(x + at);
+                values[m].thread_elements()[0] = static_cast<float>(pair[0]);
+                values[m].thread_elements()[1] = static_cast<float>(pair[1]);
             }
-            for (int n = 0; n < N; n++) {
+            UNROLL for (int n = 0; n < N; n++) {
                 simdgroup_matrix<float, 8, 8> weights;
-                for (int i = 0; i < 2; i++) {
-                    uint bits = packed[words[n][i] + (k + down) / WEIGHTS];
-                    uint number = (bits >> ((k + down) % WEIGHTS * BITS)) & MASK;
-                    weights.thread_elements()[i] = fma(scale[n][i], static_cast<float>(number), bias[n][i]);
+                UNROLL for (int i = 0; i < 2; i++) {
+                    float number = static_cast<float>(words[n][i][k / 8] & mask);
+                    weights.thread_elements()[i] = fma(scale[n][i], number, bias[n][i]);
                 }
-                for (int m = 0; m < M; m++) {
+                UNROLL for (int m = 0; m < M; m++) {
                     simdgroup_multiply_accumulate(sums[m][n], values[m], weights, sums[m][n]);
                 }
             }
         }
     }
+}
 
-    // In pairs, as the lanes of one row. A part writes where only it has read before: one barrier a round.
+// The parts' sums, in the first: in pairs, as the lanes of one row. A part writes where only it has read before: one
+// barrier a round.
+template <int M, int N>
+inline void add_parts(
+    thread simdgroup_matrix<float, 8, 8> (&sums)[M][N], threadgroup float* others, int part, int lane) {
     for (int apart = 1; apart < PARTS; apart *= 2) {
         int partner = part + apart;
         if (part % (2 * apart) == apart) {
-            for (int m = 0; m < M; m++) {
-                for (int n = 0; n < N; n++) {
+            UNROLL for (int m = 0; m < M; m++) {
+                UNROLL for (int n = 0; n < N; n++) {
                     int at = (part / 2 * M * N + m * N + n) * 64 + lane * 2;
                     others[at] = sums[m][n].thread_elements()[0];
                     others[at + 1] = sums[m][n].thread_elements()[1];
@@ -74,8 +100,8 @@
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (part % (2 * apart) == 0) {
-            for (int m = 0; m < M; m++) {
-                for (int n = 0; n < N; n++) {
+            UNROLL for (int m = 0; m < M; m++) {
+                UNROLL for (int n = 0; n < N; n++) {
                     int at = (partner / 2 * M * N + m * N + n) * 64 + lane * 2;
                     sums[m][n].thread_elements()[0] += others[at];
                     sums[m][n].thread_elements()[1] += others[at + 1];
@@ -83,13 +109,95 @@
             }
         }
     }
+}
+
+// As in quantized_matmul.
+template <typename T, bool BIAS, typename B>
+inline T biased(float sum, B bias, int column) {
+    T rounded = static_cast<T>(sum);
+    return BIAS ? static_cast<T>(static_cast<float>(rounded) + static_cast<float>(bias[column])) : rounded;
+}
+
+template <typename T, bool BIAS, int M, int N, typename B>
+inline void store_tile(
+    thread simdgroup_matrix<float, 8, 8> (&sums)[M][N], device T* out, B bias, int row, int rows, int column, int outputs) {
+    UNROLL for (int m = 0; m < M; m++) {
+        UNROLL for (int n = 0; n < N; n++) {
+            UNROLL for (int i = 0; i < 2; i++) {
+                int o = column + n * 8 + i;
+                if (row + m * 8 < rows && o < outputs) {
+                    out[ulong(row + m * 8) * outputs + o] =
+                        biased<T, BIAS>(sums[m][n].thread_elements()[i], bias, o);
+                }
+            }
+        }
+    }
+}
+
+// kernel quantized_matmul_tile(x, packed, scales, biases, bias, rows, outputs) -> (out)
+    threadgroup float others[PARTS / 2 * M * N * 64];
+    int lane = int(thread_index_in_simdgroup);
+    int part = int(simdgroup_index_in_threadgroup);
+    int down = (lane / 4 & 4) + lane / 2 % 4;  // a lane's places in a matrix: (down, right) and the next one
+    int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
+    int row = int(threadgroup_position_in_grid.x) * (8 * M) + down;
+    int column = int(threadgroup_position_in_grid.y) * (8 * N) + right;
+    simdgroup_matrix<float, 8, 8> sums[M][N];
+    add_tiles<I, BITS, GROUP, M, N>(x, row, rows, packed, packed, scales, scales, biases, biases, column,
+        column + N * 4, outputs, part, down, right, sums);
+    add_parts<M, N>(sums, others, part, lane);
     if (part == 0) {
-        for (int m = 0; m < M; m++) {
-            for (int n = 0; n < N; n++) {
-                for (int i = 0; i < 2; i++) {
-                    if (row + m * 8 < rows && column + n * 8 + i < outputs) {
-                        ulong at = ulong(row + m * 8) * outputs + column + n * 8 + i;
-                        out[at] = static_cast<T>(sums[m][n].thread_elements()[i]);
+        store_tile<T, BIAS, M, N>(sums, out, bias, row, rows, column, outputs);
+    }
+
+// kernel quantized_matmul_tile_three(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, packed_2, scales_2, biases_2, bias_2, rows, outputs_0, outputs_1, outputs_2) -> (out_0, out_1, out_2)
+    threadgroup float others[PARTS / 2 * M * N * 64];
+    int lane = int(thread_index_in_simdgroup);
+    int part = int(simdgroup_index_in_threadgroup);
+    int down = (lane / 4 & 4) + lane / 2 % 4;
+    int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
+    int tile = int(threadgroup_position_in_grid.y);
+    int tiles_0 = (outputs_0 + 8 * N - 1) / (8 * N), tiles_1 = (outputs_1 + 8 * N - 1) / (8 * N);
+    int matrix = tile < tiles_0 ? 0 : tile < tiles_0 + tiles_1 ? 1 : 2;  // a threadgroup's
+    tile -= matrix == 0 ? 0 : matrix == 1 ? tiles_0 : tiles_0 + tiles_1;
+    const device uint* packed = matrix == 0 ? packed_0 : matrix == 1 ? packed_1 : packed_2;
+    const device S* scales = matrix == 0 ? scales_0 : matrix == 1 ? scales_1 : scales_2;
+    const device S* biases = matrix == 0 ? biases_0 : matrix == 1 ? biases_1 : biases_2;
+    const device T* bias = matrix == 0 ? bias_0 : matrix == 1 ? bias_1 : bias_2;
+    device T* out = matrix == 0 ? out_0 : matrix == 1 ? out_1 : out_2;
+    int outputs = matrix == 0 ? outputs_0 : matrix == 1 ? outputs_1 : outputs_2;
+    int row = int(threadgroup_position_in_grid.x) * (8 * M) + down;
+    int column = tile * (8 * N) + right;
+    simdgroup_matrix<float, 8, 8> sums[M][N];
+    add_tiles<I, BITS, GROUP, M, N>(x, row, rows, packed, packed, scales, scales, biases, biases, column,
+        column + N * 4, outputs, part, down, right, sums);
+    add_parts<M, N>(sums, others, part, lane);
+    if (part == 0) {
+        store_tile<T, BIAS, M, N>(sums, out, bias, row, rows, column, outputs);
+    }
+
+// kernel quantized_matmul_tile_gated(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, rows, outputs) -> (out)
+    threadgroup float others[PARTS / 2 * M * N * 64];
+    int lane = int(thread_index_in_simdgroup);
+    int part = int(simdgroup_index_in_threadgroup);
+    int down = (lane / 4 & 4) + lane / 2 % 4;
+    int right = (lane / 4 & 2) * 2 + lane % 2 * 2;
+    int row = int(threadgroup_position_in_grid.x) * (8 * M) + down;
+    int column = int(threadgroup_position_in_grid.y) * (4 * N) + right;  // left half the gate's, right the other's
+    simdgroup_matrix<float, 8, 8> sums[M][N];
+    add_tiles<I, BITS, GROUP, M, N>(x, row, rows, packed_0, packed_1, scales_0, scales_1, biases_0, biases_1, column,
+        column, outputs, part, down, right, sums);
+    add_parts<M, N>(sums, others, part, lane);
+    if (part == 0) {
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int n = 0; n < N / 2; n++) {
+                UNROLL for (int i = 0; i < 2; i++) {
+                    int o = column + n * 8 + i;
+                    if (row + m * 8 < rows && o < outputs) {
+                        float gate = static_cast<float>(biased<T, BIAS>(sums[m][n].thread_elements()[i], bias_0, o));
+                        T silu = static_cast<T>(gate / (1.0f + metal::precise::exp(-gate)));
+                        T up = biased<T, BIAS>(sums[m][n + N / 2].thread_elements()[i], bias_1, o);
+                        out[ulong(row + m * 8) * outputs + o] = static_cast<T>(silu * up);
                     }
                 }
             }

@@ -6,19 +6,24 @@ TINY_LLM_METAL_GRID=full runs every format in every dtype with three seeds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product as pairs
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops import paged_attention as attention
-from tiny_llm.ops import quantized_matmul as matmul
+from tiny_llm.ops import quantized_matmul_metal as matmul
+from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
-from tiny_llm.ops.quantized_matmul import matmul_tiles_keep_bits, quantized_matmul, quantized_matmul_ref
+from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
+from tiny_llm.ops.quantized_matmul_metal import matmul_tiles_keep_bits
+from tiny_llm.ops.swiglu import swiglu
 from tiny_llm.ops.work_lists import WorkLists
 
 pytestmark = pytest.mark.slow
@@ -53,10 +58,14 @@ def quantized(
     return QuantizedTensor(*mx.quantize(weight, group, bits), group, bits)
 
 
+def product(x: mx.array, weight: QuantizedTensor, *, tiles: bool) -> mx.array:
+    return matmul._run("", x, [weight], [None], tiles)[0]
+
+
 def formats() -> Iterator[tuple[int, int, mx.Dtype]]:
     """Bits, group and dtype: each format once, in full each with each."""
     if FULL:
-        yield from ((*form, dtype) for form, dtype in product(FORMATS, DTYPES))
+        yield from ((*form, dtype) for form, dtype in pairs(FORMATS, DTYPES))
     else:
         yield from ((*form, DTYPES[i % 3]) for i, form in enumerate(FORMATS))
 
@@ -72,7 +81,7 @@ def test_tiles_and_blocks_of_rows_are_as_ref_and_have_the_same_bits(
         weight = quantized(outputs, width, bits, group, dtype, seed)
         for rows in (1, 7, 8, 33) if outputs in (7, 33) else (34,):
             x = normal(rows, width, seed=seed + 1, dtype=dtype)
-            tiles, blocks = matmul._tiles(x, weight), matmul._blocks(x, weight)
+            tiles, blocks = product(x, weight, tiles=True), product(x, weight, tiles=False)
             expected = quantized_matmul_ref(x, weight)
             assert (tiles.shape, tiles.dtype) == (expected.shape, dtype)
             assert off(tiles, expected) < TOLERANCE[dtype], f"{rows} rows, {outputs} outputs"
@@ -94,20 +103,102 @@ def test_tiles_are_for_more_rows_than_a_block_has(where: str) -> None:
     assert matmul_tiles_keep_bits(where)
     weight = quantized(8, 64, 4, 64, mx.float32)
     with metal.watch() as seen:
-        quantized_matmul(normal(16, 64), weight)
-        quantized_matmul(normal(17, 64), weight)
-    assert [name for name, _ in seen] == ["quantized_matmul", "quantized_matmul_tile"]
-    weights = weight.packed.nbytes
-    assert seen[1][1].fetched["packed"] == weights, "17 rows are one tile, which fetches each weight once"
+        for rows in (4, 5, 32):
+            quantized_matmul(normal(rows, 64), weight)
+    assert [name for name, _ in seen] == ["quantized_matmul", *["quantized_matmul_tile"] * 2]
+    for _, traffic in seen:
+        assert traffic.fetched["packed"] == weight.packed.nbytes, "one block or tile fetches each weight once"
 
 
 def test_a_device_that_sums_in_another_order_gets_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = matmul._tiles
-    monkeypatch.setattr(matmul, "_tiles", lambda x, weight: tiles(x, weight) * (1 + 2e-7))
+    run = matmul._run
+
+    def other(kind: str, x: mx.array, weights: Any, biases: Any, tiles: bool) -> list[mx.array]:
+        return [out * (1 + 2e-7 * tiles) for out in run(kind, x, weights, biases, tiles)]
+
+    monkeypatch.setattr(matmul, "_run", other)
     assert not matmul_tiles_keep_bits.__wrapped__(backend.active())
     monkeypatch.setattr(matmul, "matmul_tiles_keep_bits", lambda _: False)
     x, weight = normal(33, 64), quantized(9, 64, 4, 64, mx.float32)
-    assert mx.array_equal(quantized_matmul(x, weight), matmul._blocks(x, weight)).item()
+    assert mx.array_equal(quantized_matmul(x, weight), product(x, weight, tiles=False)).item()
+
+
+def names(seen: Sequence[tuple[str, Traffic]]) -> list[str]:
+    return [name for name, _ in seen]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 33])
+@pytest.mark.parametrize(("bits", "group", "dtype"), [(4, 64, mx.bfloat16), (8, 32, mx.float32)], ids=str)
+def test_q_k_v_and_the_gated_pair_are_a_dispatch_each_with_the_bits_of_single_products(
+    rows: int, bits: int, group: int, dtype: mx.Dtype, where: str
+) -> None:
+    x = normal(rows, 192, dtype=dtype)
+    weights = [quantized(outputs, 192, bits, group, dtype, seed) for seed, outputs in enumerate((40, 10, 17))]
+    pair = [quantized(21, 192, bits, group, dtype, seed) for seed in (3, 4)]
+    for biased in (True, False):
+        biases = [
+            normal(w.packed.shape[0], seed=9, dtype=dtype) if biased else None for w in (*weights, *pair)
+        ]
+        with metal.watch() as seen:
+            together = [*linears(x, weights, biases[:3]), gated(x, *pair, *biases[3:])]
+        suffix = "_tile" if rows > 4 else ""
+        if where == "metalsim":
+            assert names(seen) == [f"quantized_matmul{suffix}_three", f"quantized_matmul{suffix}_gated"]
+        single = [linear(x, w, bias) for w, bias in zip((*weights, *pair), biases, strict=True)]
+        alone = [*single[:3], swiglu(*single[3:])]
+        plain = [quantized_matmul(x, w) for w in (*weights, *pair)]
+        added = [y if b is None else y + b for y, b in zip(plain, biases, strict=True)]
+        for got, expected in zip((*together, *single), (*alone, *added), strict=True):
+            assert (got.shape, got.dtype) == (expected.shape, dtype)
+            assert mx.array_equal(got, expected).item(), f"bias: {biased}"
+
+
+def test_products_that_no_single_dispatch_takes_are_made_one_by_one(where: str, off: Off) -> None:
+    if where != "metalsim":
+        pytest.skip("what runs is seen in the simulator alone")
+    x = normal(2, 128)
+    usual = quantized(16, 128, 4, 64, mx.float32)
+    others = {
+        "bits": quantized(16, 128, 8, 64, mx.float32),
+        "group size": quantized(16, 128, 4, 32, mx.float32),
+        "scales": quantized(16, 128, 4, 64, mx.float16),
+        "dense": normal(16, 128, seed=3),
+        "6 bits": quantized(16, 128, 6, 64, mx.float32),
+        "few": quantized(3, 128, 4, 64, mx.float32),
+    }
+    for what, other in others.items():
+        with metal.watch() as seen:
+            got = [*linears(x, [usual, other, usual], [None] * 3)]
+            got += [] if what == "few" else [gated(x, usual, other, None, None)]
+        assert not [name for name in names(seen) if "three" in name or "gated" in name], what
+        with backend.use("ref"):
+            wanted = [*linears(x, [usual, other, usual], [None] * 3)]
+            wanted += [] if what == "few" else [gated(x, usual, other, None, None)]
+        assert all(off(g, w) < 3e-6 for g, w in zip(got, wanted, strict=True)), what
+    bias = normal(16, seed=4)
+    with metal.watch() as seen:
+        got = linears(x, [usual] * 3, [bias, None, bias])
+    assert names(seen) == ["quantized_matmul"] * 3, "a bias each or none"
+
+
+def test_loads_of_a_decode_row_are_wide(where: str) -> None:
+    """A lane takes 32 inputs of two columns in 14 loads: 2 of weights, 8 of x, 4 of scales and biases.
+
+    By 4 bytes of weights and one number of x they were 44.
+    """
+    if where != "metalsim":
+        pytest.skip("what runs is seen in the simulator alone")
+    weight = quantized(16, 512, 4, 64, mx.bfloat16)
+    with metal.watch() as seen:
+        quantized_matmul(normal(1, 512, dtype=mx.bfloat16), weight)
+        quantized_matmul(normal(32, 512, dtype=mx.bfloat16), weight)
+    (_, block), (_, tile) = seen
+    chunks = 16 // 2 * 512 // 32  # lanes' columns, chunks
+    assert block.loads["packed"] == block.loads["scales"] == block.loads["biases"] == 2 * chunks
+    assert block.loads["x"] == 8 * chunks
+    lanes = 32 * 512 // 32  # of a tile, each with 2 places of 4 matrices
+    assert tile.loads["packed"] == tile.loads["scales"] == 8 * lanes, "16 bytes each"
+    assert tile.loads["x"] == 16 * lanes, "two numbers each"
 
 
 @pytest.mark.parametrize("name", ["ref", "cpu", "cuda"])
@@ -153,7 +244,7 @@ def heads() -> Iterator[tuple[int, int, mx.Dtype]]:
     """Head dim, tokens a block and dtype: each dim once, in full each with each."""
     dims = (64, 80, 96, 128, 256)
     if FULL:
-        yield from product(dims, (16, 32), DTYPES)
+        yield from pairs(dims, (16, 32), DTYPES)
     else:
         yield from ((dim, (16, 32)[i % 2], DTYPES[i % 3]) for i, dim in enumerate(dims))
 

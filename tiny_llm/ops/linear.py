@@ -14,6 +14,7 @@ from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, cpu, on_mlx
 from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.quantized_matmul_metal import gated_product, products, quantized_of
 from tiny_llm.ops.swiglu import swiglu
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.arra
     if active() == "cpu":  # its kernels read packed matrices only
         fallbacks().add("linear")
     if isinstance(weight, QuantizedTensor):
-        y = quantized_matmul(x, weight)
-        return y if bias is None else y + bias
+        return quantized_matmul(x, weight, bias)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"[linear] expected a weight [O, {x.shape[-1]}] for x {x.shape}, got {weight.shape}")
     return linear_mlx(x, weight, bias) if on_mlx() else linear_ref(x, weight, bias)
@@ -59,6 +59,8 @@ def linears(
     """
     if _packed(weights):
         return cpu.linear(x, list(weights), list(biases), head_dim)
+    if len(weights) == 3 and (quantized := quantized_of(x, weights, biases)):
+        return products(x, quantized, biases)
     outputs = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     if not head_dim or on_mlx():
         return outputs
@@ -72,6 +74,9 @@ def gated(
     pair = (gate, up)
     if _packed(pair):
         return cpu.gated(x, pair[0], pair[1], gate_bias, up_bias)
+    quantized = quantized_of(x, pair, (gate_bias, up_bias))
+    if quantized and quantized[0].packed.shape == quantized[1].packed.shape:
+        return gated_product(x, quantized, (gate_bias, up_bias))
     return swiglu(linear(x, gate, gate_bias), linear(x, up, up_bias))
 
 
