@@ -12,7 +12,7 @@ import pytest
 
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops import backend
+from tiny_llm.ops import backend, metal
 from tiny_llm.sampling.sampler import sample, sample_ref
 from tiny_llm.sampling_params import SamplingParams
 
@@ -112,3 +112,35 @@ def test_a_row_does_not_depend_on_its_company() -> None:
     together = sample(logits, params, positions).tolist()
     alone = [sample(logits[r : r + 1], params[r : r + 1], positions[r : r + 1]).item() for r in range(9)]
     assert alone == together
+
+
+def read_of(logits: mx.array, **options: float) -> float:
+    """How many times a row is read to draw from it."""
+    with metal.watch() as seen:
+        sample(logits[None], [SamplingParams(seed=1, **options)], [0])  # type: ignore[arg-type]
+    ((_, traffic),) = seen
+    assert 3 * traffic.loads["logits"] < traffic.read["logits"] / 4, "four numbers a load"
+    return traffic.read["logits"] / logits.nbytes
+
+
+def test_a_row_is_read_twice_unless_its_cut_is_far_down() -> None:
+    """It was read 7 times with top-k or top-p, 12 with both."""
+    if backend.active() != "metalsim":
+        pytest.skip("what is read is seen in the simulator alone")
+    logits = mx.random.normal((16384,), key=mx.random.key(1))
+    peaked, flat = logits * 4, logits
+    for options in {}, {"top_k": 20}, {"top_k": 600}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.95}:
+        assert 2 <= read_of(peaked, temperature=1.0, **options) < 2.1, options
+    assert 5 <= read_of(flat, temperature=1.0, top_p=0.95) < 7.1
+    assert read_of(flat, temperature=1.0, top_k=9000, top_p=0.95) < 14
+
+
+def test_cuts_that_are_far_down() -> None:
+    """Beyond what is held: thousands of tokens, of which some are equal."""
+    logits = mx.round(mx.random.normal((1, 8192), key=mx.random.key(2)) * 40) / 40
+    for options in {"top_k": 3000}, {"top_k": 1500, "top_p": 0.9}, {"top_p": 0.99}, {"top_k": 8191}:
+        params = [SamplingParams(temperature=1.0, seed=5, **options)]  # type: ignore[arg-type]
+        for row in logits, logits * 0, logits * 50:
+            for position in range(3):
+                got = sample(row, params, [position]).item()
+                assert got == sample_ref(row, params, [position]).item(), options

@@ -23,8 +23,9 @@ from tiny_llm.sampling_params import SamplingParams
 
 _LEAST = 1e-30  # still a normal float32; a temperature or top-p of it is already as good as greedy
 _LEAST_NOISE = -4.0
-_THREADS = 256
+_THREADS = 512
 _MOST_TOKENS = 2**19  # that the Metal kernel can rank
+_FEWEST_LOGITS = 8  # MLX gives a kernel fewer in another address space
 
 
 def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
@@ -38,7 +39,7 @@ def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequen
     scores = logits.astype(mx.float32)
     if all(p.temperature == 0 for p in params):
         return argmax(scores)
-    if on_metal("sample", scores) and 0 < scores.shape[1] <= _MOST_TOKENS and scores.shape[0]:
+    if scores.size >= _FEWEST_LOGITS and scores.shape[1] <= _MOST_TOKENS and on_metal("sample", scores):
         return _sample_metal(scores, params, positions)
     if not on_cpu("sample", scores):
         return sample_ref(scores, params, positions)
@@ -67,7 +68,7 @@ def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions:
             noise_keys([_seed_of(p) for p in params], positions),
             vocab,
         ],
-        template=[("TG", _THREADS)],
+        template=[("TG", _THREADS), ("ALIGNED", vocab % 4 == 0)],
         grid=(_THREADS, rows, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(rows,)],
