@@ -18,6 +18,8 @@ from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.cuda import blocks, source
+from tiny_llm.ops.embedding import embedding
+from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
@@ -53,11 +55,13 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     positions, inv_freq = mx.arange(3, dtype=mx.int32), rope_frequencies(64, 1e6)
     yield lambda: rope_qk(q, k, positions, inv_freq, None, None, 1e-6)
     yield lambda: rope_qk(q, k, positions, inv_freq, head, head, 1e-6)
-    for rows in (1, 5, 16):
+    for rows in (1, 2, 16):
         for bits in (4, 8):
-            many = normal(rows, 128, dtype=dtype)
+            many, bias = normal(rows, 128, dtype=dtype), normal(10, dtype=dtype)
             matrix = QuantizedTensor(*mx.quantize(normal(10, 128, dtype=dtype), 64, bits), 64, bits)
             yield lambda many=many, matrix=matrix: quantized_matmul(many, matrix)  # type: ignore[misc]
+            yield lambda a=(many, [matrix] * 3, [bias] * 3): linears(*a)  # type: ignore[misc]
+            yield lambda a=(many, matrix, matrix, None, None): gated(*a)  # type: ignore[misc]
     pool = normal(8, 2, 64, 16, dtype=dtype), normal(8, 2, 16, 64, dtype=dtype)
     tables, lens = mx.array([[1, 5, 3], [4, 0, 0]]), mx.array([40, 2])
     pages = Pages(*(a.astype(mx.int32) for a in (mx.array([55, 64, 65]), tables, mx.array([0, 1, 3]), lens)))
@@ -65,8 +69,11 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     blocks = mx.arange(20) % 8, mx.array([0, 1]), mx.array([320])
     long = Pages(*(a.astype(mx.int32) for a in (mx.array([63]), blocks[0][None], *blocks[1:])))
     yield lambda: paged_attention(q[:1], k[:1], k[:1], pool, long)
+    table = QuantizedTensor(*mx.quantize(normal(9, 64, dtype=dtype), 32, 4), 32, 4)
+    yield lambda: embedding(mx.array([8, 0, 3]), table)
     few = [SamplingParams(temperature=0.9, top_k=k, top_p=0.8, seed=k) for k in (0, 9)]
     yield lambda: sample(normal(2, 900), few, [1, 2])
+    yield lambda: sample(normal(2, 901), few, [1, 2])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     monkeypatch.setattr(metal, "_made", note)
-    for name in ("quantized_matmul.matmul_tiles_keep_bits", "paged_attention.attention_tiles_keep_bits"):
+    for name in (
+        "quantized_matmul_metal.matmul_tiles_keep_bits",
+        "paged_attention.attention_tiles_keep_bits",
+    ):
         monkeypatch.setattr(f"tiny_llm.ops.{name}", lambda _: False)  # as on CUDA
     for dtype in DTYPES:
         with backend.use("metalsim"):

@@ -20,7 +20,9 @@ from tiny_llm.metalsim.run import MetalKernel
 from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend, metal
+from tiny_llm.ops.embedding import embedding, embedding_ref
 from tiny_llm.ops.kv_pool import settled
+from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -136,6 +138,23 @@ def test_quantized_matmul(
     same(quantized_matmul(x, weight), quantized_matmul_ref(x, weight))
 
 
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding(bits: int, dtype: mx.Dtype, same: Callable[..., None]) -> None:
+    table = quantized(300, 192, 64, bits, dtype)
+    for tokens in mx.array([299]), mx.array([7, 7, 0], mx.uint32), mx.arange(30):
+        same(embedding(tokens, table), embedding_ref(tokens, table))
+
+
+def test_a_quantized_look_up_is_one_dispatch_that_reads_its_rows() -> None:
+    table = quantized(300, 192, 64, 4, mx.bfloat16)
+    with metal.watch() as seen:
+        embedding(mx.array([299, 3]), table)
+    ((name, traffic),) = seen
+    assert (name, traffic.fetched["packed"]) == ("embedding", 2 * 192 // 2)
+
+
 def paged(
     lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]:
@@ -234,6 +253,14 @@ def attended(*case: Any) -> Arrays:
     return (out, *pool)
 
 
+def every_product(x: mx.array) -> Arrays:
+    """Of one matrix, of three at once, of a gated pair; with biases."""
+    weights = [quantized(8, x.shape[1], 64, 4, x.dtype) for _ in range(3)]
+    biases = [normal(8, seed=seed, dtype=x.dtype) for seed in range(3)]
+    single = linear(x, weights[0], biases[0])
+    return (single, *linears(x, weights, biases), gated(x, *weights[:2], *biases[:2]))
+
+
 def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
     """What one call of each kernel gives, its inputs larger than what MLX passes as constants."""
     x, weight = normal(3, 256, dtype=dtype), normal(256, seed=1, dtype=dtype)
@@ -243,11 +270,12 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         *add_rms_norm(x, x, weight, 1e-6),
         swiglu(x, x),
         *rope_qk(q, q, mx.arange(3), rope_frequencies(64, 1e4), weight[:64], weight[:64], 1e-6),
-        quantized_matmul(x, quantized(8, 256, 64, 4, dtype)),
-        quantized_matmul(normal(17, 256, dtype=dtype), quantized(8, 256, 64, 4, dtype)),
+        *every_product(x),
+        *every_product(normal(5, 256, dtype=dtype)),
         *attended([150, 3], [1, 3], 4, 2, 64, 16, dtype),
         *attended([40], [5], 4, 2, 80, 16, dtype),
         *attended([300, 3], [1, 1], 4, 2, 64, 16, dtype),
+        embedding(mx.array([7, 0, 7]), quantized(8, 256, 64, 4, dtype)),
         sample(normal(3, 300), [drawn(k) for k in (0, 9, 1)], [1, 2, 3]),
     ]
 
@@ -293,7 +321,7 @@ def test_arrays_of_a_thread_stay_in_registers(seen: list[Kernel]) -> None:
     every_kernel(mx.bfloat16)
     for case in [([70], [2], 14, 2, 128, 64), ([300], [1], 8, 1, 256, 32), ([40], [1], 7, 1, 80, 32)]:
         attended(*case, mx.bfloat16)
-    found = {k.full_name: stack_arrays(program(k)) for k in seen if "quantized_matmul" not in k.name}
+    found = {k.full_name: stack_arrays(program(k)) for k in seen}
     assert {name: arrays for name, arrays in found.items() if arrays} == {}
 
 
@@ -347,7 +375,7 @@ def test_weights_and_pages_are_fetched_once() -> None:
     q, k, v, pool, pages = paged([64], [1], 8, 2, 64, 16, mx.bfloat16)
     with metal.watch() as seen:
         quantized_matmul(normal(1, 512, dtype=mx.bfloat16), weight)
-        quantized_matmul(normal(16, 512, dtype=mx.bfloat16), weight)
+        quantized_matmul(normal(4, 512, dtype=mx.bfloat16), weight)
         paged_attention(q, k, v, pool, pages)
     assert [name for name, _ in seen] == [*["quantized_matmul"] * 2, "kv_write", "paged_attention"]
     for _, traffic in seen[:2]:

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.ops.backend import cpu, on_mlx
+from tiny_llm.ops.metal import kernel, on_metal
 
 
 def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.array:
@@ -32,6 +33,9 @@ def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
         raise ValueError(f"[embedding] expected integer tokens [T], got {tokens.dtype} {tokens.shape}")
     if not isinstance(weight, (mx.array, QuantizedTensor)):
         return cpu.embedding(tokens, weight)
+    quantized = isinstance(weight, QuantizedTensor) and weight.bits in (4, 8) and tokens.size > 0
+    if quantized and on_metal("embedding", weight.scales, weight.biases):
+        return _metal(tokens, weight)
     return embedding_mlx(tokens, weight) if on_mlx() else embedding_ref(tokens, weight)
 
 
@@ -41,3 +45,18 @@ def embedding_mlx(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.ar
         return weight[tokens]
     rows = weight.packed[tokens], weight.scales[tokens], weight.biases[tokens]
     return mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)
+
+
+def _metal(tokens: mx.array, weight: QuantizedTensor) -> mx.array:
+    """A thread a word of a row."""
+    words = weight.packed.shape[1]
+    width = words * 32 // weight.bits
+    (rows,) = kernel("embedding")(
+        inputs=[tokens, weight.packed, weight.scales, weight.biases, words],
+        template=[("T", weight.scales.dtype), ("BITS", weight.bits), ("GROUP", weight.group_size)],
+        grid=(words, tokens.size, 1),
+        threadgroup=(min(words, 256), 1, 1),
+        output_shapes=[(tokens.size, width)],
+        output_dtypes=[weight.scales.dtype],
+    )
+    return rows

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.attention import attention_ref
+from tiny_llm.ops.embedding import embedding, embedding_ref
 from tiny_llm.ops.kv_pool import KvFormat, Pool
 from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention
@@ -217,8 +218,8 @@ def _fused(s: Shapes, sizes: Sizes) -> Iterator[Check]:
     """What a layer asks for at once: q, k and v with a bias, and the gated pair."""
     x = normal(s, ROWS, s.hidden)
     outputs = s.head_dim * -(-min(sizes.outputs, s.hidden) // s.head_dim)
-    weights = [_matrix(s, outputs, s.hidden, seed) for seed in (5, 6)]
-    biases = [normal(s, outputs, seed=seed) for seed in (7, 8)]
+    weights = [_matrix(s, outputs, s.hidden, seed) for seed in (4, 5, 6)]
+    biases = [normal(s, outputs, seed=seed) for seed in (7, 8, 9)]
 
     def fused(x: mx.array) -> list[mx.array]:
         return [*linears(x, weights, biases), gated(x, weights[0], weights[1], None, None)]
@@ -229,7 +230,7 @@ def _fused(s: Shapes, sizes: Sizes) -> Iterator[Check]:
         return [*sums, swiglu_ref(products[0], products[1])]
 
     yield Check(
-        "two matrices with biases, a gated pair", lambda: fused(x), known(expected), TOLERANCE[s.dtype]
+        "three matrices with biases, a gated pair", lambda: fused(x), known(expected), TOLERANCE[s.dtype]
     )
     yield Check(
         "these for a row alone and among others", lambda: row_of(fused(x)), lambda: fused(x[ROW : ROW + 1])
@@ -402,6 +403,24 @@ def _pages(tables: list[list[int]], starts: Sequence[int], ends: Sequence[int], 
     return Pages(*(mx.array(numbers, mx.int32) for numbers in (slots, wide, firsts, list(ends))))
 
 
+def _look_ups(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    table = _matrix(s, min(sizes.outputs, s.vocab), s.hidden)
+    last = table.packed.shape[0] - 1
+    tokens = mx.array([last, 0, last, last // 2])
+    expected = known(lambda: [embedding_ref(tokens, table)])
+    yield Check("rows of a table", lambda: [embedding(tokens, table)], expected, TOLERANCE[s.dtype])
+
+    def step(state: Arrays, _: int) -> Arrays:
+        return [state[0] + (0 * embedding(state[0], table)[:, 0]).astype(mx.int32)]
+
+    for rows in sizes.rows:
+        yield TimedCall(_rows(rows), partial(_ids, rows), step)
+
+
+def _ids(rows: int) -> list[mx.array]:
+    return [mx.arange(rows, dtype=mx.int32) % 2]
+
+
 def _draws(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     options = [
         SamplingParams(temperature=1.0, seed=1),
@@ -451,6 +470,7 @@ def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
         "quantized_matmul": _products,
         "kv_write": _writes,
         "paged_attention": _attentions,
+        "embedding": _look_ups,
         "sample": _draws,
     }
     return makers[op](shapes, sizes)
@@ -458,4 +478,4 @@ def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
 
 def ops_of(shapes: Shapes) -> tuple[str, ...]:
     """The ops that a model of these shapes uses, of those that have kernels for GPUs."""
-    return tuple(op for op in OPS if shapes.bits or op != "quantized_matmul")
+    return tuple(op for op in OPS if shapes.bits or op not in ("quantized_matmul", "embedding"))

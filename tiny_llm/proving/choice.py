@@ -10,7 +10,16 @@ from tiny_llm.ops.backend import GPU_KERNELS
 from tiny_llm.proving.record import SLOWEST, Proof
 
 KERNELS = ("auto", "ours", "mlx")
-OPS = ("rms_norm", "rope", "swiglu", "quantized_matmul", "kv_write", "paged_attention", "sample")
+OPS = (
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "quantized_matmul",
+    "kv_write",
+    "paged_attention",
+    "embedding",
+    "sample",
+)
 """Those that have kernels for GPUs."""
 COPIES = frozenset({"kv_write", "embedding"})
 """Ops that move numbers and add none up: a row's bits are the same, whoever moves them."""
