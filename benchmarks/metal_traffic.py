@@ -1,9 +1,10 @@
 """What do our Metal kernels move, over the least possible? Counted by metalsim; no GPU, so no speed.
 
 A kernel's least is each byte of its inputs and outputs once (of a pool: of the tokens that are seen). What it
-moves is each element once a threadgroup: the cores' own caches keep it so long, at best. Shapes are those of
-Qwen2-1.5B with 4-bit weights, with fewer outputs, of which all are alike. From these and the chips' published
-figures: tokens/s that no run has measured, at most. Reuse is how many rows use what is moved, each time.
+moves is each element once a threadgroup: the cores' own caches keep it so long, at best; of logits, each time
+that they are read, since no core keeps a row of them. Shapes are those of Qwen2-1.5B with 4-bit
+weights, with fewer outputs, of which all are alike. From these and the chips' published figures: tokens/s
+that no run has measured, at most. Reuse is how many rows use what is moved, each time.
 Prints two tables and one JSON line.
 """
 
@@ -23,12 +24,17 @@ from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops.backend import use
+from tiny_llm.ops.embedding import embedding
+from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.metal import watch
 from tiny_llm.ops.paged_attention import attention_tiles_keep_bits, paged_attention
-from tiny_llm.ops.quantized_matmul import matmul_tiles_keep_bits, quantized_matmul
+from tiny_llm.ops.quantized_matmul import quantized_matmul
+from tiny_llm.ops.quantized_matmul_metal import matmul_tiles_keep_bits
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.swiglu import swiglu
+from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.weights.names import config_of
 
 SHAPE = "qwen2-1.5b"
@@ -46,6 +52,7 @@ class Row:
     ratio: float
     all_ratio: float
     reuse: float
+    loads: float
     simd_operations: float
     barriers: float
 
@@ -78,6 +85,47 @@ def matmul_case(rows: int, outputs: int) -> Case:
     least |= {"rows": 4, "outputs": 4, "out": rows * outputs * 2}
     main = ("packed", "scales", "biases")
     return Case(f"{rows} rows", main, least, rows * outputs, lambda: quantized_matmul(x, weight), rows)
+
+
+def fused_case(rows: int, outputs: int, *, pair: bool) -> Case:
+    """The same by three matrices with biases at once, or by a gated pair."""
+    x = normal(rows, WIDTH)
+    weights = [
+        QuantizedTensor(*mx.quantize(normal(outputs, WIDTH, seed=i), 64, 4), 64, 4)
+        for i in range(2 if pair else 3)
+    ]
+    biases = [normal(outputs, seed=i) for i in range(len(weights))]
+    least = {"x": x.nbytes, "rows": 4} | ({"outputs": 4} if pair else {})
+    for i, weight in enumerate(weights):
+        least |= {f"packed_{i}": weight.packed.nbytes, f"bias_{i}": biases[i].nbytes}
+        least |= {f"scales_{i}": weight.scales.nbytes, f"biases_{i}": weight.biases.nbytes}
+        least |= {} if pair else {f"outputs_{i}": 4, f"out_{i}": rows * outputs * 2}
+    least |= {"out": rows * outputs * 2} if pair else {}
+    main = [name for name in least if name.startswith(("packed", "scales", "biases"))]
+
+    def call() -> object:
+        return gated(x, weights[0], weights[1], biases[0], biases[1]) if pair else linears(x, weights, biases)
+
+    return Case(f"{rows} rows", main, least, rows * outputs * (1 if pair else 3), call, rows)
+
+
+def look_up_case(rows: int) -> Case:
+    """Rows of a 4-bit table."""
+    packed, scales, biases = mx.quantize(normal(256, WIDTH), 64, 4)
+    table, tokens = QuantizedTensor(packed, scales, biases, 64, 4), mx.arange(rows) * 7
+    least = {"tokens": 4 * rows, "words": 4, "packed": rows * WIDTH // 2, "out": rows * WIDTH * 2}
+    least |= {"scales": rows * WIDTH // 64 * 2, "biases": rows * WIDTH // 64 * 2}
+    main = ("packed", "scales", "biases", "out")
+    return Case(f"{rows} rows", main, least, rows * WIDTH, lambda: embedding(tokens, table))
+
+
+def draw_case(what: str, vocab: int, **options: float) -> Case:
+    """A draw from a row of logits, peaked as a model's are."""
+    logits = mx.random.normal((1, vocab), key=mx.random.key(0)) * 4
+    params = [SamplingParams(temperature=1.0, seed=1, **options)]  # type: ignore[arg-type]
+    least = {"logits": logits.nbytes, "vocab": 4, "keys": 8, "out": 4}
+    least |= dict.fromkeys(("temperatures", "top_k", "top_p", "floors"), 4)
+    return Case(f"{vocab}, {what}", ("logits",), least, 1, lambda: sample(logits, params, [0]))
 
 
 def attention_case(sequences: int, context: int, new: int = 1) -> Case:
@@ -140,6 +188,7 @@ def measure(case: Case) -> Row:
         main,
         every,
         case.uses / main,
+        sum(sum(traffic.loads.values()) for _, traffic in seen) / per,
         sum(traffic.simd_operations for _, traffic in seen) / lanes / per,
         sum(traffic.barriers for _, traffic in seen) / per,
     )
@@ -148,7 +197,7 @@ def measure(case: Case) -> Row:
 def moved(seen: Sequence[tuple[str, Traffic]], buffers: Sequence[str] | None = None) -> int:
     """Bytes of these buffers, or of all, that come from, or go, beyond the caches."""
     return sum(
-        traffic.fetched[b] + traffic.written[b]
+        (traffic.read if b == "logits" else traffic.fetched)[b] + traffic.written[b]
         for _, traffic in seen
         for b in buffers or traffic.read
         if b in traffic.read
@@ -177,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--outputs", type=int, default=64, help="outputs of the matrix")
     parser.add_argument("--context", type=numbers, default=(256, 1000), help="tokens that attention sees")
+    parser.add_argument("--vocab", type=int, default=16384, help="tokens that one is drawn of")
     options = parser.parse_args()
     if reason := why_not():
         print(reason)
@@ -184,6 +234,12 @@ def main() -> None:
     with use("metalsim"):
         cases = [
             *(matmul_case(rows, options.outputs) for rows in (1, 2, 8, 16, 64, 128)),
+            *(fused_case(rows, options.outputs, pair=pair) for rows in (1, 4, 16) for pair in (False, True)),
+            look_up_case(1),
+            look_up_case(16),
+            draw_case("all", options.vocab),
+            draw_case("top-k 50", options.vocab, top_k=50),
+            draw_case("top-p 0.9", options.vocab, top_p=0.9),
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
             attention_case(1, 128, 64),
             *small_cases(16),
@@ -192,13 +248,14 @@ def main() -> None:
         for ask in (matmul_tiles_keep_bits, attention_tiles_keep_bits):
             ask("metalsim")  # once, and that is none of a case's traffic
         rows = [measure(case) for case in cases]
-    columns = "kernel | size | moved over least | of | reuse | all buffers | simdgroup operations an output"
-    print(f"| {columns} | threads at barriers |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["kernel", "size", "moved over least", "least's share", "of", "loads an output", "reuse"]
+    columns += ["all buffers", "simdgroup operations an output", "threads at barriers"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for r in rows:
         print(
-            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {r.what} | {r.reuse:.1f} | {r.all_ratio:.2f} "
-            f"| {r.simd_operations:.2f} | {r.barriers:.2f} |"
+            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {1 / r.ratio:.0%} | {r.what} | {r.loads:.1f} "
+            f"| {r.reuse:.1f} | {r.all_ratio:.2f} | {r.simd_operations:.2f} | {r.barriers:.2f} |"
         )
     print(
         json.dumps(
