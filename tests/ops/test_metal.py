@@ -243,6 +243,53 @@ def test_a_sequences_bits_are_its_own_alone_or_among_others() -> None:
     assert mx.array_equal(out, together[:1]).item()
 
 
+@on_a_gpu_too
+def test_a_decode_beside_a_chunk_has_the_bits_that_it_has_alone() -> None:
+    """Its context is split over threadgroups, as it is when nobody has a chunk."""
+    q, k, v, pool, pages = paged([300, 70], [1, 9], 4, 2, 64, 32, mx.bfloat16)
+    before = tuple(mx.array(p) for p in pool)
+    alone = Pages(pages.slot_mapping[:1], pages.block_tables[:1], mx.array([0, 1]), pages.context_lens[:1])
+    one = paged_attention(q[:1], k[:1], v[:1], tuple(mx.array(p) for p in pool), alone)[0]
+    with metal.watch() as seen:
+        out, _ = paged_attention(q, k, v, pool, pages)
+    expected = paged_attention_ref(q, k, v, before, pages, 64**-0.5)[0]
+    assert mx.array_equal(out[:1], one).item()
+    assert mx.abs(out - expected).max().item() < 0.02
+    if seen:
+        names = ["kv_write", "paged_attention", "paged_attention_merge", "paged_attention_tile"]
+        assert [name for name, _ in seen] == names
+
+
+def test_heads_that_a_threadgroup_cannot_hold_fall_back_and_are_counted(off: Off) -> None:
+    """16 heads of 256 that share a key would take 32,896 of 32,768 bytes: Metal fails when it is run."""
+    before = fallbacks().read().get("paged_attention", 0)
+    q, k, v, pool, pages = paged([20, 3], [1, 1], 16, 1, 256, 16, mx.float32)
+    expected = paged_attention_ref(q, k, v, tuple(mx.array(p) for p in pool), pages, 256**-0.5)[0]
+    assert off(paged_attention(q, k, v, pool, pages)[0], expected) == 0
+    assert fallbacks().read()["paged_attention"] == before + 1
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_of_large_weights_is_rounded_before_it_is_multiplied(
+    dtype: mx.Dtype, same: Callable[..., None]
+) -> None:
+    """Qwen2.5's and Qwen3's k_norm has weights up to 96.5: one rounding more or less shows there."""
+    q, k = normal(3, 4, 64, dtype=dtype), normal(3, 2, 64, seed=1, dtype=dtype)
+    weight = mx.where(mx.arange(64) % 5 == 0, 96.5, 0.02).astype(dtype)
+    none, positions = mx.zeros(32), mx.arange(3)
+    wide = k.astype(mx.float32)
+    normed = wide * mx.rsqrt(mx.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    expected = normed.astype(dtype) * weight  # float32, rounded, multiplied
+    same(rms_norm(k, weight, 1e-6), expected)
+    same(rope_qk(q, k, positions, none, weight, weight, 1e-6)[1], expected)
+    with backend.use("mlx"):
+        same(rope_qk(q, k, positions, none, weight, weight, 1e-6)[1], expected)
+    if dtype == mx.float32 and backend.works():
+        with backend.use("cpu"):
+            same(rope_qk(q, k, positions, none, weight, weight, 1e-6)[1], expected)
+
+
 def drawn(top_k: int) -> SamplingParams:
     return SamplingParams(temperature=0.9, top_k=top_k, top_p=0.8, seed=top_k)
 

@@ -17,6 +17,7 @@ from typing import cast
 import mlx.core as mx
 
 from tiny_llm.data import Pages
+from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
 from tiny_llm.ops.kv_pool import Pool, is_token_major, settled
@@ -24,7 +25,8 @@ from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.work_lists import WorkLists
 
-_SPAN = 256  # tokens of a context that one threadgroup sees, at most
+_FLOATS = 32 * 1024 // 4  # that a threadgroup's memory holds
+_SPAN = 128  # tokens of a context that one threadgroup sees, at most
 
 
 def paged_attention(
@@ -55,7 +57,7 @@ def paged_attention(
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
-    if on_metal("paged_attention", q, k, v):
+    if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]):
         return _metal(q, k, v, pool, work or WorkLists(pages), scale)
     if is_token_major():
         return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale)
@@ -142,16 +144,27 @@ def _vectors(pool: mx.array, places: slice | mx.array) -> mx.array:
 def _metal(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
 ) -> tuple[mx.array, Pool]:
-    """Write k and v; then by tiles where a sequence has several new rows, if those keep a row's bits."""
+    """Write k and v; then the rows of decodes go by spans, those of chunks by tiles, if that keeps bits."""
     pool = kv_write(pool, k, v, work.pages.slot_mapping)
-    sequences = work.pages.context_lens.shape[0]
-    use_tiles = (
-        q.shape[0] > sequences
-        and tile_fits(pool[0].shape[3], q.shape[2])
-        and attention_tiles_keep_bits(active())
-    )
-    out, read = (_tiles if use_tiles else _rows)(q, pool, work, scale)
-    return out, (*pool[:2], read) if runs_ours("kv_write") else pool
+    decodes, rows = work.decodes, q.shape[0]
+    by_tiles = tile_fits(pool[0].shape[3], q.shape[2]) and decodes < rows
+    if not (by_tiles and attention_tiles_keep_bits(active())):
+        decodes = rows
+    outs = []
+    if decodes:
+        out, read = _rows(q[:decodes] if decodes < rows else q, pool, work, scale)
+        outs.append(out)
+        pool = _after(pool, read)
+    if decodes < rows:
+        out, read = _tiles(q[decodes:] if decodes else q, pool, work, scale, decodes)
+        outs.append(out)
+        pool = _after(pool, read)
+    return outs[0] if len(outs) == 1 else mx.concatenate(outs), pool
+
+
+def _after(pool: Pool, read: mx.array) -> Pool:
+    """The pool for who comes after that reader, where it is written as it lies."""
+    return (*pool[:2], read) if len(pool) > 2 else pool
 
 
 def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
@@ -159,18 +172,18 @@ def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.ar
     (T, H, D), (_, K, _, S) = q.shape, pool[0].shape
     G, span = H // K, _span(S)
     parts = _parts(G, D)
-    pieces, firsts = work.spans(span)
+    pieces, firsts, count = work.spans(span, T)
     # Where a context is longer than a span, a row's parts are float32 and a second kernel merges them.
-    split = pieces.shape[0] > T
+    split = count > T
     out_dtype = mx.float32 if split else q.dtype
-    out_shape = (pieces.shape[0], H, D + 2) if split else q.shape
+    out_shape = (count, H, D + 2) if split else q.shape
     out, read = kernel("paged_attention")(
         inputs=_inputs(q, pool, work, pieces, scale),
         template=[
             *(("T", q.dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
         ],
-        grid=(32 * parts, K, pieces.shape[0]),
+        grid=(32 * parts, K, count),
         threadgroup=(32 * parts, 1, 1),
         output_shapes=[out_shape, ()],
         output_dtypes=[out_dtype, mx.int32],
@@ -188,20 +201,25 @@ def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.ar
     return merged, read
 
 
-def _tiles(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
-    """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries."""
+def _tiles(
+    q: mx.array, pool: Pool, work: WorkLists, scale: float, first: int = 0
+) -> tuple[mx.array, mx.array]:
+    """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries.
+
+    q's rows are those of the step from its row ``first`` on.
+    """
     (_, H, D), (_, K, _, S) = q.shape, pool[0].shape
     G = H // K
     parts = _parts(G, D)
     tile = 2 if D <= 128 else 1  # matrices of 8 pairs; what two of them hold at a larger D does not fit
-    pieces = work.tiles(G, 8 * tile)
+    pieces, count = work.tiles(G, 8 * tile, first)
     out, read = kernel("paged_attention_tile")(
         inputs=_inputs(q, pool, work, pieces, scale),
         template=[
             *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
         ],
-        grid=(32 * parts, K, pieces.shape[0]),
+        grid=(32 * parts, K, count),
         threadgroup=(32 * parts, 1, 1),
         output_shapes=[q.shape, ()],
         output_dtypes=[q.dtype, mx.int32],
@@ -245,10 +263,17 @@ def _span(size: int) -> int:
 
 
 def _parts(group: int, dim: int) -> int:
-    """Simdgroups that share a sequence: at most 4, and what they hold must fit in a threadgroup's 32 KB."""
-    floats = 32 * 1024 // 4
+    """Simdgroups that share a sequence: at most 4, and what they hold must fit in a threadgroup."""
     queries, result = group * dim, group * (dim + 2)  # a result has its largest score and sum with it
-    return max(1, min(4, (floats - queries) // result))
+    return max(1, min(4, (_FLOATS - queries) // result))
+
+
+def _fits(group: int, dim: int) -> bool:
+    """Whether a threadgroup has the memory for such heads; where it has not is counted as a fallback."""
+    if group * dim + group * (dim + 2) <= _FLOATS:
+        return True
+    fallbacks().add("paged_attention")
+    return False
 
 
 def paged_attention_ref(

@@ -5,8 +5,9 @@ Owns how a batch's rows are cut into pieces of work. Knows no kernel and no laye
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import cast
+from array import array
+from itertools import pairwise, takewhile
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -14,6 +15,28 @@ from tiny_llm.data import Pages
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroups
 
 Places = tuple[mx.array, mx.array] | tuple[slice, slice]
+
+
+class SpanWork(NamedTuple):
+    """``total`` ``pieces``, each the row, its sequence, the tokens that it sees and a span of them; int32.
+
+    ``firsts`` has each row's first piece, and where the last one's end.
+    """
+
+    pieces: mx.array
+    firsts: mx.array
+    total: int
+
+
+class TileWork(NamedTuple):
+    """``total`` ``pieces``, each of five numbers as kernels/metal/paged_attention_tile.metal has them; int32.
+
+    The sequence's first row, how many rows it has, the sequence, the tokens that its first row sees, and
+    the first pair.
+    """
+
+    pieces: mx.array
+    total: int
 
 
 class WorkLists:
@@ -24,8 +47,9 @@ class WorkLists:
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
-        self._by_span: dict[int, tuple[mx.array, mx.array]] = {}
-        self._by_tile: dict[tuple[int, int], mx.array] = {}
+        self._by_span: dict[tuple[int, int], SpanWork] = {}
+        self._by_tile: dict[tuple[int, int, int], TileWork] = {}
+        self._known: list[tuple[int, int, int, int]] | None = None
         self._by_sizes: dict[LayerSizes, ReadGroups] = {}
         self._places: dict[int, Places] = {}
 
@@ -46,49 +70,61 @@ class WorkLists:
                 self._places[size] = slots // size, slots % size
         return self._places[size]
 
-    def spans(self, size: int) -> tuple[mx.array, mx.array]:
-        """A piece of work for each row and span of ``size`` tokens of its context.
+    @property
+    def decodes(self) -> int:
+        """How many of the first sequences have one new row each; a step has its decodes first."""
+        return sum(1 for _ in takewhile(lambda one: one[2] - one[1] == 1, self._sequences()))
 
-        [N, 4] of row, sequence, tokens seen and span; and each row's first piece [T + 1].
-        """
-        if size not in self._by_span:
-            self._by_span[size] = _spans(self.pages, size)
-        return self._by_span[size]
+    def spans(self, size: int, rows: int) -> SpanWork:
+        """The work of the first ``rows`` rows, cut into spans of ``size`` tokens of their contexts."""
+        if (size, rows) not in self._by_span:
+            self._by_span[size, rows] = _spans(self._sequences(), size, rows)
+        return self._by_span[size, rows]
 
-    def tiles(self, group: int, pairs: int) -> mx.array:
+    def tiles(self, group: int, pairs: int, first: int = 0) -> TileWork:
         """A piece of work for every ``pairs`` of a row and one of the ``group`` heads that share a key head.
 
-        [N, 5] as kernels/metal/paged_attention_tile.metal has it: the sequence's first row, how many rows it
-        has, the sequence, the tokens that its first row sees, and the first pair.
+        It is of the sequences from the one whose row is ``first``, and counts rows from there.
         """
-        if (group, pairs) not in self._by_tile:
-            self._by_tile[group, pairs] = _tiles(self.pages, group, pairs)
-        return self._by_tile[group, pairs]
+        if (group, pairs, first) not in self._by_tile:
+            self._by_tile[group, pairs, first] = _tiles(self._sequences(), group, pairs, first)
+        return self._by_tile[group, pairs, first]
+
+    def _sequences(self) -> list[tuple[int, int, int, int]]:
+        """Of each sequence: its number, its first row and where its rows end, and its context's tokens."""
+        if self._known is None:
+            starts = cast(list[int], self.pages.query_start_loc.tolist())
+            lens = cast(list[int], self.pages.context_lens.tolist())
+            self._known = [(b, start, end, lens[b]) for b, (start, end) in enumerate(pairwise(starts))]
+        return self._known
 
 
-def _spans(pages: Pages, size: int) -> tuple[mx.array, mx.array]:
-    work: list[tuple[int, int, int, int]] = []
-    firsts = [0]
-    for sequence, start, end, length in _sequences(pages):
-        for row in range(start, end):
+def _spans(sequences: list[tuple[int, int, int, int]], size: int, rows: int) -> SpanWork:
+    work, firsts = array("i"), array("i", [0])
+    for sequence, start, end, length in sequences:
+        for row in range(start, min(end, rows)):
             seen = length - (end - row) + 1
             spans = -(-seen // size)
-            work += [(row, sequence, seen, span) for span in range(spans)]
-            firsts.append(len(work))
-    return mx.array(work, mx.int32), mx.array(firsts, mx.int32)
+            pieces = array("i", [row, sequence, seen, 0]) * spans
+            pieces[3::4] = array("i", range(spans))
+            work.extend(pieces)
+            firsts.append(len(work) // 4)
+    return SpanWork(_padded(work), _padded(firsts), total=firsts[-1])
 
 
-def _tiles(pages: Pages, group: int, pairs: int) -> mx.array:
-    work: list[tuple[int, int, int, int, int]] = []
-    for sequence, start, end, length in _sequences(pages):
-        rows = end - start
-        seen_by_first = length - rows + 1
-        work += [(start, rows, sequence, seen_by_first, pair) for pair in range(0, rows * group, pairs)]
-    return mx.array(work, mx.int32)
+def _tiles(sequences: list[tuple[int, int, int, int]], group: int, pairs: int, first: int) -> TileWork:
+    work = array("i")
+    for sequence, start, end, length in sequences:
+        if start >= first:
+            places = array("i", range(0, (end - start) * group, pairs))
+            seen_by_first = length - (end - start) + 1
+            pieces = array("i", [start - first, end - start, sequence, seen_by_first, 0]) * len(places)
+            pieces[4::5] = places
+            work.extend(pieces)
+    return TileWork(_padded(work), total=len(work) // 5)
 
 
-def _sequences(pages: Pages) -> list[tuple[int, int, int, int]]:
-    """Of each sequence: its number, its first row and where its rows end, and the tokens of its context."""
-    starts = cast(list[int], pages.query_start_loc.tolist())
-    lens = cast(list[int], pages.context_lens.tolist())
-    return [(b, start, end, lens[b]) for b, (start, end) in enumerate(pairwise(starts))]
+def _padded(numbers: array[int]) -> mx.array:
+    """An array of 8 or more: MLX passes fewer in another way, which makes another kernel of the same text."""
+    padded = numbers + array("i", [0] * (8 - len(numbers)))
+    return mx.array(memoryview(padded))  # type: ignore[arg-type]
