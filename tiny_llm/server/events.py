@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
 from typing import Any, ClassVar
@@ -100,20 +100,19 @@ async def answered(
     rows, tokens = _rows_of(job, ended), sum(len(completion.token_ids) for completion in ended)
     if is_small(request) and rows < _FEW_LOGPROBS and tokens < _FEW_TOKENS:
         return Response(b"".join(dumped(writer.whole(answers, ended))), media_type="application/json")
-    return await large_json(lambda: writer.whole(answers, ended), answers, ended)
+    rows_of_each = [completion.logprobs or [] for completion in ended]
+    return await large_json(lambda: writer.whole(answers, ended), *answers, *rows_of_each)
 
 
 async def large_json(make: Callable[[], object], *used_up: list[Any]) -> Response:
     """A response that takes a while to make and to write: others' turn comes in between.
 
-    The lists of what it was made of, ``used_up``, are emptied: to let go of all at once takes a while too.
+    The lists of what it was made of, ``used_up``, are emptied.
     """
 
     def made() -> list[bytes]:
         pieces = list(dumped(make()))
-        for used in used_up:
-            while used:
-                used.pop()
+        _empty(used_up)
         return pieces
 
     pieces = await asyncio.to_thread(made)
@@ -125,6 +124,13 @@ async def large_json(make: Callable[[], object], *used_up: list[Any]) -> Respons
 
     length = str(sum(map(len, pieces)))
     return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": length})
+
+
+def _empty(lists: Iterable[list[Any]]) -> None:
+    """Let go of items one by one: while half a million numbers are freed at once, nothing else runs."""
+    for items in lists:
+        while items:
+            items.pop()
 
 
 def _rows_of(job: Job, ended: Sequence[Completion]) -> int:
@@ -155,7 +161,9 @@ async def _written(
     if sum(len(completion.logprobs or ()) for completion in ended) < _FEW_LOGPROBS:
         yield await aside(request, lambda: writer.closing(ended)) + DONE
     else:
-        yield await asyncio.to_thread(writer.closing, ended) + DONE
+        closing = await asyncio.to_thread(writer.closing, ended)
+        await asyncio.to_thread(_empty, [completion.logprobs or [] for completion in ended])
+        yield closing + DONE
 
 
 async def _in_slices(
