@@ -122,6 +122,10 @@ class Process:
             return time.perf_counter()
         return time.clock_gettime(~self._child.pid << 3 | 2)  # the clock of another process
 
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self._child.pid}/status").read_text()
+        return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
     def wait(self) -> int:
         return self._child.wait(30)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.server.answers import WrittenArray, dumped, dumps
 from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.strict_json import MAX_CONTAINERS, MAX_NAMES, MAX_VALUES, parse
@@ -27,6 +29,8 @@ MOST_S = 0.1
 TRIES = 3
 MEGABYTES = "word " * 700_000
 USER = [{"role": "user", "content": "A"}]
+LOGPROBS = {"ignore_eos": True, "logprobs": True, "top_logprobs": 20, "messages": USER}
+TEXT_LOGPROBS = {"prompt": "A", "ignore_eos": True, "logprobs": 20}
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {f"p{n}": {} for n in range(190)}}}
 TOOLS = [{"type": "function", **FUNCTION, "name": f"f{n}"} for n in range(128)]
@@ -58,6 +62,41 @@ WORST: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "a long text to tokenize": ("/tokenize", {"prompt": MEGABYTES}, 200, 2),
     "long messages to tokenize": ("/tokenize", {"messages": LONG_MESSAGES}, 400, 1),
     "ids to detokenize": ("/detokenize", {"tokens": [300] * 250_000}, 200, 2),
+    "log-probabilities": (CHAT, {**LOGPROBS, "n": 32, "max_tokens": 300}, 200, 1),
+    "log-probabilities in streams": (CHAT, {**LOGPROBS, "n": 4, "max_tokens": 150, "stream": True}, 200, 8),
+    "a text's log-probabilities": (COMPLETIONS, {**TEXT_LOGPROBS, "n": 32, "max_tokens": 100}, 200, 1),
+    "a text's log-probabilities, streamed": (
+        COMPLETIONS,
+        {**TEXT_LOGPROBS, "n": 32, "max_tokens": 100, "stream": True},
+        200,
+        1,
+    ),
+    "log-probabilities by id": ("/generate", {**TEXT_LOGPROBS, "n": 32, "max_tokens": 100}, 200, 1),
+    "log-probabilities by id, streamed": (
+        "/generate",
+        {**TEXT_LOGPROBS, "n": 32, "max_tokens": 100, "stream": True},
+        200,
+        1,
+    ),
+    "responses with log-probabilities": (
+        RESPONSES,
+        {
+            "input": "A",
+            "ignore_eos": True,
+            "max_output_tokens": 300,
+            "stream": True,
+            "include": ["message.output_text.logprobs"],
+            "top_logprobs": 20,
+        },
+        200,
+        8,
+    ),
+    "echoed log-probabilities": (
+        COMPLETIONS,
+        {"prompt": ["A b " * 200] * 8, "max_tokens": 0, "echo": True, "logprobs": 20},
+        200,
+        1,
+    ),
 }
 
 
@@ -94,6 +133,21 @@ class _Watch:
         self._connection.close()
 
 
+class _Stream(_Watch):
+    """The same of a stream: ``longest_s`` is between two of its events."""
+
+    def _run(self) -> None:
+        data = json.dumps({"prompt": "A", "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+        while not self._ended.is_set():
+            with self._process.send("/generate", data) as connection:
+                connection.recv(2**16)
+                began, computed_s = time.perf_counter(), self._process.computed_s()
+                while not self._ended.is_set() and connection.recv(2**16):
+                    now, then_s = time.perf_counter(), self._process.computed_s()
+                    self.longest_s = max(self.longest_s, min(now - began, then_s - computed_s))
+                    began, computed_s = now, then_s
+
+
 @pytest.fixture(scope="module")
 def alone(start_process: Any) -> Iterator[Process]:
     one = start_process()
@@ -110,25 +164,53 @@ def _status(connection: socket.socket) -> int:
     return int(first.split()[1])
 
 
-def _lateness(process: Process, path: str, data: bytes, times: int) -> tuple[float, set[int]]:
-    with _Watch(process) as watch, ThreadPoolExecutor(times) as clients:
+def _lateness(
+    process: Process, path: str, data: bytes, times: int, watching: type[_Watch] = _Watch
+) -> tuple[float, set[int]]:
+    with watching(process) as watch, ThreadPoolExecutor(times) as clients:
         answers = list(clients.map(lambda _: _status(process.send(path, data)), range(times)))
     return watch.longest_s, set(answers)
+
+
+def _require_soon(process: Process, case: str, most_s: float, watching: type[_Watch]) -> None:
+    path, body, status, times = WORST[case]
+    data, seen = json.dumps(body, separators=(",", ":")).encode(), []
+    assert len(data) < 4 * 2**20
+    for _ in range(TRIES):
+        late, answers = _lateness(process, path, data, times, watching)
+        assert answers == {status}
+        seen.append(late)
+        if seen[-1] < most_s:
+            return
+    pytest.fail(f"{case}: {watching.__name__} waited {seen} s, at most {most_s} s each time")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WORST)
 def test_the_worst_bodies_make_nobody_late(alone: Process, case: str) -> None:
-    path, body, status, times = WORST[case]
-    data, seen = json.dumps(body, separators=(",", ":")).encode(), []
-    assert len(data) < 4 * 2**20
-    for _ in range(TRIES):
-        late, answers = _lateness(alone, path, data, times)
-        assert answers == {status}
-        seen.append(late)
-        if seen[-1] < MOST_S:
-            return
-    pytest.fail(f"{case}: /health was late by {seen} s")
+    _require_soon(alone, case, MOST_S, _Watch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    ["echoed log-probabilities", "log-probabilities in streams", "a long text to tokenize", "stop strings"],
+)
+def test_a_stream_goes_on_beside_the_worst_bodies(alone: Process, case: str) -> None:
+    """A step may take as long as the scheduler lets it, and its event comes no later than /health does."""
+    _require_soon(alone, case, SchedulerSettings().max_step_ms / 1e3 + MOST_S, _Stream)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process holds")
+def test_memory_that_a_large_body_took_goes_back(alone: Process, until: Any) -> None:
+    """But for what the pool of keys and values keeps, and the tokenizer of words that it has seen."""
+    small, large = ({"prompt": "word " * count} for count in (10_000, 700_000))
+    assert _status(alone.ask(small, "/tokenize")) == 200
+    before = alone.resident_bytes()
+    for _ in range(2):
+        assert _status(alone.ask(large, "/tokenize")) == 200
+    until(lambda: alone.resident_bytes() < before + 64 * 2**20, "memory to go back")
 
 
 @pytest.mark.parametrize(
