@@ -33,8 +33,7 @@ def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
         raise ValueError(f"[embedding] expected integer tokens [T], got {tokens.dtype} {tokens.shape}")
     if not isinstance(weight, (mx.array, QuantizedTensor)):
         return cpu.embedding(tokens, weight)
-    quantized = isinstance(weight, QuantizedTensor) and weight.bits in (4, 8) and tokens.size > 0
-    if quantized and on_metal("embedding", weight.scales, weight.biases):
+    if isinstance(weight, QuantizedTensor) and _on_metal(tokens, weight):
         return _metal(tokens, weight)
     return embedding_mlx(tokens, weight) if on_mlx() else embedding_ref(tokens, weight)
 
@@ -45,6 +44,11 @@ def embedding_mlx(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.ar
         return weight[tokens]
     rows = weight.packed[tokens], weight.scales[tokens], weight.biases[tokens]
     return mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)
+
+
+def _on_metal(tokens: mx.array, weight: QuantizedTensor) -> bool:
+    takes = weight.bits in (4, 8) and tokens.size > 0
+    return takes and on_metal("embedding", weight.scales, weight.biases)
 
 
 def _metal(tokens: mx.array, weight: QuantizedTensor) -> mx.array:
