@@ -178,13 +178,14 @@ def measure(case: Case) -> Row:
     """Run a case with every access counted."""
     with watch() as seen:
         case.call()
+    seen = [(name, traffic) for name, traffic in seen if name != "kv_write"]  # attention's other half
     main = moved(seen, case.main) / sum(case.least[b] for b in case.main)
     every = moved(seen) / sum(case.least.values())
     per, lanes = case.outputs, 32
     return Row(
         seen[0][0],
         case.size,
-        "+".join(case.main),
+        "+".join(dict.fromkeys(name.split("_")[0] for name in case.main)),
         main,
         every,
         case.uses / main,
