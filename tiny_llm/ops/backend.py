@@ -131,7 +131,7 @@ def use(name: str | None, ours: frozenset[str] | None = None) -> Iterator[str]:
     ``ours`` names the ops that run on our kernels where the backend is one of ``GPU_KERNELS``; None: all.
     """
     chosen = choose(name)
-    tokens = _ACTIVE.set(chosen), _OURS.set(ours)
+    tokens = _ACTIVE.set(chosen), _OURS.set(ours if chosen in GPU_KERNELS else frozenset())
     try:
         yield chosen
     finally:
@@ -142,7 +142,7 @@ def use(name: str | None, ours: frozenset[str] | None = None) -> Iterator[str]:
 def runs_ours(op: str) -> bool:
     """Whether ``op`` is to run on our kernels for GPUs: they are in use, and it is among them."""
     ours = _OURS.get()
-    return active() in GPU_KERNELS and (ours is None or op in ours)
+    return (ours is None or op in ours) and active() in GPU_KERNELS  # asked by each op: the cheap part first
 
 
 def on_mlx() -> bool:
