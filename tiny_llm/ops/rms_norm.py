@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
-from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.metal import kernel, on_metal, scalar
 
 
 def rms_norm_ref(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -33,7 +33,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
     if on_metal("rms_norm", x, weight):
-        (out,) = _metal("rms_norm", [x, weight, eps], x, outputs=1)
+        (out,) = _metal("rms_norm", [x, weight, scalar(eps)], x, outputs=1)
         return out
     return rms_norm_mlx(x, weight, eps) if on_mlx() else rms_norm_ref(x, weight, eps)
 
@@ -51,7 +51,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     if residual.shape != x.shape:
         raise ValueError(f"[add_rms_norm] expected a residual {x.shape} like x, got {residual.shape}")
     if on_metal("rms_norm", x, residual, weight):
-        total, out = _metal("add_rms_norm", [x, residual, weight, eps], x, outputs=2)
+        total, out = _metal("add_rms_norm", [x, residual, weight, scalar(eps)], x, outputs=2)
         return total, out
     if on_mlx():
         total = x + residual
@@ -59,7 +59,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     return add_rms_norm_ref(x, residual, weight, eps)
 
 
-def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: int) -> list[mx.array]:
+def _metal(name: str, inputs: list[mx.array], x: mx.array, *, outputs: int) -> list[mx.array]:
     """A threadgroup for up to 8 rows, of a size that depends on a row's width alone."""
     if not x.size:
         return [mx.zeros_like(x)] * outputs
@@ -72,7 +72,7 @@ def _metal(name: str, inputs: list[mx.array | float], x: mx.array, *, outputs: i
     together = min(8, _power_of_two(-(-rows // 8)))
     threadgroups = -(-rows // together)
     return kernel(name, "rms_norm")(
-        inputs=[*inputs, rows],
+        inputs=[*inputs, scalar(rows)],
         template=[("T", x.dtype), ("E", width), ("TG", threads), ("R", together)],
         grid=(threadgroups * threads, 1, 1),
         threadgroup=(threads, 1, 1),

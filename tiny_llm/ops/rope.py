@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from tiny_llm.config import RopeScaling
 from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
-from tiny_llm.ops.metal import kernel, on_metal
+from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.rms_norm import rms_norm_mlx, rms_norm_ref
 
 
@@ -142,7 +142,7 @@ def _metal(
     q_out, k_out = kernel("rope_qk", "rope")(
         inputs=[
             *(q, k, positions, inv_freq),
-            *(none if q_norm is None else q_norm, none if k_norm is None else k_norm, eps),
+            *(none if q_norm is None else q_norm, none if k_norm is None else k_norm, scalar(eps)),
         ],
         template=[("T", q.dtype), ("D", D), ("HQ", H), ("HK", k.shape[1]), ("NORM", q_norm is not None)],
         grid=(32, heads, T),
