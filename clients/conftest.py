@@ -15,8 +15,7 @@ KEY = "sk-of-the-clients"
 
 def serving(*options: str) -> Iterator[str]:
     """Where ``main.py serve`` listens, until the generator is closed."""
-    command = [str(ROOT / ".venv/bin/python"), str(ROOT / "main.py"), "serve", "--port", "0"]
-    command += ["--drain-seconds", "2", *options]
+    command = [str(ROOT / ".venv/bin/python"), str(ROOT / "main.py"), "serve", "--port", "0", *options]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True) as server:
         assert server.stdout is not None

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
+import openai
 import pytest
+
+from tiny_llm.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from tests.server.conftest import Process
@@ -119,6 +122,35 @@ def test_a_drain_that_expires_tells_everyone(process: Process) -> None:
         assert " 503 " in said.partition("\r\n")[0] and '"draining"' in said, said[:300]
     assert process.wait() == 0
     assert process.rest_of_stderr() == ""
+
+
+@pytest.mark.parametrize("process", [("--drain-seconds", "600")], indirect=True)
+def test_who_wants_nothing_more_is_not_waited_for(process: Process) -> None:
+    chat: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "A story."}]}
+    url = f"{process.url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="none") as idle,
+        openai.OpenAI(base_url=url, api_key="-") as left,
+    ):
+        assert idle.chat.completions.create(**chat, max_tokens=2).choices
+        asked = left.chat.completions.create(**chat, extra_body={"ignore_eos": True}, stream=True)
+        next(iter(asked))
+        asked.close()
+        with process.connect() as half_sent, process.connect():
+            half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            with process.http() as http:
+                assert http.get("/health").status_code == 200, "those who came before are let in"
+                process.tell(signal.SIGTERM)
+                assert process.wait() == 0
+
+
+def test_who_reads_nothing_is_not_waited_for(start: Any, until: Any) -> None:
+    """A drain lasted to its end for a client that kept a stream open and had left off reading it."""
+    with socket.socket() as reader, start(ServerSettings(drain_s=600)) as running:
+        connections = running.server.server_state.connections
+        reader.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
+        reader.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
+        until(lambda: any(one.flow.write_paused for one in connections), "all buffers to be full")
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["silent", "kept alive"])

@@ -1,7 +1,7 @@
 """Owns a server's life: socket, loading, serving, signals, the end.
 
-SIGTERM and SIGINT: accept no more, let what runs end within ``drain_s``, tell the others, exit with 0. The
-second one ends the process at once.
+SIGTERM and SIGINT: accept no more, let what runs end within ``drain_s``, tell the others, exit with 0: at
+once where nothing runs for anybody. The second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ GRACE_S = 2.0
 SWITCH_S = 0.001
 """How long a thread that computes keeps Python from the event loop, which wants it several times a request.
 It would be 5 ms."""
+STALLED_S = 5.0
+"""How long a drain waits for a client that takes nothing of what lies ready for it."""
 
 
 class Server(uvicorn.Server):
@@ -82,9 +84,24 @@ class Server(uvicorn.Server):
         loop, drain_s = asyncio.get_running_loop(), self.service.settings.drain_s
         told = loop.call_later(drain_s, self.service.stop)
         hung_up = loop.call_later(drain_s + GRACE_S, self._hang_up)
+        watched = asyncio.ensure_future(self._leave_stalled())
         await super().shutdown(sockets)
-        told.cancel()
-        hung_up.cancel()
+        for waiting in (told, hung_up, watched):
+            waiting.cancel()
+
+    async def _leave_stalled(self) -> None:
+        """Hang up on who reads nothing: an answer that nobody takes would be waited for to the end."""
+        connections: Any = self.server_state.connections
+        loop = asyncio.get_running_loop()
+        seen: dict[Any, tuple[int, float]] = {}  # bytes that lie ready, and since when
+        while True:
+            for connection in list(connections):
+                unsent = connection.transport.get_write_buffer_size()
+                if not unsent or unsent != seen.get(connection, (0, 0.0))[0]:
+                    seen[connection] = (unsent, loop.time())
+                elif loop.time() - seen[connection][1] >= STALLED_S:
+                    connection.transport.abort()
+            await asyncio.sleep(STALLED_S / 10)
 
     def _hang_up(self) -> None:
         """Each request sees that its client is gone, and ends as it does then."""
