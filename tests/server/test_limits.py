@@ -201,6 +201,7 @@ def test_more_prompts_than_can_ever_be_held_are_a_400(start: Any) -> None:
 
 
 def test_what_never_fits_the_memory_names_the_field_that_it_came_in(start: Any, demo: Any) -> None:
+    """A 400: to send it again is no use, a shorter one is. What the model could take does not matter here."""
     with start(load=lambda: AsyncLLM(demo, engine=EngineSettings(kv_blocks=2))) as one, one.http() as http:
         while http.get("/health").status_code != 200:
             pass
@@ -212,8 +213,11 @@ def test_what_never_fits_the_memory_names_the_field_that_it_came_in(start: Any, 
             ("/v1/responses", "input", said),
         ):
             for stream in (False, True):
-                error = http.post(path, json={field: prompt, "stream": stream}).json()["error"]
+                answer = http.post(path, json={field: prompt, "stream": stream})
+                error = answer.json()["error"]
                 assert error["param"] == field and error["code"] == "context_length_exceeded", (path, error)
+                assert answer.status_code == 400 and "Retry-After" not in answer.headers
+                assert error["type"] == "invalid_request_error" and "--kv-memory" in error["message"]
 
 
 def test_as_many_as_may_run_and_wait_are_answered_though_they_come_at_once(start: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
@@ -141,6 +141,21 @@ def test_chat_logprobs_are_of_each_token(client: openai.OpenAI) -> None:
     )
     parts = [c.choices[0].logprobs.content or [] for c in stream if c.choices and c.choices[0].logprobs]
     assert [e.token for part in parts for e in part] == [e.token for e in got.logprobs.content]
+
+
+@pytest.mark.parametrize(("most", "end_tokens"), [(6, 0), (64, 1)])
+def test_usage_counts_what_was_made_and_logprobs_tell_what_was_said(
+    client: openai.OpenAI, most: int, end_tokens: int
+) -> None:
+    """The token that ends an answer took a step and a place of max_tokens; it is no part of the text."""
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": most, "logprobs": True, **GREEDY}
+    got = client.chat.completions.create(**asked)
+    logprobs = got.choices[0].logprobs
+    assert got.choices[0].finish_reason == ("stop" if end_tokens else "length")
+    assert got.usage is not None and logprobs is not None and logprobs.content is not None
+    assert got.usage.completion_tokens == len(logprobs.content) + end_tokens
+    shorter = client.chat.completions.create(**{**asked, "max_tokens": len(logprobs.content)})
+    assert shorter.choices[0].finish_reason == "length", "no place for the end"
 
 
 @pytest.mark.parametrize("stop", ["keeps", "cache keeps", "ep"])
