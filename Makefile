@@ -28,7 +28,7 @@ help:
 	@echo 'make mac     on a Mac: kernel tests, proofs, speed against mlx-lm; a report to paste into an issue'
 	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
 	@echo 'make templates  published chat templates, fetched: our rendering against transformers'
-	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node) against our server'
+	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node ...) against our server'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
