@@ -17,7 +17,7 @@ from tiny_llm.ops.kv_pool import GATHER_BYTES, KvFormat, may_run_ahead
 
 PROMPTS = ["a KV cache", "Tell me about paged attention.", "34 + 25 =", "Once upon a time " * 12]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
-SETTINGS = EngineSettings(kv_blocks=256, slab_blocks=256, prefix_cache=False)
+SETTINGS = EngineSettings(kv_blocks=256, slab_blocks=256, prefix_cache=False, speculate="off")
 
 
 def llm_on(backend: str, demo: Path, quantize: int | None, block_size: int = 16) -> LLM:
