@@ -204,13 +204,13 @@ def test_a_stream_goes_on_beside_the_worst_bodies(alone: Process, case: str) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process holds")
 def test_memory_that_a_large_body_took_goes_back(alone: Process, until: Any) -> None:
-    """But for what the pool of keys and values keeps, and the tokenizer of words that it has seen."""
+    """But for some: Python's own pages, of which each still has an object. Of 250 MB they are 30 to 80."""
     small, large = ({"prompt": "word " * count} for count in (10_000, 700_000))
     assert _status(alone.ask(small, "/tokenize")) == 200
     before = alone.resident_bytes()
     for _ in range(2):
         assert _status(alone.ask(large, "/tokenize")) == 200
-    until(lambda: alone.resident_bytes() < before + 64 * 2**20, "memory to go back")
+    until(lambda: alone.resident_bytes() < before + 2**27, "memory to go back")
 
 
 @pytest.mark.parametrize(
