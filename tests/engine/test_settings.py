@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_llm import LLM, SamplingParams
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.settings import EngineSettings, usual_block_size
 from tiny_llm.errors import CapacityError, ConfigError
 
 
@@ -24,3 +24,8 @@ def test_an_engine_works_with_any_number_that_it_takes(name: str, value: Any, ll
         assert "needs" in str(error), "a pool that is too small for the request"
     else:
         assert answer.error is None, answer.error
+
+
+def test_a_gpus_blocks_have_a_token_for_each_lane() -> None:
+    assert [usual_block_size(name) for name in ("ref", "cpu", "mlx")] == [16] * 3
+    assert [usual_block_size(name) for name in ("metal", "metalsim", "cuda")] == [32] * 3

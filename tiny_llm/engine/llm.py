@@ -21,7 +21,7 @@ from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.draft import load_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.memory import give_back_memory
-from tiny_llm.engine.settings import BLOCK_SIZE, EngineSettings, Speculation
+from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
@@ -108,7 +108,8 @@ class LLM:
         check_options(dtype, quantize, activations)
         with use(self.backend):
             kept = kv_dtype(model.config, dtype=dtype, quantize=quantize)
-        shapes = Shapes.of(model.config, quantize, kept, engine.block_size if engine else BLOCK_SIZE)
+        block_size = engine.block_size if engine else usual_block_size(self.backend)
+        shapes = Shapes.of(model.config, quantize, kept, block_size)
         self.kernels = kernels_for(self.backend, shapes, kernels, same_tokens=same_tokens, progress=trying)
         with use(self.backend, self.kernels.ours):
             loaded = load_model(

@@ -13,12 +13,15 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.limits import check_whole
 from tiny_llm.models.footprint import activation_bytes
+from tiny_llm.ops.backend import GPU_KERNELS, active
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 
 Speculation = Literal["off", "ngram", "draft"]
 BLOCK_SIZE = 16
 """Tokens of a block, unless an operator says otherwise."""
+GPU_BLOCK_SIZE = 32
+"""On a GPU: a lane scores a token of a block, and half of a smaller one's lanes would have none."""
 BLOCK_SIZES = (16, 32, 64)
 """What the kernels of attention can read."""
 MAX_HOST_BLOCKS = 10**7
@@ -80,17 +83,16 @@ class EngineSettings:
         was mistyped shows here, and not in requests that fail when memory has run out.
         """
         models = [config] if draft is None else [config, draft]
-        block = sum(KvFormat.of(one, BLOCK_SIZE, kv_dtype).block_bytes for one in models)
+        size = usual_block_size(active())
+        block = sum(KvFormat.of(one, size, kv_dtype).block_bytes for one in models)
         available = available_memory_bytes()
         memory = available // 2 if kv_memory is None else kv_memory
         if memory < block:
             what = "half of the memory that is left" if kv_memory is None else "kv_memory"
-            raise ConfigError(
-                f"{what} is {memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
-            )
+            raise ConfigError(f"{what} is {memory} bytes, but one block of {size} tokens takes {block}.")
         if 0 < swap_memory < block:
             raise ConfigError(
-                f"swap_memory is {swap_memory} bytes, but one block of {BLOCK_SIZE} tokens takes {block}."
+                f"swap_memory is {swap_memory} bytes, but one block of {size} tokens takes {block}."
             )
         limit = narrowest_limit()
         if memory + swap_memory > limit.most:
@@ -101,6 +103,7 @@ class EngineSettings:
             )
         return cls(
             kv_blocks=memory // block,
+            block_size=size,
             host_blocks=swap_memory // block,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
             speculate=speculate,
@@ -121,6 +124,11 @@ class EngineSettings:
             host_blocks=self.host_blocks,
             prefix_cache=self.prefix_cache,
         )
+
+
+def usual_block_size(backend: str) -> int:
+    """Tokens of a block, where nobody says otherwise."""
+    return GPU_BLOCK_SIZE if backend in GPU_KERNELS else BLOCK_SIZE
 
 
 def _with_steps_within(memory: int, config: ModelFacts, scheduler: SchedulerSettings) -> SchedulerSettings:

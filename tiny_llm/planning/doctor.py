@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tiny_llm.config import ModelFacts
-from tiny_llm.engine.settings import BLOCK_SIZE
+from tiny_llm.engine.settings import usual_block_size
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.loading import check_options, kv_dtype
 from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, active, choose, use
@@ -67,7 +67,7 @@ def _of_a_model(
     if backend in GPU_KERNELS:
         with use(backend):
             kept = kv_dtype(config, dtype=dtype, quantize=quantize)
-        shapes = Shapes.of(config, quantize, kept, BLOCK_SIZE)
+        shapes = Shapes.of(config, quantize, kept, usual_block_size(backend))
         with console.status("Trying our kernels") as status:
             proofs = proved(
                 backend, shapes, Limits.of(backend), lambda part, what: status.update(f"{part:4.0%} {what}")
