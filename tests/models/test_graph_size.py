@@ -23,8 +23,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_llm.data import Batch, Plan, PlanItem
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.metalsim.build import why_not
 from tiny_llm.models.loading import load_model
-from tiny_llm.ops import swiglu
+from tiny_llm.ops import metal, swiglu
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import KvFormat
 
@@ -148,6 +149,45 @@ def test_operations_of_a_layer(family: str, rows: int, most: float, a_layer) -> 
     assert ours.total() <= most * peers.total(), told
     casts = ours["AsType"] - peers["AsType"]
     assert casts <= 0, told
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_dispatches_of_a_layer_on_our_kernels(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine kernels and no operation of MLX's that moves a number; mlx-lm dispatches 20 for the same layer."""
+
+    def stand_in(text: metal.Text, _mode: str) -> Callable[..., list[mx.array]]:
+        def call(
+            *,
+            inputs: list[mx.array],
+            output_shapes: list[tuple[int, ...]],
+            output_dtypes: list[mx.Dtype],
+            **_: object,
+        ) -> list[mx.array]:
+            names.append(text.name)
+            outputs = [
+                mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            mx.eval(outputs)
+            return mx.depends(outputs, [one for one in inputs if isinstance(one, mx.array)])
+
+        return call
+
+    names: list[str] = []
+    monkeypatch.setattr(metal, "_made", stand_in)
+    found: dict[int, Counter[str]] = {}
+    for layers in (FEW, 2 * FEW):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        theirs("qwen2", layers, folder)
+        with use("metalsim"):
+            found[layers] = operations(our_step(folder, rows)[0])
+    more = found[2 * FEW] - found[FEW]
+    moved = {name: number // FEW for name, number in more.items() if name not in ("Reshape", "Depends")}
+    assert not moved, "operations of MLX's beside the kernels"
+    assert more["Depends"] == 9 * FEW, sorted(names)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -107,7 +107,7 @@ class LLM:
         self._chat_prompts = ChatPrompts(self.tokenizer)
         check_options(dtype, quantize, activations)
         with use(self.backend):
-            kept = kv_dtype(model.config, dtype=dtype, quantize=quantize)
+            self._kept = kept = kv_dtype(model.config, dtype=dtype, quantize=quantize)
         block_size = engine.block_size if engine else usual_block_size(self.backend)
         shapes = Shapes.of(model.config, quantize, kept, block_size)
         self.kernels = kernels_for(self.backend, shapes, kernels, same_tokens=same_tokens, progress=trying)
@@ -120,7 +120,6 @@ class LLM:
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config = loaded.config
         self.max_context = _context(max_context, self.config.max_position_embeddings)
-        self._kept = kept
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         if engine is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import mlx.core as mx
 
@@ -138,7 +139,7 @@ def _metal(
     heads = H + k.shape[1]
     if not T * heads:
         return q, k
-    none = mx.zeros((D,), q.dtype)
+    none = _no_norm(D, q.dtype)
     q_out, k_out = kernel("rope_qk", "rope")(
         inputs=[
             *(q, k, positions, inv_freq),
@@ -151,6 +152,12 @@ def _metal(
         output_dtypes=[q.dtype, k.dtype],
     )
     return q_out, k_out
+
+
+@cache
+def _no_norm(dim: int, dtype: mx.Dtype) -> mx.array:
+    """What the kernel is given in place of a norm's weight, and does not read."""
+    return mx.zeros((dim,), dtype)
 
 
 def _as_heads(x: mx.array, positions: mx.array, inv_freq: mx.array, *, one_each: bool) -> mx.array:
