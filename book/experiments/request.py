@@ -75,7 +75,7 @@ def follow() -> Seen:
     llm.engine.scheduler.commit = lambda plan, advances: plans.append(plan) or commit(plan, advances)  # type: ignore[method-assign, func-returns-value]
     messages = [{"role": "user", "content": QUESTION}]
     ids = llm.chat_prompt(messages)
-    chunks = list(llm.stream_chat(messages, SamplingParams(max_tokens=32)))
+    chunks = list(llm.stream_chat(messages, SamplingParams(max_tokens=32, speculate=False)))
     return Seen(llm.tokenizer.render_chat(messages), ids, plans, watched, chunks)
 
 

@@ -53,6 +53,17 @@ class EvenThenOdd:
         return self._masks[self._seen % 2]
 
 
+class OverAt:
+    """Ends an answer behind a word."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def __call__(self, piece: str) -> bool:
+        self._text += piece
+        return "block" in self._text
+
+
 def no_echo(tokens: list[int], logits: mx.array) -> mx.array:
     """A processor that depends on the last token: it is less likely to come again."""
     return logits - 2.0 * (mx.arange(logits.size) == tokens[-1])
@@ -93,6 +104,7 @@ def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
         processors=sometimes((no_echo,), 0.15) or (),
         speculate=chance.random() < 0.8,
         prediction=sometimes(tuple(chance.choices(range(vocab), k=30))) or (),
+        stopping=sometimes(OverAt),
         constraint=(lambda: EvenThenOdd(vocab, ends)) if form else None,
     )
 

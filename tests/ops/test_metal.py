@@ -380,7 +380,7 @@ def test_this_sees_an_array_that_a_loop_left_in_memory(
     attended([300], [1], 8, 2, 128, 64, mx.bfloat16)
     metal._made.cache_clear()
     arrays = stack_arrays(program(seen[1]))
-    assert {name.split(" ")[0] for name in arrays} & {"sums", "scores"}
+    assert {name.split(" ")[0].split(".")[0] for name in arrays} & {"sums", "scores"}
 
 
 def all_texts() -> list[metal.Text]:
@@ -437,7 +437,7 @@ def test_weights_and_pages_are_fetched_once() -> None:
 def test_what_metal_cannot_take_falls_back_and_is_counted(off: Off) -> None:
     before = fallbacks().read().get("rms_norm", 0)
     x, weight = normal(2, 8, dtype=mx.bfloat16), normal(8)
-    assert off(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6)) == 0
+    assert off(rms_norm(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6)) < 0.01, "MLX's, in its own dtype"
     assert fallbacks().read()["rms_norm"] == before + 1
 
 

@@ -20,13 +20,13 @@ import pytest
 
 import tiny_llm
 from tiny_llm.data import Pages, QuantizedTensor
-from tiny_llm.ops.argmax import argmax_ref
+from tiny_llm.ops.argmax import argmax_ref, largest_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.embedding import embedding_ref
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.ops.linear import linear_ref
-from tiny_llm.ops.paged_attention import paged_attention_ref
+from tiny_llm.ops.paged_attention import kv_write_ref, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm_ref, rms_norm_ref
 from tiny_llm.ops.rope import rope_frequencies, rope_qk_ref, rope_ref
@@ -143,6 +143,24 @@ def try_argmax(case: Case) -> None:
     places = argmax_ref(x).tolist()
     for row, place in zip(exact_x, places, strict=True):
         case.choice(row[place], row.max())
+
+
+def try_largest(case: Case) -> None:
+    x, exact_x = case.normal(5, 4096)
+    places = largest_ref(x, 20).tolist()
+    for row, own in zip(exact_x, places, strict=True):
+        for place, best in zip(own, sorted(row, reverse=True)[:20], strict=True):
+            case.choice(row[place], best)
+
+
+def try_kv_write(case: Case) -> None:
+    (k, exact_k), (v, exact_v) = case.normal(3, 2, 64), case.normal(3, 2, 64)
+    pool = KvFormat(1, 2, 64, 16, case.dtype, token_major=False).empty_pool(4, 4)
+    keys, values = kv_write_ref(pool, k, v, mx.array([5, 17, 63], mx.int32))
+    for row, slot in enumerate((5, 17, 63)):
+        block, place = divmod(slot, 16)
+        case.result(keys[block, :, :, place], exact_k[row], np.abs(exact_k[row]))
+        case.result(values[block, :, place], exact_v[row], np.abs(exact_v[row]))
 
 
 def try_linear(case: Case) -> None:
@@ -317,6 +335,8 @@ def try_sample(case: Case) -> None:
 ROWS = (
     Row(softmax_ref, try_softmax, (300, _ONCE, _ONCE), "exp(-x) is x off (40), and a sum of 4,096 up to 100"),
     Row(argmax_ref, try_argmax, (0, 0, 0), "compares, and computes nothing"),
+    Row(largest_ref, try_largest, (0, 0, 0), "compares, and computes nothing"),
+    Row(kv_write_ref, try_kv_write, (0, 0, 0), "moves, and computes nothing"),
     Row(linear_ref, try_linear, (120, 2, 2), "the product is rounded, and its sum with the bias"),
     Row(quantized_matmul_ref, try_quantized_matmul, (160, _ONCE, _ONCE), "float32 until its end"),
     Row(embedding_ref, try_embedding, (100, _ONCE, _ONCE), "float32 until its end"),

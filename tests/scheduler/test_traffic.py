@@ -147,6 +147,7 @@ class Traffic(RuleBasedStateMachine):
             swap_ms_per_block=swap_ms,
         )
         self.right = right
+        self.known: dict[int, tuple[int, int]] = {}  # of each sequence: its tokens, and the state after them
         self.scheduler = Scheduler(blocks, self.settings, drafter=self._draft if drafting else None)
         self.model = Model(host)
         self.now = 0.0
@@ -228,9 +229,10 @@ class Traffic(RuleBasedStateMachine):
 
     def _draft(self, seq: Sequence, most: int) -> array[int]:
         """What will come, but for guesses that are wrong; sometimes less than is asked for, or nothing."""
-        state, draft = len(seq.salt), array("i")
-        for token in seq.tokens:
+        done, state = self.known.get(seq.id, (0, len(seq.salt)))
+        for token in seq.tokens[done:]:
             state = following(state, token)
+        self.known[seq.id], draft = (len(seq.tokens), state), array("i")
         while len(draft) < most and hash((state, 7)) % 8:
             token, _ = answer(state, self.branch[seq.id])
             if hash((state, 11)) % 100 >= 100 * self.right:

@@ -110,7 +110,7 @@ def test_200_clients_that_die_leave_no_block_in_use(running: Running) -> None:
 @pytest.mark.slow
 def test_a_slow_reader_slows_nobody_and_misses_nothing(running: Running) -> None:
     """It reads nothing until all is made: the engine, its memory and other clients do not wait for it."""
-    body = {**LONG, "stream": True, "n": 8, "stream_options": {"include_usage": True}}
+    body = {**LONG, "stream": True, "n": 8, "speculate": False, "stream_options": {"include_usage": True}}
     slow = Leaving(running, "/v1/completions", body, receive_bytes=4096)
     with running.http() as http:
         first = http.post("/v1/completions", json=SHORT).json()["choices"]

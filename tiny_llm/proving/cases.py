@@ -137,7 +137,7 @@ def _rotations(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     def turned(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
         return rope_qk(x[0], x[1], x[2], inv_freq, *norms, EPS)
 
-    def turned_ref(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
+    def turned_plainly(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
         return rope_qk_ref(x[0], x[1], x[2], inv_freq, *norms, EPS)
 
     def alone() -> Arrays:
@@ -146,8 +146,8 @@ def _rotations(s: Shapes, sizes: Sizes) -> Iterator[Case]:
 
     tolerance = TOLERANCE[s.dtype]
     plain = (None, None)
-    yield Check("a rotation", partial(turned, plain), known(partial(turned_ref, plain)), tolerance)
-    yield Check("a normed rotation", partial(turned, norms), known(partial(turned_ref, norms)), tolerance)
+    yield Check("a rotation", partial(turned, plain), known(partial(turned_plainly, plain)), tolerance)
+    yield Check("a normed rotation", partial(turned, norms), known(partial(turned_plainly, norms)), tolerance)
     yield Check("a row alone and among others", lambda: row_of(turned(norms)), alone)
 
     def step(state: Arrays, _: int) -> Arrays:
@@ -309,7 +309,7 @@ def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     yield Check(
         "sequences of several lengths",
         lambda: _attended(s, lens),
-        known(lambda: [_attended_ref(s, length, b) for b, length in enumerate(lens)]),
+        known(lambda: [_attended_plainly(s, length, b) for b, length in enumerate(lens)]),
         TOLERANCE[s.dtype],
     )
     yield Check(
@@ -332,7 +332,7 @@ def _qkv(s: Shapes, tokens: int, seed: int) -> list[mx.array]:
     return [normal(s, tokens, count, s.head_dim, seed=10 * seed + i) for i, count in enumerate(heads)]
 
 
-def _attended_ref(s: Shapes, tokens: int, seed: int) -> mx.array:
+def _attended_plainly(s: Shapes, tokens: int, seed: int) -> mx.array:
     return attention_ref(*_qkv(s, tokens, seed), scale=s.head_dim**-0.5, offset=0)
 
 

@@ -325,6 +325,8 @@ class Scheduler:
         """Let decodes check as many guesses as are expected to pay; nobody makes room for them."""
         worth = Worth(self.speed, step.decodes, step.decode_context)
         for index, entry in enumerate(decoding):
+            if entry.answers > 1:  # they part at the token that is drawn now
+                continue
             seq, start = entry.seq, entry.seq.num_computed_tokens
             left = seq.prompt_len + seq.params.max_tokens - 1 - len(seq.tokens)  # the last is not computed
             draft = speculation.draft(seq, entry.acceptance, worth, min(left, step.tokens))

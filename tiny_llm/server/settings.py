@@ -26,7 +26,7 @@ MAX_FIELDS = 256
 """Fields of one object that has names of ours: far more than there are."""
 MAX_LABELS = 16
 """Entries of a request's metadata."""
-MAX_IDS = 2**18
+MAX_IDS = 2**17
 """Token ids of one request to /detokenize."""
 MAX_MESSAGES = 2048
 """Messages of one conversation."""
