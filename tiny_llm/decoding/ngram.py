@@ -24,9 +24,9 @@ def ngram_draft(seq: Sequence, most: int) -> array[int]:
     if seq.params.prediction:
         predicted = _START + array("i", seq.params.prediction)
         place = _place(predicted, _START + seq.tokens[seq.prompt_len :])
-        if place is not None and place < len(predicted):
+        if place is not None:
             return predicted[place : place + most]
-    place = _place(seq.tokens[:-1], seq.tokens)
+    place = _place(seq.tokens, seq.tokens)
     if place is None:
         return array("i")
     period = len(seq.tokens) - place  # what is repeated may reach into the draft
@@ -35,12 +35,14 @@ def ngram_draft(seq: Sequence, most: int) -> array[int]:
 
 def _place(text: array[int], tail: array[int]) -> int | None:
     """Where ``text`` goes on behind what agrees longest with the end of ``tail``; the last of equals."""
+    if len(tail) < _WIDTH:
+        return None
     size = text.itemsize
     data, wanted = text.tobytes(), tail[-_WIDTH:].tobytes()
-    found, longest, end = None, 0, len(data)
+    found, longest, end = None, 0, len(data) - size  # at its end nothing goes on
     for _ in range(_PLACES):
         at = data.rfind(wanted, 0, end)
-        if at < 0 or len(tail) < _WIDTH:
+        if at < 0:
             break
         end = at + len(wanted) - 1
         if at % size:
