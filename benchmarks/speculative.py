@@ -68,7 +68,7 @@ def run(llm: LLM, prompts: Listed[list[int]], params: SamplingParams, drafter: D
     mode = "ngram" if drafter == "ngram" else "off"
     engine = llm.with_engine(EngineSettings(kv_blocks=2048, speculate=mode)).engine
     if not isinstance(drafter, str):
-        engine.scheduler.speculation = Speculation(drafter)
+        engine.scheduler.speculation = Speculation({"script": drafter})
     numbers = [engine.add(prompt, replace(params, seed=n)) for n, prompt in enumerate(prompts)]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     began, steps, early = 0.0, 0, 0
@@ -84,8 +84,8 @@ def run(llm: LLM, prompts: Listed[list[int]], params: SamplingParams, drafter: D
         list(answers.values()),
         seconds * made / (made - early),
         engine.totals.steps - steps,
-        stats.drafted_tokens,
-        stats.accepted_tokens,
+        sum(stats.drafted_tokens.values()),
+        sum(stats.accepted_tokens.values()),
     )
 
 

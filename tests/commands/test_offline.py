@@ -41,6 +41,8 @@ def test_each_line_is_answered_as_if_alone(tmp_path: Path, capsys: pytest.Captur
     by_name = {name: [e for e in events if e["name"] == name] for name in ("step", "prefill", "waiting")}
     assert sum(e["args"]["tokens"] for e in by_name["prefill"]) <= sum(row["prompt_tokens"] for row in rows)
     assert len(by_name["waiting"]) == 31 and all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    guesses = [sum(e["args"].values()) for e in events if e["name"] == "guesses"]
+    assert sum(e["args"]["drafted"] for e in by_name["step"]) == max(guesses, default=0)
     last = [row for row in rows if row["line"] == 61]
     assert sorted(row["index"] for row in last) == [0, 1]
     assert all(row["completion_tokens"] == 2 for row in last)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_llm.data import Sequence
-from tiny_llm.decoding.ngram import ngram_draft
+from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
 from tiny_llm.errors import RequestError
 from tiny_llm.sampling_params import SamplingParams
 
@@ -19,7 +19,7 @@ def draft(
 ) -> list[int]:
     seq = Sequence(1, array("i", tokens), SamplingParams(prediction=prediction))
     seq.tokens.extend(answer or [])
-    return ngram_draft(seq, most).tolist()
+    return (predicted_draft(seq, most) or ngram_draft(seq, most)).tolist()
 
 
 def test_a_text_goes_on_as_it_did_before() -> None:
@@ -44,11 +44,6 @@ def test_a_predicted_answer_is_followed_from_its_start_and_found_again_after_a_m
     assert draft([1, 2, 3], 4, answer=[11, 12, 99], prediction=predicted) == []
     assert draft([1, 2, 3], 4, answer=[11, 99, 13, 14, 15], prediction=predicted) == [16, 17, 18]
     assert draft([1, 2, 3], 4, answer=list(predicted), prediction=predicted) == []
-
-
-def test_who_wants_no_guesses_gets_none() -> None:
-    seq = Sequence(1, array("i", [7] * 9), SamplingParams(speculate=False))
-    assert not ngram_draft(seq, 4)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.integers(1, 16))

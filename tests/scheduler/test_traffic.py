@@ -148,7 +148,7 @@ class Traffic(RuleBasedStateMachine):
         )
         self.right = right
         self.known: dict[int, tuple[int, int]] = {}  # of each sequence: its tokens, and the state after them
-        self.scheduler = Scheduler(blocks, self.settings, drafter=self._draft if drafting else None)
+        self.scheduler = Scheduler(blocks, self.settings, drafters={"a": self._draft} if drafting else {})
         self.model = Model(host)
         self.now = 0.0
         self.ids = iter(range(10**9))

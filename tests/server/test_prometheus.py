@@ -41,6 +41,7 @@ def test_metrics_are_the_engines_own_figures() -> None:
         "prefix_cache_hits_total": stats.prefix_hit_tokens,
         "num_preemptions_total": sum(stats.preempted.values()),
         "engine_steps_total": totals.steps,
+        "decodes_total": totals.decodes,
         "engine_failed_steps_total": 0,
         "time_to_first_token_seconds_count": sum(totals.ttft_s.counts),
         "time_to_first_token_seconds_sum": totals.ttft_s.total,
@@ -48,6 +49,10 @@ def test_metrics_are_the_engines_own_figures() -> None:
     }
     assert {name: told[name,] for name in expected} == expected
     assert told["request_success_total", "length"] == totals.ends["length"] == 1
+    right = stats.accepted_tokens["ngram"]
+    assert told["spec_decode_num_accepted_tokens_total", "ngram"] == right
+    assert told["spec_decode_num_draft_tokens_total", "ngram"] == stats.drafted_tokens["ngram"] >= right
+    assert told["spec_decode_num_draft_tokens_total", "prediction"] == 0
     assert told["step_part_seconds_total", "forward"] == totals.parts["forward"] > 0
     below = [told["iteration_tokens_bucket", f"{float(bound)}"] for bound in totals.step_tokens.bounds]
     counts = totals.step_tokens.counts

@@ -1,6 +1,6 @@
 """Owns guesses without a model: a text that repeats itself goes on as it did the last time.
 
-Where the sequence's latest tokens stand in what may be repeated, that is the sequence itself and the answer
+Where the sequence's latest tokens stand in what may be repeated, that is the sequence itself or the answer
 that the caller predicts, the tokens behind that place are the draft. A miss needs no care: the next place is
 looked for as the first was. Source of the idea: Saxena 2023, prompt lookup decoding.
 """
@@ -17,15 +17,17 @@ _LONGEST = 32  # tokens that are compared of each
 _START = array("i", [-1] * _WIDTH)  # before an answer: no token has these ids
 
 
+def predicted_draft(seq: Sequence, most: int) -> array[int]:
+    """Up to ``most`` tokens that come next in ``seq`` if the caller's prediction is right there."""
+    if not seq.params.prediction:
+        return array("i")
+    predicted = _START + array("i", seq.params.prediction)
+    place = _place(predicted, _START + seq.tokens[seq.prompt_len :])
+    return array("i") if place is None else predicted[place : place + most]
+
+
 def ngram_draft(seq: Sequence, most: int) -> array[int]:
     """Up to ``most`` tokens that may come next in ``seq``; none where nothing alike came before."""
-    if not seq.params.speculate:
-        return array("i")
-    if seq.params.prediction:
-        predicted = _START + array("i", seq.params.prediction)
-        place = _place(predicted, _START + seq.tokens[seq.prompt_len :])
-        if place is not None:
-            return predicted[place : place + most]
     place = _place(seq.tokens, seq.tokens)
     if place is None:
         return array("i")

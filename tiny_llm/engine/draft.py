@@ -17,7 +17,6 @@ from typing import cast
 import mlx.core as mx
 
 from tiny_llm.data import GUESS, Plan, PlanItem, Sequence
-from tiny_llm.decoding.ngram import ngram_draft
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
@@ -69,11 +68,8 @@ def load_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: b
 
 
 def to_be_guessed(seq: Sequence, most: int) -> array[int]:
-    """A ``Drafter``: places for ``most`` guesses of the draft model; what the caller predicts comes first."""
-    if not seq.params.speculate:
-        return array("i")
-    predicted = ngram_draft(seq, most) if seq.params.prediction else None
-    return predicted or array("i", [GUESS]) * most
+    """A ``Drafter``: places for ``most`` guesses of the draft model."""
+    return array("i", [GUESS]) * most
 
 
 class DraftModel:

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
+from tiny_llm.data import Advance, Chunk, Completion, Drafter, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence
-from tiny_llm.decoding.ngram import ngram_draft
+from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
 from tiny_llm.engine.draft import DraftModel, to_be_guessed
 from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
@@ -96,9 +96,12 @@ class Engine:
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
-        drafter = {"off": None, "ngram": ngram_draft, "draft": to_be_guessed}[settings.speculate]
         assert settings.speculate != "draft" or drafting, "somebody must guess"
-        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafter)
+        drafters: dict[str, Drafter] = {}
+        if settings.speculate != "off":
+            other = to_be_guessed if drafting else ngram_draft
+            drafters = {"prediction": predicted_draft, settings.speculate: other}
+        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafters)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
         slab = settings.slab_blocks
@@ -306,6 +309,9 @@ class Engine:
         if self.trace is not None:
             now = self._clock()
             self.trace.step(plan, now - ms / 1e3, now)
+            if plan.drafted and self.scheduler.speculation is not None:
+                self.trace.count("guesses", now, self.scheduler.speculation.drafted)
+                self.trace.count("right guesses", now, self.scheduler.speculation.accepted)
 
     def _drawing(self, seq_id: int) -> list[Answer]:
         """The answers that draw from a sequence's rows."""

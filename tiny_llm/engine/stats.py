@@ -65,9 +65,13 @@ def _sizes() -> Histogram:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals since the engine began. ``parts`` are seconds of steps by part."""
+    """Totals since the engine began. ``parts`` are seconds of steps by part.
+
+    ``decodes`` are steps that a sequence decoded in: each gave it a token, and what was guessed right.
+    """
 
     steps: int = 0
+    decodes: int = 0
     failed_steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -94,7 +98,7 @@ class EngineStats:
 
 
 _HISTOGRAMS = ("queue_s", "ttft_s", "inter_token_s", "step_s", "step_tokens", "step_sequences")
-_COUNTS = ("steps", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
+_COUNTS = ("steps", "decodes", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +106,10 @@ class Snapshot:
     """An engine's figures at one moment. ``totals`` are since it began, and are the engine's own: they go on.
 
     ``running`` and ``waiting`` count sequences, ``preempted`` how often one gave way, by how;
-    ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right; ``fallbacks`` are calls of
-    an op that had no kernel, ``kernel_s`` is what kernels took where they are timed. ``ops_on_ours`` run on
-    kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same whatever else is running.
-    Memory in bytes, times in seconds.
+    ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right, by source; ``fallbacks``
+    are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed.
+    ``ops_on_ours`` run on kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same
+    whatever else is running. Memory in bytes, times in seconds.
     """
 
     healthy: bool
@@ -116,8 +120,8 @@ class Snapshot:
     prefix_hit_tokens: int
     prefix_miss_tokens: int
     preempted: Mapping[str, int]
-    drafted_tokens: int
-    accepted_tokens: int
+    drafted_tokens: Mapping[str, int]
+    accepted_tokens: Mapping[str, int]
     totals: EngineStats
     fallbacks: Mapping[str, int]
     kernel_s: float | None
@@ -147,8 +151,8 @@ class Snapshot:
             prefix_hit_tokens=prefix.hit_tokens if prefix is not None else 0,
             prefix_miss_tokens=prefix.miss_tokens if prefix is not None else 0,
             preempted=dict(scheduler.preempted),
-            drafted_tokens=speculation.drafted if speculation is not None else 0,
-            accepted_tokens=speculation.accepted if speculation is not None else 0,
+            drafted_tokens=dict(speculation.drafted) if speculation is not None else {},
+            accepted_tokens=dict(speculation.accepted) if speculation is not None else {},
             totals=totals,
             fallbacks=fallbacks().read(),
             kernel_s=kernel_seconds(),
@@ -185,6 +189,7 @@ class StepClock:
         """Count the step; return its milliseconds."""
         stats, seconds = self._stats, self._last - self._began
         stats.steps += 1
+        stats.decodes += plan.decodes
         stats.step_s.add(seconds)
         stats.step_tokens.add(plan.decodes + plan.drafted + plan.chunk_tokens)
         stats.step_sequences.add(len(plan.items))

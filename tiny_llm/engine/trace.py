@@ -1,13 +1,14 @@
 """Owns the record of who was computed when, in the format that Perfetto and chrome://tracing open.
 
 One track a sequence: waiting, chunks of its prompt, decodes, time on the host while swapped out; and
-one for the steps themselves.
-Source: the Trace Event Format ("complete" events, microseconds).
+one for the steps themselves. Curves of what was guessed so far, and right, by source.
+Source: the Trace Event Format ("complete" and "counter" events, microseconds).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_llm.data import Plan
@@ -48,6 +49,11 @@ class Trace:
         for name, moved in (("swap out", plan.swap_out), ("swap in", plan.swap_in)):
             if moved:
                 self._add(name, _STEPS, began, ended, blocks=len(moved))
+
+    def count(self, name: str, at: float, totals: Mapping[str, int]) -> None:
+        """How much there has been until now of what is counted, each by its name."""
+        event = {"name": name, "ph": "C", "pid": 1, "tid": _STEPS, "ts": round(at * 1e6, 1)}
+        self._events.append({**event, "args": dict(totals)})
 
     def save(self, path: Path) -> None:
         """Write the trace. Raises OSError if the file cannot be written."""

@@ -10,6 +10,8 @@ Source of the idea: Leviathan et al. 2023, "Fast Inference from Transformers via
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from collections.abc import Mapping
 
 from tiny_llm.data import Advance, Drafter, Sequence
 from tiny_llm.scheduler.speed import StepTime
@@ -22,13 +24,17 @@ _NEWS = 0.15  # of what is believed comes from the latest guess
 
 
 class Acceptance:
-    """How often the guesses about one sequence are right. ``guess`` is one that nobody has checked yet."""
+    """How often the guesses about one sequence are right.
 
-    __slots__ = ("guess", "share")
+    ``guess`` is one that nobody has checked yet, ``source`` where the latest ones came from.
+    """
+
+    __slots__ = ("guess", "share", "source")
 
     def __init__(self) -> None:
         self.share = _PRIOR
         self.guess = -1
+        self.source = ""
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Of ``drafted`` guesses the first ``accepted`` were right, the next was not; more is not known."""
@@ -64,16 +70,18 @@ class Worth:
 
 
 class Speculation:
-    """What ``drafter`` guesses, and how well: ``drafted`` were checked, ``accepted`` of them were right."""
+    """What ``sources`` guess, the first that has an idea, and how well.
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafted = self.accepted = 0
-        self._drafter = drafter
+    By source: ``drafted`` guesses were checked, ``accepted`` of them were right.
+    """
+
+    def __init__(self, sources: Mapping[str, Drafter]) -> None:
+        self.drafted, self.accepted = Counter(dict.fromkeys(sources, 0)), Counter(dict.fromkeys(sources, 0))
+        self._sources = sources
 
     def draft(self, seq: Sequence, known: Acceptance, worth: Worth, most: int) -> array[int]:
         """Guesses of ``seq``'s next tokens that are worth checking in a step, at most ``most``."""
-        draft = self._drafter(seq, max(1, min(most, MOST_DRAFTED)))
-        known.guess = draft[0] if draft else -1
+        draft = self._guesses(seq, known, max(1, min(most, MOST_DRAFTED)))
         return draft[: worth.length(known.share, min(most, len(draft)))]
 
     def is_expected(self, seq: Sequence, known: Acceptance, worth: Worth) -> bool:
@@ -81,8 +89,7 @@ class Speculation:
 
         Which token is expected to come is noted, so that it shows how good such guesses are.
         """
-        draft = self._drafter(seq, 2)
-        known.guess = draft[0] if draft else -1
+        draft = self._guesses(seq, known, 2)
         return len(draft) == 2 and worth.length(known.share, 1) == 1
 
     def count(self, known: Acceptance, drafted: int, advance: Advance) -> None:
@@ -96,5 +103,14 @@ class Speculation:
         if not advance.finish_reason:  # else it was not looked at to its end
             known.observe(drafted, accepted)
         known.guess = -1
-        self.drafted += drafted
-        self.accepted += accepted
+        self.drafted[known.source] += drafted
+        self.accepted[known.source] += accepted
+
+    def _guesses(self, seq: Sequence, known: Acceptance, most: int) -> array[int]:
+        """Up to ``most`` guesses; the first of them is noted."""
+        known.guess = -1
+        for source, drafter in self._sources.items() if seq.params.speculate else ():
+            if draft := drafter(seq, most):
+                known.source, known.guess = source, draft[0]
+                return draft
+        return array("i")

@@ -14,7 +14,7 @@ Source of the idea: Agrawal et al. 2024, Sarathi-Serve (chunked prefills, stall-
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from math import inf
 
@@ -71,8 +71,8 @@ class Scheduler:
     """Decides step by step: ``expire``, ``schedule``, run the plan, ``commit``. For one thread.
 
     ``costs`` say how the parts of the model's steps compare, before any is measured; ``speed.observe`` is
-    to be told how long steps took. ``preempted`` counts by policy. With a ``drafter`` its guesses are
-    checked, as far as that pays.
+    to be told how long steps took. ``preempted`` counts by policy. What ``drafters`` guess, by source, is
+    checked as far as that pays.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Scheduler:
         blocks: BlockManager,
         settings: SchedulerSettings | None = None,
         costs: StepCosts | None = None,
-        drafter: Drafter | None = None,
+        drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
         self.blocks = blocks
         self.settings = settings or SchedulerSettings()
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
-        self.speculation = Speculation(drafter) if drafter is not None else None
+        self.speculation = Speculation(drafters) if drafters else None
         self._entries: dict[int, _Entry] = {}
         self._answers = 0  # that these are to give
         self._running: RankedList[_Entry] = RankedList()

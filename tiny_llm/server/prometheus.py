@@ -77,12 +77,12 @@ class _Figures:
         yield self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.", looked_for)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hit_tokens)
         yield self._counter("num_preemptions", "Sequences that gave way to others.", preempted)
-        yield self._counter(
-            "spec_decode_num_draft_tokens", "Guesses that steps checked.", stats.drafted_tokens
-        )
-        yield self._counter(
-            "spec_decode_num_accepted_tokens", "Guesses that were right.", stats.accepted_tokens
-        )
+        for name, told, counts in (
+            ("draft", "Guesses that steps checked.", stats.drafted_tokens),
+            ("accepted", "Guesses that were right.", stats.accepted_tokens),
+        ):
+            yield self._labelled(f"spec_decode_num_{name}_tokens", told, "source", counts)
+        yield self._counter("decodes", "Steps that a sequence decoded in, summed.", totals.decodes)
         yield self._counter("engine_steps", "Steps of the engine.", totals.steps)
         yield self._counter("engine_failed_steps", "Steps that failed.", totals.failed_steps)
 

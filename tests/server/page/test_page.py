@@ -272,6 +272,9 @@ def large_picture(now: int) -> dict[str, object]:
         "steps": 123_456_789,
         "prompt_tokens": 987_654_321 + 123_456 * now,
         "generation_tokens": 23_456 * now,
+        "decodes": 12_345 * now,
+        "drafted_tokens": {"prediction": 98_765 * now, "draft": 87_654 * now},
+        "accepted_tokens": {"prediction": 98_765 * now, "draft": 0},
         "first_tokens": 10 + now,
         "ttft_s": 123.4 * (10 + now),
         "hit_tokens": 1_234_567_890,
@@ -291,6 +294,8 @@ def test_large_numbers_have_room_on_a_phone(browser: Browser, slow: Running) -> 
     page.get_by_role("button", name="Engine").click()
     expect(page.locator("#batch li").first).to_contain_text("prefill 64,000 of 131,072")
     expect(page.locator("#figures")).to_contain_text("23,456")
+    expect(page.locator("#figures")).to_contain_text("9.00for each request")
+    expect(page.locator("#figures")).to_contain_text("53 %prediction 100 %, draft 0 %")
     beyond = page.evaluate(
         """() => {
             const right = (one) => one.getBoundingClientRect().right;

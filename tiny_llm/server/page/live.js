@@ -13,6 +13,8 @@ const RETRY_MS = [500, 1000, 2000, 4000];
 
 const $ = (id) => document.getElementById(id);
 const count = (number) => Math.round(number).toLocaleString("en");
+const percent = (share) => `${Math.round(100 * share)} %`;
+const sum = (counts) => Object.values(counts).reduce((all, one) => all + one, 0);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 /** The colour of a byte of the block map that stands for one request. */
@@ -177,9 +179,11 @@ export class Live {
     const ms = (s) => (s < 1 ? `${(1000 * s).toFixed(s < 0.1 ? 1 : 0)} ms` : `${s.toFixed(2)} s`);
     this.speed = new Figure("Tokens per second", count);
     this.first = new Figure("First token after", ms);
-    this.hits = new Figure("Found in cache", (share) => `${Math.round(100 * share)} %`);
+    this.hits = new Figure("Found in cache", percent);
     this.used = new Figure("Blocks in use", count);
-    this.ttft = null;
+    this.gain = new Figure("Tokens a step", (tokens) => tokens.toFixed(2));
+    this.right = new Figure("Guesses right", percent);
+    this.ttft = this.gained = this.share = null;
     document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.start()));
   }
 
@@ -212,6 +216,7 @@ export class Live {
   show(picture) {
     const last = this.samples.at(-1);
     if (last && (picture.steps < last.steps || picture.now < last.now)) this.samples = []; // it began anew
+    [picture.drafted, picture.accepted] = [sum(picture.drafted_tokens), sum(picture.accepted_tokens)];
     this.samples = [...this.samples, picture].slice(-HISTORY);
     this.showFigures(picture);
     this.map.show(picture);
@@ -232,6 +237,17 @@ export class Live {
     this.hits.show(asked ? picture.hit_tokens / asked : null, `${count(picture.hit_tokens)} tokens`);
     const { used, limit } = picture.blocks;
     this.used.show(used, `of at most ${count(limit)}`);
+    this.showGuesses(picture, since);
+  }
+
+  /** A step brings a request one token, and those guesses that were right. */
+  showGuesses(picture, since) {
+    if (since("decodes")) this.gained = 1 + since("accepted") / since("decodes");
+    if (since("drafted")) this.share = since("accepted") / since("drafted");
+    this.gain.show(this.gained, this.gained ? "for each request" : "");
+    const sources = Object.entries(picture.drafted_tokens).filter(([, drafted]) => drafted);
+    const shares = sources.map(([name, drafted]) => `${name} ${percent(picture.accepted_tokens[name] / drafted)}`);
+    this.right.show(this.share, shares.join(", "));
   }
 
   showBatch(picture) {
