@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tiny_llm import LLM, ConfigError, SamplingParams
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.decoding.grammar import regex_grammar
+from tiny_llm.engine.settings import EngineSettings, Speculation
 
 ASKS = ("What is paged attention?", "Tell me a story about a fox.", "What is 34 + 25?", "What is prefill?")
 
@@ -34,6 +36,34 @@ def test_most_of_its_guesses_are_right_at_any_temperature(
     drafted = sum(answer.drafted_tokens for answer in answers)
     accepted = sum(answer.accepted_tokens for answer in answers)
     assert accepted > 0.4 * drafted > 30
+
+
+def test_it_reads_nothing_while_no_guess_pays(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took in the tokens of every step, also where it was never asked for a guess."""
+    monkeypatch.setattr("tiny_llm.scheduler.drafts.Worth.length", lambda self, share, most: 0)
+    own = drafting.with_engine(EngineSettings(kv_blocks=64, speculate="draft"))
+    prompts = [own.chat_prompt([{"role": "user", "content": ask}]) for ask in ASKS[:2]]
+    own.generate(prompts, SamplingParams(max_tokens=12))
+    draft = own.engine.runner.draft
+    assert draft is not None and not any(draft._read)
+    monkeypatch.setattr("tiny_llm.scheduler.drafts.Worth.length", lambda self, share, most: min(most, 3))
+    later = own.generate(prompts, SamplingParams(max_tokens=12))
+    assert any(draft._read) and any(answer.accepted_tokens for answer in later), "it catches up"
+
+
+@pytest.mark.parametrize("speculate", ["ngram", "draft"])
+def test_what_the_form_forbids_is_not_checked(
+    drafting: LLM, speculate: Speculation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiny_llm.scheduler.drafts.Worth.length", lambda self, share, most: most)
+    own = drafting.with_engine(EngineSettings(kv_blocks=64, speculate=speculate))
+    form = regex_grammar("[0-9]{24}")
+    held = own.grammars.constrain(SamplingParams(max_tokens=40, temperature=1.0, seed=3), form)
+    expected = own.generate("Say a number: ", replace(held, speculate=False))[0].token_ids
+    guessed = (*expected[:4], *own.tokenizer.encode(" is the number"))
+    assert own.generate("Say a number: ", replace(held, prediction=guessed))[0].token_ids == expected
+    stats = own.engine.stats()
+    assert stats.drafted_tokens["prediction"] == stats.accepted_tokens["prediction"] == 3
 
 
 def test_its_pages_are_in_the_accounts(drafting: LLM) -> None:

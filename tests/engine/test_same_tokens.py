@@ -320,6 +320,26 @@ def test_guesses_change_no_token(
     assert len(accepted) > 20 and max(accepted) > 4, "hardly a guess was checked"
 
 
+@pytest.mark.parametrize("name", ["a draft model, recompute", "a draft model, swap"])
+def test_a_draft_model_that_is_the_model_is_never_wrong(
+    demo: Path, name: str, asks: list[Ask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is moved, found, shared or thrown out: it has read all that comes before what it guesses.
+
+    And it draws as answers do, with their forms and penalties.
+    """
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(drafts.Worth, "length", lambda self, share, most: min(most, 3))
+    monkeypatch.setattr(
+        drafts.Acceptance, "observe", lambda self, drafted, accepted: seen.append((drafted, accepted))
+    )
+    guessed = [(p, replace(own, speculate=True, prediction=()), *when) for p, own, *when in asks[:16]]
+    with LLM(demo, draft=demo, quantize=8) as same:  # as draft models are
+        together(same, SETTINGS[name], guessed)
+    assert len(seen) > 60, "hardly a guess was checked"
+    assert all(drafted == accepted for drafted, accepted in seen)
+
+
 @pytest.mark.usefixtures("eager")
 def test_one_accepted_token_too_many_is_noticed(
     llm: LLM, asks: list[Ask], expected: list[list[Told]], monkeypatch: pytest.MonkeyPatch

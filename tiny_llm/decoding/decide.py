@@ -10,13 +10,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from tiny_llm.data import Plan
+from tiny_llm.data import GUESS, Plan
 from tiny_llm.decoding.answer import Answer, Logprobs
+from tiny_llm.decoding.structured_output import GrammarConstraint
 from tiny_llm.sampling.allowed import keep_allowed
 from tiny_llm.sampling.logprobs import Reported, named, reported
 from tiny_llm.sampling.penalties import History, changes_logits, penalize
@@ -105,6 +106,29 @@ def rows_of(plan: Plan, sharing: Sharing) -> list[Row]:
             position += 1
         first += item.logit_rows
     return rows
+
+
+def with_guesses(plan: Plan, guesses: Sequence[array[int]]) -> Plan:
+    """``plan`` with other guesses, one array for each of its decodes."""
+    items = [
+        item._replace(tokens=item.tokens[:1] + own, logit_rows=1 + len(own))
+        for item, own in zip(plan.items, guesses, strict=False)
+    ]
+    drafted = sum(map(len, guesses))
+    return replace(plan, items=items + plan.items[plan.decodes :], drafted=drafted)
+
+
+def within_forms(plan: Plan, sharing: Sharing) -> Plan:
+    """``plan`` without guesses that an answer's form forbids, nor those behind them."""
+    if not plan.drafted:
+        return plan
+    guesses = []
+    for item in plan.items[: plan.decodes]:
+        form, own = sharing(item.seq_id)[0].form, item.tokens[1:]
+        if own and own[0] != GUESS and isinstance(form, GrammarConstraint):
+            own = own[: form.count_allowed(sharing(item.seq_id)[0].token_ids, own.tolist())]
+        guesses.append(own)
+    return with_guesses(plan, guesses)
 
 
 def by_sequence(plan: Plan, decisions: Iterable[Decision]) -> list[tuple[int, list[Decision]]]:
@@ -209,7 +233,7 @@ def draw(logits: mx.array, rows: Sequence[Row], lap: Lap) -> Drawing:
     drawn = [row for row in rows if row.is_drawn]
     errors: list[str | None] = [None] * len(drawn)
     own = _taken(logits, drawn)
-    scores = _changed(own, drawn, errors)
+    scores = changed(own, drawn, errors)
     tokens = sample(scores, [row.answer.params for row in drawn], [row.position for row in drawn])
     # A NaN or an infinity among a row's logits is what gets drawn, so not all need be looked at.
     finite = mx.isfinite(_at(own, tokens))
@@ -248,8 +272,11 @@ def _at(values: mx.array, tokens: mx.array) -> mx.array:
     return mx.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
 
 
-def _changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) -> mx.array:
-    """Penalties for the rows that ask for them, each row's processors, forms; a fault goes to ``errors``."""
+def changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) -> mx.array:
+    """Logits [R, V] as the R ``rows`` draw from them, their answers' penalties, processors and forms heeded.
+
+    A row's fault goes to its place in ``errors``.
+    """
     if all(row.answer.plain for row in rows):
         return logits
     penalized = [n for n, row in enumerate(rows) if changes_logits(row.answer.params, row.answered)]

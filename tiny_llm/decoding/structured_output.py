@@ -63,6 +63,11 @@ class GrammarConstraint:
             raise ValueError(_fault(self._matcher))
         return allowed[: self._vocab_size]
 
+    def count_allowed(self, tokens: list[int], guesses: list[int]) -> int:
+        """How many of ``guesses`` can come behind ``tokens``, one behind the other."""
+        new = tokens[self._seen :]
+        return max(0, self._matcher.validate_tokens(new + guesses) - len(new))
+
     def __copy__(self) -> GrammarConstraint:
         """The same place, for an answer that goes on by itself from here."""
         return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._end_ids, self._seen)

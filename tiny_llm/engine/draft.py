@@ -3,20 +3,21 @@
 Its keys and values lie under the block ids of the large one's, and go where those go: prefix hits, forks,
 swap and eviction are the block manager's, and need nothing here. It draws with the noise of the position
 that it guesses, so two models that think alike mostly draw alike, whatever the temperature.
-Knows no request: a plan comes in, and the same plan goes out with its guesses known.
+A plan comes in, and the same plan goes out with its guesses known.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
 from tiny_llm.data import GUESS, Plan, PlanItem, Sequence
+from tiny_llm.decoding.answer import Answer
+from tiny_llm.decoding.decide import Row, Sharing, changed, with_guesses
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
@@ -25,12 +26,10 @@ from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
 from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import Model
 from tiny_llm.sampling.sampler import sample
-from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.weights.hub import resolve
 
 BUNDLED_MODEL, BUNDLED_DRAFT = "demo", "demo-draft"
-ParamsOf = Callable[[int], SamplingParams]
-"""How a sequence's tokens are drawn, by its id."""
+_MOST_READ = 256  # tokens in a step, before its guesses
 
 
 def which_draft(
@@ -73,68 +72,113 @@ def to_be_guessed(seq: Sequence, most: int) -> array[int]:
 
 
 class DraftModel:
-    """``model``, and the ``cache`` of its keys and values. One thread's."""
+    """``model``, and the ``cache`` of its keys and values. One thread's.
+
+    It reads a sequence when it is to guess, and not before: where nobody asks it, it costs nothing. What it
+    has read is known by block, whoever's it was.
+    """
 
     def __init__(self, model: Model, cache: PagedCache) -> None:
         self.model = model
         self.cache = cache
+        self.was_behind = False  # in the latest step it read more than what was new
+        self._read = array("i")  # so many of each block's tokens, from its first on
+        self._read_on_host: dict[int, int] = {}
 
-    def follow(self, plan: Plan, drawn: mx.array | None) -> None:
-        """Take in the tokens of a step that has no guesses, some of which may be being ``drawn``."""
-        quiet = [item._replace(logit_rows=0) for item in plan.items]
-        self._run(replace(plan, items=quiet), drawn)
-        mx.async_eval(self.cache.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+    def clear(self) -> None:
+        """Let go of all keys and values."""
+        self.cache.clear()
+        self._read, self._read_on_host = array("i"), {}
 
-    def guessed(self, plan: Plan, params_of: ParamsOf) -> Plan:
-        """``plan`` with its guesses known; its other tokens are taken in on the way.
+    def guessed(self, plan: Plan, sharing: Sharing) -> Plan:
+        """``plan`` with its guesses known. A sequence that was not read to its end yet gets none.
 
-        All sequences guess their next token together, and each one's guess is what it goes on from. The last
-        guess is taken in too: it may turn out right.
+        All sequences guess their next token together, and each one's guess is what it goes on from. A guess
+        is drawn as its answer draws: by its noise, its penalties, its form.
         """
-        if not plan.drafted:
-            self.follow(plan, None)
+        self._follow(plan)
+        self.was_behind = False
+        asked = [item for item in plan.items if item.tokens[-1] == GUESS]
+        if not asked:
             return plan
-        going = [item for item in plan.items if item.tokens[-1] == GUESS]
-        logits = self._run(replace(plan, items=[_known(item) for item in plan.items]), None)
-        rounds: list[tuple[list[PlanItem], mx.array]] = []
+        answers = {item.seq_id: sharing(item.seq_id)[0] for item in asked}
+        reads = self._unread(asked, answers)
+        guesses = {item.seq_id: array("i") for item in reads if item.logit_rows}
+        going = [item for item in asked if item.seq_id in guesses]
         number = 1
-        while going:
-            params = [params_of(item.seq_id) for item in going]
-            guesses = sample(logits, params, [item.start + number for item in going])
-            rounds.append((going, guesses))
-            items = [_goes_on(item, row, number) for row, item in enumerate(going)]
-            logits = self._run(Plan(items, plan.num_blocks, [], [], []), guesses)
+        while reads:
+            logits = self._run(reads)
+            rows = [
+                Row(n, answers[item.seq_id], item.start + number, guesses[item.seq_id])
+                for n, item in enumerate(going)
+            ]
+            for item, token in zip(going, _drawn(logits, rows), strict=True):
+                guesses[item.seq_id] = guesses[item.seq_id] + array("i", [token])
             going = [item for item in going if len(item.tokens) > number + 1]
+            reads = [
+                PlanItem(item.seq_id, guesses[item.seq_id][-1:], item.start + number, item.block_table, 1)
+                for item in going
+            ]
             number += 1
-        mx.eval(self.cache.arrays(), *(guesses for _, guesses in rounds))
-        return replace(plan, items=_filled(plan.items, rounds))
+        mx.async_eval(self.cache.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+        none = array("i")
+        return with_guesses(
+            plan,
+            [
+                guesses.get(item.seq_id, none) if item.seq_id in answers else item.tokens[1:]
+                for item in plan.items[: plan.decodes]
+            ],
+        )
 
-    def _run(self, plan: Plan, drawn: mx.array | None) -> mx.array:
-        """Logits of a plan's rows, lazily; what the plan moves is moved here too."""
-        batch = build_batch(plan, self.cache.format.block_size, drawn)
+    def _follow(self, plan: Plan) -> None:
+        """Move what the plan moves; what it writes is unread, and what lay behind that is no one's."""
         self.cache.prepare(plan)
+        read, host = self._read, self._read_on_host
+        read.extend([0] * (plan.num_blocks - len(read)))
+        for block, slot in plan.swap_out:
+            host[slot] = read[block]
+        for block, copied in plan.copies:
+            read[copied] = read[block]
+        for slot, block in plan.swap_in:
+            read[block] = host[slot]
+        for item in plan.items:
+            for block, first in self._reach(item):
+                read[block] = min(read[block], max(0, item.start - first))
+
+    def _reach(self, item: PlanItem) -> Iterator[tuple[int, int]]:
+        """The blocks that the item's tokens go to, each with the position of its first token."""
+        size = self.cache.format.block_size
+        for number in range(item.start // size, -(-(item.start + len(item.tokens)) // size)):
+            yield item.block_table[number], number * size
+
+    def _unread(self, asked: list[PlanItem], answers: Mapping[int, Answer]) -> list[PlanItem]:
+        """What is to be read before the first guesses: at most so much in a step, the first ones first."""
+        size, room, reads = self.cache.format.block_size, _MOST_READ, list[PlanItem]()
+        for item in asked:
+            full = next(n for n, block in enumerate(item.block_table) if self._read[block] < size)
+            start = full * size + self._read[item.block_table[full]]
+            tokens = (answers[item.seq_id].tokens[start : item.start] + item.tokens[:1])[:room]
+            room -= len(tokens)
+            self.was_behind |= len(tokens) > 2  # a step's last guess is read in the next one
+            if tokens:
+                rows = int(start + len(tokens) > item.start)
+                reads.append(PlanItem(item.seq_id, tokens, start, item.block_table, rows))
+        return reads
+
+    def _run(self, items: list[PlanItem]) -> mx.array:
+        """Logits of the items' rows, lazily."""
+        size = self.cache.format.block_size
+        batch = build_batch(Plan(items, len(self._read), [], [], []), size)
+        for item in items:
+            for block, first in self._reach(item):
+                self._read[block] = min(size, item.start + len(item.tokens) - first)
         return self.model(batch, self.cache)
 
 
-def _known(item: PlanItem) -> PlanItem:
-    """An item's known tokens; where guesses are to follow, the first is drawn from the last of them."""
-    if item.tokens[-1] != GUESS:
-        return item._replace(logit_rows=0)
-    return item._replace(tokens=item.tokens[:1], logit_rows=1)
-
-
-def _goes_on(item: PlanItem, row: int, number: int) -> PlanItem:
-    """The step that takes in an item's guess ``number``, and draws the next one if there is to be one."""
-    more = int(len(item.tokens) > number + 1)
-    return PlanItem(item.seq_id, array("i", (-1 - row,)), item.start + number, item.block_table, more)
-
-
-def _filled(items: list[PlanItem], rounds: list[tuple[list[PlanItem], mx.array]]) -> list[PlanItem]:
-    guesses: dict[int, array[int]] = {}
-    for going, drawn in rounds:
-        for item, token in zip(going, cast(list[int], drawn.tolist()), strict=True):
-            guesses.setdefault(item.seq_id, array("i")).append(token)
-    return [
-        item._replace(tokens=item.tokens[:1] + guesses[item.seq_id]) if item.seq_id in guesses else item
-        for item in items
-    ]
+def _drawn(logits: mx.array, rows: list[Row]) -> list[int]:
+    """A token for each row. Nothing comes of an error but a wrong guess."""
+    if not rows:
+        return []
+    scores = changed(logits, rows, [None] * len(rows))
+    tokens = sample(scores, [row.answer.params for row in rows], [row.position for row in rows])
+    return cast(list[int], tokens.tolist())

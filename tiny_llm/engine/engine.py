@@ -193,7 +193,7 @@ class Engine:
         except Exception as error:  # whatever it was, those who are not in this step must not pay for it
             return events + self._failed(batch.plan, error)
         # The first of several that run ahead has a part of the next one in its time, the last one too little.
-        is_whole = was_ahead == (self._ahead is not None)
+        is_whole = was_ahead == (self._ahead is not None) and batch.is_usual
         events += self._commit(batch.plan, decisions)
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.data import Plan
-from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of
+from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of, within_forms
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
 from tiny_llm.kv.paged import PagedCache
@@ -24,13 +24,15 @@ from tiny_llm.proving.choice import Kernels
 class InFlightBatch:
     """A step under way: ``rows`` says whose each row of its logits is.
 
-    ``error`` came up while it was prepared, and is raised when its turn comes.
+    ``error`` came up while it was prepared, and is raised when its turn comes. ``is_usual`` is whether such
+    steps take about as long.
     """
 
     plan: Plan
     rows: list[Row]
     drawing: Drawing | None = None
     error: Exception | None = None
+    is_usual: bool = True
 
     def decisions(self, lap: Lap) -> list[Decision]:
         """Wait for what it draws. Raises whatever went wrong."""
@@ -59,10 +61,10 @@ class Runner:
         batch = InFlightBatch(plan, [])
         try:
             with use(self.kernels.backend, self.kernels.ours):
-                if self.draft is not None and drawn is not None:
-                    self.draft.follow(plan, drawn)
-                elif self.draft is not None:
-                    batch.plan = self.draft.guessed(plan, lambda seq_id: sharing(seq_id)[0].params)
+                batch.plan = within_forms(plan, sharing)
+                if self.draft is not None:
+                    batch.plan = self.draft.guessed(batch.plan, sharing)
+                    batch.is_usual = not self.draft.was_behind
                     lap("draft")
                 batch.rows = rows_of(batch.plan, sharing)
                 batch.drawing = draw(self.forward(batch.plan, drawn, lap), batch.rows, lap)
@@ -97,4 +99,4 @@ class Runner:
         """Let go of all keys and values."""
         self.cache.clear()
         if self.draft is not None:
-            self.draft.cache.clear()
+            self.draft.clear()
