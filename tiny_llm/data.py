@@ -282,7 +282,8 @@ class StepCosts(NamedTuple):
 class Advance(NamedTuple):
     """How a sequence goes on after a step: new ``tokens``, perhaps its end, perhaps ``forks``.
 
-    A draft that was accepted gives several tokens. Each fork starts a new sequence,
+    A draft that was accepted gives several tokens. Without any, and without an end, it is held: what comes
+    next depends on others, which are not as far yet. Each fork starts a new sequence,
     under the fork's ``seq_id``, from what this one held before its own ``tokens``.
     """
 

@@ -16,11 +16,12 @@ from math import inf
 from typing import Any, ClassVar
 
 import pytest
+from digests import SIZE, Group, Model, alone, answer, following, group_alone, survivors
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tiny_llm.data import Advance, Output, Plan, PlanItem, Sequence
+from tiny_llm.data import Advance, Output, Plan, Sequence
 from tiny_llm.errors import BusyError, CapacityError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import SamplingParams
@@ -29,78 +30,10 @@ from tiny_llm.scheduler.settings import Preemption, SchedulerSettings
 
 pytestmark = pytest.mark.slow
 
-SIZE = 4
 AGEING_S = 5.0
 EVENTS = ("answered", "refused", "busy", "cancelled", "timeout", "failed", "forks", "copies", "hits")
+EVENTS += ("held", "parked", "turns", "dead")
 EVENTS += ("recompute", "swap", "back", "ahead", "for nothing", "starved", "drafted", "accepted", "rejected")
-
-
-def following(state: int, token: int) -> int:
-    """What the cache holds at a position: a digest of all tokens up to there."""
-    return hash((state, token))
-
-
-def answer(state: int, branch: int) -> tuple[int, bool]:
-    """The next token, and whether it ends the answer."""
-    drawn = hash((state, branch, 5)) % 1009
-    return drawn % 3, drawn % 53 == 0
-
-
-def alone(seq: Sequence, branch: int) -> list[int]:
-    """The answer that the request must get, whatever the traffic."""
-    state = len(seq.salt)
-    for token in seq.tokens[: seq.prompt_len]:
-        state = following(state, token)
-    made: list[int] = []
-    ended = False
-    while not ended and len(made) < seq.params.max_tokens:
-        token, ended = answer(state, branch)
-        made.append(token)
-        state = following(state, token)
-    return made
-
-
-class Model:
-    """A paged cache of digests, and answers read from it."""
-
-    def __init__(self, host_blocks: int) -> None:
-        self.slots: list[int | None] = []
-        self.host: list[int | None] = [None] * (host_blocks * SIZE)
-
-    def move(self, plan: Plan) -> None:
-        self.slots += [None] * (plan.num_blocks * SIZE - len(self.slots))
-        del self.slots[plan.num_blocks * SIZE :]
-        for pairs, source, target in (
-            (plan.swap_out, self.slots, self.host),
-            (plan.copies, self.slots, self.slots),
-            (plan.swap_in, self.host, self.slots),
-        ):
-            assert len({new for _, new in pairs}) == len(pairs), "two moves to one place"
-            written: set[int] = set()
-            for old, new in pairs:
-                assert source is not target or old not in written, "what one copy writes, another reads"
-                written.add(new)
-                target[new * SIZE : (new + 1) * SIZE] = source[old * SIZE : (old + 1) * SIZE]
-
-    def spoil(self, item: PlanItem) -> None:
-        """What a step writes for a sequence that has ended in the meantime."""
-        slot = item.block_table[item.start // SIZE] * SIZE + item.start % SIZE
-        if slot < len(self.slots):  # else the pool has shrunk
-            self.slots[slot] = None
-
-    def compute(self, item: PlanItem, seq: Sequence) -> list[int]:
-        """Check the item's whole context, then add its tokens; returns the state after each of them."""
-        state = len(seq.salt)
-        for position, token in enumerate(seq.tokens[: item.start]):
-            state = following(state, token)
-            found = self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE]
-            assert found == state, f"sequence {seq.id} has lost position {position} of {item.start}"
-        states = []
-        for position, token in enumerate(item.tokens, item.start):
-            state = following(state, token)
-            self.slots[item.block_table[position // SIZE] * SIZE + position % SIZE] = state
-            states.append(state)
-        return states
 
 
 class Traffic(RuleBasedStateMachine):
@@ -155,6 +88,7 @@ class Traffic(RuleBasedStateMachine):
         self.live: dict[int, Sequence] = {}
         self.branch: dict[int, int] = {}
         self.forks_to_come: dict[int, int] = {}
+        self.groups: dict[int, Group] = {}  # by member
         self.ever_ran: set[int] = set()
         self.ahead: Plan | None = None
 
@@ -167,6 +101,7 @@ class Traffic(RuleBasedStateMachine):
         patience=st.sampled_from([4.0, 40.0, inf, inf]),
         salt=st.sampled_from(["", "", "key"]),
         forks=st.sampled_from([0, 0, 0, 1, 3]),
+        together=st.sampled_from([False, False, True]),
     )
     def arrive(self, count: int, odd: int, forks: int, priority: int, **kind: Any) -> None:
         for number in range(count):  # they differ in where, and whether, their prompts part
@@ -175,12 +110,20 @@ class Traffic(RuleBasedStateMachine):
             )
 
     def _arrive(
-        self, length: int, odd: int, longest: int, priority: int, patience: float, salt: str, forks: int
+        self,
+        length: int,
+        odd: int,
+        longest: int,
+        priority: int,
+        patience: float,
+        salt: str,
+        forks: int,
+        together: bool,
     ) -> None:
         seq = Sequence(
             next(self.ids),
             array("i", [int(i == odd) for i in range(length)]),
-            SamplingParams(max_tokens=longest, n=1 + forks),
+            SamplingParams(max_tokens=longest, n=1 + forks, speculate=not (together and forks)),
             priority=priority,
             arrival=self.now,
             deadline=self.now + patience,
@@ -203,6 +146,8 @@ class Traffic(RuleBasedStateMachine):
             self.live[seq.id] = seq
             self.branch[seq.id] = 0
             self.forks_to_come[seq.id] = forks
+            if together and forks:
+                self.groups[seq.id] = Group(seq)
 
     @rule(steps=st.integers(1, 16))
     def run(self, steps: int) -> None:
@@ -229,6 +174,8 @@ class Traffic(RuleBasedStateMachine):
 
     def _draft(self, seq: Sequence, most: int) -> array[int]:
         """What will come, but for guesses that are wrong; sometimes less than is asked for, or nothing."""
+        if not seq.params.speculate:
+            return array("i")
         done, state = self.known.get(seq.id, (0, len(seq.salt)))
         for token in seq.tokens[done:]:
             state = following(state, token)
@@ -247,6 +194,7 @@ class Traffic(RuleBasedStateMachine):
             output = self.scheduler.cancel(seq_id)
             assert output == Output(seq_id, "cancelled") and self.scheduler.cancel(seq_id) is None
             assert self.live.pop(seq_id).finish_reason == "cancelled"
+            self._drop_group(seq_id)
             self.seen["cancelled"] += 1
 
     def _pass_time(self, seconds: float) -> None:
@@ -258,6 +206,7 @@ class Traffic(RuleBasedStateMachine):
             assert (seq.id in late) == (seq.deadline <= self.now or waited)
             if seq.id in late:
                 assert self.live.pop(seq.id).finish_reason == "timeout"
+                self.groups.pop(seq.id, None)  # its others are as late
                 self.seen["timeout"] += 1
 
     def _fail(self) -> None:
@@ -268,6 +217,8 @@ class Traffic(RuleBasedStateMachine):
         assert ended == {item.seq_id for item in plan.items}
         for seq_id in ended:
             assert self.live.pop(seq_id).finish_reason == "error"
+        for seq_id in ended:
+            self._drop_group(seq_id)
         self.seen["failed"] += 1
 
     def teardown(self) -> None:
@@ -276,7 +227,7 @@ class Traffic(RuleBasedStateMachine):
         work = sum(
             len(s.tokens) + s.params.max_tokens * (1 + self.forks_to_come[s.id]) for s in self.live.values()
         )
-        for _ in range(10 * work):
+        for _ in range(10 * work * (3 if self.groups else 1)):
             if not self.live:
                 break
             self._step()
@@ -295,14 +246,16 @@ class Traffic(RuleBasedStateMachine):
         sent = as_sent(plan)
         self.model.move(plan)
         advances = list(self._advances(plan))
-        if self.seen["steps"] % 3:
+        go_alone = not any(item.seq_id in self.groups for item in plan.items)
+        of_held = self._turns()
+        if self.seen["steps"] % 3 and go_alone:
             leaving = {advance.seq_id for advance in advances if advance.finish_reason == "length"}
             self.ahead = self.scheduler.follow(plan, leaving)
             self.seen["ahead"] += self.ahead is not None
             assert not any(self.scheduler.blocks.drain()), "a move is left for another plan"
             if self.ahead is not None:
                 self._check_ahead(plan, self.ahead)
-        for seq in self.scheduler.commit(plan, advances):
+        for seq in self.scheduler.commit(plan, advances, of_held):
             self.live[seq.id] = seq
             if seq.finish_reason:
                 self._ended(seq)
@@ -337,10 +290,10 @@ class Traffic(RuleBasedStateMachine):
             if seq.id not in waiting and len(seq.tokens) - seq.num_computed_tokens == 1
         }
         assert due == decoded, "each sequence that may decode does so in every step"
-        if running:
+        if running := [seq for seq in running if not self._is_held(seq)]:
             assert min(running, key=rank).id in {item.seq_id for item in plan.items}, "the first goes on"
         started = [rank(seq) for seq in running if seq.id in waiting]
-        left = [rank(seq) for seq in self.live.values() if seq.status == "waiting"]
+        left = [rank(s) for s in self.live.values() if s.status == "waiting" and not self._is_held(s)]
         assert not started or not left or max(started) < min(left), "someone was overtaken"
         self.ever_ran |= {seq.id for seq in running}
         return plan
@@ -379,7 +332,10 @@ class Traffic(RuleBasedStateMachine):
                 continue
             known = seq.tokens[item.start : item.start + len(item.tokens)]
             states = self.model.compute(item._replace(tokens=known + item.tokens[len(known) :]), seq)
-            if item.logit_rows:
+            if item.logit_rows and seq.id in self.groups:
+                self.groups[seq.id].states[seq.id] = states[-1]
+                yield Advance(seq.id, ())
+            elif item.logit_rows:
                 forks = tuple(
                     self._forked(seq, states[-1], n + 1) for n in range(self.forks_to_come.pop(seq.id, 0))
                 )
@@ -395,6 +351,52 @@ class Traffic(RuleBasedStateMachine):
                 self.seen["accepted"] += len(advance.tokens) > 1
                 self.seen["rejected"] += len(advance.tokens) <= len(drafted)
                 yield advance
+
+    def _is_held(self, seq: Sequence) -> bool:
+        return seq.id in self.groups and seq.id in self.groups[seq.id].states
+
+    def _turns(self) -> list[Advance]:
+        """Let those groups go on of which every sequence is held; those left behind end."""
+        advances: list[Advance] = []
+        for group in {id(group): group for group in self.groups.values()}.values():
+            if len(group.states) == len(group.members):
+                advances += self._turn(group)
+            else:
+                self.seen["held"] += len(group.states)
+        return advances
+
+    def _turn(self, group: Group) -> list[Advance]:
+        parts: dict[int, list[Advance]] = {}
+        members, made = list[int](), list[list[int]]()
+        for place, token in survivors([group.states[id] for id in group.members], group.first.params.n):
+            parent = group.members[place]
+            own = parts.setdefault(parent, [])
+            members.append(next(self.ids) if own else parent)
+            own.append(Advance(members[-1], (token,)))
+            made.append([*self.live[parent].tokens[group.first.prompt_len :], token])
+            self.seen["parked"] += self.live[parent].status == "waiting"
+        self.seen["turns"] += 1
+        if len(made[0]) == group.first.params.max_tokens:
+            assert made == group_alone(group.first), "other answers than alone"
+            self._end_members(group.members)
+            return []
+        self._end_members([member for member in group.members if member not in parts])
+        self.forks_to_come |= dict.fromkeys(members, 0)
+        self.branch |= {member: 1 for member in members if member not in group.members}
+        self.groups |= dict.fromkeys(members, group)
+        group.members, group.states = members, {}
+        return [first._replace(forks=tuple(forks)) for first, *forks in parts.values()]
+
+    def _end_members(self, members: list[int]) -> None:
+        for seq_id in members:
+            self.scheduler.cancel(seq_id)
+            del self.live[seq_id], self.groups[seq_id]
+            self.seen["dead"] += 1
+
+    def _drop_group(self, seq_id: int) -> None:
+        """One of a group has ended by accident: so do the others."""
+        if group := self.groups.pop(seq_id, None):
+            self._end_members([member for member in group.members if member in self.groups])
 
     def _advance(
         self, seq: Sequence, seq_id: int, state: int, forks: tuple[Advance, ...] = (), *, made: int = 0

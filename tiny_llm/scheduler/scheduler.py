@@ -4,7 +4,8 @@ There is one rule. A sequence has ``num_computed_tokens < len(tokens)``, and a s
 them catch up within a budget. One token behind is a decode: all of those go first, so that no prompt can hold
 them up. The rest of the budget goes to chunks of whoever is further behind: new prompts, what a
 prefix hit left over, what was preempted. A draft is more tokens in an item of
-a decode: guesses, which stay where they turn out to be what is drawn in their places.
+a decode: guesses, which stay where they turn out to be what is drawn in their places. A sequence whose next
+token depends on others (a beam's) is held until they are as far.
 
 Integers only: tokens are passed on and never looked at, no clock is read, and no array is known.
 While all decode, a step can be planned before the last one is committed: ``follow``.
@@ -21,7 +22,8 @@ from math import inf
 from tiny_llm.data import Advance, Drafter, EndReason, Output, Plan, PlanItem, Sequence, StepCosts
 from tiny_llm.errors import BusyError, CapacityError, RequestError
 from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
-from tiny_llm.scheduler.drafts import Acceptance, Speculation, Worth
+from tiny_llm.scheduler.drafts import Speculation, Worth
+from tiny_llm.scheduler.places import Place, StepPlan
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
 from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime, context_of
@@ -30,41 +32,6 @@ _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess d
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
 _BEHIND_ALL: Rank = (inf, 0)
 _MOST_ROWS = 128  # of logits in a step, for a prompt whose own log-probabilities are wanted
-
-
-class _Entry:
-    """A sequence's place here. ``blocked_at``: the blocks available when last there was no room for it.
-
-    ``rank`` never changes, so ageing costs nothing: a level of priority is worth some seconds of
-    waiting, which is to say that it makes a request as old as one that came so much earlier.
-    """
-
-    __slots__ = ("acceptance", "answers", "blocked_at", "rank", "seq", "table")
-
-    def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float, answers: int) -> None:
-        self.seq = seq
-        self.table = table
-        self.answers = answers  # that are to come of it: several until it forks
-        self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
-        self.blocked_at = -1
-        self.acceptance = Acceptance()
-
-
-class _Step:
-    """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``."""
-
-    def __init__(self, tokens: int) -> None:
-        self.items: list[PlanItem] = []
-        self.preempted: list[tuple[int, bool]] = []
-        self.tokens = tokens
-        self.ms = inf
-        self.least_ms = inf  # what the first chunk may take whatever is left
-        self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = self.drafted = 0
-
-    @property
-    def has_room(self) -> bool:
-        """Whether a chunk may start. The first one always may, so that prompts move on."""
-        return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
 
 
 class Scheduler:
@@ -87,12 +54,12 @@ class Scheduler:
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
         self.speculation = Speculation(drafters) if drafters else None
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Place] = {}
         self._answers = 0  # that these are to give
-        self._running: RankedList[_Entry] = RankedList()
-        self._waiting: RankedQueue[_Entry] = RankedQueue()
-        self._deadlines: RankedQueue[_Entry] = RankedQueue()
-        self._patience: RankedQueue[_Entry] = RankedQueue()  # of those that have not run yet
+        self._running: RankedList[Place] = RankedList()
+        self._waiting: RankedQueue[Place] = RankedQueue()
+        self._deadlines: RankedQueue[Place] = RankedQueue()
+        self._patience: RankedQueue[Place] = RankedQueue()  # of those that have not run yet
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -105,7 +72,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for their first step, or after preemption for their next."""
-        return len(self._waiting)
+        return len(self._entries) - len(self._running.items)
 
     def sequence(self, seq_id: int) -> Sequence | None:
         """The sequence; None once it has ended."""
@@ -119,7 +86,7 @@ class Scheduler:
         priority out of range.
         """
         self._check(seq)
-        entry = _Entry(seq, self.blocks.table(seq.salt), self.settings.ageing_s, seq.params.n)
+        entry = Place(seq, self.blocks.table(seq.salt), self.settings.ageing_s, seq.params.n)
         self._enter(entry)
         self._patience.push((seq.arrival + self.settings.max_wait_s, seq.id), entry)
         self._wait(entry)
@@ -152,12 +119,15 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step. It has no items only if there is nothing to do."""
-        step = _Step(self.settings.max_num_batched_tokens)
+        step = StepPlan(self.settings.max_num_batched_tokens)
         behind = self._decode(step)
         for entry in behind:
             self._admit(step, entry.rank)
             self._chunk(step, entry)
         self._admit(step, _BEHIND_ALL)
+        while not step.items and self.num_running:  # all are held: they make room for whom they wait for
+            self._give_way(self._running.items[-1], step)
+            self._admit(step, _BEHIND_ALL)
         swap_out, copies, swap_in = self.blocks.drain()
         return Plan(
             items=step.items,
@@ -203,11 +173,14 @@ class Scheduler:
         swap_out, copies, swap_in = self.blocks.drain()
         return Plan(items, self.blocks.capacity, swap_out, copies, swap_in, len(items), context)
 
-    def commit(self, plan: Plan, advances: Iterable[Advance]) -> list[Sequence]:
+    def commit(
+        self, plan: Plan, advances: Iterable[Advance], of_held: Iterable[Advance] = ()
+    ) -> list[Sequence]:
         """Take in what a step brought: an advance for each item with logit rows, in their order.
 
-        Returns the sequences that advanced, each followed by its forks. An item whose sequence has ended
-        in the meantime is passed over.
+        One without a token and an end holds its sequence. ``of_held`` lets held sequences go on, since this
+        step or an earlier one. Returns the sequences that advanced, each followed by its forks. An item whose
+        sequence has ended in the meantime is passed over.
         """
         advanced: list[Sequence] = []
         entries, remaining = self._entries, iter(advances)
@@ -217,22 +190,33 @@ class Scheduler:
             if entry is None:
                 continue
             seq, end = entry.seq, item.start + len(item.tokens)
-            if advance is not None:
-                if self.speculation is not None:
-                    drafted = item.start + len(item.tokens) - len(seq.tokens)
-                    self.speculation.count(entry.acceptance, drafted, advance)
-                assert advance.seq_id == item.seq_id
-                advanced.append(seq)
-                if advance.forks:
-                    advanced += self._fork(entry, advance.forks)
-                seq.tokens.extend(advance.tokens)
-                end = min(end, len(seq.tokens) - 1)  # a draft's rejected tokens are not held
+            drafted = end - len(seq.tokens)
             seq.num_computed_tokens = end
+            if advance is not None:
+                assert advance.seq_id == item.seq_id
+                if self.speculation is not None:
+                    self.speculation.count(entry.acceptance, drafted, advance)
+                entry.held = drafted == 0 and not advance.tokens
+                advanced += self._advance(entry, advance)
+            if drafted > 0:  # what was rejected of it is not kept
+                seq.num_computed_tokens = end = min(end, len(seq.tokens) - 1)
             if end >= entry.table.full_at:
                 self.blocks.register(entry.table, seq.tokens, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
+        for advance in of_held:
+            entry = entries[advance.seq_id]
+            advanced += self._advance(entry, advance)
+            if entry.held and entry.seq.status == "waiting":
+                self._wait(entry)
+            entry.held = False
         return advanced
+
+    def _advance(self, entry: Place, advance: Advance) -> list[Sequence]:
+        """Give a sequence its new tokens, its forks what it had before; return those that got any."""
+        forks = self._fork(entry, advance.forks) if advance.forks else []
+        entry.seq.tokens.extend(advance.tokens)
+        return [entry.seq, *forks]
 
     def abandon(self, plan: Plan) -> list[Output]:
         """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
@@ -263,7 +247,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that nothing is lost or held twice. Looks at everything."""
         self.blocks.check_integrity(entry.table for entry in self._entries.values())
-        assert self.num_running + self.num_waiting == len(self._entries)
+        parked = sum(entry.held for entry in self._entries.values() if entry.seq.status == "waiting")
+        assert self.num_waiting == len(self._waiting) + parked
         assert self._answers == sum(entry.answers for entry in self._entries.values())
         assert all(
             (entry.seq.status == "running") == bool(entry.table.blocks) for entry in self._entries.values()
@@ -295,10 +280,12 @@ class Scheduler:
         could_run = self.num_running if no_memory else limits.max_num_seqs
         return self._answers >= could_run + limits.max_queued_requests
 
-    def _decode(self, step: _Step) -> list[_Entry]:
+    def _decode(self, step: StepPlan) -> list[Place]:
         """Put all that are one token behind into the step; return those that are further behind."""
-        items, decoding, behind, context = step.items, list[_Entry](), list[_Entry](), 0
+        items, decoding, behind, context = step.items, list[Place](), list[Place](), 0
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
+            if entry.held:
+                continue
             seq = entry.seq
             tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
             if len(tokens) > table.writable and not self._make_room(entry, step):
@@ -321,7 +308,7 @@ class Scheduler:
                 step.least_ms = max(bound, alone) / 2
         return behind
 
-    def _add_drafts(self, step: _Step, decoding: list[_Entry], speculation: Speculation) -> None:
+    def _add_drafts(self, step: StepPlan, decoding: list[Place], speculation: Speculation) -> None:
         """Let decodes check as many guesses as are expected to pay; nobody makes room for them."""
         worth = Worth(self.speed, step.decodes, step.decode_context)
         for index, entry in enumerate(decoding):
@@ -345,7 +332,7 @@ class Scheduler:
             expected |= speculation.is_expected(entry.seq, entry.acceptance, worth)
         return expected
 
-    def _chunk(self, step: _Step, entry: _Entry) -> None:
+    def _chunk(self, step: StepPlan, entry: Place) -> None:
         """Let a sequence catch up as far as the budget goes."""
         if not step.has_room:
             return
@@ -370,7 +357,7 @@ class Scheduler:
         if count < wanted or scored:  # what may be left of the time is a crumb; rows take memory
             step.tokens = 0
 
-    def _admit(self, step: _Step, before: Rank) -> None:
+    def _admit(self, step: StepPlan, before: Rank) -> None:
         """Start those that wait and rank before ``before``, in order: no one is overtaken for its size."""
         while step.has_room and self.num_running < self.settings.max_num_seqs:
             first = self._waiting.first()
@@ -385,7 +372,7 @@ class Scheduler:
             return False
         return self.blocks.available > first[1].blocked_at
 
-    def _start(self, entry: _Entry) -> bool:
+    def _start(self, entry: Place) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
         seq, available = entry.seq, self.blocks.available
         if available <= entry.blocked_at and self.num_running:  # alone it needs no block to spare
@@ -404,25 +391,28 @@ class Scheduler:
             self.blocks.count(known, len(seq.tokens) - known)
         return True
 
-    def _blocks(self, entry: _Entry, end: int) -> array[int]:
+    def _blocks(self, entry: Place, end: int) -> array[int]:
         """The blocks of a sequence's first ``end`` tokens, as a plan has them: a copy that stays as it is."""
         return entry.table.blocks[: -(-end // self.blocks.block_size)]
 
-    def _make_room(self, entry: _Entry, step: _Step) -> bool:
+    def _make_room(self, entry: Place, step: StepPlan) -> bool:
         """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
         seq = entry.seq
         while not self.blocks.reserve(entry.table, seq.num_computed_tokens, len(seq.tokens)):
             last = self._running.items[-1]
-            step.preempted.append((last.seq.id, self._preempt(last)))
+            self._give_way(last, step)
             if last is entry:
                 return False
         return True
 
-    def _preempt(self, entry: _Entry) -> bool:
-        """Take a running sequence's blocks; it goes on later, from the host (True) or from its tokens."""
+    def _give_way(self, entry: Place, step: StepPlan) -> None:
+        """Take a running sequence's blocks; it goes on later, from the host or from its tokens.
+
+        One that is held is in no queue until it may go on.
+        """
         seq = entry.seq
         # One that ran alone leaves a plan without items, which nobody carries out, its moves neither.
-        others_run = self.num_running > 1
+        others_run = any(not other.held for other in self._running.items if other is not entry)
         swapped = (
             others_run
             and self._is_swap_better(seq.num_computed_tokens)
@@ -432,9 +422,11 @@ class Scheduler:
             self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
             seq.num_computed_tokens = 0
         self.preempted["swap" if swapped else "recompute"] += 1
+        step.preempted.append((seq.id, swapped))
         self._running.remove(entry.rank)
-        self._wait(entry)
-        return swapped
+        seq.status = "waiting"
+        if not entry.held:
+            self._wait(entry)
 
     def _is_swap_better(self, computed: int) -> bool:
         if self.settings.preemption != "auto":
@@ -445,7 +437,7 @@ class Scheduler:
         swap_ms = self.blocks.blocks_for(computed) * each
         return swap_ms < self.speed.chunk_ms(0, computed)
 
-    def _fork(self, entry: _Entry, forks: Iterable[Advance]) -> list[Sequence]:
+    def _fork(self, entry: Place, forks: Iterable[Advance]) -> list[Sequence]:
         """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
         seq, children = entry.seq, list[Sequence]()
         self._answers -= entry.answers - 1
@@ -455,11 +447,11 @@ class Scheduler:
             child = replace(seq, id=fork.seq_id, tokens=seq.tokens[:], cached_tokens=0)
             child.tokens.extend(fork.tokens)
             children.append(child)
-            table = self.blocks.fork(entry.table, len(seq.tokens))
-            branch = _Entry(child, table, self.settings.ageing_s, 1)
-            child.num_computed_tokens = len(seq.tokens)
+            table = self.blocks.fork(entry.table, seq.num_computed_tokens)
+            branch = Place(child, table, self.settings.ageing_s, 1)
             self._enter(branch)
-            if self.num_running < self.settings.max_num_seqs or fork.finish_reason:
+            has_place = self.num_running < self.settings.max_num_seqs or fork.finish_reason
+            if seq.status == "running" and has_place:
                 self._running.add(branch.rank, branch)
             else:  # it waits like any other, and finds most of what it needs in the prefix cache
                 self.blocks.free(table, child.tokens, child.num_computed_tokens)
@@ -469,18 +461,19 @@ class Scheduler:
                 self._end(branch, fork.finish_reason)
         return children
 
-    def _enter(self, entry: _Entry) -> None:
+    def _enter(self, entry: Place) -> None:
         self._entries[entry.seq.id] = entry
         self._answers += entry.answers
         if entry.seq.deadline < inf:
             self._deadlines.push((entry.seq.deadline, entry.seq.id), entry)
 
-    def _wait(self, entry: _Entry) -> None:
+    def _wait(self, entry: Place) -> None:
         entry.seq.status = "waiting"
+        entry.held = False
         entry.blocked_at = -1
         self._waiting.push(entry.rank, entry)
 
-    def _end(self, entry: _Entry, reason: EndReason) -> Output:
+    def _end(self, entry: Place, reason: EndReason) -> Output:
         seq = entry.seq
         if seq.status == "running":
             self._running.remove(entry.rank)

@@ -1,0 +1,47 @@
+"""Owns what the scheduler notes: a sequence's place with it, a plan in the making. Decides nothing."""
+
+from __future__ import annotations
+
+from math import inf
+
+from tiny_llm.data import PlanItem, Sequence
+from tiny_llm.kv.blocks import BlockTable
+from tiny_llm.scheduler.drafts import Acceptance
+from tiny_llm.scheduler.queues import Rank
+
+
+class Place:
+    """A sequence's place. ``blocked_at``: the blocks available when last there was no room for it.
+
+    ``held``: all of it is computed, and its next token depends on sequences that are not as far yet.
+    ``rank`` never changes, so ageing costs nothing: a level of priority is worth some seconds of
+    waiting, which is to say that it makes a request as old as one that came so much earlier.
+    """
+
+    __slots__ = ("acceptance", "answers", "blocked_at", "held", "rank", "seq", "table")
+
+    def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float, answers: int) -> None:
+        self.seq = seq
+        self.table = table
+        self.answers = answers  # that are to come of it: several until it forks
+        self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
+        self.blocked_at = -1
+        self.held = False
+        self.acceptance = Acceptance()
+
+
+class StepPlan:
+    """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``."""
+
+    def __init__(self, tokens: int) -> None:
+        self.items: list[PlanItem] = []
+        self.preempted: list[tuple[int, bool]] = []
+        self.tokens = tokens
+        self.ms = inf
+        self.least_ms = inf  # what the first chunk may take whatever is left
+        self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = self.drafted = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a chunk may start. The first one always may, so that prompts move on."""
+        return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
