@@ -99,8 +99,8 @@ class EngineOptions:
     speculate: Annotated[
         Literal["off", "ngram", "draft"] | None,
         typer.Option(
-            help="Guess tokens and check several in a step; the answer is the same. ngram, the default: text "
-            "that repeats goes on as before; draft: by a draft model.",
+            help="Guess tokens and check several in a step; the answer is the same. ngram: text that repeats "
+            "goes on as before, the default but where it might change answers; draft: by a draft model.",
             rich_help_panel="Speed",
         ),
     ] = None

@@ -35,6 +35,14 @@ def test_a_lone_request_gets_the_tokens_of_ref(demo: Path, quantize: int | None,
     assert told["mlx"] == told["ref"]
 
 
+def test_nothing_is_guessed_unless_asked_for(demo: Path) -> None:
+    """How many rows are checked follows from measured times, and MLX's sums from how many rows there are."""
+    with LLM(demo, backend="mlx") as own:
+        assert own.engine.settings.speculate == "off" and "no guesses" in own.memory
+        asked = own.with_engine(replace(SETTINGS, speculate="ngram"))
+        assert asked.engine.settings.speculate == "ngram" and "no guesses" not in asked.memory
+
+
 @pytest.mark.slow
 def test_a_step_ahead_changes_no_token(demo: Path) -> None:
     with llm_on("mlx", demo, None) as own:

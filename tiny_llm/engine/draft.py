@@ -34,8 +34,8 @@ _MOST_READ = 256  # tokens in a step, before its guesses
 
 def which_draft(
     model: str | Path | Checkpoint, speculate: Speculation | None, draft: str | Path | Checkpoint | None
-) -> tuple[Speculation, str | Path | Checkpoint | None]:
-    """How to guess, and by which draft model, where one of the two or neither is said.
+) -> tuple[Speculation | None, str | Path | Checkpoint | None]:
+    """How to guess, if that is said, and by which draft model, where one of the two or neither is said.
 
     Raises ConfigError for wishes that contradict each other.
     """
@@ -48,7 +48,7 @@ def which_draft(
         draft = BUNDLED_DRAFT
     if draft is not None and speculate not in (None, "draft"):
         raise ConfigError(f"speculate is {speculate!r}, but a draft model is named; leave one of them out.")
-    return speculate or ("ngram" if draft is None else "draft"), draft
+    return speculate if draft is None else "draft", draft
 
 
 def load_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: bool) -> Model:

@@ -84,7 +84,8 @@ class Engine:
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
-        settings = replace(settings, async_scheduling=ahead)
+        speculate = settings.speculate or ("ngram" if kernels.same_tokens else "off")
+        settings = replace(settings, async_scheduling=ahead, speculate=speculate)
         self.settings = settings = settings.within_reach(self.block_bytes)
         caches = [
             PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
@@ -96,11 +97,11 @@ class Engine:
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
-        assert settings.speculate != "draft" or drafting, "somebody must guess"
+        assert speculate != "draft" or drafting, "somebody must guess"
         drafters: dict[str, Drafter] = {}
-        if settings.speculate != "off":
+        if speculate != "off":
             other = to_be_guessed if drafting else ngram_draft
-            drafters = {"prediction": predicted_draft, settings.speculate: other}
+            drafters = {"prediction": predicted_draft, speculate: other}
         self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafters)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))

@@ -59,7 +59,8 @@ class LLM:
     ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
     that had to make room may take until they go on: without it they are computed again, which
     "preemption" in ``scheduler`` weighs. ``speculate`` "off" checks no guesses of coming tokens, "ngram"
-    those that a text which repeats itself suggests, "draft" those of the model ``draft``.
+    those that a text which repeats itself suggests, the default where that changes no token, "draft" those
+    of the model ``draft``.
     ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
     1 that is done, what is done now) while kernels are tried.
@@ -173,15 +174,18 @@ class LLM:
 
     @property
     def memory(self) -> str:
-        """What the weights take, and what keys and values may: for a line at the start."""
+        """What the weights take, what keys and values may, what is not guessed: for a line at the start."""
         settings, block_bytes = self.engine.settings, self.engine.block_bytes
         told = (
             f"weights {self._weight_bytes / 1e9:.2f} GB · keys and values up to "
             f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
             f"{settings.kv_blocks * settings.block_size:,} tokens"
         )
-        swap = settings.host_blocks * block_bytes
-        return f"{told} · {swap / 1e9:.2f} GB to swap to" if swap else told
+        if swap := settings.host_blocks * block_bytes:
+            told += f" · {swap / 1e9:.2f} GB to swap to"
+        if settings.speculate == "off" and not self.kernels.same_tokens:
+            told += " · no guesses, with which tokens might be others here (--speculate ngram)"
+        return told
 
     def _use_engine(self, settings: EngineSettings) -> None:
         assert self._model is not None, "it is not closed"

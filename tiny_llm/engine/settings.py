@@ -36,7 +36,7 @@ class EngineSettings:
 
     ``async_scheduling``: where the next step is known but for its tokens, prepare it while this one runs.
     ``speculate``: check guesses of coming tokens, "ngram" what such tokens were followed by before, "draft"
-    those of a draft model.
+    those of a draft model. None: "ngram", but "off" where how many are checked might change what is drawn.
     """
 
     kv_blocks: int
@@ -45,7 +45,7 @@ class EngineSettings:
     host_blocks: int = 0
     prefix_cache: bool = True
     async_scheduling: bool = True
-    speculate: Speculation = "ngram"
+    speculate: Speculation | None = None
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class EngineSettings:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ConfigError(f"block_size is {self.block_size!r}, but must be one of {sizes}.")
-        if self.speculate not in get_args(Speculation):
+        if self.speculate not in (None, *get_args(Speculation)):
             ways = ", ".join(map(repr, get_args(Speculation)))
             raise ConfigError(f"speculate is {self.speculate!r}, but must be one of {ways}.")
         check_whole("slab_blocks", self.slab_blocks)
@@ -69,7 +69,7 @@ class EngineSettings:
         scheduler: SchedulerSettings | None = None,
         *,
         swap_memory: int = 0,
-        speculate: Speculation = "ngram",
+        speculate: Speculation | None = None,
         draft: ModelFacts | None = None,
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values, those of a ``draft`` model included.
