@@ -10,8 +10,9 @@
 namespace tiny_llm::TINY_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;        // keys that are widened to float at once
 constexpr int64_t kDirectRows = 16;  // with so few, keys and values are read where they lie
+constexpr int64_t kPanel = vectors_of(kMostRows) * kWidth;  // columns that lie together in what is copied to float
+constexpr float kLog2e = 1.44269504f;  // scores are logarithms to base 2
 constexpr int kWorkSlot = 0, kPartialSlot = 1;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -29,164 +30,179 @@ struct Records {
 
 // The query rows of one item that read one key head, token by token, and the buffers for their work.
 struct Rows {
-    int64_t count, group;         // group: query heads of a token
-    int64_t *limits;              // keys that a row sees; they never fall from row to row
-    float *q, *scores, *tile;     // [count, D] scaled, [count, kSpan], one tile of keys or values
+    int64_t count, group;     // group: query heads of a token
+    int64_t* limits;          // keys that a row sees; they never fall from row to row
+    float *q, *scores;        // [count, D] times scale and log2 e; [rows at once, kSpan]
+    float *keys, *values;     // a span's, copied to float
     Records total, part;
 };
-
-// ---- where a span's keys and values come from: `unit` of them at a time
-
-template <class T>
-struct Source {
-    const Attend& a;
-    const int32_t* table;
-    int64_t head;
-    const T* keys(int64_t block) const { return static_cast<const T*>(a.pool.keys) + offset(block); }
-    const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
-    int64_t offset(int64_t block) const {
-        return (table[block] * a.pool.heads + head) * a.pool.dim * a.pool.block_size;
-    }
-};
-
-// Block by block as they lie in the pool.
-template <class T>
-struct Direct : Source<T> {
-    int64_t unit() const { return this->a.pool.block_size; }
-    Right<T> keys_at(int64_t key, int64_t, const T* next) const { return {this->keys(key / unit()), unit(), next}; }
-    Right<T> values_at(int64_t key, int64_t, const T* next) const {
-        return {this->values(key / unit()), this->a.pool.dim, next};
-    }
-    const T* peek_keys(int64_t key) const { return this->keys(key / unit()); }
-    const T* peek_values(int64_t key) const { return this->values(key / unit()); }
-};
-
-template <class T>
-void widen(const T* from, int64_t rows, int64_t columns, float* to, int64_t stride) {
-    const int64_t whole = columns / kWidth * kWidth;
-    for (int64_t r = 0; r < rows; ++r, from += columns, to += stride) {
-        for (int64_t c = 0; c < whole; c += kWidth) store(to + c, load(from + c));
-        for (int64_t c = whole; c < columns; ++c) to[c] = to_float(from[c]);
-    }
-}
-
-// Tile by tile, copied to float; values with zeros up to whole vectors.
-template <class T>
-struct Widened : Source<T> {
-    float* tile;
-    int64_t padded;
-    int64_t unit() const { return kTile; }
-    Right<float> keys_at(int64_t key, int64_t count, const float*) const {
-        const int64_t size = this->a.pool.block_size, dim = this->a.pool.dim;
-        for (int64_t i = 0; i < count; i += size)
-            widen(this->keys((key + i) / size), dim, size, tile + i, kTile);
-        return {tile, kTile, nullptr};
-    }
-    Right<float> values_at(int64_t key, int64_t count, const float*) const {
-        const int64_t size = this->a.pool.block_size, dim = this->a.pool.dim;
-        if (padded != dim) memset(tile, 0, kTile * padded * sizeof(float));
-        for (int64_t i = 0; i < count; i += size)
-            widen(this->values((key + i) / size), least(size, count - i), dim, tile + i * padded, padded);
-        return {tile, padded, nullptr};
-    }
-    const float* peek_keys(int64_t) const { return nullptr; }
-    const float* peek_values(int64_t) const { return nullptr; }
-};
-
-// ---- one span
-
-// Calls body(first row, rows) over [from, count) in register blocks of nearly one size.
-template <class Body>
-void each_block(int64_t from, int64_t count, const Body& body) {
-    const int64_t rows = count - from, blocks = (rows + kMostRows - 1) / kMostRows;
-    for (int64_t i = 0, row = from; i < blocks; ++i) {
-        const int64_t size = rows / blocks + (i < rows % blocks);
-        body(row, size);
-        row += size;
-    }
-}
 
 int64_t seen(const Rows& rows, int64_t row, int64_t key, int64_t most) {
     const int64_t n = rows.limits[row] - key;
     return n < 0 ? 0 : least(n, most);
 }
 
+// ---- where a span's keys and values come from
+
+template <class T>
+struct Source {
+    const Attend& a;
+    const int32_t* table;
+    int64_t head, keys_end;  // keys_end: of the item's last row
+    int64_t size() const { return a.pool.block_size; }
+    const T* keys(int64_t block) const { return static_cast<const T*>(a.pool.keys) + offset(block); }
+    const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
+    int64_t offset(int64_t block) const {
+        return (table[block] * a.pool.heads + head) * a.pool.dim * a.pool.block_size;
+    }
+    int64_t blocks_of(int64_t first) const {
+        return (least(kSpan, keys_end - first) + size() - 1) / size();
+    }
+};
+
+// Block by block as they lie in the pool. A span's values are brought near while its keys are read, and
+// the next span's keys while the values are.
+template <class T>
+struct Direct : Source<T> {
+    static constexpr int64_t kRowsAtOnce = kDirectRows;
+    mutable const T *key_blocks[kSpan / 16], *value_blocks[kSpan / 16], *ahead[kSpan / 16];
+    void enter(int64_t first) const {
+        const int64_t blocks = this->blocks_of(first), block = first / this->size(), next = kSpan / this->size();
+        for (int64_t i = 0; i < blocks; ++i) {
+            key_blocks[i] = this->keys(block + i), value_blocks[i] = this->values(block + i);
+            ahead[i] = (block + i + next) * this->size() < this->keys_end ? this->keys(block + i + next) : value_blocks[i];
+        }
+    }
+    int64_t key_unit() const { return this->size(); }
+    Right<T> keys_at(int64_t i) const { return {key_blocks + i, this->a.pool.dim, this->size(), value_blocks + i}; }
+    int64_t value_unit() const { return this->a.pool.dim; }
+    Right<T> values_at(int64_t) const { return {value_blocks, this->size(), this->a.pool.dim, ahead}; }
+};
+
+// Rows of `columns` to columns [column, ...) of panels of `height` rows, from row `row` on.
+template <class T>
+void pack(const T* from, int64_t rows, int64_t columns, float* to, int64_t height, int64_t row, int64_t column) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+        const int64_t width = least(kWidth, columns - c), at = column + c;
+        float* panel = to + (at / kPanel * height + row) * kPanel + at % kPanel;
+        for (int64_t r = 0; r < rows; ++r, panel += kPanel) {
+            const T* x = from + r * columns + c;
+            if (width == kWidth) {
+                store(panel, load(x));
+            } else {
+                for (int64_t i = 0; i < kWidth; ++i) panel[i] = i < width ? to_float(x[i]) : 0.0f;
+            }
+        }
+    }
+}
+
+// Copied to float, in panels: [keys / kPanel, D, kPanel] and [D / kPanel, kSpan, kPanel].
+template <class T>
+struct Packed : Source<T> {
+    static constexpr int64_t kRowsAtOnce = 2 * kMostRows;
+    float *key_panels, *value_panels;
+    mutable const float* at[2];  // a panel, and the next
+    void enter(int64_t first) const {
+        const int64_t dim = this->a.pool.dim, size = this->size(), keys = least(kSpan, this->keys_end - first);
+        for (int64_t key = 0; key < keys; key += size) {
+            pack(this->keys((first + key) / size), dim, size, key_panels, dim, 0, key);
+            pack(this->values((first + key) / size), least(size, keys - key), dim, value_panels, kSpan, key, 0);
+        }
+    }
+    int64_t key_unit() const { return kPanel; }
+    Right<float> keys_at(int64_t i) const {
+        at[0] = key_panels + i * this->a.pool.dim * kPanel, at[1] = at[0] + this->a.pool.dim * kPanel;
+        return {at, this->a.pool.dim, kPanel, at + 1};
+    }
+    int64_t value_unit() const { return kPanel; }
+    Right<float> values_at(int64_t i) const {
+        at[0] = value_panels + i * kSpan * kPanel, at[1] = at[0] + kSpan * kPanel;
+        return {at, kSpan, kPanel, at + 1};
+    }
+};
+
+// ---- one span
+
+// Calls body(first row, rows) over [from, to) in pieces of at most `most` rows and nearly one size.
+template <class Body>
+void in_pieces(int64_t from, int64_t to, int64_t most, const Body& body) {
+    const int64_t rows = to - from, pieces = (rows + most - 1) / most;
+    for (int64_t i = 0, row = from; i < pieces; ++i) {
+        const int64_t size = rows / pieces + (i < rows % pieces);
+        body(row, size);
+        row += size;
+    }
+}
+
 template <class From>
-void score_span(const Rows& rows, int64_t from, int64_t first, int64_t dim, const From& source) {
-    const int64_t keys = seen(rows, rows.count - 1, first, kSpan), unit = source.unit();
+void score_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64_t dim, const From& source) {
+    const int64_t keys = seen(rows, to - 1, first, kSpan), unit = source.key_unit();
     for (int64_t at = 0; at < keys; at += unit) {
-        const auto* next = at + unit < keys ? source.peek_keys(first + at + unit) : source.peek_values(first);
-        const auto panel = source.keys_at(first + at, least(unit, keys - at), next);
-        each_block(from, rows.count, [&](int64_t row, int64_t size) {
+        const auto panel = source.keys_at(at / unit);
+        in_pieces(from, to, kMostRows, [&](int64_t row, int64_t size) {
             const int64_t columns = round_up(seen(rows, row + size - 1, first + at, unit), kWidth);
-            product<false>(size, {rows.q + row * dim, dim}, dim, panel,
-                           rows.scores + row * kSpan + at, kSpan, columns);
+            product<false>(size, {rows.q + row * dim, dim}, 0, dim, panel,
+                           rows.scores + (row - from) * kSpan + at, kSpan, columns);
         });
     }
 }
 
-// Scores to weights e^(score - largest), in place; returns the largest through `most`, their sum as result.
+// Scores to weights 2^(score - most), in place; their sum is returned. `most` becomes the largest score,
+// rounded up, so that what spans are merged by are powers of two.
 float soften(float* scores, int64_t count, float* most) {
-    const int64_t whole = count / kWidth * kWidth;
-    vi lane;
-    for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    const vi inside = lane < splat_int((int32_t)(count - whole));
-    vf largest = splat(-INFINITY), total = {};
-    for (int64_t i = 0; i < whole; i += kWidth) largest = max(largest, load(scores + i));
-    if (whole < count) largest = max(largest, select(inside, load(scores + whole), splat(-INFINITY)));
-    *most = max_of(largest);
-    const vf shift = splat(*most);
-    for (int64_t i = 0; i < whole; i += kWidth) {
-        const vf weight = exp(load(scores + i) - shift);
-        store(scores + i, weight);
-        total += weight;
-    }
-    if (whole < count) {
-        const vf weight = select(inside, exp(load(scores + whole) - shift), vf{});
-        store(scores + whole, weight);
-        total += weight;
+    const int64_t padded = round_up(count, 2 * kWidth);
+    for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+    vf largest = load(scores);
+    for (int64_t i = kWidth; i < padded; i += kWidth) largest = max(largest, load(scores + i));
+    *most = ceilf(max_of(largest));
+    vf total = {};
+    for (int64_t i = 0; i < padded; i += 2 * kWidth) {
+        vf weights[] = {load(scores + i), load(scores + i + kWidth)};
+        exp2_below(weights, *most);
+        store(scores + i, weights[0]), store(scores + i + kWidth, weights[1]);
+        total += weights[0], total += weights[1];
     }
     return sum(total);
 }
 
 // Each row adds the values that it sees and no others: what lies behind may be anything, a NaN too.
 template <class From>
-void weigh_span(const Rows& rows, int64_t from, int64_t first, const From& source, const Records& out) {
-    const int64_t keys = seen(rows, rows.count - 1, first, kSpan), unit = source.unit();
-    const auto* after = rows.limits[rows.count - 1] > first + kSpan ? source.peek_keys(first + kSpan) : nullptr;
-    for (int64_t at = 0; at < keys; at += unit) {
-        const auto* next = at + unit < keys ? source.peek_values(first + at + unit) : after;
-        const auto panel = source.values_at(first + at, least(unit, keys - at), next);
-        each_block(from, rows.count, [&](int64_t row, int64_t size) {
-            const int64_t common = seen(rows, row, first + at, unit);
-            product<true>(size, {rows.scores + row * kSpan + at, kSpan}, common, panel,
-                          out.at(row), out.stride(), out.padded);
-            for (int64_t r = row + 1; r < row + size; ++r) {
-                const int64_t more = seen(rows, r, first + at, unit) - common;
-                if (more > 0)
-                    product<true>(1, {rows.scores + r * kSpan + at + common, kSpan}, more,
-                                  panel.below(common), out.at(r), out.stride(), out.padded);
+void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const From& source, const Records& out) {
+    const int64_t unit = source.value_unit();
+    for (int64_t at = 0; at < out.padded; at += unit) {
+        const auto panel = source.values_at(at / unit);
+        const int64_t columns = least(round_up(unit, kWidth), out.padded - at);
+        in_pieces(from, to, kMostRows, [&](int64_t row, int64_t size) {
+            const int64_t common = seen(rows, row, first, kSpan);
+            const float* weights = rows.scores + (row - from) * kSpan;
+            product<false>(size, {weights, kSpan}, 0, common, panel, out.at(row - from) + at, out.stride(), columns);
+            for (int64_t r = 1; r < size; ++r) {
+                const int64_t more = seen(rows, row + r, first, kSpan);
+                if (more > common)
+                    product<true>(1, {weights + r * kSpan, kSpan}, common, more, panel, out.at(row + r - from) + at,
+                                  out.stride(), columns);
             }
         });
     }
 }
 
+// Rows [from, to): their records are written to `out` from its first on.
 template <class From>
-void compute_span(const Rows& rows, int64_t from, int64_t span, int64_t dim, const From& source, const Records& out) {
-    const int64_t first = span * kSpan;
-    score_span(rows, from, first, dim, source);
-    for (int64_t r = from; r < rows.count; ++r) {
-        out.sum(r) = soften(rows.scores + r * kSpan, seen(rows, r, first, kSpan), &out.most(r));
-        memset(out.at(r), 0, out.padded * sizeof(float));
-    }
-    weigh_span(rows, from, first, source, out);
+void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64_t dim, const From& source,
+                  const Records& out) {
+    score_span(rows, from, to, first, dim, source);
+    for (int64_t r = from; r < to; ++r)
+        out.sum(r - from) = soften(rows.scores + (r - from) * kSpan, seen(rows, r, first, kSpan), &out.most(r - from));
+    weigh_span(rows, from, to, first, source, out);
 }
 
 // ---- spans to rows
 
 void merge(const Records& total, int64_t i, const Records& part, int64_t j) {
     const float most = total.most(i) > part.most(j) ? total.most(i) : part.most(j);
-    const vf old_factor = exp(splat(total.most(i) - most)), new_factor = exp(splat(part.most(j) - most));
+    vf factors[] = {splat(total.most(i)), splat(part.most(j))};
+    exp2_below(factors, most);
+    const vf old_factor = factors[0], new_factor = factors[1];
     float *sums = total.at(i), *added = part.at(j);
     for (int64_t d = 0; d < total.padded; d += kWidth)
         store(sums + d, fma(load(sums + d), old_factor, load(added + d) * new_factor));
@@ -218,19 +234,22 @@ T* take(char*& at, int64_t count) {
 Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     const int64_t dim = a.pool.dim, padded = round_up(dim, kWidth), group = a.query_heads / a.pool.heads;
     const int64_t count = item.rows * group, stride = Records{nullptr, padded}.stride();
-    const int64_t words = count * (2 + dim + kSpan + 2 * stride) + kTile * padded;
-    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 6 * 64));
+    const int64_t most = least(count, kDirectRows), span = kSpan * round_up(dim, kPanel);
+    const int64_t words = count * (2 + dim + stride) + most * (kSpan + stride) + 2 * span;
+    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 7 * 64));
     Rows rows{};
     rows.count = count, rows.group = group;
     rows.limits = take<int64_t>(at, count);
     rows.q = take<float>(at, count * dim);
-    rows.scores = take<float>(at, count * kSpan);
-    rows.tile = take<float>(at, kTile * padded);
+    rows.scores = take<float>(at, most * kSpan);
+    rows.keys = take<float>(at, span);
+    rows.values = take<float>(at, span);
     rows.total = {take<float>(at, count * stride), padded};
-    rows.part = {take<float>(at, count * stride), padded};
+    rows.part = {take<float>(at, most * stride), padded};
+    const float scale = a.scale * kLog2e;
     for (int64_t r = 0; r < count; ++r) {
         const float* q = a.q + ((item.row + r / group) * a.query_heads + head * group + r % group) * dim;
-        for (int64_t d = 0; d < dim; ++d) rows.q[r * dim + d] = q[d] * a.scale;
+        for (int64_t d = 0; d < dim; ++d) rows.q[r * dim + d] = q[d] * scale;
         rows.limits[r] = item.position + r / group + 1;
     }
     return rows;
@@ -238,13 +257,19 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
 
 template <class From>
 void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& rows, const From& source) {
+    static_assert(From::kRowsAtOnce <= kDirectRows);
     for (int64_t span = item.first_span; span < item.first_span + item.spans; ++span) {
+        const int64_t first = span * kSpan;
         int64_t from = 0;
-        while (rows.limits[from] <= span * kSpan) ++from;
-        const Records& to = span == item.first_span ? rows.total : rows.part;
-        compute_span(rows, from, span, a.pool.dim, source, to);
-        if (span > item.first_span)
-            for (int64_t r = from; r < rows.count; ++r) merge(rows.total, r, rows.part, r);
+        while (rows.limits[from] <= first) ++from;
+        source.enter(first);
+        in_pieces(from, rows.count, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
+            const bool begins = span == item.first_span;
+            const Records to = begins ? Records{rows.total.at(row), rows.total.padded} : rows.part;
+            compute_span(rows, row, row + count, first, a.pool.dim, source, to);
+            if (!begins)
+                for (int64_t r = 0; r < count; ++r) merge(rows.total, row + r, to, r);
+        });
     }
     if (item.partial >= 0) return;
     for (int64_t r = 0; r < rows.count; ++r)
@@ -255,11 +280,12 @@ template <class T>
 void attend_item(const Attend& a, const AttendItem& item, int64_t head, float* partials) {
     Rows rows = make_rows(a, item, head);
     if (item.partial >= 0) rows.total.base = Records{partials, rows.total.padded}.at(item.partial + head * rows.count);
-    const Source<T> source{a, a.tables + item.sequence * a.table_width, head};
+    const int64_t end = least(rows.limits[rows.count - 1], (item.first_span + item.spans) * kSpan);
+    const Source<T> source{a, a.tables + item.sequence * a.table_width, head, end};
     if (rows.count <= kDirectRows && a.pool.dim % kWidth == 0) {
-        sweep(a, item, head, rows, Direct<T>{source});
+        sweep(a, item, head, rows, Direct<T>{source, {}, {}, {}});
     } else {
-        sweep(a, item, head, rows, Widened<T>{source, rows.tile, rows.total.padded});
+        sweep(a, item, head, rows, Packed<T>{source, rows.keys, rows.values, {}});
     }
 }
 

@@ -5,7 +5,7 @@
 namespace tiny_llm {
 namespace {
 
-constexpr int64_t kRows = 64;            // query rows of one key head that share a tile of keys
+constexpr int64_t kRows = 256;           // query rows of one key head that share a span of keys
 constexpr int64_t kMostRecords = 32768;  // of partial sums: a bound on memory, not on what can be computed
 
 // Each finds the first integer that cannot be and says so, or returns "".

@@ -23,12 +23,13 @@ struct Left {
     int64_t stride;
 };
 
+// A matrix of floats or of what is widened to them: rows [i * unit, (i + 1) * unit) lie at at[i], `stride` apart.
+// With each row, what lies as much further from ahead[i] is brought near, for whoever reads it next.
 template <class T>
 struct Right {
-    const T* data;
-    int64_t stride;
-    const T* next;  // what will be read next, brought near in the same order; or null
-    Right below(int64_t rows) const { return {data + rows * stride, stride, nullptr}; }
+    const T* const* at;
+    int64_t unit, stride;
+    const T* const* ahead;
 };
 
 // ---- bf16 is widened two vectors at once: the even columns by a shift, the odd ones by a mask, where in
@@ -94,44 +95,52 @@ template <int V>
     }
 }
 
-// ---- c[rows, columns] (+)= left[rows, inner] b[inner, columns]
+// ---- c[rows, columns] (+)= left[rows, from ... inner) b[from ... inner), columns]
 
 template <int R, int V, bool kAdd, class T>
-[[gnu::always_inline]] inline void product_tile(Left left, int64_t inner, Right<T> b, int64_t at, float* c,
-                                                int64_t c_stride) {
+[[gnu::always_inline]] inline void product_tile(Left left, int64_t from, int64_t inner, const Right<T>& b, int64_t column,
+                                                float* c, int64_t c_stride) {
     vf sums[R][V] = {};
     if (kAdd)
-        for (int r = 0; r < R; ++r) load_sums(c + r * c_stride, sums[r], b.data);
-    const T *from = b.data + at, *ahead = (b.next ? b.next : b.data) + at;
-    for (int64_t k = 0; k < inner; ++k, from += b.stride, ahead += b.stride) {
-        vf row[V];
-        load_row(from, row);
-        for (int v = 0; v < V * kWidth; v += 64 / (int)sizeof(T)) __builtin_prefetch(ahead + v);
-        for (int r = 0; r < R; ++r) {
-            const vf factor = splat(left.data[r * left.stride + k]);
-            for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
+        for (int r = 0; r < R; ++r) load_sums(c + r * c_stride, sums[r], *b.at);
+    for (int64_t k = from; k < inner;) {
+        const int64_t place = k % b.unit, rest = b.unit - place, end = rest < inner - k ? k + rest : inner;
+        const T* at = b.at[k / b.unit] + place * b.stride + column;
+        const T* ahead = b.ahead[k / b.unit] + place * b.stride + column;
+        for (; k < end; ++k, at += b.stride, ahead += b.stride) {
+            for (int v = 0; v < V * kWidth; v += 64 / (int)sizeof(T)) __builtin_prefetch(ahead + v);
+            vf row[V];
+            load_row(at, row);
+            for (int r = 0; r < R; ++r) {
+                const vf factor = splat(left.data[r * left.stride + k]);
+                for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
+            }
         }
     }
-    for (int r = 0; r < R; ++r) store_sums(c + r * c_stride, sums[r], b.data);
+    for (int r = 0; r < R; ++r) store_sums(c + r * c_stride, sums[r], *b.at);
 }
 
+// Vectors of columns that `rows` rows are computed for at once.
+constexpr int vectors_of(int rows) { return rows * 4 + 4 <= kRegisters ? 4 : rows * 2 + 3 <= kRegisters ? 2 : 1; }
+
 template <int R, bool kAdd, class T>
-void product_rows(Left left, int64_t inner, Right<T> b, float* c, int64_t c_stride, int64_t columns) {
-    constexpr int kWide = R * 4 + 4 <= kRegisters ? 4 : R * 2 + 3 <= kRegisters ? 2 : 1;
+void product_rows(Left left, int64_t from, int64_t inner, const Right<T>& b, float* c, int64_t c_stride, int64_t columns) {
+    constexpr int kWide = vectors_of(R);
     int64_t at = 0;
     for (; at + kWide * kWidth <= columns; at += kWide * kWidth)
-        product_tile<R, kWide, kAdd>(left, inner, b, at, c + at, c_stride);
+        product_tile<R, kWide, kAdd>(left, from, inner, b, at, c + at, c_stride);
     if (kWide > 2 && at + 2 * kWidth <= columns) {
-        product_tile<R, 2, kAdd>(left, inner, b, at, c + at, c_stride);
+        product_tile<R, 2, kAdd>(left, from, inner, b, at, c + at, c_stride);
         at += 2 * kWidth;
     }
-    if (kWide > 1 && at < columns) product_tile<R, 1, kAdd>(left, inner, b, at, c + at, c_stride);
+    if (kWide > 1 && at < columns) product_tile<R, 1, kAdd>(left, from, inner, b, at, c + at, c_stride);
 }
 
 // rows: 1 ... kMostRows; columns: whole vectors
 template <bool kAdd, class T>
-inline void product(int64_t rows, Left left, int64_t inner, Right<T> b, float* c, int64_t c_stride, int64_t columns) {
-    using Function = void (*)(Left, int64_t, Right<T>, float*, int64_t, int64_t);
+inline void product(int64_t rows, Left left, int64_t from, int64_t inner, const Right<T>& b, float* c, int64_t c_stride,
+                    int64_t columns) {
+    using Function = void (*)(Left, int64_t, int64_t, const Right<T>&, float*, int64_t, int64_t);
     static constexpr Function kFunctions[] = {
         product_rows<1, kAdd, T>, product_rows<2, kAdd, T>, product_rows<3, kAdd, T>, product_rows<4, kAdd, T>,
 #if defined(__AVX2__) || defined(__ARM_NEON)
@@ -141,7 +150,7 @@ inline void product(int64_t rows, Left left, int64_t inner, Right<T> b, float* c
         product_rows<7, kAdd, T>, product_rows<8, kAdd, T>,
 #endif
     };
-    kFunctions[rows - 1](left, inner, b, c, c_stride, columns);
+    kFunctions[rows - 1](left, from, inner, b, c, c_stride, columns);
 }
 
 }  // namespace tiny_llm::TINY_ISA
