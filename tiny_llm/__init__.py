@@ -21,6 +21,7 @@ if _learner := os.environ.get("TINY_LLM_COURSE"):  # a learner's definitions, be
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamParams",
     "CapacityError",
     "Chunk",
     "Completion",
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
     from tiny_llm.engine.conversation import Conversation
     from tiny_llm.engine.llm import LLM
     from tiny_llm.errors import CapacityError, ConfigError, RequestError, TinyLLMError, WeightError
-    from tiny_llm.sampling_params import SamplingParams
+    from tiny_llm.sampling_params import BeamParams, SamplingParams
     from tiny_llm.version import __version__ as __version__
 else:
     _HOMES: Mapping[str, str] = {
         "LLM": "tiny_llm.engine.llm",
         "AsyncLLM": "tiny_llm.engine.async_llm",
         "Conversation": "tiny_llm.engine.conversation",
-        "SamplingParams": "tiny_llm.sampling_params",
+        **dict.fromkeys(["BeamParams", "SamplingParams"], "tiny_llm.sampling_params"),
         "__version__": "tiny_llm.version",
         "Chunk": "tiny_llm.data",
         "Completion": "tiny_llm.data",

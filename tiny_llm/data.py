@@ -79,7 +79,7 @@ class Completion:
     of them say: neither a token that ended the answer nor a stop string is shown.
     ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
     cache. ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right. ``error`` says what
-    went wrong where ``finish_reason`` is "error". ``message`` is a chat's.
+    went wrong where ``finish_reason`` is "error". ``message`` is a chat's, ``score`` a beam search's.
     """
 
     text: str
@@ -95,6 +95,7 @@ class Completion:
     shown_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    score: float | None = None
 
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long

@@ -210,6 +210,37 @@ class SamplingParams:
             _require(given is None or callable(given), name, given, "a callable")
 
 
+@dataclass(frozen=True, slots=True)
+class BeamParams(SamplingParams):
+    """How to look for likely answers by beam search: the best ``n`` of ``width`` that are followed at a time.
+
+    An answer's score is the sum of its tokens' log-probabilities, an end token's included, over their number
+    to the power of ``length_penalty``. Once there are ``width`` answers, the search ends at once
+    (``early_stopping`` True), where no beam has a better score as long as it is now (False), or where none
+    could come to one ("never"). Options that change or forbid tokens, and those that end an answer, hold for
+    each beam; log-probabilities are those after such changes. Nothing is drawn and nothing guessed.
+
+    Raises RequestError as SamplingParams does, and for an option that a search has no use for.
+    """
+
+    width: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        SamplingParams.__post_init__(self)
+        object.__setattr__(self, "speculate", False)
+        for name, neutral in (("temperature", 0), ("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            given = getattr(self, name)
+            _require(given == neutral, name, given, f"{neutral} in a beam search, which draws nothing")
+        _require(OPTIONS["n"].allows(self.width), "width", self.width, OPTIONS["n"].expected)
+        _require(self.n <= self.width, "n", self.n, f"at most the beams' width, which is {self.width}")
+        penalty = Option(1.0, "", "a number from -10 to 10", float, ge=-10, le=10)
+        _require(penalty.allows(self.length_penalty), "length_penalty", self.length_penalty, penalty.expected)
+        rule = self.early_stopping
+        _require(isinstance(rule, bool) or rule == "never", "early_stopping", rule, 'True, False or "never"')
+
+
 OPTIONS: Mapping[str, Option] = {
     one.name: one.metadata["option"] for one in fields(SamplingParams) if "option" in one.metadata
 }

@@ -16,11 +16,14 @@ fixed seeds. Each folder has the checkpoint and activations.safetensors:
                                  the model does so, not rotated), q_rotated, k_rotated, attended (before
                                  o_proj), mlp_in, mlp
     gap.positions, gap.logits    the same tokens at positions with an offset and a gap
+
+and those of SEARCHED also beams.json: beam searches, with what ``generate(num_beams=...)`` finds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -28,7 +31,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 LENGTH = 7
@@ -103,6 +106,9 @@ CASES = (
     Case("llama_odd", "llama", sizes(61, 25, 19, 5, 1) | {"head_dim": 6}, dtype=torch.float32),
     Case("mistral", "mistral", sizes(64, 32, 32, 4, 2) | {"sliding_window": None}),
 )
+
+
+SEARCHED = ("qwen2_tied", "qwen3", "llama")
 
 
 def make_model(case: Case, seed: int) -> PreTrainedModel:
@@ -228,17 +234,94 @@ def _first_layer(
     return {f"layer0.{name}": value for name, value in seen.items()}
 
 
+class EndsWith(StoppingCriteria):
+    """A sequence ends with these tokens, as with a stop string."""
+
+    def __init__(self, tokens: list[int], prompt_len: int) -> None:
+        self.tokens = torch.tensor(tokens)
+        self.prompt_len = prompt_len
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        """Whether each row [B, T] does."""
+        count = len(self.tokens)
+        too_short = input_ids.shape[1] - self.prompt_len < count
+        return (input_ids[:, -count:] == self.tokens).all(dim=1) & (not too_short)
+
+
+def searches(model: PreTrainedModel, case: Case, seed: int) -> list[dict[str, object]]:
+    """Beam searches by every rule, with one end token or two, and with tokens that together end an answer."""
+    random = torch.Generator().manual_seed(2000 + seed)
+    vocab = int(str(case.config["vocab_size"]))
+    found: list[dict[str, object]] = []
+    rules = itertools.product((True, False, "never"), (0.6, 1.0, 1.4), (1, 2), (False, True))
+    for number, (early, penalty, end_ids, with_stop) in enumerate(rules):
+        drawn = torch.randint(3, vocab, (5 + end_ids,), generator=random).tolist()
+        asked: dict[str, object] = {
+            "prompt": drawn[:5],
+            "end_ids": drawn[5:],
+            "width": 2 + number % 3,
+            "n": 1 + number % 2,
+            "max_tokens": 6 + 3 * (number % 5),
+            "length_penalty": penalty,
+            "early_stopping": early,
+            "stop": None,
+        }
+        best, _ = search(model, asked)[0]
+        middle = len(best) // 2
+        asked["end_ids"] = [best[min(middle + 1, len(best) - 1)], *drawn[6:]]  # an end inside, for some beams
+        if with_stop:
+            asked["stop"] = best[middle:][:2]
+        answers = search(model, asked)
+        found.append(
+            asked | {"answers": [tokens for tokens, _ in answers], "scores": [s for _, s in answers]}
+        )
+    return found
+
+
+def search(model: PreTrainedModel, asked: dict[str, object]) -> list[tuple[list[int], float]]:
+    """The answers that transformers finds, each with its score, best first."""
+    prompt, stop, ends = asked["prompt"], asked["stop"], asked["end_ids"]
+    out = model.generate(
+        torch.tensor([prompt]),
+        num_beams=asked["width"],
+        num_return_sequences=asked["n"],
+        max_new_tokens=asked["max_tokens"],
+        length_penalty=asked["length_penalty"],
+        early_stopping=asked["early_stopping"],
+        eos_token_id=ends,
+        pad_token_id=0,
+        do_sample=False,
+        stopping_criteria=[EndsWith(stop, len(prompt))] if stop else None,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    answers = []
+    for row, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
+        tokens: list[int] = []
+        for token in row[len(prompt) :]:
+            tokens.append(token)
+            if token in ends or (stop and tokens[-len(stop) :] == stop):
+                break
+        answers.append((tokens, round(score, 5)))
+    return answers
+
+
 def main() -> None:
     """Make every case below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"))
     out = parser.parse_args().out
+    torch.set_num_threads(1)  # several would only wait for each other
     for seed, case in enumerate(CASES):
         folder = out / case.name
         folder.mkdir(parents=True, exist_ok=True)
         model = make_model(case, seed)
         tensors = {name: value.contiguous().clone() for name, value in activations(model, case, seed).items()}
+        found = searches(model, case, seed) if case.name in SEARCHED else []
         save_model(model, case, folder)
+        if found:
+            lines = ",\n".join(json.dumps(one) for one in found)
+            (folder / "beams.json").write_text(f"[\n{lines}\n]\n")
         save_file(tensors, folder / "activations.safetensors")
         size = sum(path.stat().st_size for path in folder.iterdir())
         spread = tensors["logits"].std().item()

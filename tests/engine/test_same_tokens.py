@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tiny_llm import LLM, Completion, SamplingParams
+from tiny_llm import LLM, BeamParams, Completion, SamplingParams
 from tiny_llm.data import Plan
 from tiny_llm.decoding import decide
 from tiny_llm.decoding.decide import Decision
@@ -34,8 +34,8 @@ TOPICS = (
 )
 Ask = tuple[list[int], SamplingParams, int, int]
 """prompt, params, priority, the step at which it arrives"""
-Told = tuple[list[int], str, str, list[dict[int, float]] | None, int]
-"""Of an answer: its tokens, text, why it ended, log-probabilities, tokens that the text has"""
+Told = tuple[list[int], str, str, list[dict[int, float]] | None, int, float | None]
+"""Of an answer: its tokens, text, why it ended, log-probabilities, tokens that the text has, its score"""
 
 
 class EvenThenOdd:
@@ -122,6 +122,21 @@ def traffic(llm: LLM, seed: int, count: int) -> list[Ask]:
     return asks
 
 
+def with_searches(asks: Sequence[Ask], seed: int) -> list[Ask]:
+    """The same requests, of which every fourth or so is a beam search with all that it may have."""
+    chance = random.Random(seed)
+    found: list[Ask] = []
+    for prompt, params, *when in asks:
+        if chance.random() < 0.25:
+            given = {field.name: getattr(params, field.name) for field in fields(SamplingParams)}
+            given |= {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "width": chance.randint(3, 5)}
+            given |= {"length_penalty": chance.choice((0.6, 1, 1.4))}
+            given |= {"early_stopping": chance.choice((True, False, "never"))}
+            params = BeamParams(**given)
+        found.append((prompt, params, *when))
+    return found
+
+
 def told(completion: Completion) -> Told:
     return (
         completion.token_ids,
@@ -129,6 +144,7 @@ def told(completion: Completion) -> Told:
         completion.finish_reason,
         completion.logprobs,
         completion.shown_tokens,
+        completion.score,
     )
 
 
@@ -201,7 +217,7 @@ SETTINGS: Mapping[str, EngineSettings] = {
 
 @pytest.fixture(scope="module")
 def asks(llm: LLM) -> list[Ask]:
-    return traffic(llm, seed=7, count=32)
+    return with_searches(traffic(llm, seed=7, count=32), seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +240,8 @@ def test_traffic_changes_no_token(llm: LLM, name: str, asks: list[Ask], expected
 
 
 def test_64_others_change_no_token(llm: LLM) -> None:
-    asks = [(prompt, params, 0, 0) for prompt, params, _, _ in traffic(llm, seed=11, count=65)]
+    drawn = with_searches(traffic(llm, seed=11, count=65), seed=11)
+    asks = [(prompt, params, 0, 0) for prompt, params, _, _ in drawn]
     settings = EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_step_ms=1e9))
     assert together(llm, settings, asks) == alone(llm, asks)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from tiny_llm.data import Sequence
 from tiny_llm.decoding.stop import Detokenizer, StopChecker
 from tiny_llm.sampling.penalties import History, changes_logits, looks_back
-from tiny_llm.sampling_params import Constraint, SamplingParams
+from tiny_llm.sampling_params import BeamParams, Constraint, SamplingParams
 
 Logprobs = dict[int, float]
 """{token id: log-probability}: the chosen token first, then the likeliest."""
@@ -28,7 +28,8 @@ class Answer:
     ``form`` keeps its place in the form that the answer must have. ``plain``: nothing changes its logits
     before a token is drawn. ``needs_last_token``: what the newest token is changes the next logits, so that
     nothing can be drawn ahead of it. Its last token stands at ``last_position``, if nothing ends it sooner.
-    ``prompt_logprobs`` are by position.
+    ``prompt_logprobs`` are by position. A beam has a ``score``, and in each step so many
+    ``candidates`` for its next token; others have none.
     ``last_s``: when its newest token came. ``ended``: nothing is drawn for it any more.
     """
 
@@ -51,6 +52,8 @@ class Answer:
     ended: bool = False
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    candidates: int = 0
+    score: float = 0.0
 
     @classmethod
     def begun(
@@ -65,6 +68,9 @@ class Answer:
         """An answer without tokens, to ``sequence``, which has its request's id; ``params`` is its own."""
         repeats = params.repetition_penalty != 1
         custom = bool(params.processors) or params.constraint is not None
+        ends, candidates = {*params.stop_token_ids, *end_ids}, 0
+        if isinstance(params, BeamParams):  # as many without an end token among the beams' as there are beams
+            candidates = params.width * max(2, 1 + len(ends))
         return cls(
             request_id=sequence.id,
             seq_id=seq_id,
@@ -75,12 +81,13 @@ class Answer:
             checker=StopChecker(detokenizer, params, end_ids, params.max_tokens),
             history=History(
                 prompt=frozenset(sequence.tokens) if repeats else frozenset(),
-                end_ids={*params.stop_token_ids, *end_ids},
+                end_ids=ends,
             ),
             form=params.constraint() if params.constraint else None,
             plain=not (custom or changes_logits(params, answered=0)),
-            needs_last_token=custom or looks_back(params),
+            needs_last_token=custom or looks_back(params) or candidates > 0,
             last_position=sequence.prompt_len + params.max_tokens - 1,
+            candidates=candidates,
         )
 
     @property

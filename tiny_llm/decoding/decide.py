@@ -74,7 +74,10 @@ class Row(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a row's answer gets: a token and its log-probabilities, or an error."""
+    """What a row's answer gets: a token and its log-probabilities, or an error.
+
+    A beam gets its candidates for the next token instead: ``logprobs``, the likeliest first.
+    """
 
     row: Row
     token: int
@@ -196,11 +199,11 @@ class Drawing:
     allowed: mx.array
     errors: list[str | None]
     scored: _Report | None
-    told: _Report | None
+    told: list[_Report]
 
     def arrays(self) -> list[mx.array]:
         """All that is being computed."""
-        reports = [report for report in (self.scored, self.told) if report is not None]
+        reports = [*self.told, *(() if self.scored is None else (self.scored,))]
         return [self.tokens, self.finite, self.allowed, *(a for report in reports for a in report.arrays)]
 
     def decisions(self, lap: Lap) -> list[Decision]:
@@ -211,8 +214,8 @@ class Drawing:
             for row, logprobs in zip(self.scored.rows, self.scored.read(), strict=True):
                 row.answer.prompt_logprobs[row.position] = logprobs
         told: dict[int, Logprobs] = {}
-        if self.told is not None:
-            told = {id(row): own for row, own in zip(self.told.rows, self.told.read(), strict=True)}
+        for report in self.told:
+            told |= {id(row): own for row, own in zip(report.rows, report.read(), strict=True)}
         tokens = cast(list[int], self.tokens.tolist())
         finite = cast(list[bool], self.finite.tolist())
         allowed = cast(list[bool], self.allowed.tolist())
@@ -238,16 +241,30 @@ def draw(logits: mx.array, rows: Sequence[Row], lap: Lap) -> Drawing:
     # A NaN or an infinity among a row's logits is what gets drawn, so not all need be looked at.
     finite = mx.isfinite(_at(own, tokens))
     allowed = finite if scores is own else _at(scores, tokens) > -mx.inf
-    asked = [n for n, row in enumerate(drawn) if row.answer.params.logprobs is not None]
-    told = None
-    if asked:
-        at, those = mx.array(asked), [drawn[n] for n in asked]
-        told = _Report.of(own[at], those, [row.answer.params.logprobs or 0 for row in those], tokens[at])
+    wanted = [None if row.answer.candidates else row.answer.params.logprobs for row in drawn]
+    candidates = [
+        max(row.answer.candidates, row.answer.params.logprobs or 0) if row.answer.candidates else None
+        for row in drawn
+    ]
+    told = [*_told(own, drawn, tokens, wanted), *_told(scores, drawn, tokens, candidates)]
     drawing = Drawing(drawn, tokens, finite, allowed, errors, _scored(logits, rows), told)
     lap("sample")
     mx.async_eval(*drawing.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
     lap("forward")  # MLX lets a CPU be a few operations behind, and waits for the others
     return drawing
+
+
+def _told(
+    logits: mx.array, drawn: Sequence[Row], tokens: mx.array, wanted: Sequence[int | None]
+) -> list[_Report]:
+    """What is to be reported of the rows that want a number of the likeliest tokens: one report, or none."""
+    asked = [n for n, count in enumerate(wanted) if count is not None]
+    if not asked:
+        return []
+    if len(asked) < len(drawn):
+        at = mx.array(asked)
+        logits, tokens = logits[at], tokens[at]
+    return [_Report.of(logits, [drawn[n] for n in asked], [wanted[n] or 0 for n in asked], tokens)]
 
 
 def _scored(logits: mx.array, rows: Sequence[Row]) -> _Report | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
@@ -247,25 +247,30 @@ class Engine:
         chunks: dict[int, Chunk] = {}  # by sequence
         for decision in decisions if plan.drafted else ():
             decision.row.answer.drafted_tokens += len(decision.row.guesses) > 0
-        advances: list[Advance] = []
+        events: list[Event] = []
+        advances, searching = list[Advance](), dict[int, Request]()
         for seq_id, own in by_sequence(plan, decisions):
             parts: dict[int, Advance] = {}  # by answer
             for decision in own:
                 answer = decision.row.answer
-                if not answer.ended:  # else by a token before this one
+                request = self._requests[answer.request_id]
+                if request.search is not None:
+                    request.search.take(decision)
+                    searching[request.id] = request
+                elif not answer.ended:  # else by a token before this one
                     begun = parts.get(answer.seq_id, Advance(answer.seq_id, ()))
                     parts[answer.seq_id] = self._take(decision, begun, now, chunks)
                     answer.accepted_tokens += len(decision.row.guesses) > 0
             # Of several answers that begin from one prompt, all but the first become forks of its sequence.
             first, *forks = parts.values() or (Advance(seq_id, ()),)
             advances.append(first._replace(forks=tuple(forks)))
-        events: list[Event] = []
-        for sequence in self.scheduler.commit(plan, advances):
-            chunk = chunks.get(sequence.id)
-            if chunk is None:  # in the middle of its prompt
-                continue
+        of_beams = [advance for own in searching.values() for advance in self._search(own, now, events)]
+        for sequence in self.scheduler.commit(plan, advances, of_beams):
             answer = self._answers[sequence.id]
             answer.tokens = sequence.tokens  # a fork's are its own from here on
+            chunk = chunks.get(sequence.id)
+            if chunk is None:  # in the middle of its prompt, or a beam
+                continue
             if sequence.finish_reason is not None:
                 chunk.completion = self._end(answer, sequence.finish_reason, now)
             events.append(Event(answer.request_id, chunk))
@@ -291,11 +296,47 @@ class Engine:
             tokens=(*begun.tokens, decision.token), finish_reason=answer.checker.finish_reason
         )
 
+    def _search(self, request: Request, now: float, events: list[Event]) -> list[Advance]:
+        """Let a request's beams go on, if all are ready; those left behind give their blocks back at once."""
+        search, before = request.search, request.answers
+        assert search is not None
+        if not search.is_ready and search.error is None:
+            return []
+        for beam in before:
+            self.totals.count_token(beam, request.arrival, now)
+            beam.last_s = now
+        request.first_token_s = request.first_token_s or now
+        advances = search.advance(self._numbers) if search.error is None else []
+        if search.is_over:
+            events += self._end_search(request, "error" if search.error else None, now)
+            return []
+        alive = {advance.seq_id for advance in advances}
+        self._leave(beam for beam in before if beam.seq_id not in alive)
+        request.answers = search.beams
+        self._answers |= {beam.seq_id: beam for beam in search.beams}
+        return advances
+
+    def _leave(self, beams: Iterable[Answer]) -> None:
+        """Forget beams, and free their blocks."""
+        for beam in beams:
+            self.scheduler.cancel(beam.seq_id)
+            del self._answers[beam.seq_id]
+
+    def _end_search(self, request: Request, reason: EndReason | None, now: float) -> list[Event]:
+        """A search is over, or ended by something else: its answers are what has been found."""
+        self._leave(request.answers)
+        assert request.search is not None
+        ended = []
+        for answer in request.search.answers():
+            completion = self._end(answer, reason or answer.checker.finish_reason or "stop", now)
+            ended.append(Event(request.id, request.whole(answer, completion)))
+        return ended
+
     def _end(self, answer: Answer, reason: EndReason, now: float) -> Completion:
         """Forget an answer, and its request with the last one; return the whole of it."""
         self.totals.count_end(reason)
         answer.ended = True
-        del self._answers[answer.seq_id]
+        self._answers.pop(answer.seq_id, None)  # one that a search has found is in no sequence
         request = self._requests[answer.request_id]
         request.left -= 1
         if not request.left:
@@ -324,6 +365,13 @@ class Engine:
         events: list[Event] = []
         now = self._clock()
         for output in outputs:
+            if output.seq_id not in self._answers:  # a beam, and its search has ended with another
+                continue
+            request = self._requests[self._answers[output.seq_id].request_id]
+            if request.search is not None:
+                request.search.error = error
+                events += self._end_search(request, output.finish_reason, now)
+                continue
             for answer in self._drawing(output.seq_id):
                 answer.error = error
                 completion = self._end(answer, output.finish_reason, now)

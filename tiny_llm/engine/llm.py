@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from math import inf
 from pathlib import Path
 from typing import Self
 
@@ -31,7 +32,7 @@ from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.proving.record import Shapes
 from tiny_llm.proving.trial import Progress as Trying
 from tiny_llm.proving.trial import kernels_for
-from tiny_llm.sampling_params import SamplingParams, require_known
+from tiny_llm.sampling_params import BeamParams, SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
@@ -230,6 +231,25 @@ class LLM:
         requests = [self.check(*one) for one in zip(asked, _for_each(params, len(asked)), strict=True)]
         ended = sorted(self.answers(requests), key=lambda one: (one[0], one[1].index))
         return [completion for _, completion in ended]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamParams | Sequence[BeamParams] | None = None
+    ) -> list[list[Completion]]:
+        """Search for each prompt's likeliest answers: ``params.n``, best first, each with its ``score``.
+
+        There are fewer where no more can be made, as a form allows no others.
+
+        Raises RequestError as ``generate`` does.
+        """
+        asked = _as_list(prompts)
+        each = [one or BeamParams() for one in _for_each(params, len(asked))]
+        if not all(isinstance(one, BeamParams) for one in each):
+            raise RequestError("params must be BeamParams, which say how wide the search is.")
+        found: list[list[Completion]] = [[] for _ in asked]
+        for index, completion in self.answers([self.check(*one) for one in zip(asked, each, strict=True)]):
+            if completion.score != -inf or completion.error is not None:
+                found[index].append(completion)
+        return [sorted(own, key=lambda completion: completion.index) for own in found]
 
     def answers(
         self, requests: Iterable[tuple[list[int], SamplingParams]]

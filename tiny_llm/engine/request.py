@@ -8,7 +8,8 @@ from typing import cast
 
 from tiny_llm.data import Chunk, Completion, EndReason, Sequence, Timing
 from tiny_llm.decoding.answer import Answer, Logprobs
-from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.decoding.beam import BeamSearch
+from tiny_llm.sampling_params import BeamParams, SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _NEXT_SEED = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from the next request's seed
@@ -16,7 +17,10 @@ _NEXT_SEED = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from the nex
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt and its answers, of which ``left`` have not ended. Times are the engine's, in seconds."""
+    """A prompt and its answers, of which ``left`` have not ended. Times are the engine's, in seconds.
+
+    With a ``search``, its beams are the ``answers``.
+    """
 
     id: int
     arrival: float
@@ -26,6 +30,7 @@ class Request:
     started_s: float = 0.0
     first_token_s: float = 0.0
     cached_tokens: int = 0
+    search: BeamSearch | None = None
 
     @classmethod
     def of(
@@ -43,10 +48,13 @@ class Request:
         """
         request = cls(sequence.id, sequence.arrival, sequence.prompt_len, left=params.n)
         detokenizer = tokenizer.stream(sequence.tokens)
-        for index in range(params.n):
+        is_search = isinstance(params, BeamParams)
+        for index in range(1 if is_search else params.n):
             own = replace(params, seed=(cast(int, params.seed) + index * _NEXT_SEED) % 2**64)
             seq_id = next(numbers) if index else sequence.id
             request.answers.append(Answer.begun(index, seq_id, sequence, own, detokenizer.copy(), end_ids))
+        if is_search:
+            request.search = BeamSearch(request.answers[0])
         return request
 
     def drawing(self, answer: Answer) -> list[Answer]:
@@ -59,13 +67,23 @@ class Request:
         self.first_token_s = self.first_token_s or now
         answer.last_s = now
         text = answer.push(token, logprobs)
-        scored: list[Logprobs] | None = None
-        if answer.params.prompt_logprobs is not None and answer.checker.num_tokens == 1:
-            known = self.answers[0].prompt_logprobs
-            scored = [known[position] for position in range(1, self.prompt_len)]
+        scored = self._scored(answer) if answer.checker.num_tokens == 1 else None
         told = None if logprobs is None else [logprobs]
         shown = answer.checker.shown_tokens
         return Chunk(text, (token,), None, answer.index, told, scored, shown_tokens=shown)
+
+    def whole(self, answer: Answer, ended: Completion) -> Chunk:
+        """All of an answer that ended, none of which has been told."""
+        tokens, shown = tuple(ended.token_ids), ended.shown_tokens
+        scored = self._scored(answer)
+        return Chunk(ended.text, tokens, ended, ended.index, ended.logprobs, scored, shown_tokens=shown)
+
+    def _scored(self, answer: Answer) -> list[Logprobs] | None:
+        """What was asked of the prompt's tokens."""
+        if answer.params.prompt_logprobs is None:
+            return None
+        known = self.answers[0].prompt_logprobs
+        return [known[position] for position in range(1, self.prompt_len)]
 
     def completion(self, answer: Answer, reason: EndReason, now: float) -> Completion:
         """The whole answer, all of whose tokens have been committed."""
@@ -91,4 +109,5 @@ class Request:
             shown_tokens=answer.checker.shown_tokens,
             drafted_tokens=answer.drafted_tokens,
             accepted_tokens=answer.accepted_tokens,
+            score=answer.score if self.search else None,
         )
