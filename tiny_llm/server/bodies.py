@@ -8,7 +8,7 @@ A sampling option that OpenAI lacks, or has as we do, comes from where ``Samplin
 from __future__ import annotations
 
 from math import isfinite
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -183,8 +183,21 @@ class Choosing(Body):
 
 
 class Sampling(Choosing):
-    """These, and the fields that /v1/responses calls otherwise or does not have."""
+    """These, and the fields that /v1/responses calls otherwise or does not have.
+
+    A beam search is asked for as vLLM has it: ``n`` answers of as many beams.
+    """
 
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=caps.MAX_N)] = 1
     response_format: ResponseFormat | None = None
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    @model_validator(mode="after")
+    def _searches(self) -> Self:
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            if not self.use_beam_search and getattr(self, name) != neutral:
+                raise misplaced([name], "is of use only where use_beam_search is true")
+        return self

@@ -6,12 +6,13 @@ Runs in a worker thread: templates and tokenizers may take their time. Raises Pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.decoding.reasoning import THINK
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ContextError, RequestError, did_you_mean
-from tiny_llm.sampling_params import OPTIONS, SamplingParams
+from tiny_llm.sampling_params import OPTIONS, BeamParams, SamplingParams
 from tiny_llm.server.answers import StreamUsage
 from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling, StreamOptions
 from tiny_llm.server.chat_bodies import USUAL_EFFORT, Effort, Message, TemplateArguments
@@ -45,9 +46,15 @@ def params_of(
     if len(prompts) > places:
         what = f"prompt has {len(prompts)} prompts, but this server holds {places} requests at a time."
         raise Problem(400, what, code="invalid_value", param="prompt")
-    given = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
-    most = max_tokens or _room(llm, max(map(len, prompts)))
-    return SamplingParams(max_tokens=most, n=body.n, logprobs=logprobs, speculate=body.speculate, **given)
+    given: dict[str, Any] = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
+    given |= {"n": body.n, "logprobs": logprobs, "speculate": body.speculate}
+    given["max_tokens"] = max_tokens or _room(llm, max(map(len, prompts)))
+    if not body.use_beam_search:
+        return SamplingParams(**given)
+    if body.temperature == 1:  # which asks for nothing, like 0: a search draws nothing
+        given["temperature"] = 0.0
+    given |= {"length_penalty": body.length_penalty, "early_stopping": body.early_stopping}
+    return BeamParams(width=body.n, **given)
 
 
 def grammar_of(body: Sampling) -> Grammar | None:
