@@ -4,15 +4,23 @@
 // line, at these outputs, and `x` its words, [word][R].
 #pragma once
 
+#include "isa.h"
 #include "matrix.h"
 #include "simd.h"
 
 namespace tiny_llm::TINY_ISA {
 
-// Bytes ahead of use that weights are asked for, where a line's work takes longer than the processor looks ahead.
-// One row alone reads faster when left to the hardware: 35 GB/s a thread against 29 on Zen 4.
-constexpr int kAhead = 2048;
-constexpr int kRowsToAsk = 3;
+// Asks for a line of weights 4 KB before its turn, into the second-level cache: what processors do by themselves is not
+// enough (Zen 1, one thread: one row's 278 MB in 26 ms, not 40; two rows 42, not 55). Except Zen 4 and what follows
+// it, which read one or two rows faster when left alone: 35 GB/s a thread against 29.
+template <int R>
+static inline void ask_ahead(const char* line) {
+    constexpr int kAhead = 4096;
+#if defined(__AVX512VNNI__)
+    if (R < 3 && reads_ahead()) return;
+#endif
+    __builtin_prefetch(line + kAhead, 0, 2);
+}
 
 static inline vu load_words(const char* p) {
     vu v;
@@ -32,7 +40,7 @@ template <Kind K, int R, int W>
 static inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
     constexpr int kWords = K == Kind::q4 ? 2 : 1;  // of x a line
     for (int k = 0; k < group; k += 4 * kWords, line += kLine, x += kWords * R) {
-        if (R >= kRowsToAsk) __builtin_prefetch(line + kAhead);
+        ask_ahead<R>(line);
         const vu words = load_words(line);
         const vu low = K == Kind::q4 ? words & 0x0f0f0f0f : words, high = (words >> 4) & 0x0f0f0f0f;
 #pragma GCC unroll 12
@@ -46,11 +54,13 @@ static inline void dot_group(const char* line, int group, const int32_t* x, vi (
 
 #elif defined(__AVX2__)
 
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 6;
 
 // Pairs of products of half bytes, in 16 bits: eight such sums still fit.
 static inline __m256i dot2(__m256i sum, vu weights, int32_t x) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(x)));
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(x)));
+    asm("" : "+x"(sum));  // GCC would put off all additions, and run out of registers
+    return sum;
 }
 static inline vi widen(__m256i pairs, int16_t factor) {
     return (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
@@ -63,6 +73,7 @@ static inline void dot_group(const char* line, int group, const int32_t* x, vi (
         for (int w = 0; w < W; ++w) {
             __m256i low_sum[R] = {}, high_sum[R] = {};
             for (int l = 0; l < kLines; ++l) {
+                if (w == 0) ask_ahead<R>(line + l * kLine);
                 const vu words = load_words(line + l * kLine + w * 4 * kWidth);
                 const vu low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
                 for (int r = 0; r < R; ++r) {
@@ -101,6 +112,7 @@ template <Kind K, int R, int W>
 static inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
     constexpr int kWords = K == Kind::q4 ? 2 : 1;
     for (int k = 0; k < group; k += 4 * kWords, line += kLine, x += kWords * R) {
+        ask_ahead<R>(line);
         for (int w = 0; w < W; ++w) {
             const vu words = load_words(line + w * 4 * kWidth);
             for (int r = 0; r < R; ++r) {

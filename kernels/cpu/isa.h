@@ -20,6 +20,9 @@ bool set_isa(const char* name);
 
 const char* isa_name(Isa isa);
 
+// Whether this processor, one with AVX-512, is known to read a stream best when it is not asked for it ahead.
+bool reads_ahead();
+
 }  // namespace tiny_llm
 
 // Declares `void name(const Args&)` for each instruction set and the function that picks one.

@@ -24,6 +24,7 @@ void multiply(const char* tile, const Groups& groups, const Block& x, int v, flo
     const int32_t* words = x.words;
     for (int64_t g = 0; g < groups.count; ++g, line += groups.bytes, tile += groups.bytes) {
         vi dot[R][W] = {};
+        ask_ahead<R>(tile);
         dot_group<K, R, W>(line, groups.size, words, dot);
         words += groups.size / 4 * R;
         for (int w = 0; w < W; ++w) {
