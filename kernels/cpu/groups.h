@@ -14,8 +14,9 @@ struct Groups {
     int64_t lines() const { return 2 * kTile * bits_of(scales) / 8; }  // bytes before a group's first line
 };
 
-static inline Groups groups_of(const Matrix& m) {
-    return {m.columns / m.group_size, group_bytes(m), m.group_size, m.scales};
+// `count`: m.columns / m.group_size
+static inline Groups groups_of(const Matrix& m, int64_t count) {
+    return {count, group_bytes(m), m.group_size, m.scales};
 }
 
 static inline vf load_any(const char* p, Kind kind, int64_t i) {
@@ -29,7 +30,7 @@ static inline vf load_any(const char* p, Kind kind, int64_t i) {
 template <class Run>
 static inline void for_each_tile(const Linear& a, const Activations& x, const Run& run) {
     constexpr int64_t kCache = 256 * 1024;  // bytes of x that stay near while tiles pass by
-    constexpr int64_t kStep = 64 * 1024;    // bytes of weights that one row takes at a time
+    constexpr int64_t kStep = 32 * 1024;    // bytes of weights that one row takes at a time
     const Matrix& m = a.matrices[0];
     const int64_t block_bytes = m.columns * (m.exact ? 4 : 1) * a.rows / x.blocks;
     const int64_t some = kCache / block_bytes > 1 ? kCache / block_bytes : 1, chunks = (x.blocks + some - 1) / some;
@@ -37,12 +38,15 @@ static inline void for_each_tile(const Linear& a, const Activations& x, const Ru
     for (int i = 0; i < (a.gated ? 1 : a.count); ++i) count += tiles(a.matrices[i]);
     const int64_t work = tile_bytes(m) * (a.gated ? 2 : 1) * (1 + a.rows / chunks / 4);
     parallel_for(count * chunks, 1 + kStep / work, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t chunk = i / count;
-            int64_t index = i % count;
-            int at = 0;
-            while (index >= tiles(a.matrices[at])) index -= tiles(a.matrices[at++]);
-            run(at, index, x.blocks * chunk / chunks, x.blocks * (chunk + 1) / chunks);
+        for (int64_t chunk = from / count; chunk * count < to; ++chunk) {
+            const int64_t first = chunk * count, past = to - first < count ? to - first : count;
+            const int64_t begin = x.blocks * chunk / chunks, end = x.blocks * (chunk + 1) / chunks;
+            for (int64_t i = from > first ? from - first : 0; i < past; ++i) {
+                int64_t index = i;
+                int at = 0;
+                while (index >= tiles(a.matrices[at])) index -= tiles(a.matrices[at++]);
+                run(at, index, begin, end);
+            }
         }
     });
 }

@@ -82,7 +82,7 @@ void multiply_tile(const Matrix& m, const Groups& groups, int64_t index, const B
 // Tile `index` of matrix `at` (with its up tile, if gated) times blocks [begin, end) of x.
 void run_tile(const Linear& a, int at, int64_t index, const Activations& x, int64_t begin, int64_t end) {
     float tile[kMostRows * kTile], other[kMostRows * kTile];
-    const Groups groups = groups_of(a.matrices[at]), up = groups_of(a.matrices[a.gated ? 1 : at]);
+    const Groups groups = groups_of(a.matrices[at], x.groups), up = groups_of(a.matrices[a.gated ? 1 : at], x.groups);
     for (int64_t b = begin; b < end; ++b) {
         const Block block = x.block(b);
         multiply_tile(a.matrices[at], groups, index, block, tile);
