@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tiny_llm.engine.memory import parse_bytes
+from tiny_llm.engine.memory import held_memory_bytes, parse_bytes
 from tiny_llm.errors import RequestError
 
 CHILD = """
@@ -47,3 +47,9 @@ def test_amounts_of_memory_are_read(text: str, expected: int) -> None:
 def test_what_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="is no amount of memory; write it like 4GB"):
         parse_bytes(text, "--kv-memory")
+
+
+def test_what_is_held_counts_what_mlx_does_not_know_of() -> None:
+    before = held_memory_bytes()
+    held = np.ones(2**24)  # 128 MiB
+    assert held_memory_bytes() >= before + held.nbytes // 2

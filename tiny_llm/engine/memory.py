@@ -24,7 +24,12 @@ _STATUS = Path("/proc/self/status")
 
 def peak_memory_bytes() -> int:
     """Peak resident set of the process, or MLX's own peak where that is larger (a discrete GPU)."""
-    return max(_peak_resident_bytes(), mx.get_peak_memory())
+    return max(_resident_bytes("VmHWM"), mx.get_peak_memory())
+
+
+def held_memory_bytes() -> int:
+    """The same of now. MLX alone does not know of weights and pages in the kernels' own memory."""
+    return max(_resident_bytes("VmRSS"), mx.get_active_memory() + mx.get_cache_memory())
 
 
 def available_memory_bytes() -> int:
@@ -102,8 +107,8 @@ def parse_bytes(text: str, name: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower()))
 
 
-def _peak_resident_bytes() -> int:
+def _resident_bytes(which: str) -> int:
     """Linux's getrusage may count the launching process too, so its own file is asked first."""
-    if _STATUS.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)):
+    if _STATUS.exists() and (found := re.search(rf"^{which}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, and the most there has been

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-import mlx.core as mx
-
 from tiny_llm.data import EndReason, Plan
 from tiny_llm.decoding.answer import Answer
+from tiny_llm.engine.memory import held_memory_bytes
 from tiny_llm.kv.blocks import Usage
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import kernel_seconds
@@ -109,7 +108,7 @@ class Snapshot:
     ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right, by source; ``fallbacks``
     are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed.
     ``ops_on_ours`` run on kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same
-    whatever else is running. Memory in bytes, times in seconds.
+    whatever else is running. Times in seconds; ``memory_bytes`` is all that the process holds.
     """
 
     healthy: bool
@@ -127,8 +126,7 @@ class Snapshot:
     kernel_s: float | None
     ops_on_ours: tuple[str, ...]
     same_tokens: bool
-    mlx_active_bytes: int
-    mlx_cache_bytes: int
+    memory_bytes: int
 
     @classmethod
     def of(
@@ -158,8 +156,7 @@ class Snapshot:
             kernel_s=kernel_seconds(),
             ops_on_ours=kernels.on_ours,
             same_tokens=kernels.same_tokens,
-            mlx_active_bytes=mx.get_active_memory(),
-            mlx_cache_bytes=mx.get_cache_memory(),
+            memory_bytes=held_memory_bytes(),
         )
 
     def as_json(self) -> dict[str, object]:
