@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 MADE = "made.json"
 REASON = "reason.txt"
+_CPUS = Path("/proc/cpuinfo")
 
 
 class PeerMissing(RuntimeError):
@@ -96,13 +98,22 @@ def make(name: str, folder: Path) -> Path:
         install += ["--no-cache-dir", "--no-binary", ",".join(peer.from_source)]
     try:
         _run([sys.executable, "-m", "venv", "--clear", here], here.parent / f"{name}.log", {})
-        _run(install, here.parent / f"{name}.log", peer.variables)
+        _run(install, here.parent / f"{name}.log", {**peer.variables, **_compiler()})
     except PeerMissing as missing:
         here.mkdir(parents=True, exist_ok=True)
         (here / REASON).write_text(f"{missing}\n")
         raise
     (here / MADE).write_text(json.dumps(_recipe(peer)))
     return _python(here)
+
+
+def _compiler() -> Mapping[str, str]:
+    """As many compilers as cores, for each may take a gigabyte; clang for AMX, which GCC 12 gets wrong."""
+    chosen = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+    clang = next(filter(shutil.which, ("clang", "clang-19", "clang-18", "clang-17")), None)
+    if clang and _CPUS.exists() and "amx_int8" in _CPUS.read_text():
+        chosen |= {"CC": clang, "CXX": clang.replace("clang", "clang++")}
+    return chosen
 
 
 def _peer(name: str) -> Peer:
