@@ -5,6 +5,7 @@ Needs a model's config only, never its weights or a network. Refuses to know how
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +32,34 @@ from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import SHORT_NAMES, config_of
 
 MAX_BATCH = 1_000_000
+PROGRAM_BYTES = 90 * 10**6
+"""Python, MLX and what they import: what is held with a model of 278 MB, less those."""
+HUGE_PAGE = 2**21
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes that serving ``batch`` sequences of ``context`` tokens takes.
 
-    ``buffers`` are what MLX keeps of finished steps, beside what the next one takes.
+    ``program`` is what is there without a model, and what the pool's whole pages take beside what lies in
+    them. ``buffers`` are what MLX may keep of finished steps of other sizes, beside what the next one takes.
     """
 
     weights: int
     kv: int
     activations: int
+    program: int
     buffers: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.kv + self.activations + self.buffers
+        """What such sequences take at their peak."""
+        return self.weights + self.kv + self.activations + self.program
+
+    @property
+    def most(self) -> int:
+        """What they take after requests of many lengths."""
+        return self.total + self.buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether it can be served here."""
-        return self.need.total <= self.available
+        return self.need.most <= self.available
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +99,20 @@ class Serving:
     kv_bytes: int
     quantize: Quantization | None
     buffers: int
+    page: int  # bytes that the system gives an array of the pool at a time
 
     def need(self, context: int, batch: int) -> Need:
         """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
         scheduler = SchedulerSettings()
         blocks = batch * -(-context // BLOCK_SIZE)
         step = min(scheduler.max_num_batched_tokens, batch * context)
+        kv = blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes)
+        pages = 2 * self.config.num_layers * self.page  # one of keys and one of values a layer, at least
         return Need(
             weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
-            blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes),
+            kv,
             activation_bytes(self.config, step, min(batch, scheduler.max_num_seqs)),
+            PROGRAM_BYTES + -kv % pages,
             self.buffers,
         )
 
@@ -139,7 +154,8 @@ def plan_memory(
     packed = active() == "cpu" and find(config.model_type).packed
     format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
     buffers = kept_bytes(available)
-    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format, buffers)
+    page = HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1
+    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format, buffers, page)
     return MemoryPlan(
         model=model,
         parameters=parameter_count(config),
@@ -152,8 +168,8 @@ def plan_memory(
         need=serving.need(context, batch),
         training=training_bytes(config, batch * context),
         available=available,
-        largest_context=largest(lambda n: serving.need(n, batch).total <= available, limit),
-        largest_batch=largest(lambda n: serving.need(context, n).total <= available, MAX_BATCH),
+        largest_context=largest(lambda n: serving.need(n, batch).most <= available, limit),
+        largest_batch=largest(lambda n: serving.need(context, n).most <= available, MAX_BATCH),
     )
 
 

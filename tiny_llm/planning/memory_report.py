@@ -33,7 +33,7 @@ def serving_parts(plan: MemoryPlan) -> list[Part]:
         Part("weights", need.weights),
         Part("keys and values", need.kv),
         Part("one step", need.activations),
-        Part("buffers between steps", need.buffers),
+        Part("program, whole pages", need.program),
     ]
 
 
@@ -63,7 +63,7 @@ def heading(plan: MemoryPlan) -> str:
 
 def verdict(plan: MemoryPlan) -> list[str]:
     """Whether it fits, how far the memory reaches, and whether training would fit."""
-    need, free = plan.need.total, plan.available
+    need, free = plan.need.most, plan.available
     fits = "it fits" if plan.fits else f"{size(need - free)} too little"
     reach = [
         f"{plan.largest_context:,} tokens each at a batch of {plan.batch:,}" if plan.largest_context else "",
@@ -71,7 +71,11 @@ def verdict(plan: MemoryPlan) -> list[str]:
     ]
     most = " or ".join(filter(None, reach)) or "nothing, since weights and one step alone are too large"
     trains = "fits" if sum(plan.training) <= free else "does not fit"
-    return [f"{size(free)} of memory: {fits}. At most {most}.", f"Training with that many tokens {trains}."]
+    return [
+        f"{size(free)} of memory: {fits}. At most {most}.",
+        f"Training with that many tokens {trains}.",
+        f"After requests of many lengths, {size(plan.need.buffers)} more may be kept for the next.",
+    ]
 
 
 def roofs(machine: Machine, speed: Speed) -> str:
