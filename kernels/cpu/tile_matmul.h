@@ -7,7 +7,7 @@
 
 namespace tiny_llm {
 
-constexpr int64_t kRowsForTiles = 8;  // with fewer, tiles are mostly empty
+constexpr int64_t kRowsForTiles = 64;  // with 8 to 32, AVX-512 was up to 1.25 times as fast on Granite Rapids
 
 TINY_KERNEL(tile_matmul, Linear)
 #if defined(__x86_64__)
