@@ -18,6 +18,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from tiny_llm.engine.llm import LLM
 from tiny_llm.ops.backend import VARIABLE, use, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,12 @@ def ref() -> Iterator[None]:
 def demo() -> Path:
     """The bundled model's folder; its draft lies in it."""
     return ROOT / "tiny_llm" / "demo"
+
+
+@pytest.fixture(scope="session")
+def llm() -> LLM:
+    """The bundled model, loaded once."""
+    return LLM("demo")
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from tiny_llm.chat.conversation import Conversation
     from tiny_llm.data import Chunk, Completion
     from tiny_llm.engine.async_llm import AsyncLLM
-    from tiny_llm.engine.conversation import Conversation
     from tiny_llm.engine.llm import LLM
     from tiny_llm.errors import CapacityError, ConfigError, RequestError, TinyLLMError, WeightError
     from tiny_llm.sampling_params import BeamParams, SamplingParams
@@ -45,7 +45,7 @@ else:
     _HOMES: Mapping[str, str] = {
         "LLM": "tiny_llm.engine.llm",
         "AsyncLLM": "tiny_llm.engine.async_llm",
-        "Conversation": "tiny_llm.engine.conversation",
+        "Conversation": "tiny_llm.chat.conversation",
         **dict.fromkeys(["BeamParams", "SamplingParams"], "tiny_llm.sampling_params"),
         "__version__": "tiny_llm.version",
         "Chunk": "tiny_llm.data",

@@ -30,9 +30,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tiny_llm.decoding.call_form import short_id
-from tiny_llm.decoding.chat_prompt import ChatPrompts
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.messages.call_form import short_id
+from tiny_llm.messages.chat_prompt import ChatPrompts
 from tiny_llm.tokenizer.files import TokenizerFiles
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ import pytest
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import ToolCall
-from tiny_llm.decoding.message import message_of
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.message import message_of
 
 
 def function(name: str, **parameters: Any) -> dict[str, Any]:

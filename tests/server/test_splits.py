@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-
 from tests.decoding.test_message import FRAGMENTS
+
 from tiny_llm.data import Chunk, Completion, Timing
-from tiny_llm.decoding.chat_format import ChatFormat
-from tiny_llm.decoding.message import message_of
-from tiny_llm.decoding.tool_parser import ToolFormat
+from tiny_llm.messages.chat_format import ChatFormat
+from tiny_llm.messages.message import message_of
+from tiny_llm.messages.tool_parser import ToolFormat
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import ChatWriter

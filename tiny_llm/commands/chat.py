@@ -6,10 +6,10 @@ import sys
 from typing import Annotated
 
 from tiny_llm.chat.chat import Chat
+from tiny_llm.chat.conversation import Conversation
 from tiny_llm.commands.grouped import Without, grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin
-from tiny_llm.engine.conversation import Conversation
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
 from tiny_llm.sampling_params import SamplingParams
 

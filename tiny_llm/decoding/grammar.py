@@ -14,9 +14,10 @@ from typing import Any, Literal
 from llguidance import LLMatcher, LLParserLimits
 
 from tiny_llm.decoding.finite import has_finite_value
-from tiny_llm.decoding.reasoning import THINK, THOUGHT
 from tiny_llm.errors import RequestError
 
+THINK, THOUGHT = "<think>", "</think>"
+"""What a thought stands between, at an answer's beginning."""
 MAX_GRAMMAR_BYTES = 2**17
 """Of a schema, a regular expression or a grammar, as it was given."""
 _JSON_OPTIONS: Mapping[str, object] = {

@@ -1,1 +1,1 @@
-"""The engine's front ends: ``llm`` answers requests, ``conversation`` keeps a chat that fits."""
+"""The step loop, and its front ends: ``llm`` answers requests, ``async_llm`` those of many callers."""

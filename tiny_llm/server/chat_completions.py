@@ -12,9 +12,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.decoding.chat_format import ChatFormat
-from tiny_llm.decoding.message import message_of
 from tiny_llm.engine.llm import LLM
+from tiny_llm.messages.chat_format import ChatFormat
+from tiny_llm.messages.message import message_of
 from tiny_llm.server.answers import delta_json, message_json, new_id, usage
 from tiny_llm.server.chat_bodies import ChatBody, NamedTool
 from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around

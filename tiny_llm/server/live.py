@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from tiny_llm.engine.picture import picture
 from tiny_llm.server.events import event_of
+from tiny_llm.server.picture import picture
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, with_first
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, response_grammar
-from tiny_llm.decoding.reasoning import THINK
+from tiny_llm.decoding.grammar import THINK, Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ContextError, RequestError, did_you_mean
 from tiny_llm.sampling_params import OPTIONS, BeamParams, SamplingParams

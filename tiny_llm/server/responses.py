@@ -14,8 +14,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, named_event

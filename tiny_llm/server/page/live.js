@@ -1,5 +1,5 @@
 // Owns the view of the engine: figures, block map, batch, drawn from the server's pictures (GET /live).
-// What a picture holds is said in tiny_llm/engine/picture.py.
+// What a picture holds is said in tiny_llm/server/picture.py.
 
 import { events, Refusal } from "./asking.js";
 

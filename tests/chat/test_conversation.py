@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm.engine.conversation import Conversation
+from tiny_llm.chat.conversation import Conversation
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.sampling_params import SamplingParams

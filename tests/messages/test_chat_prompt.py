@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from tiny_llm.decoding.chat_prompt import ChatPrompts
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.chat_prompt import ChatPrompts
 from tiny_llm.tokenizer.files import TokenizerFiles
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import pytest
 
 from tiny_llm import LLM
-from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.grammar import lark_grammar
-from tiny_llm.decoding.tool_grammar import calls_grammar, strict_grammar
-from tiny_llm.decoding.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.chat_format import ChatFormat
+from tiny_llm.messages.tool_grammar import calls_grammar, strict_grammar
+from tiny_llm.messages.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
 
 NUMBER = {
     "type": "object",

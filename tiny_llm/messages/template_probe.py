@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
-from tiny_llm.decoding.call_form import CallForm, Message, in_form
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.call_form import CallForm, Message, in_form
 
 Render: TypeAlias = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 """Messages and tools to a prompt; RequestError where the template refuses them."""

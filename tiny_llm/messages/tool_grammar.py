@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiny_llm.decoding.grammar import embedded_schema
-from tiny_llm.decoding.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
+from tiny_llm.messages.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat
 
 _ANY_ARGUMENTS = '{"type": "object", "x-guidance": {"lenient": true}}'
 

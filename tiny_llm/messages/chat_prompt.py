@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiny_llm.decoding.call_form import CallForm, Message, has_calls, in_form
-from tiny_llm.decoding.template_probe import Lost, Shape, form_of, lost_parts, shapes_of
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.call_form import CallForm, Message, has_calls, in_form
+from tiny_llm.messages.template_probe import Lost, Shape, form_of, lost_parts, shapes_of
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]

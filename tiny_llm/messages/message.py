@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import replace
 
 from tiny_llm.data import AssistantMessage, Chunk, MessageDelta, ToolCall, ToolCallDelta
-from tiny_llm.decoding.reasoning import ReasoningParser, Split
-from tiny_llm.decoding.tool_parser import ToolParser
+from tiny_llm.messages.reasoning import ReasoningParser, Split
+from tiny_llm.messages.tool_parser import ToolParser
 
 
 class MessageParser:

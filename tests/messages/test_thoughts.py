@@ -12,13 +12,13 @@ import pytest
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import AssistantMessage
-from tiny_llm.decoding.chat_format import ChatFormat
 from tiny_llm.decoding.grammar import Grammar, lark_grammar, regex_grammar, schema_grammar
-from tiny_llm.decoding.message import message_of
 from tiny_llm.decoding.stop import StopChecker
-from tiny_llm.decoding.tool_grammar import strict_grammar
-from tiny_llm.decoding.tool_parser import CLOSE, OPEN
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.chat_format import ChatFormat
+from tiny_llm.messages.message import message_of
+from tiny_llm.messages.tool_grammar import strict_grammar
+from tiny_llm.messages.tool_parser import CLOSE, OPEN
 
 SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 3}
 FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}

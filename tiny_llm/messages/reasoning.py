@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from tiny_llm.decoding.grammar import THINK, THOUGHT
 from tiny_llm.decoding.stop import open_length
 
-THINK, THOUGHT = "<think>", "</think>"
 _State = Literal["before", "opened", "thinking", "closed", "content"]
 
 
