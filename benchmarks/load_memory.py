@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
-from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.models.registry import expected_tensors, quantizable_tensors
 from tiny_llm.ops.pack import pack
 from tiny_llm.weights.checkpoint import load_weights

@@ -23,8 +23,8 @@ from measure.dummy_folder import write_dummy
 
 from tiny_llm.data import SamplingParams
 from tiny_llm.decoding.generate import generate
-from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.kv.dense import DenseCache
+from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.models.loading import load_model
 from tiny_llm.ops.backend import set_threads
 

@@ -23,8 +23,8 @@ from itertools import count, islice
 from pathlib import Path
 
 from tiny_llm.data import Advance, Plan, SamplingParams, Sequence
-from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
 

@@ -20,7 +20,7 @@ FLOORS: Sequence[frozenset[str]] = (
     # _cpu: the module that kernels/cpu becomes
     frozenset(
         {"data", "sampling_params", "config", "config_families", "config_fields", "errors", "metrics"}
-        | {"limits", "version", "user_cache", "_cpu"}
+        | {"limits", "memory", "memory_limits", "version", "user_cache", "_cpu"}
     ),
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),
     frozenset({"ops"}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from command_line import parser_of
 
 from tiny_llm.config import Quantization
-from tiny_llm.engine.memory import kept_bytes
+from tiny_llm.memory import kept_bytes
 from tiny_llm.models.footprint import (
     activation_bytes,
     kv_token_bytes,

@@ -8,8 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm import LLM, SamplingParams
-from tiny_llm.engine import memory
+from tiny_llm import LLM, SamplingParams, memory
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.footprint import LAYERS_AT_ONCE, activation_bytes
 from tiny_llm.ops.backend import use

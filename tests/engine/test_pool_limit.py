@@ -12,11 +12,11 @@ import pytest
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.engine import pool_limit, settings
-from tiny_llm.engine.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv import paged
+from tiny_llm.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import read_config
 from tiny_llm.ops.kv_pool import Pool

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, cli
-from tiny_llm.engine.memory import available_memory_bytes
 from tiny_llm.engine.settings import BLOCK_SIZE
+from tiny_llm.memory import available_memory_bytes
 from tiny_llm.models.footprint import training_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.planning.memory import MemoryPlan, find_config, largest, plan_memory

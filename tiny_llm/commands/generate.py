@@ -16,8 +16,8 @@ from tiny_llm.commands.offline import answer_file
 from tiny_llm.commands.rows import row_of
 from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin
 from tiny_llm.data import Completion
-from tiny_llm.engine.memory import peak_memory_bytes
 from tiny_llm.errors import RequestError
+from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
 from tiny_llm.sampling_params import SamplingParams
 

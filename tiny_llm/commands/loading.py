@@ -9,7 +9,7 @@ from typing import Any
 from tiny_llm.commands.bar import Bar
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.memory import parse_bytes
+from tiny_llm.memory import parse_bytes
 from tiny_llm.options import EngineOptions
 from tiny_llm.scheduler.settings import SchedulerSettings
 

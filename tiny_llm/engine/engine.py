@@ -24,7 +24,6 @@ from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence
 from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
 from tiny_llm.engine.draft import DraftModel, to_be_guessed
-from tiny_llm.engine.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
@@ -32,6 +31,7 @@ from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.models.cost import step_costs
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes

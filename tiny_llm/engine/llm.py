@@ -18,10 +18,10 @@ from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.draft import load_draft, which_draft
 from tiny_llm.engine.engine import Engine
-from tiny_llm.engine.memory import give_back_memory
 from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
+from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import ChatPrompts
 from tiny_llm.messages.message import with_messages

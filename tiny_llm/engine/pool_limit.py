@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tiny_llm.engine.memory import available_memory_bytes, give_back_memory
+from tiny_llm.memory import available_memory_bytes, give_back_memory
 
 _ASK_EVERY_S = 1.0
 

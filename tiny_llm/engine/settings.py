@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts
-from tiny_llm.engine.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.limits import check_whole
+from tiny_llm.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.ops.backend import GPU_KERNELS, active
 from tiny_llm.ops.kv_pool import KvFormat

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 
 from tiny_llm.data import EndReason, Plan
 from tiny_llm.decoding.answer import Answer
-from tiny_llm.engine.memory import held_memory_bytes
 from tiny_llm.kv.blocks import Usage
+from tiny_llm.memory import held_memory_bytes
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import kernel_seconds
 from tiny_llm.proving.choice import Kernels

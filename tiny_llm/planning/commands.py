@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from tiny_llm.config import Quantization
-from tiny_llm.engine.memory import available_memory_bytes, parse_bytes
 from tiny_llm.errors import RequestError
+from tiny_llm.memory import available_memory_bytes, parse_bytes
 from tiny_llm.ops.backend import use
 from tiny_llm.options import BackendOption, DebugOption, DtypeOption, JsonOption, ModelOption, QuantizeOption
 from tiny_llm.planning.memory import find_config, plan_memory

@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts, Quantization
-from tiny_llm.engine.memory import kept_bytes
 from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import RequestError
+from tiny_llm.memory import kept_bytes
 from tiny_llm.models.footprint import (
     Training,
     activation_bytes,

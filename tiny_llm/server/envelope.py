@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tiny_llm.engine.memory import trim_heap
+from tiny_llm.memory import trim_heap
 
 LARGE_BYTES = 2**20
 """Of a request and its response: what they took goes back to the system after it."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tiny_llm.engine.memory_limits import Limit, memory_limits
 from tiny_llm.errors import RequestError
+from tiny_llm.memory_limits import Limit, memory_limits
 
 BUFFER_POOL_BYTES = 2**29
 """The most that MLX may keep of buffers that it has freed, to be used again. Steps of many sizes fill it,

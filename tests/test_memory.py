@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from tiny_llm.engine.memory import held_memory_bytes, parse_bytes
 from tiny_llm.errors import RequestError
+from tiny_llm.memory import held_memory_bytes, parse_bytes
 
 CHILD = """
 import numpy as np
-from tiny_llm.engine.memory import peak_memory_bytes
+from tiny_llm.memory import peak_memory_bytes
 print(peak_memory_bytes())
 held = np.ones(2**25)  # 256 MiB
 del held

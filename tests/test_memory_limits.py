@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm.engine.memory_limits import LinuxFiles, memory_limits
+from tiny_llm.memory_limits import LinuxFiles, memory_limits
 
 GIB, MB = 2**30, 10**6
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:  9 kB\nMemAvailable:   8388608 kB\n"
@@ -118,7 +118,7 @@ def test_where_there_is_no_proc(tmp_path: Path) -> None:
 
 LEFT = """
 import json
-from tiny_llm.engine.memory_limits import memory_limits
+from tiny_llm.memory_limits import memory_limits
 print(json.dumps({limit.name: limit.left for limit in memory_limits()}))
 """
 needs_proc = pytest.mark.skipif(
