@@ -21,7 +21,7 @@ from measure.machine import foreign_share_now, warning
 from measure.sides import is_slow, parser, start
 from measure.worker import Worker
 
-from tiny_llm.engine.rounds import interleave
+from tiny_llm.planning.rounds import interleave
 
 SLOW_STEPS = 2
 

@@ -13,7 +13,7 @@ from measure.ceiling import KINDS, Ceilings, CeilingsMissing
 from measure.machine import Watch, warning
 from measure.sides import numbers
 
-from tiny_llm.engine.rounds import Rate, Trial, interleave
+from tiny_llm.planning.rounds import Rate, Trial, interleave
 
 UNITS = {"read": "memory read, GB/s", "fma": "float32 multiply-add, GFLOP/s", "int8": "int8 dot, GOP/s"}
 GIGA = 1e9

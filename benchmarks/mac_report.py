@@ -31,8 +31,8 @@ from measure.worker import WORKERS, Worker
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.config import ModelConfig
-from tiny_llm.engine.rounds import Trial, interleave
 from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, VARIABLE
+from tiny_llm.planning.rounds import Trial, interleave
 from tiny_llm.proving.record import Proof, Shapes, machine
 from tiny_llm.proving.trial import Limits, proved
 from tiny_llm.weights.names import config_of

@@ -14,7 +14,7 @@ from measure.comparison import cores_given, machine_trials, shared_cores, trials
 from measure.machine import foreign_share_now, warning
 from measure.sides import Sides, is_slow, parser, start
 
-from tiny_llm.engine.rounds import Trial, interleave
+from tiny_llm.planning.rounds import Trial, interleave
 
 PROMPT = 128
 

@@ -10,7 +10,7 @@ from measure.ceiling import Ceilings
 from measure.machine import Watch, warning
 from measure.sides import OURS, Sides, is_slow
 from measure.worker import Worker, WorkerError
-from tiny_llm.engine.rounds import Key, Rate, Trial, interleave
+from tiny_llm.planning.rounds import Key, Rate, Trial, interleave
 
 READ, CORES = ("memory read",), ("cores",)
 LEAST_CORES = 0.9  # of a thread: below, a host shares what it gave us

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import mlx.core as mx
 from command_line import parser_of
 
-from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.ops.linear import linear
 from tiny_llm.ops.pack import pack
+from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 
 ROUNDS = 20
 SIDES = ("A", "B")

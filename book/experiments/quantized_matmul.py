@@ -20,10 +20,10 @@ from command_line import parser_of
 from tiny_llm.course.native import CPU, build, compiler
 from tiny_llm.course.sections import whole
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.ops.backend import set_threads, use, works
 from tiny_llm.ops.linear import linear
 from tiny_llm.ops.pack import pack
+from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = "quantized_rows"

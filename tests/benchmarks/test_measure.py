@@ -21,7 +21,7 @@ from measure.machine import Watch, warning
 from measure.sides import OURS, Sides, numbers
 from measure.worker import WORKERS, Worker, WorkerError
 
-from tiny_llm.engine.rounds import Rate
+from tiny_llm.planning.rounds import Rate
 
 ENGINE = """
 import sys

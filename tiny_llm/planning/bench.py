@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.rounds import Trial, interleave, seconds_of
 from tiny_llm.errors import CapacityError, RequestError
 from tiny_llm.limits import MOST
 from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import isa, num_threads, use
+from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
 

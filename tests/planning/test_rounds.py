@@ -8,8 +8,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import pytest
 
-from tiny_llm.engine import rounds
-from tiny_llm.engine.rounds import Rate, Trial, interleave, seconds_of
+from tiny_llm.planning import rounds
+from tiny_llm.planning.rounds import Rate, Trial, interleave, seconds_of
 
 pytestmark = pytest.mark.chapter("2.2")
 
