@@ -18,7 +18,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from tiny_llm.engine.llm import LLM
+import tiny_llm
 from tiny_llm.ops.backend import VARIABLE, use, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,9 +113,9 @@ def demo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llm() -> LLM:
-    """The bundled model, loaded once."""
-    return LLM("demo")
+def llm() -> tiny_llm.LLM:
+    """The bundled model, loaded once; the engine is imported by those who ask for it."""
+    return tiny_llm.LLM("demo")
 
 
 @pytest.fixture
