@@ -86,16 +86,15 @@ def nvcc() -> str:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The CUDA function of each different kernel that is called."""
+    """The CUDA function of each different kernel that is called; what it would compute is not looked at."""
     if reason := why_not():
         pytest.skip(reason)
     functions: dict[str, None] = {}
-    simulate = metal._made
 
     def note(text: metal.Text, mode: str) -> metal.Kernel:
         def run(**call: Any) -> list[mx.array]:
             functions[function(text, f"kernel_{len(functions)}", **call)] = None
-            return simulate(text, mode)(**call)
+            return [mx.zeros(*of) for of in zip(call["output_shapes"], call["output_dtypes"], strict=True)]
 
         return run
 
