@@ -3,7 +3,8 @@
 On ``--shape`` with random weights: guesses that are always right and such that are right seven times in ten,
 from a script that knows the answer; and n-gram look-up where there is nothing to find, for one sequence and
 for 16. On the bundled model: n-gram look-up where the answer repeats the prompt. Both sides must give the
-same tokens. Prints a table and one JSON line.
+same tokens. And how often the bundled draft is right, drawing with the answer's noise and with noise of its
+own. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -16,14 +17,30 @@ import time
 from array import array
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import mlx.core as mx
 
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.data import Drafter, Sequence
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.checkpoint import DummyCheckpoint
-from tiny_llm.scheduler.drafts import Speculation
+from tiny_llm.sampling.sampler import sample
+from tiny_llm.scheduler.drafts import Acceptance, Speculation, Worth
 
 K = 4
+ASKS = (
+    "What is paged attention?",
+    "What is a KV cache?",
+    "What is prefill?",
+    "What is continuous batching?",
+    "Tell me a story.",
+    "Tell me a story about a fox.",
+    "Tell me a story about a boat.",
+    "What is 48 + 35?",
+    "Why do leaves fall?",
+    "Write a list of three animals.",
+)
 TEXT = (
     "Paged attention keeps keys and values in blocks of sixteen tokens. A block table maps each sequence to "
     "its blocks. A block that is full and shared is never copied. When memory runs out, a sequence gives its "
@@ -122,6 +139,41 @@ def compare(
     return found
 
 
+def acceptance(llm: LLM, temperature: float, *, shared: bool) -> dict[str, object]:
+    """How many guesses of the draft model were right, K at a time, until one was wrong.
+
+    Not ``shared``: it draws with other noise than its answer.
+    """
+    guesses: list[tuple[int, int]] = []
+
+    def drawn(logits: mx.array, params: Listed[SamplingParams], positions: Listed[int]) -> mx.array:
+        other = [replace(one, seed=(one.seed or 0) ^ 0x5DEECE66D) for one in params]
+        return sample(logits, params if shared else other, positions)
+
+    prompts = [llm.chat_prompt([{"role": "user", "content": ask}]) for ask in ASKS]
+    params = [SamplingParams(max_tokens=60, temperature=temperature, seed=n) for n in range(len(ASKS))]
+    own = llm.with_engine(EngineSettings(kv_blocks=512, speculate="draft"))
+    with (
+        patch("tiny_llm.engine.draft.sample", drawn),
+        patch.object(Worth, "length", lambda self, share, most: min(most, K)),
+        patch.object(Acceptance, "observe", lambda self, drafted, right: guesses.append((drafted, right))),
+    ):
+        own.generate(prompts, params)
+    right = sum(accepted for _, accepted in guesses)
+    looked_at = right + sum(accepted < drafted for drafted, accepted in guesses)
+    stats = own.engine.stats()
+    found: dict[str, object] = {
+        "temperature": temperature,
+        "shared_noise": shared,
+        "acceptance": round(right / looked_at, 3),
+        "guesses": looked_at,
+        "tokens_a_step": round(1 + sum(stats.accepted_tokens.values()) / stats.totals.decodes, 2),
+    }
+    name = f"draft, T {temperature}, {'the same' if shared else 'other'} noise"
+    print(f"{name:<34}{right:>26} of {looked_at}{right / looked_at:>8.0%}{found['tokens_a_step']:>9}")
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -151,7 +203,15 @@ def main() -> None:
         for name, text in (("repeats a text", TEXT), ("repeats records", RECORDS)):
             prompt = llm.chat_prompt([{"role": "user", "content": f"Say this again: {text}"}])
             row(f"bundled model, {name}", llm, [prompt], greedy, "ngram")
-    print(json.dumps({"benchmark": "speculative", "shape": options.shape, "results": rows}))
+    print(f"{'':<34}{'guesses right':>30}{'a step':>17}")
+    with LLM("demo", draft="demo-draft") as llm:
+        sides = ((0.0, True), (0.7, True), (0.7, False), (1.0, True), (1.0, False))
+        accepted = [acceptance(llm, temperature, shared=shared) for temperature, shared in sides]
+    print(
+        json.dumps(
+            {"benchmark": "speculative", "shape": options.shape, "results": rows, "acceptance": accepted}
+        )
+    )
 
 
 if __name__ == "__main__":
