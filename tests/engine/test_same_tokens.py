@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tiny_llm import LLM, BeamParams, Completion, SamplingParams
 from tiny_llm.data import Plan
 from tiny_llm.decoding import decide
 from tiny_llm.decoding.decide import Decision
+from tiny_llm.decoding.grammar import regex_grammar, schema_grammar
 from tiny_llm.engine import engine as engine_module
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.sampling_params import Constraint
 from tiny_llm.scheduler import drafts
 from tiny_llm.scheduler.settings import SchedulerSettings
 
@@ -82,7 +85,8 @@ def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
         return value if chance.random() < share else None
 
     vocab, ends = llm.config.vocab_size, llm.end_ids
-    form = chance.random() < 0.15
+    form = chance.choice((None, None, None, lambda: EvenThenOdd(vocab, ends), *grammars(llm)))
+    ends_late = form is None or isinstance(form(), EvenThenOdd)  # a grammar's answer ends where it does
     return SamplingParams(
         max_tokens=chance.randint(1, 48),
         temperature=chance.choice((0, 0, 0.8, 1.5)),
@@ -92,11 +96,11 @@ def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
         seed=chance.randrange(100),
         stop=sometimes(("cache", "block t", ".\n")) or (),
         stop_token_ids=sometimes(tuple(chance.sample(range(vocab), 40))) or (),
-        ignore_eos=chance.random() < 0.5,
+        ignore_eos=ends_late and chance.random() < 0.5,
         logprobs=sometimes(chance.randint(0, 3)),
         prompt_logprobs=sometimes(chance.randint(0, 2), 0.1),
         n=chance.choice((1, 1, 1, 3)),
-        min_tokens=sometimes(chance.randint(1, 24)) or 0,
+        min_tokens=(ends_late and sometimes(chance.randint(1, 24))) or 0,
         repetition_penalty=chance.choice((1, 1, 1.2)),
         presence_penalty=chance.choice((0, 0, 0.5)),
         frequency_penalty=chance.choice((0, 0, 0.3)),
@@ -105,36 +109,68 @@ def drawn_params(llm: LLM, chance: random.Random) -> SamplingParams:
         speculate=chance.random() < 0.8,
         prediction=sometimes(tuple(chance.choices(range(vocab), k=30))) or (),
         stopping=sometimes(OverAt),
-        constraint=(lambda: EvenThenOdd(vocab, ends)) if form else None,
+        constraint=form,
     )
 
 
-def traffic(llm: LLM, seed: int, count: int) -> list[Ask]:
-    """Random requests, some with a shared beginning."""
+def grammars(llm: LLM) -> tuple[Callable[[], Constraint], ...]:
+    """Forms as users ask for them."""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "count": {"type": "integer"}}}
+    return llm.grammars.compile(schema_grammar(schema)), llm.grammars.compile(regex_grammar("[a-z ]{3,40}"))
+
+
+def features(ask: Ask) -> frozenset[tuple[str, bool]]:
+    """Which options a request makes use of, and which not."""
+    _, params, priority, _ = ask
+    used = {name: getattr(params, name) != getattr(SamplingParams(), name) for name in OPTIONS}
+    grammar = params.constraint is not None and not isinstance(params.constraint(), EvenThenOdd)
+    used |= {"sampled": params.temperature > 0, "priority": priority > 0, "grammar": grammar}
+    used["search"] = isinstance(params, BeamParams)
+    return frozenset(used.items())
+
+
+def pairs(ask: Ask) -> set[frozenset[tuple[str, bool]]]:
+    """Every two options together, each in use or not."""
+    return {frozenset(two) for two in combinations(features(ask), 2)}
+
+
+OPTIONS = {field.name for field in fields(SamplingParams)} - {"max_tokens", "temperature", "seed"}
+IMPOSSIBLE = {
+    frozenset({("grammar", True), ("constraint", False)}),
+    *(frozenset({("grammar", True), (late, True)}) for late in ("min_tokens", "ignore_eos")),
+    frozenset({("search", True), ("speculate", False)}),  # it never guesses
+    *(frozenset({("search", True), (drawn, True)}) for drawn in ("sampled", "top_k", "top_p", "min_p")),
+}
+
+
+def as_search(params: SamplingParams, chance: random.Random) -> BeamParams:
+    """A beam search with all else that ``params`` ask for."""
+    given = {field.name: getattr(params, field.name) for field in fields(SamplingParams)}
+    given |= {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "width": chance.randint(3, 5)}
+    given |= {"length_penalty": chance.choice((0.6, 1, 1.4))}
+    given |= {"early_stopping": chance.choice((True, False, "never"))}
+    return BeamParams(**given)
+
+
+def drawn_ask(llm: LLM, chance: random.Random, searches: float) -> Ask:
+    """A random request, a beam search with that chance."""
+    system = "You answer questions about serving language models. " * chance.choice((0, 1, 6))
+    messages = [{"role": "user", "content": f"{system}What is {chance.choice(TOPICS)}?"}]
+    prompt, params = llm.chat_prompt(messages), drawn_params(llm, chance)
+    params = as_search(params, chance) if chance.random() < searches else params
+    return prompt, params, chance.randint(-2, 2), chance.randint(0, 12)
+
+
+def traffic(llm: LLM, seed: int, count: int, searches: float = 0) -> list[Ask]:
+    """Random requests, some with a shared beginning; of each few, the one that has most of what is new."""
     chance = random.Random(seed)
     asks: list[Ask] = []
+    seen: set[frozenset[tuple[str, bool]]] = set()
     for _ in range(count):
-        system = "You answer questions about serving language models. " * chance.choice((0, 1, 6))
-        question = f"What is {chance.choice(TOPICS)}?"
-        messages = [{"role": "user", "content": system + question}]
-        params = drawn_params(llm, chance)
-        asks.append((llm.chat_prompt(messages), params, chance.randint(-2, 2), chance.randint(0, 12)))
+        few = [drawn_ask(llm, chance, searches) for _ in range(16)]
+        asks.append(max(few, key=lambda ask: len(pairs(ask) - seen)))
+        seen |= pairs(asks[-1])
     return asks
-
-
-def with_searches(asks: Sequence[Ask], seed: int) -> list[Ask]:
-    """The same requests, of which every fourth or so is a beam search with all that it may have."""
-    chance = random.Random(seed)
-    found: list[Ask] = []
-    for prompt, params, *when in asks:
-        if chance.random() < 0.25:
-            given = {field.name: getattr(params, field.name) for field in fields(SamplingParams)}
-            given |= {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "width": chance.randint(3, 5)}
-            given |= {"length_penalty": chance.choice((0.6, 1, 1.4))}
-            given |= {"early_stopping": chance.choice((True, False, "never"))}
-            params = BeamParams(**given)
-        found.append((prompt, params, *when))
-    return found
 
 
 def told(completion: Completion) -> Told:
@@ -217,7 +253,7 @@ SETTINGS: Mapping[str, EngineSettings] = {
 
 @pytest.fixture(scope="module")
 def asks(llm: LLM) -> list[Ask]:
-    return with_searches(traffic(llm, seed=7, count=32), seed=7)
+    return traffic(llm, seed=7, count=26, searches=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +261,18 @@ def expected(llm: LLM, asks: list[Ask]) -> list[list[Told]]:
     return alone(llm, asks)
 
 
-def test_the_traffic_draws_every_option(asks: list[Ask]) -> None:
-    """A new option that is not drawn here would not be known to keep its tokens."""
-    for field in fields(SamplingParams):
-        values = {str(getattr(params, field.name)) for _, params, _, _ in asks}
-        assert len(values) > 1, f"{field.name} is {values} in all requests"
+def test_the_traffic_has_every_pair_of_options(asks: list[Ask]) -> None:
+    """A new option that is not drawn here would not be known to keep its tokens, alone or beside another."""
+    names = sorted(name for name, _ in features(asks[0]))
+    either = (False, True)
+    every = {
+        frozenset({(a, on), (b, other)})
+        for a, b in combinations(names, 2)
+        for on in either
+        for other in either
+    }
+    missing = every - set().union(*map(pairs, asks)) - IMPOSSIBLE
+    assert not missing, sorted(map(sorted, missing))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -240,7 +283,7 @@ def test_traffic_changes_no_token(llm: LLM, name: str, asks: list[Ask], expected
 
 
 def test_64_others_change_no_token(llm: LLM) -> None:
-    drawn = with_searches(traffic(llm, seed=11, count=65), seed=11)
+    drawn = traffic(llm, seed=11, count=65, searches=0.25)
     asks = [(prompt, params, 0, 0) for prompt, params, _, _ in drawn]
     settings = EngineSettings(kv_blocks=1024, scheduler=SchedulerSettings(max_step_ms=1e9))
     assert together(llm, settings, asks) == alone(llm, asks)
@@ -295,7 +338,7 @@ def test_sums_that_depend_on_the_batch_are_noticed(llm: LLM, monkeypatch: pytest
     real = decide.sample
 
     def by_size(logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]) -> mx.array:
-        noise = mx.random.normal(logits.shape, key=mx.random.key(len(params))) * 0.02 * (len(params) > 1)
+        noise = mx.random.normal(logits.shape, key=mx.random.key(len(params))) * 0.05 * (len(params) > 1)
         return real(logits + noise, params, positions)
 
     monkeypatch.setattr(decide, "sample", by_size)
