@@ -51,10 +51,12 @@ class BeamSearch:
         """
         width, beams, parts = self._params.width, list[Answer](), dict[int, list[Advance]]()
         for rank, (score, beam, token) in enumerate(self._best_continuations()):
+            if rank >= width and len(beams) == width:
+                break
             grown = self._grown(beam, token, score)
             if grown.ended and rank < width:
                 self._keep(grown)
-            elif not grown.ended and len(beams) < width:
+            elif not grown.ended:
                 own = parts.setdefault(beam.seq_id, [])
                 grown.seq_id = next(numbers) if own else beam.seq_id
                 own.append(Advance(grown.seq_id, (token,)))

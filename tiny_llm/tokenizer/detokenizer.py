@@ -83,7 +83,8 @@ class _ByteLevel:
 
     def copy(self) -> _ByteLevel:
         """A step that has seen the same bytes: the decoder holds those of an unfinished character."""
-        other = _ByteLevel()
+        other = copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         other._utf8.setstate(self._utf8.getstate())
         return other
 
