@@ -1,9 +1,13 @@
-"""How much memory does loading take, over what the weights themselves take?
+"""How much memory does loading take, over what the weights themselves take? And what does serving take?
 
 Writes a random checkpoint of about 1 GB with Qwen2-0.5B's shapes to a temporary folder, and loads it in
 a fresh process for each row. Peak is the process's largest resident set less what it was before
 loading; a ratio of 1 means that nothing but the weights was ever in memory. Prints a table and one
 JSON line. Linux counts a parent's peak as its child's, so writing, too, has a process of its own.
+
+``--serve qwen2-0.5b,llama-3-8b --context 64,1024`` instead has models with random weights of 4 bits read one
+prompt of so many tokens each; it compares the peak with what ``main.py memory`` predicts, and shows what
+``stats()`` then tells.
 """
 
 from __future__ import annotations
@@ -14,17 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
+from measure.sides import numbers
 
 from tiny_llm.config import ModelConfig, Quantization
-from tiny_llm.data import Matrix, QuantizedTensor
-from tiny_llm.memory import peak_memory_bytes
+from tiny_llm.data import Matrix, QuantizedTensor, SamplingParams
+from tiny_llm.engine.llm import LLM
+from tiny_llm.memory import available_memory_bytes, peak_memory_bytes
+from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.models.registry import expected_tensors, quantizable_tensors
+from tiny_llm.ops.backend import use
 from tiny_llm.ops.pack import pack
+from tiny_llm.planning.memory import plan_memory
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.names import config_of
 
@@ -86,15 +96,47 @@ def run_child(model: str, folder: str, row: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def serve_once(model: str, context: int) -> None:
+    """In the child: one request of ``context`` tokens, prompt and answer; print the figures as JSON."""
+    llm = LLM(DummyCheckpoint(model), quantize=4)
+    prompt = [(i * 7919) % 1000 for i in range(context - 1)]
+    llm.engine.add(prompt, SamplingParams(max_tokens=1, ignore_eos=True))
+    while len(llm.engine):
+        llm.engine.step()
+    print(json.dumps({"peak": peak_memory_bytes(), "told": llm.engine.stats().memory_bytes}))
+
+
+def serve(models: Sequence[str], contexts: Sequence[int]) -> None:
+    """Print what serving was predicted to take, and what it took."""
+    print(f"{'peak, MB':<14}{'context':>8}{'predicted':>11}{'measured':>10}{'off':>7}{'stats()':>9}")
+    rows = []
+    with use(None):
+        for model, context in product(models, contexts):
+            plan = plan_memory(model, available=available_memory_bytes(), quantize=4, context=context)
+            figures = json.loads(run_child(model, str(context), "serve"))
+            off = plan.need.total / figures["peak"] - 1
+            rows.append({"model": model, "context": context, "predicted": plan.need.total, **figures})
+            sizes = [plan.need.total, figures["peak"], figures["told"]]
+            predicted, peak, told = (round(size / 1e6) for size in sizes)
+            print(f"{model:<14}{context:>8}{predicted:>11}{peak:>10}{off:>+7.1%}{told:>9}", flush=True)
+    print(json.dumps({"benchmark": "load_memory", "serving": rows}))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen2-0.5b", help="short name whose shapes to use")
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROW"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help="short names, with commas between: measure serving them")
+    parser.add_argument("--context", type=numbers, default=(64, 1024), help="tokens, with commas between")
     options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve.split(","), options.context)
     if options.child:
         folder, row = options.child
-        if row == "write":
+        if row == "serve":
+            serve_once(options.model, int(folder))
+        elif row == "write":
             write_checkpoint(Path(folder), options.model)
         else:
             load_once(Path(folder), options.model, row)
