@@ -197,8 +197,8 @@ class Sequence:
 
     ``tokens[:num_computed_tokens]`` have their keys and values in the cache, or in its host copy.
     ``priority`` is higher for the more urgent. ``arrival`` and ``deadline`` are seconds of one
-    clock. Blocks are shared only between sequences of the same ``salt``. ``cached_tokens``
-    counts the tokens that the prefix cache spared it when it first ran.
+    clock. Blocks are shared only between sequences of the same ``salt``, and none goes to disk unless
+    ``is_kept``. ``cached_tokens`` counts the tokens that the prefix cache spared it when it first ran.
     """
 
     id: int
@@ -208,6 +208,7 @@ class Sequence:
     arrival: float = 0.0
     deadline: float = math.inf
     salt: str = ""
+    is_kept: bool = True
     prompt_len: int = -1  # -1: all of ``tokens``
     num_computed_tokens: int = 0
     cached_tokens: int = 0
@@ -249,9 +250,11 @@ class Plan:
 
     Before the items' keys and values are written: the pool has ``num_blocks``; then all of
     ``swap_out`` (block, host slot), all of ``copies`` (from block, to block), all of ``swap_in``
-    (host slot, block), in this order. ``items`` has ``decodes`` sequences of one new token first, with
-    ``decode_context`` tokens before them, and ``drafted`` guesses behind their own; then ``chunk_tokens``
-    tokens of sequences that catch up, with ``chunk_context`` tokens before them, summed over tokens.
+    (host slot, block), in this order; first of all ``save`` (block, what it holds), last of all ``load``
+    (keys and values, block) are exchanged with the disk. ``items`` has ``decodes`` sequences of one new token
+    first, with ``decode_context`` tokens before them, and ``drafted`` guesses behind their own; then
+    ``chunk_tokens`` tokens of sequences that catch up, with ``chunk_context`` tokens before them, summed over
+    tokens.
     ``preempted`` had to make room: (sequence, whether it was swapped out).
     """
 
@@ -266,6 +269,8 @@ class Plan:
     chunk_context: int = 0
     preempted: list[tuple[int, bool]] = field(default_factory=list)
     drafted: int = 0
+    save: list[tuple[int, bytes]] = field(default_factory=list)
+    load: list[tuple[bytes, int]] = field(default_factory=list)
 
 
 class StepCosts(NamedTuple):

@@ -96,6 +96,16 @@ class EngineOptions:
             rich_help_panel="Limits",
         ),
     ] = None
+    kv_disk: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder for what the prefix cache cannot hold: it is found again after a restart.",
+            rich_help_panel="Limits",
+        ),
+    ] = None
+    kv_disk_size: Annotated[
+        str, typer.Option(help="What that folder may take.", rich_help_panel="Limits")
+    ] = "20GB"
     speculate: Annotated[
         Literal["off", "ngram", "draft"] | None,
         typer.Option(

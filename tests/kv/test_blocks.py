@@ -12,6 +12,8 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager, BlockTable, Moves
 
 SIZE = 4
+PRIVATE = "private"
+"""The salt of what goes to no disk, here."""
 
 
 class Pool:
@@ -19,11 +21,26 @@ class Pool:
 
     def __init__(self, size: int = SIZE) -> None:
         self.size = size
-        self.slots: dict[tuple[int, int], object] = {}
-        self.host: dict[tuple[int, int], object] = {}
+        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.host: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.disk: dict[bytes, list[tuple[str, tuple[int, ...]]]] = {}  # by content, what its slots held
+
+    def __contains__(self, content: bytes) -> bool:
+        return content in self.disk
+
+    def worth_reading(self, computed_ms: float, within_ms: float) -> int:
+        return int(within_ms)
+
+    def read(self, content: bytes) -> bytes | None:
+        """As a ``BlockStore``: what is read stands for what lies there, and is looked up when it comes."""
+        return content if content in self.disk else None
 
     def move(self, moves: Moves) -> None:
         """What the arrays' owner does before a step."""
+        for block, content in moves.save:
+            held = [self.slots[block, slot] for slot in range(self.size)]
+            assert all(salt != PRIVATE for salt, _ in held), "it was to be kept nowhere"
+            self.disk[content] = held
         for pairs, source, target in (
             (moves.swap_out, self.slots, self.host),
             (moves.copies, self.slots, self.slots),
@@ -32,6 +49,8 @@ class Pool:
             for old, new in pairs:
                 for slot in range(self.size):
                     target[new, slot] = source.get((old, slot))
+        for content, block in moves.load:
+            self.slots |= {(block, slot): held for slot, held in enumerate(self.disk[content])}
 
     def write(self, blocks: Sequence[int], salt: str, tokens: Sequence[int], start: int, end: int) -> None:
         for position in range(start, end):
@@ -185,34 +204,56 @@ class Held:
 class AnyOrder(RuleBasedStateMachine):
     """Allocate, append, fork, free, cache, evict, swap, grow and shrink, in any order."""
 
-    steps = 0
+    steps = loaded = 0
 
     @initialize(
-        limit=strategies.integers(4, 24),
+        limit=strategies.integers(4, 16),
         slab=strategies.integers(1, 8),
         host=strategies.sampled_from([0, 3, 12]),
         caching=strategies.sampled_from([True, True, True, False]),
+        before=strategies.lists(strategies.integers(9, 30), max_size=5),
     )
-    def start(self, limit: int, slab: int, host: int, caching: bool) -> None:
-        self.manager = BlockManager(SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching)
-        self.limit = limit
+    def start(self, limit: int, slab: int, host: int, caching: bool, before: list[int]) -> None:
         self.pool = Pool()
+        self.manager = BlockManager(
+            SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching, store=self.pool
+        )
+        self.limit = limit
         self.held: list[Held] = []
         self.unused_since: dict[int, int] = {}  # cached blocks that no table holds
         self.full: dict[int, tuple[str, list[int]]] = {}  # cached blocks that are full: salt, all tokens
         self.clock = 0
+        for odd, length in enumerate(before):  # so that something is cached, and soon must go
+            self.held.append(Held(self.manager.table(), "", [int(i == odd) for i in range(length)]))
+            self.allocate(0, 0, 0)
+            self._forget_evicted()
+            self.compute(0, length)
+            self.free(0, keep=True)
 
     @rule(
-        salt=strategies.sampled_from(["", "", "", "key"]),
+        salt=strategies.sampled_from(["", "", "", "key", PRIVATE]),
         length=strategies.integers(1, 30),
         odd=strategies.integers(0, 29),
     )
     def arrive(self, salt: str, length: int, odd: int) -> None:
         tokens = [int(i == odd) for i in range(length)]  # many prompts begin alike
-        self.held.append(Held(self.manager.table(salt), salt, tokens))
+        table = self.manager.table(salt, is_kept=salt != PRIVATE)
+        self.held.append(Held(table, salt, tokens))
 
-    @rule(pick=strategies.integers(0, 99), spare=strategies.integers(0, 3))
-    def allocate(self, pick: int, spare: int) -> None:
+    @precondition(lambda self: self.pool.disk)
+    @rule(pick=strategies.integers(0, 99))
+    def arrive_again(self, pick: int) -> None:
+        """With a prompt of which the beginning lies on disk."""
+        on_disk = list(self.pool.disk.values())
+        salt, tokens = on_disk[pick % len(on_disk)][-1]
+        self.held.append(Held(self.manager.table(salt), salt, [*tokens, 1]))
+
+    @rule(
+        pick=strategies.integers(0, 99),
+        spare=strategies.integers(0, 3),
+        most=strategies.sampled_from([0, 1, 9]),
+    )
+    def allocate(self, pick: int, spare: int, most: int) -> None:
         if (one := self._pick(pick, here=False)) is None:
             return
         before, on_host = self.manager.available, len(one.table.host)
@@ -226,6 +267,11 @@ class AnyOrder(RuleBasedStateMachine):
         assert known < len(one.tokens) and known >= one.computed, "more is there than was swapped out"
         assert on_host or known // SIZE == expected
         one.computed = known
+        if self.manager.store is not None:
+            one.computed = self.manager.load(one.table, one.tokens, known, 0, most)
+        assert known <= one.computed < len(one.tokens)
+        assert one.computed == known or not one.computed % SIZE, "whole blocks come from disk"
+        AnyOrder.loaded += one.computed - known
 
     @rule(pick=strategies.integers(0, 99), count=strategies.integers(1, 9))
     def compute(self, pick: int, count: int) -> None:
@@ -274,7 +320,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pick=strategies.integers(0, 99))
     def recompute(self, pick: int) -> None:
         if (one := self._pick(pick, here=True)) is not None:
+            blocks = one.table.blocks
             self.manager.free(one.table, one.tokens, one.computed)
+            self._note_full(one, blocks)  # those from disk had not been entered
             one.computed = 0
 
     @rule(pick=strategies.integers(0, 99))
@@ -354,8 +402,12 @@ class AnyOrder(RuleBasedStateMachine):
         }
         assert usage.wasted_slots == len(used) * SIZE - len(slots)
         assert usage.host_used == sum(len(one.table.host) for one in self.held)
-        self.full = {b: held for b, held in self.full.items() if manager.prefix and b in manager.prefix}
+        self._forget_evicted()
         self._oldest_went_first(cached, used)
+
+    def _forget_evicted(self) -> None:
+        prefix = self.manager.prefix
+        self.full = {b: held for b, held in self.full.items() if prefix and b in prefix}
 
     def _oldest_went_first(self, cached: set[int], used: set[int]) -> None:
         self.clock += 1
@@ -369,8 +421,9 @@ class AnyOrder(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_any_order_of_operations_keeps_the_accounts() -> None:
-    AnyOrder.steps = 0
+    AnyOrder.steps = AnyOrder.loaded = 0
     runs = settings(max_examples=200, stateful_step_count=60)
     AnyOrder.TestCase.settings = runs
     AnyOrder.TestCase("runTest").runTest()
     assert AnyOrder.steps >= 10_000, f"only {AnyOrder.steps} steps were tried"
+    assert AnyOrder.loaded > 20, "hardly anything came from disk"

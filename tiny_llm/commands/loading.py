@@ -49,6 +49,8 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
         "swap_memory": 0
         if options.swap_memory is None
         else parse_bytes(options.swap_memory, "--swap-memory"),
+        "kv_disk": options.kv_disk,
+        "kv_disk_size": parse_bytes(options.kv_disk_size, "--kv-disk-size"),
         "speculate": options.speculate,
         "draft": options.draft,
         "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),

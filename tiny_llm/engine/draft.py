@@ -141,6 +141,8 @@ class DraftModel:
             read[copied] = read[block]
         for slot, block in plan.swap_in:
             read[block] = host[slot]
+        for _, block in plan.load:
+            read[block] = 0
         for item in plan.items:
             for block, first in self._reach(item):
                 read[block] = min(read[block], max(0, item.start - first))

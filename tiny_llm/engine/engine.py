@@ -30,6 +30,7 @@ from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
+from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
 from tiny_llm.models.cost import step_costs
@@ -42,6 +43,8 @@ from tiny_llm.proving.choice import Kernels
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
+
+_KEPT_AT_ONCE = 64  # blocks
 
 
 class Event(NamedTuple):
@@ -65,6 +68,7 @@ class Engine:
         end_ids: Collection[int],
         max_context: int,
         draft: Model | None = None,
+        store: BlockStore | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.healthy = True
@@ -74,6 +78,7 @@ class Engine:
         self._end_ids = end_ids
         self._max_context = max_context
         self._clock = clock
+        self._store = store
         self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
@@ -102,7 +107,7 @@ class Engine:
         if speculate != "off":
             other = to_be_guessed if drafting else ngram_draft
             drafters = {"prediction": predicted_draft, speculate: other}
-        self.scheduler = Scheduler(settings.block_manager(), scheduler, costs, drafters)
+        self.scheduler = Scheduler(settings.block_manager(store), scheduler, costs, drafters)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
         slab = settings.slab_blocks
@@ -127,11 +132,13 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
         salt: str = "",
+        keep: bool = True,
         arrival_s: float | None = None,
     ) -> int:
         """Take a request in and return its id; the prompt fits the context. Without a seed it draws one.
 
-        ``arrival_s``: when it came, by the engine's clock, if that was before now.
+        With ``keep`` false nothing of it goes to the store. ``arrival_s``: when it came, by the engine's
+        clock, if that was before now.
 
         Raises CapacityError if it can never fit the KV memory, BusyError if too many wait,
         RequestError for a priority out of range.
@@ -142,9 +149,11 @@ class Engine:
         own = replace(params, max_tokens=limit, seed=seed)
         number = next(self._numbers)
         if params.prompt_logprobs is not None:  # a prefix that is found would have no logits
-            salt = f"{salt}/{number}"
+            salt, keep = f"{salt}/{number}", False
         deadline = now + timeout_s if timeout_s is not None else float("inf")
-        sequence = TokenSequence(number, array("i", prompt), own, priority, now, deadline=deadline, salt=salt)
+        sequence = TokenSequence(
+            number, array("i", prompt), own, priority, now, deadline=deadline, salt=salt, is_kept=keep
+        )
         request = Request.of(sequence, own, self._tokenizer, self._end_ids, self._numbers)
         self.scheduler.add(sequence)
         self._requests[number] = request
@@ -160,6 +169,7 @@ class Engine:
             self.totals,
             healthy=self.healthy,
             block_bytes=self.block_bytes,
+            disk=None if self._store is None else self._store.usage,
             kernels=self.runner.kernels,
         )
 
@@ -175,9 +185,22 @@ class Engine:
         """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
         assert not self._requests, "requests are waiting or running"
         self._ahead = None
+        self.keep_cached()
         self.scheduler.blocks.shrink()
         self.runner.clear()
         give_back_memory()
+
+    def keep_cached(self) -> None:
+        """Let the store have what the prefix cache holds, before that is lost."""
+        unsaved = self.scheduler.blocks.unsaved()
+        for start in range(0, len(unsaved), _KEPT_AT_ONCE):
+            self.cache.save(unsaved[start : start + _KEPT_AT_ONCE])
+            self._write_saved(wait=True)
+
+    def _write_saved(self, *, wait: bool = False) -> None:
+        for content, data in self.cache.saved():
+            assert self._store is not None, "nothing is saved without one"
+            self._store.write(content, data, wait=wait)
 
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
@@ -195,6 +218,7 @@ class Engine:
             return events + self._failed(batch.plan, error)
         # The first of several that run ahead has a part of the next one in its time, the last one too little.
         is_whole = was_ahead == (self._ahead is not None) and batch.is_usual
+        self._write_saved()
         events += self._commit(batch.plan, decisions)
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)

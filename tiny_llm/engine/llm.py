@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from hashlib import sha256
 from math import inf
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,7 @@ from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
+from tiny_llm.kv.disk import BlockStore
 from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import ChatPrompts
@@ -28,12 +30,13 @@ from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
 from tiny_llm.models.loading import check_options, kv_dtype, load_model, weight_bytes
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import active, choose, set_threads, use
+from tiny_llm.ops.backend import active, choose, isa, set_threads, use
 from tiny_llm.proving.record import Shapes
 from tiny_llm.proving.trial import Progress as Trying
 from tiny_llm.proving.trial import kernels_for
 from tiny_llm.sampling_params import BeamParams, SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.version import __version__
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
@@ -59,9 +62,10 @@ class LLM:
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
     that had to make room may take until they go on: without it they are computed again, which
-    "preemption" in ``scheduler`` weighs. ``speculate`` "off" checks no guesses of coming tokens, "ngram"
-    those that a text which repeats itself suggests, the default where that changes no token, "draft" those
-    of the model ``draft``.
+    "preemption" in ``scheduler`` weighs. What leaves the prefix cache goes to the folder ``kv_disk``, in up
+    to ``kv_disk_size`` bytes, and is found again after a restart. ``speculate`` "off" checks no guesses of
+    coming tokens, "ngram" those that a text which repeats itself suggests, the default where that changes no
+    token, "draft" those of the model ``draft``.
     ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
     ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
     1 that is done, what is done now) while kernels are tried.
@@ -91,6 +95,8 @@ class LLM:
         activations: str = "int8",
         kv_memory: int | None = None,
         swap_memory: int = 0,
+        kv_disk: str | Path | None = None,
+        kv_disk_size: int = 20 * 10**9,
         speculate: Speculation | None = None,
         draft: str | Path | Checkpoint | None = None,
         scheduler: SchedulerSettings | None = None,
@@ -124,17 +130,9 @@ class LLM:
         self.max_context = _context(max_context, self.config.max_position_embeddings)
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
-        if engine is None:
-            with use(self.backend, self.kernels.ours):
-                engine = EngineSettings.fitting(
-                    self.config,
-                    kept,
-                    kv_memory,
-                    scheduler,
-                    swap_memory=swap_memory,
-                    speculate=speculate,
-                    draft=None if self._draft is None else self._draft.config,
-                )
+        engine = engine or self._fitting(kv_memory, swap_memory, speculate, scheduler)
+        how = (self.backend, self.kernels.on_ours, dtype, quantize, activations, kept, engine.block_size)
+        self._store = None if kv_disk is None else _store(kv_disk, kv_disk_size, model, how)
         self._use_engine(engine)
 
     @property
@@ -165,6 +163,9 @@ class LLM:
         """
         if self._turn is not None:
             with self._turn.taken():
+                if self._store is not None:
+                    self._turn.engine.keep_cached()
+                    self._store.close()
                 self._turn = self._model = self._draft = None
             give_back_memory()
 
@@ -188,6 +189,25 @@ class LLM:
             told += " · no guesses, with which tokens might be others here (--speculate ngram)"
         return told
 
+    def _fitting(
+        self,
+        kv_memory: int | None,
+        swap: int,
+        speculate: Speculation | None,
+        scheduler: SchedulerSettings | None,
+    ) -> EngineSettings:
+        draft = None if self._draft is None else self._draft.config
+        with use(self.backend, self.kernels.ours):
+            return EngineSettings.fitting(
+                self.config,
+                self._kept,
+                kv_memory,
+                scheduler,
+                swap_memory=swap,
+                speculate=speculate,
+                draft=draft,
+            )
+
     def _use_engine(self, settings: EngineSettings) -> None:
         assert self._model is not None, "it is not closed"
         engine = Engine(
@@ -199,6 +219,7 @@ class LLM:
             end_ids=self._end_ids,
             max_context=self.max_context,
             draft=self._draft,
+            store=self._store,
         )
         self._turn = Turn(engine)
         self._chunks: dict[int, deque[Chunk]] = {}
@@ -481,6 +502,12 @@ def _as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab:
             raise RequestError(f"Token id {i!r} is not in the vocabulary, which is 0 to {vocab - 1}.")
     return list(prompt)
+
+
+def _store(folder: str | Path, size: int, model: Checkpoint, how: tuple[object, ...]) -> BlockStore:
+    """For keys and values of ``model``, computed so and by this version: none else's are taken for them."""
+    told = repr((__version__, isa(), *how)).encode()
+    return BlockStore(Path(folder), size, sha256(model.digest() + told).digest())
 
 
 def _context(asked: int | None, most: int) -> int:

@@ -58,13 +58,13 @@ class Runner:
 
         See ``forward``, and ``decide.rows_of`` on ``sharing``. The draft model's guesses become the plan's.
         """
-        batch = InFlightBatch(plan, [])
+        batch = InFlightBatch(plan, [], is_usual=not plan.load)  # which takes its own time
         try:
             with use(self.kernels.backend, self.kernels.ours):
                 batch.plan = within_forms(plan, sharing)
                 if self.draft is not None:
                     batch.plan = self.draft.guessed(batch.plan, sharing)
-                    batch.is_usual = not self.draft.was_behind
+                    batch.is_usual &= not self.draft.was_behind
                     lap("draft")
                 batch.rows = rows_of(batch.plan, sharing)
                 batch.drawing = draw(self.forward(batch.plan, drawn, lap), batch.rows, lap)
@@ -81,7 +81,9 @@ class Runner:
         drawn from them would be an index that nobody checks.
         """
         batch = build_batch(plan, self.cache.format.block_size, drawn)
+        self.cache.save(plan.save)
         self.cache.prepare(plan)
+        self.cache.load(plan.load)
         lap("build")
         logits = self.model(batch, self.cache)
         lap("forward")

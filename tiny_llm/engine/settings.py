@@ -10,6 +10,7 @@ import mlx.core as mx
 from tiny_llm.config import ModelFacts
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
+from tiny_llm.kv.disk import BlockStore
 from tiny_llm.limits import check_whole
 from tiny_llm.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.models.footprint import activation_bytes
@@ -115,7 +116,7 @@ class EngineSettings:
         most = max(1, narrowest_limit().most // block_bytes)
         return replace(self, kv_blocks=min(self.kv_blocks, most))
 
-    def block_manager(self) -> BlockManager:
+    def block_manager(self, store: BlockStore | None = None) -> BlockManager:
         """The accounts of a pool as it is set here."""
         return BlockManager(
             self.block_size,
@@ -123,6 +124,7 @@ class EngineSettings:
             slab=self.slab_blocks,
             host_blocks=self.host_blocks,
             prefix_cache=self.prefix_cache,
+            store=store,
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from tiny_llm.data import EndReason, Plan
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.kv.blocks import Usage
+from tiny_llm.kv.disk import DiskUsage
 from tiny_llm.memory import held_memory_bytes
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import kernel_seconds
@@ -108,7 +109,8 @@ class Snapshot:
     ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right, by source; ``fallbacks``
     are calls of an op that had no kernel, ``kernel_s`` is what kernels took where they are timed.
     ``ops_on_ours`` run on kernels of ours, and ``same_tokens`` is whether an answer's tokens are the same
-    whatever else is running. Times in seconds; ``memory_bytes`` is all that the process holds.
+    whatever else is running. Times in seconds; ``memory_bytes`` is all that the process holds, ``disk`` what
+    lies there, if blocks are kept.
     """
 
     healthy: bool
@@ -127,6 +129,7 @@ class Snapshot:
     ops_on_ours: tuple[str, ...]
     same_tokens: bool
     memory_bytes: int
+    disk: DiskUsage | None
 
     @classmethod
     def of(
@@ -136,6 +139,7 @@ class Snapshot:
         *,
         healthy: bool,
         block_bytes: int,
+        disk: DiskUsage | None,
         kernels: Kernels,
     ) -> Snapshot:
         """The figures of an engine with this scheduler."""
@@ -157,12 +161,14 @@ class Snapshot:
             ops_on_ours=kernels.on_ours,
             same_tokens=kernels.same_tokens,
             memory_bytes=held_memory_bytes(),
+            disk=disk,
         )
 
     def as_json(self) -> dict[str, object]:
         """All of it as JSON holds it, the totals beside the rest, a histogram by its summary."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "totals"}
         own["blocks"] = self.blocks._asdict()
+        own["disk"] = None if self.disk is None else self.disk._asdict()
         counts = {name: getattr(self.totals, name) for name in _COUNTS}
         histograms = {name: getattr(self.totals, name).summary() for name in _HISTOGRAMS}
         return {**own, **counts, **histograms}

@@ -21,6 +21,7 @@ from sys import maxsize
 from typing import NamedTuple
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.prefix import DIGEST, PrefixCache, chain, content, encode, root
 
 
@@ -31,10 +32,11 @@ class BlockTable:
     the next block is full, to be registered. ``host`` has the host slots while swapped out.
     """
 
-    __slots__ = ("blocks", "full_at", "host", "host_tokens", "names", "root", "writable")
+    __slots__ = ("blocks", "full_at", "host", "host_tokens", "is_kept", "names", "root", "writable")
 
-    def __init__(self, root: bytes) -> None:
+    def __init__(self, root: bytes, *, is_kept: bool = True) -> None:
         self.root = root
+        self.is_kept = is_kept  # on disk, too, once they leave the pool
         self.blocks = array("i")
         self.names = bytearray()  # digests of its full blocks, one after the other, as far as needed
         self.full_at = maxsize
@@ -44,11 +46,16 @@ class BlockTable:
 
 
 class Moves(NamedTuple):
-    """What to do to the arrays before a step, in this order; each list as pairs (from, to)."""
+    """What to do to the arrays before a step, in this order; each list as pairs (from, to).
 
+    ``save`` has (block, content), ``load`` (keys and values, block).
+    """
+
+    save: list[tuple[int, bytes]]
     swap_out: list[tuple[int, int]]
     copies: list[tuple[int, int]]
     swap_in: list[tuple[int, int]]
+    load: list[tuple[bytes, int]]
 
 
 class Usage(NamedTuple):
@@ -70,7 +77,7 @@ class BlockManager:
     """Hands out blocks. The pool grows by ``slab`` blocks at a time, up to ``max_blocks``: see ``set_limit``.
 
     ``host_blocks`` is the room for sequences that are swapped out. ``prefix`` is None
-    where blocks are not to be found again by their tokens.
+    where blocks are not to be found again by their tokens. ``store`` is where those go that leave the pool.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class BlockManager:
         slab: int | None = None,
         host_blocks: int = 0,
         prefix_cache: bool = True,
+        store: BlockStore | None = None,
     ) -> None:
         slab = max_blocks if slab is None else slab
         for name, given in (("block_size", block_size), ("max_blocks", max_blocks), ("slab", slab)):
@@ -91,12 +99,14 @@ class BlockManager:
         self.max_blocks = max_blocks  # of these, what memory is there for: see set_limit
         self.prefix = PrefixCache() if prefix_cache else None
         self._slab = slab
+        self.store = store if prefix_cache else None
+        self._kept_out: set[int] = set()  # registered, but not for the store
         self._refs = array("i")  # in how many tables each block is
         self._free = array("i")
         self._cached: OrderedDict[int, None] = OrderedDict()  # in no table, but registered; oldest first
         self._host_blocks = host_blocks
         self._host_free = list(reversed(range(host_blocks)))
-        self._moves = Moves([], [], [])
+        self._moves = Moves([], [], [], [], [])
 
     @property
     def capacity(self) -> int:
@@ -122,9 +132,9 @@ class BlockManager:
         """Blocks that hold ``tokens`` tokens."""
         return -(-tokens // self.block_size)
 
-    def table(self, salt: str = "") -> BlockTable:
+    def table(self, salt: str = "", *, is_kept: bool = True) -> BlockTable:
         """A table with no blocks yet."""
-        return BlockTable(root(salt) if self.prefix is not None else b"")
+        return BlockTable(root(salt) if self.prefix is not None else b"", is_kept=is_kept)
 
     def allocate(self, table: BlockTable, tokens: Sequence[int], *, spare: int = 0) -> int | None:
         """Give an empty table room for all of ``tokens``; return how many of them are already there.
@@ -142,6 +152,8 @@ class BlockManager:
             return None
         for block in hits:
             self._share(block)
+        if table.is_kept:
+            self._kept_out.difference_update(hits)
         source, alike = (-1, 0) if table.host else self._part(table, tokens, len(hits))
         table.blocks = array("i", hits)
         table.blocks.extend(self._take() for _ in range(fresh))
@@ -153,6 +165,27 @@ class BlockManager:
         if alike and source != table.blocks[len(hits)]:  # else the source itself was evicted for us
             self._moves.copies.append((source, table.blocks[len(hits)]))
         return known + alike
+
+    def load(
+        self, table: BlockTable, tokens: Sequence[int], start: int, computed_ms: float, within_ms: float
+    ) -> int:
+        """Fill blocks from ``start`` on from the store; return how many tokens are there then.
+
+        Where that is sooner done than to compute a block, in ``computed_ms``, and in ``within_ms`` for all.
+        As in ``allocate``, the last token is computed whatever is there.
+        """
+        assert self.store is not None, "there is somewhere to load from"
+        first = start // self.block_size
+        last = min(
+            first + self.store.worth_reading(computed_ms, within_ms), (len(tokens) - 1) // self.block_size
+        )
+        for index in range(first, last):
+            held, block = self._content(table, tokens, index), table.blocks[index]
+            if self._refs[block] > 1 or (data := self.store.read(held)) is None:
+                break
+            self._moves.load.append((data, block))
+            start = (index + 1) * self.block_size
+        return start
 
     def reserve(self, table: BlockTable, start: int, end: int) -> bool:
         """Make positions ``start:end`` writable, after ``start`` held ones. False, no change: no room."""
@@ -182,15 +215,18 @@ class BlockManager:
             block, known = table.blocks[index], self.prefix.find(held)
             if known is None:
                 self.prefix.add(block, held)
+                self._kept_out.add(block)
             elif known != block:
                 self._share(known)
                 self._drop(block)
                 table.blocks[index] = known
+            if table.is_kept:
+                self._kept_out.discard(table.blocks[index])
             table.full_at += self.block_size
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable:
         """A second table of the same ``computed`` tokens, which shares every block."""
-        child = BlockTable(table.root)
+        child = BlockTable(table.root, is_kept=table.is_kept)
         child.blocks = table.blocks[: self.blocks_for(computed)]
         child.names = table.names.copy()
         child.full_at = table.full_at
@@ -238,7 +274,7 @@ class BlockManager:
         Between two drains, what takes blocks from tables comes before ``allocate``: swapping out and in
         at once would otherwise meet in a block or a slot.
         """
-        moves, self._moves = self._moves, Moves([], [], [])
+        moves, self._moves = self._moves, Moves([], [], [], [], [])
         return moves
 
     def grow(self, count: int) -> None:
@@ -253,14 +289,14 @@ class BlockManager:
         used = max((block for block, refs in enumerate(self._refs) if refs), default=-1)
         capacity = min(-(-(used + 1) // self._slab) * self._slab, len(self._refs))
         for block in [block for block in self._cached if block >= capacity]:
-            self._evict(block)
+            self._forget(block)
         self._free = array("i", (block for block in self._free if block < capacity))
         del self._refs[capacity:]
 
     def clear(self) -> None:
         """Forget what is cached: the arrays were lost. No table may hold a block."""
         for block in list(self._cached):
-            self._evict(block)
+            self._forget(block)
         assert len(self._free) == self.capacity, "a table still holds a block"
         self.drain()
 
@@ -355,10 +391,27 @@ class BlockManager:
         self._refs[block] = 1
         return block
 
+    def unsaved(self) -> list[tuple[int, bytes]]:
+        """The cached blocks that the store is to have and has not, with what they hold."""
+        return [(block, held) for block in self._cached if (held := self._to_be_saved(block))]
+
+    def _to_be_saved(self, block: int) -> bytes:
+        """What a registered block holds, if that is for the store and not there; else nothing."""
+        if self.store is None or self.prefix is None or block in self._kept_out:
+            return b""
+        held = self.prefix.content(block)
+        return b"" if held in self.store else held
+
     def _evict(self, block: int) -> None:
+        if held := self._to_be_saved(block):
+            self._moves.save.append((block, held))
+        self._forget(block)
+
+    def _forget(self, block: int) -> None:
         assert self.prefix is not None
         del self._cached[block]
         self.prefix.forget(block)
+        self._kept_out.discard(block)
         self._free.append(block)
 
     def _share(self, block: int) -> None:

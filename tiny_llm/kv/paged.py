@@ -8,12 +8,13 @@ them through block tables. Knows no sequence, no token and no request.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import mlx.core as mx
 
 from tiny_llm.data import Batch, Plan
-from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool
+from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool, settled
 from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.work_lists import WorkLists
 
@@ -33,6 +34,7 @@ class PagedCache:
         self._host_blocks = host_blocks
         self._layers: list[Pool] = []
         self._host: list[Pool] = []
+        self._saved: list[tuple[list[bytes], list[mx.array]]] = []
         self._work: WorkLists | None = None  # of the step under way, the same for all layers
 
     def swap_ms(self) -> float:
@@ -53,7 +55,7 @@ class PagedCache:
 
     def clear(self) -> None:
         """Let go of all arrays, after a step that failed half way."""
-        self._layers, self._host = [], []
+        self._layers, self._host, self._saved = [], [], []
 
     def prepare(self, plan: Plan) -> None:
         """Grow to the plan's blocks, then swap out, copy and swap in as it says.
@@ -70,6 +72,43 @@ class PagedCache:
             _move(self._layers, self._layers, plan.copies)
         if plan.swap_in:
             _move(self._host, self._layers, plan.swap_in)
+
+    def save(self, leaving: Sequence[tuple[int, bytes]]) -> None:
+        """Take what these blocks hold, before another is told to write them, for ``saved``."""
+        if leaving:
+            blocks = mx.array([block for block, _ in leaving], mx.int32)
+            arrays = [array[blocks] for pool in self._layers for array in settled(pool)]
+            flat = [array.view(mx.uint8).reshape(-1) for array in arrays]
+            mx.async_eval(flat)  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
+            self._saved.append(([held for _, held in leaving], flat))
+
+    def saved(self) -> Iterator[tuple[bytes, bytes]]:
+        """The contents that were saved since last asked, each with its keys and values of all layers."""
+        saved, self._saved = self._saved, []
+        for contents, arrays in saved:
+            views = [memoryview(array) for array in arrays]  # type: ignore[arg-type]  # as numpy has it
+            sizes = [len(view) // len(contents) for view in views]
+            for i, held in enumerate(contents):
+                parts = zip(views, sizes, strict=True)
+                yield held, b"".join([view[i * size : (i + 1) * size] for view, size in parts])
+
+    def load(self, coming: Sequence[tuple[bytes, int]]) -> None:
+        """Write keys and values, as ``saved`` gave them, to their blocks; the pool has all of these."""
+        if coming:
+            together = b"".join([data for data, _ in coming])
+            rows = mx.array(together).reshape(len(coming), -1)  # type: ignore[arg-type]  # as above
+            _move(self._pools_of(rows), self._layers, [(i, block) for i, (_, block) in enumerate(coming)])
+
+    def _pools_of(self, rows: mx.array) -> list[Pool]:
+        """Each layer's arrays of blocks that lie as bytes, uint8 [n, block_bytes]."""
+        pools, end = list[Pool](), 0
+        for _ in range(self.format.num_layers):
+            arrays = []
+            for _, shape, dtype in self.format.arrays:
+                start, end = end, end + prod(shape) * dtype.size
+                arrays.append(rows[:, start:end].view(dtype).reshape(-1, *shape))
+            pools.append(tuple(arrays))
+        return pools
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Write k, v [T, K, D] to their slots; return q's attention [T, H, D] over its sequence so far."""

@@ -84,6 +84,11 @@ class PrefixCache:
             assert content[:DIGEST] not in self._named
             self._named[content[:DIGEST]] = block
 
+    def content(self, block: int) -> bytes:
+        """What the full ``block`` holds; nothing where it is not full."""
+        held = self._contents[block]
+        return b"" if held.startswith(_NAMELESS) else held
+
     def forget(self, block: int) -> None:
         """``block`` is about to hold something else."""
         content = self._contents.pop(block)

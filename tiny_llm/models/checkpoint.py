@@ -6,6 +6,7 @@ Owns where each of these comes from. Refuses to know what is made of them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny_llm.models.registry import expected_tensors, find, load_config, quanti
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.digest import weights_digest
 from tiny_llm.weights.dummy import dummy_weights
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
@@ -47,6 +49,10 @@ class Checkpoint(Protocol):
     @property
     def end_ids(self) -> frozenset[int]:
         """Every token that is said to end an answer, wherever that is said. It need not be the model's."""
+        ...
+
+    def digest(self) -> bytes:
+        """What tells its weights from all others: a digest of their content. Not asked for without need."""
         ...
 
     def tensors(
@@ -92,6 +98,10 @@ class FolderCheckpoint:
         """
         return self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(self._folder))
 
+    def digest(self) -> bytes:
+        """Of the files: see ``weights_digest``."""
+        return weights_digest(self._folder)
+
     def tensors(
         self,
         *,
@@ -129,6 +139,10 @@ class DummyCheckpoint:
     def tokenizer(self) -> Tokenizer:
         """It knows fewer tokens than most of these models."""
         return Tokenizer.from_folder(resolve("demo"))
+
+    def digest(self) -> bytes:
+        """Of the config: the noise is always the same."""
+        return hashlib.sha256(repr(self.config).encode()).digest()
 
     def tensors(
         self,

@@ -86,7 +86,8 @@ class Scheduler:
         priority out of range.
         """
         self._check(seq)
-        entry = Place(seq, self.blocks.table(seq.salt), self.settings.ageing_s, seq.params.n)
+        table = self.blocks.table(seq.salt, is_kept=seq.is_kept)
+        entry = Place(seq, table, self.settings.ageing_s, seq.params.n)
         self._enter(entry)
         self._patience.push((seq.arrival + self.settings.max_wait_s, seq.id), entry)
         self._wait(entry)
@@ -128,13 +129,10 @@ class Scheduler:
         while not step.items and self.num_running:  # all are held: they make room for whom they wait for
             self._give_way(self._running.items[-1], step)
             self._admit(step, _BEHIND_ALL)
-        swap_out, copies, swap_in = self.blocks.drain()
         return Plan(
             items=step.items,
             num_blocks=self.blocks.capacity,
-            swap_out=swap_out,
-            copies=copies,
-            swap_in=swap_in,
+            **self.blocks.drain()._asdict(),
             decodes=step.decodes,
             decode_context=step.decode_context,
             chunk_tokens=step.chunk_tokens,
@@ -170,8 +168,8 @@ class Scheduler:
             blocks = self._blocks(self._entries[item.seq_id], start + 1)
             items.append(PlanItem(item.seq_id, being_drawn, start, blocks, 1))
             context += start
-        swap_out, copies, swap_in = self.blocks.drain()
-        return Plan(items, self.blocks.capacity, swap_out, copies, swap_in, len(items), context)
+        moves = self.blocks.drain()._asdict()
+        return Plan(items, self.blocks.capacity, decodes=len(items), decode_context=context, **moves)
 
     def commit(
         self, plan: Plan, advances: Iterable[Advance], of_held: Iterable[Advance] = ()
@@ -336,6 +334,8 @@ class Scheduler:
         """Let a sequence catch up as far as the budget goes."""
         if not step.has_room:
             return
+        if self.blocks.store is not None:
+            self._load(entry, step.ms)
         seq, start = entry.seq, entry.seq.num_computed_tokens
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
@@ -356,6 +356,14 @@ class Scheduler:
             step.chunk_context += context_of(start, count)
         if count < wanted or scored:  # what may be left of the time is a crumb; rows take memory
             step.tokens = 0
+
+    def _load(self, entry: Place, ms: float) -> None:
+        """Take what a sequence lacks from disk, as far as that is there and sooner than computed."""
+        seq, start = entry.seq, entry.seq.num_computed_tokens
+        computed_ms = self.speed.chunk_ms(start, self.blocks.block_size)
+        seq.num_computed_tokens = self.blocks.load(entry.table, seq.tokens, start, computed_ms, ms / 2)
+        if len(seq.tokens) == seq.prompt_len:
+            seq.cached_tokens += seq.num_computed_tokens - start
 
     def _admit(self, step: StepPlan, before: Rank) -> None:
         """Start those that wait and rank before ``before``, in order: no one is overtaken for its size."""

@@ -31,6 +31,7 @@ class Job(NamedTuple):
     salt: str = ""
     grammar: Grammar | None = None
     only_prompt: bool = False
+    keep: bool = True
 
 
 async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
@@ -40,7 +41,7 @@ async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
     """
     n, begun = job.params.n, False
     shown = _ShownLogprobs()
-    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt)
+    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt, keep=job.keep)
     async with aclosing(streams):
         async for came in streams:
             chunks: list[tuple[int, Chunk]] = []

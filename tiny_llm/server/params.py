@@ -90,7 +90,8 @@ def job_of(
     """What the engine gets. Prompts share cached blocks only within one key and one salt of its own."""
     own_salt = body.cache_salt or ""
     salt = f"{key_salt}/{own_salt}" if key_salt or own_salt else ""
-    return Job(prompts, params, body.priority, salt, grammar)
+    keep = getattr(body, "store", None) is not False  # one of the fields of ``neutral``
+    return Job(prompts, params, body.priority, salt, grammar, keep=keep)
 
 
 def stream_usage(options: StreamOptions | None, job: Job) -> StreamUsage:

@@ -59,6 +59,8 @@ class _Figures:
         yield self._gauge("kv_cache_blocks", "KV blocks that there may be.", blocks.limit)
         yield self._gauge("kv_cache_used_blocks", "KV blocks in use.", blocks.used)
         yield self._gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", blocks.cached)
+        if stats.disk is not None:
+            yield self._gauge("kv_disk_bytes", "Bytes of KV blocks on disk.", stats.disk.bytes)
         told = "1: an answer's tokens do not depend on what else is running."
         yield self._gauge("same_tokens", told, stats.same_tokens)
         family = GaugeMetricFamily(
@@ -83,6 +85,9 @@ class _Figures:
         ):
             yield self._labelled(f"spec_decode_num_{name}_tokens", told, "source", counts)
         yield self._counter("decodes", "Steps that a sequence decoded in, summed.", totals.decodes)
+        if stats.disk is not None:
+            events = {name: getattr(stats.disk, name) for name in ("written", "read", "dropped", "damaged")}
+            yield self._labelled("kv_disk_blocks", "Blocks that went to or came from disk.", "event", events)
         yield self._counter("engine_steps", "Steps of the engine.", totals.steps)
         yield self._counter("engine_failed_steps", "Steps that failed.", totals.failed_steps)
 
