@@ -22,7 +22,8 @@ from typing import Any, Self, TypeVar
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.engine import Event
-from tiny_llm.engine.llm import LLM, Prompt
+from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.prompts import Prompt
 from tiny_llm.engine.turn import require_process
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.sampling_params import SamplingParams

@@ -19,6 +19,7 @@ from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.draft import load_draft, which_draft
 from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.prompts import Prompt, as_ids, as_list, for_each
 from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
@@ -40,7 +41,6 @@ from tiny_llm.version import __version__
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
-Prompt = str | Sequence[int]
 _MOST_LEFT_OUT = 4  # of a text, times what is left of it
 _AHEAD = 64  # requests that wait in the engine; the others wait here, and cost no memory there
 Message = Mapping[str, object]
@@ -248,8 +248,8 @@ class LLM:
 
         Raises RequestError before anything runs if any of them is invalid.
         """
-        asked = _as_list(prompts)
-        requests = [self.check(*one) for one in zip(asked, _for_each(params, len(asked)), strict=True)]
+        asked = as_list(prompts)
+        requests = [self.check(*one) for one in zip(asked, for_each(params, len(asked)), strict=True)]
         ended = sorted(self.answers(requests), key=lambda one: (one[0], one[1].index))
         return [completion for _, completion in ended]
 
@@ -262,8 +262,8 @@ class LLM:
 
         Raises RequestError as ``generate`` does.
         """
-        asked = _as_list(prompts)
-        each = [one or BeamParams() for one in _for_each(params, len(asked))]
+        asked = as_list(prompts)
+        each = [one or BeamParams() for one in for_each(params, len(asked))]
         if not all(isinstance(one, BeamParams) for one in each):
             raise RequestError("params must be BeamParams, which say how wide the search is.")
         found: list[list[Completion]] = [[] for _ in asked]
@@ -400,7 +400,7 @@ class LLM:
         if isinstance(prompt, str):
             self.require_short(len(prompt))
         tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
-        ids = _as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
+        ids = as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
         if not ids:
             raise RequestError("The prompt is empty; give at least one character or token.")
         if len(ids) >= self.max_context:
@@ -466,42 +466,6 @@ class LLM:
 def _completions(chunks: Iterable[Chunk]) -> list[Completion]:
     ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
     return sorted(ended, key=lambda completion: completion.index)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A string or a list of numbers is one prompt; everything else is a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
-        raise RequestError(f"prompts is a {type(prompts).__name__}, but must be a string or a list.")
-    given = list(prompts)
-    if given and all(isinstance(p, int) for p in given):
-        return [given]  # type: ignore[list-item]
-    return given  # type: ignore[return-value]
-
-
-def _for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
-) -> Sequence[SamplingParams | None]:
-    """One for each of the ``prompts``; ``check`` says what is wrong with one."""
-    if not isinstance(params, (list, tuple)):
-        return [params] * prompts  # type: ignore[list-item]
-    if len(params) != prompts:
-        raise RequestError(
-            f"There are {len(params)} params for {prompts} prompts; give one for each, or one for all."
-        )
-    return params
-
-
-def _as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise RequestError(
-            f"A prompt is a {type(prompt).__name__}, but must be a string or a list of token ids."
-        )
-    for i in prompt:
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab:
-            raise RequestError(f"Token id {i!r} is not in the vocabulary, which is 0 to {vocab - 1}.")
-    return list(prompt)
 
 
 def _store(folder: str | Path, size: int, model: Checkpoint, how: tuple[object, ...]) -> BlockStore:
