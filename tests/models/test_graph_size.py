@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,8 @@ from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.models.loading import load_model
+from tiny_llm.models.registry import Model
+from tiny_llm.models.replay import Replay
 from tiny_llm.ops import metal, swiglu
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import KvFormat
@@ -99,8 +102,10 @@ def plan(rows: int, start: int, count: int) -> Plan:
     return Plan(items, 4 * rows, [], [], [])
 
 
-def our_step(folder: Path, rows: int, drawn: mx.array | None = None) -> tuple[mx.array, Batch]:
-    model = load_model(folder, dtype="bfloat16")
+def our_step(
+    folder: Path, rows: int, drawn: mx.array | None = None, wrap: Callable[[Any], Model] = lambda model: model
+) -> tuple[mx.array, Batch]:
+    model = wrap(load_model(folder, dtype="bfloat16"))
     cache = PagedCache(KvFormat.of(model.config, BLOCK, mx.bfloat16), max_blocks=4 * rows)
     for start, count in ((0, PROMPT), (PROMPT, 1)):
         own = plan(rows, start, count)
@@ -149,6 +154,17 @@ def test_operations_of_a_layer(family: str, rows: int, most: float, a_layer) -> 
     assert ours.total() <= most * peers.total(), told
     casts = ours["AsType"] - peers["AsType"]
     assert casts <= 0, told
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_step_that_is_played_again_has_the_operations_of_the_model(tmp_path: Path) -> None:
+    theirs("qwen3", FEW, tmp_path)
+    with use("mlx"):
+        built = operations(our_step(tmp_path, 4)[0])
+        again = operations(our_step(tmp_path, 4, wrap=Replay)[0])
+    for name in ("QuantizedMatmul", "Depends", "Gather"):
+        assert again[name] == built[name], name
+    assert again.total() <= built.total(), "what is small may only be joined"
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

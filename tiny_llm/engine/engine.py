@@ -37,6 +37,7 @@ from tiny_llm.models.cost import step_costs
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
+from tiny_llm.models.replay import played
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import KvFormat, may_run_ahead
 from tiny_llm.proving.choice import Kernels
@@ -86,6 +87,7 @@ class Engine:
         draft = draft if settings.speculate == "draft" else None
         models = [model] if draft is None else [model, draft]
         with use(kernels.backend, kernels.ours):
+            models = [played(one) for one in models]
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
@@ -96,8 +98,8 @@ class Engine:
             PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
             for format in formats
         ]
-        drafting = None if draft is None else DraftModel(draft, caches[-1])
-        self.runner = Runner(model, caches[0], kernels, drafting)
+        drafting = None if draft is None else DraftModel(models[-1], caches[-1])
+        self.runner = Runner(models[0], caches[0], kernels, drafting)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())

@@ -61,13 +61,15 @@ class Attention:
         return cls(layer, config.head_dim, inv_freq, rope_periods(inv_freq), q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
-        q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
-        q, k = self._rotated(q, k, batch.positions)
-        v = v.reshape(v.shape[0], -1, self.head_dim)
+        q, k, v = self.heads(x, batch.positions)
         return self.o_proj(kv.attend(self.layer, q, k, v, batch))
 
-    def _rotated(self, q: mx.array, k: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        if self.q_norm is None or self.k_norm is None:
-            return rope_qk(q, k, positions, self.inv_freq, None, None, 0.0, self.periods)
-        q_norm, k_norm, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return rope_qk(q, k, positions, self.inv_freq, q_norm, k_norm, eps, self.periods)
+    def heads(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What attends: q [T, H, D] and k [T, K, D], normed and rotated, and v [T, K, D]."""
+        q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
+        norms: tuple[mx.array | None, mx.array | None] = (None, None)
+        eps = 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        q, k = rope_qk(q, k, positions, self.inv_freq, *norms, eps, self.periods)
+        return q, k, v.reshape(v.shape[0], -1, self.head_dim)

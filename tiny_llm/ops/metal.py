@@ -74,8 +74,10 @@ def scalar(value: float) -> mx.array:
 
 def kernel(name: str, file: str | None = None) -> Kernel:
     """The kernel ``name`` of kernels/metal/``file``.metal, called as one of ``mx.fast.metal_kernel``."""
-    text = texts(file or name)[name]
-    made = _made(text, _mode() if active() == "metalsim" else active())
+    backend = active()
+    if backend != "metalsim":
+        return _found(name, file or name, backend)
+    made = _made(texts(file or name)[name], _mode())
     watched = _WATCHED.get()
     if watched is None or not isinstance(made, MetalKernel):
         return made
@@ -98,6 +100,12 @@ def watch() -> Iterator[list[tuple[str, Traffic]]]:
         yield watched
     finally:
         _WATCHED.reset(token)
+
+
+@cache
+def _found(name: str, file: str, backend: str) -> Kernel:
+    """Looked for once: to find its file took longer than all else of a dispatch."""
+    return _made(texts(file)[name], backend)
 
 
 def _mode() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -33,8 +33,7 @@ class ReadGroup:
     mask: mx.array | Literal["causal"] | None
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSizes:
+class LayerSizes(NamedTuple):
     """``block`` S tokens a block, ``heads`` H, ``kv_heads`` K; bytes of a token's k and v."""
 
     block: int

@@ -157,7 +157,9 @@ def _metal(
 @cache
 def _no_norm(dim: int, dtype: mx.Dtype) -> mx.array:
     """What the kernel is given in place of a norm's weight, and does not read."""
-    return mx.zeros((dim,), dtype)
+    zeros = mx.zeros((dim,), dtype)
+    mx.eval(zeros)  # it may be kept in a graph that is played again
+    return zeros
 
 
 def _as_heads(x: mx.array, positions: mx.array, inv_freq: mx.array, *, one_each: bool) -> mx.array:
