@@ -20,6 +20,8 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+import mlx.core as mx
+
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM
@@ -213,6 +215,8 @@ class AsyncLLM:
     ) -> None:
         try:
             self.llm = LLM(*args, **options)
+            if mx.default_device().type == mx.gpu:
+                self.llm.engine.runner.warm_up(self.llm.engine.settings.kv_blocks)
         except BaseException as error:
             self._closed.set()
             ready.put(error)

@@ -14,6 +14,7 @@ from tiny_llm.data import Plan
 from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of, within_forms
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
+from tiny_llm.engine.warm_up import warm_up
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
@@ -91,6 +92,13 @@ class Runner:
         if logits.shape != expected:
             raise ValueError(f"the model gave logits {logits.shape}, expected {expected}")
         return logits
+
+    def warm_up(self, most_blocks: int) -> None:
+        """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
+        with use(self.kernels.backend, self.kernels.ours):
+            warm_up(self.model, self.cache, most_blocks)
+            if self.draft is not None:
+                warm_up(self.draft.model, self.draft.cache, most_blocks)
 
     def swap_ms(self) -> float:
         """Milliseconds that a block takes to host memory and back."""
