@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Self
 
 WIDTH = 24
 
@@ -14,6 +15,12 @@ class Bar:
     def __init__(self, title: str) -> None:
         self._title = title
         self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def show(self, part: float, words: str) -> None:
         """Show that ``part`` of 1 is done, and ``words`` after it."""

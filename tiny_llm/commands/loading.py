@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from tiny_llm.commands.bar import Bar
@@ -12,15 +13,17 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.memory import parse_bytes
 from tiny_llm.options import EngineOptions
 from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.weights.assemble import Progress
 
+LOADING, TRYING = "Loading", "Trying our kernels on this machine, once"
 LARGE_BYTES = 2**28
 """Weights from this size on get a progress bar; smaller ones are there before it would be seen."""
 
 
 def load(options: EngineOptions) -> LLM:
     """The model that ``options`` name, ready to answer."""
-    with _LoadingBar() as bar, _Trying() as trying:
-        llm = LLM(**arguments(options), progress=bar, trying=trying)
+    with Bar(LOADING) as bar, Bar(TRYING) as trying:
+        llm = LLM(**arguments(options), progress=_progress(bar), trying=trying.show)
     if llm.kernels.line:
         print(llm.kernels.line, file=sys.stderr)
     return llm
@@ -28,65 +31,27 @@ def load(options: EngineOptions) -> LLM:
 
 def load_async(given: Mapping[str, Any]) -> AsyncLLM:
     """A model on a thread of its own, of what ``arguments`` has made of its options."""
-    with _LoadingBar() as bar, _Trying() as trying:
-        return AsyncLLM(**given, progress=bar, trying=trying)
+    with Bar(LOADING) as bar, Bar(TRYING) as trying:
+        return AsyncLLM(**given, progress=_progress(bar), trying=trying.show)
 
 
 def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
-    """What ``LLM`` takes, by name; ``limits`` are further fields of ``SchedulerSettings``."""
-    return {
-        "model": options.model,
-        "dtype": options.dtype,
-        "quantize": options.quantize,
-        "offline": options.offline,
-        "backend": options.backend,
-        "kernels": options.kernels,
-        "same_tokens": options.same_tokens,
-        "threads": options.threads,
-        "activations": options.activations,
-        "max_context": options.max_model_len,
-        "kv_memory": None if options.kv_memory is None else parse_bytes(options.kv_memory, "--kv-memory"),
-        "swap_memory": 0
-        if options.swap_memory is None
-        else parse_bytes(options.swap_memory, "--swap-memory"),
-        "kv_disk": options.kv_disk,
-        "kv_disk_size": parse_bytes(options.kv_disk_size, "--kv-disk-size"),
-        "speculate": options.speculate,
-        "draft": options.draft,
-        "scheduler": SchedulerSettings(max_step_ms=options.max_step_ms, **limits),
-    }
+    """What ``LLM`` takes, by name, as most options have them; ``limits`` are of ``SchedulerSettings``'s."""
+    given = {one.name: getattr(options, one.name) for one in fields(options)}
+    for name in ("kv_memory", "swap_memory", "kv_disk_size"):
+        if given[name] is not None:
+            given[name] = parse_bytes(given[name], f"--{name.replace('_', '-')}")
+    given["swap_memory"] = given["swap_memory"] or 0
+    given["max_context"] = given.pop("max_model_len")
+    given["scheduler"] = SchedulerSettings(max_step_ms=given.pop("max_step_ms"), **limits)
+    return given
 
 
-class _Trying(Bar):
-    """What is called while kernels are tried."""
+def _progress(bar: Bar) -> Progress:
+    """What the loader calls: ``bar``, where there is much to be read."""
 
-    def __init__(self) -> None:
-        super().__init__("Trying our kernels on this machine, once")
-
-    def __enter__(self) -> _Trying:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __call__(self, part: float, words: str) -> None:
-        """Show ``part`` of 1, and what is tried."""
-        self.show(part, words)
-
-
-class _LoadingBar:
-    """What the loader calls with its progress."""
-
-    def __init__(self) -> None:
-        self._bar = Bar("Loading")
-
-    def __enter__(self) -> _LoadingBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes are read."""
+    def show(done: int, total: int) -> None:
         if total >= LARGE_BYTES:
-            self._bar.show(done / total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            bar.show(done / total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    return show
