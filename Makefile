@@ -8,8 +8,11 @@ retry := $(and $(wildcard .venv/run.stamp),$(if $(wildcard tiny_llm/_cpu*.so),,$
 # Kernels alone, without Python or MLX: $(call kernel_tests,CMake's options,what runs them)
 cores := $(shell getconf _NPROCESSORS_ONLN)
 kernel_tests = PATH="$(CURDIR)/.venv/bin:$$PATH" && \
-	cmake -S kernels/cpu -B build/$@ -DTINY_LLM_MODULE=OFF -DTINY_LLM_TESTS=ON $(1) >/dev/null && \
-	cmake --build build/$@ --parallel $(cores) && $(2) build/$@/kernel_tests
+	cmake -S kernels/cpu -B build/$@ -DTINY_LLM_MODULE=OFF $(1) >/dev/null && \
+	cmake --build build/$@ --target kernel_tests --parallel $(cores) && $(2) build/$@/kernel_tests
+
+# The CMake that built the module, which lies beside its sources.
+module_cmake = $$(sed -n 's/^CMAKE_COMMAND:INTERNAL=//p' kernels/cpu/CMakeCache.txt)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -74,8 +77,10 @@ bench: .venv/run.stamp .venv/kernels.stamp
 soak: .venv/run.stamp .venv/kernels.stamp
 	$(python) benchmarks/soak.py --minutes 20
 
+# Of the objects that the module is made of, where it was built.
 kernels-test:
-	$(call kernel_tests)
+	$(if $(wildcard kernels/cpu/build.ninja),$(module_cmake) --build kernels/cpu --target kernel_tests && \
+		kernels/cpu/kernel_tests,$(call kernel_tests))
 
 asan:
 	$(call kernel_tests,-DTINY_LLM_SANITIZE=address$(comma)undefined)
@@ -127,7 +132,7 @@ metal-grid: .venv/test.stamp
 clean:
 	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
 	cd kernels/cpu && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt \
-		Makefile *.ninja *.cmake *.a
+		Makefile *.ninja *.cmake *.a kernel_tests
 	find tiny_llm tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/run.stamp: $(setup_from) $(retry)
@@ -141,8 +146,7 @@ clean:
 
 # Compiles what has changed since; an error in a kernel stops make here.
 .venv/kernels.stamp: $(kernels) | .venv/run.stamp
-	@[ ! -f kernels/cpu/build.ninja ] || \
-		$$(sed -n 's/^CMAKE_COMMAND:INTERNAL=//p' kernels/cpu/CMakeCache.txt) --build kernels/cpu
+	@[ ! -f kernels/cpu/build.ninja ] || $(module_cmake) --build kernels/cpu
 	@touch $@
 
 again:

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(TINY_X86_SETS)
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 
-#if defined(__x86_64__)
+#if defined(TINY_X86_SETS)
 // Not every compiler's __builtin_cpu_supports knows this one.
 bool has_f16c() {
     unsigned eax, ebx, ecx = 0, edx;
@@ -39,7 +39,7 @@ bool amx_granted() {
 #endif
 
 Isa detect() {
-#if defined(__x86_64__)
+#if defined(TINY_X86_SETS)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -25,8 +25,13 @@ bool reads_ahead();
 
 }  // namespace tiny_llm
 
+// Whether this build holds more than the portable set; CMakeLists.txt says which builds do not.
+#if defined(__x86_64__) && !defined(TINY_PORTABLE_ONLY)
+#define TINY_X86_SETS
+#endif
+
 // Declares `void name(const Args&)` for each instruction set and the function that picks one.
-#if defined(__x86_64__)
+#if defined(TINY_X86_SETS)
 #define TINY_KERNEL(name, Args)                                   \
     namespace portable { void name(const Args& args); }           \
     namespace avx2 { void name(const Args& args); }               \

@@ -10,7 +10,7 @@ namespace tiny_llm {
 constexpr int64_t kRowsForTiles = 64;  // with 8 to 32, AVX-512 was up to 1.25 times as fast on Granite Rapids
 
 TINY_KERNEL(tile_matmul, Linear)
-#if defined(__x86_64__)
+#if defined(TINY_X86_SETS)
 namespace amx { void tile_matmul(const Linear& args); }
 #endif
 

@@ -178,7 +178,7 @@ def shared_code(isa: str, symbols: str) -> Iterator[str]:
 def compiled_variants() -> dict[str, list[Path]]:
     """The kernels' object files of each instruction set beyond the portable one, where they lie."""
     found: dict[str, list[Path]] = {}
-    for build in (CPU, ROOT / "build" / "kernels-test"):
+    for build in (CPU, ROOT / "build" / "kernels-test"):  # the latter where no module was built
         for folder in sorted((build / "CMakeFiles").glob("kernels_*.dir")):
             isa = folder.stem.removeprefix("kernels_")
             if isa != "portable":
