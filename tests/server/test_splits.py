@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from tests.decoding.test_message import FRAGMENTS
 
+from tests.messages.test_message import FRAGMENTS
 from tiny_llm.data import Chunk, Completion, Timing
 from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.messages.message import message_of

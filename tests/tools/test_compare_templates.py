@@ -9,7 +9,8 @@ from pathlib import Path
 import compare_templates as tool
 import pytest
 from huggingface_hub import ModelInfo
-from tests.decoding.test_chat_prompt import FAMILIES
+
+from tests.messages.test_chat_prompt import FAMILIES
 
 CELLS = {
     "object": "========",
