@@ -52,6 +52,7 @@ class Setting:
     dtype: str | None = None
     quantize: int | None = None
     activations: str = "exact"
+    kept: str = "auto"
 
 
 FLOAT32 = Setting("float32 (ref)", "ref", "float32")
@@ -59,6 +60,7 @@ SETTINGS = (
     FLOAT32,
     Setting("float32", "cpu", "float32"),
     Setting("as stored", "cpu"),
+    Setting("int8 keys and values", "cpu", "float32", kept="int8"),
     Setting("8 bits, exact", "cpu", quantize=8),
     Setting("8 bits, int8", "cpu", quantize=8, activations="int8"),
     Setting("4 bits, exact", "cpu", quantize=4),
@@ -104,7 +106,7 @@ def predictions(folder: Path, setting: Setting, texts: Iterable[Text]) -> Iterat
     with backend.use(setting.backend):
         options = {"dtype": setting.dtype, "quantize": setting.quantize}
         model = load_model(folder, activations=setting.activations, **options)
-        kept = kv_dtype(model.config, **options)
+        kept = kv_dtype(model.config, **options, kept=setting.kept)
         for text in texts:
             yield _predict(model, DenseCache(model.config.num_layers, kept), text)
 

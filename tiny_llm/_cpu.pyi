@@ -76,11 +76,10 @@ def attend(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    pool: list[mx.array],
     slots: mx.array,
     block_tables: mx.array,
     starts: mx.array,
     context_lens: mx.array,
     scale: float,
-) -> tuple[mx.array, mx.array, mx.array]: ...
+) -> tuple[mx.array, list[mx.array]]: ...

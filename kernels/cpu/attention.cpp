@@ -34,6 +34,7 @@ struct Rows {
     int64_t* limits;          // keys that a row sees; they never fall from row to row
     float *q, *scores;        // [count, D] times scale and log2 e; [rows at once, kSpan]
     float *keys, *values;     // a span's, copied to float
+    float *key_scales, *value_scales;  // a span's, or null: keys and values are what they are
     Records total, part;
 };
 
@@ -54,6 +55,14 @@ struct Source {
     const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
     int64_t offset(int64_t block) const {
         return (table[block] * a.pool.heads + head) * a.pool.dim * a.pool.block_size;
+    }
+    // What the integers of a span are multiples of.
+    void widen_scales(const void* scales, int64_t first, float* to) const {
+        const int64_t keys = least(kSpan, keys_end - first);
+        for (int64_t key = 0; key < keys; key += kWidth) {
+            const int64_t at = first + key, row = table[at / size()] * a.pool.heads + head;
+            store(to + key, load(static_cast<const f16*>(scales) + row * size() + at % size()));
+        }
     }
     int64_t blocks_of(int64_t first) const {
         return (least(kSpan, keys_end - first) + size() - 1) / size();
@@ -165,6 +174,10 @@ float soften(float* scores, int64_t count, float* most) {
     return sum(total);
 }
 
+void scale(float* x, const float* factors, int64_t count) {
+    for (int64_t i = 0; i < count; i += kWidth) store(x + i, load(x + i) * load(factors + i));
+}
+
 // Each row adds the values that it sees and no others: what lies behind may be anything, a NaN too.
 template <class From>
 void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const From& source, const Records& out) {
@@ -191,8 +204,13 @@ template <class From>
 void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64_t dim, const From& source,
                   const Records& out) {
     score_span(rows, from, to, first, dim, source);
-    for (int64_t r = from; r < to; ++r)
-        out.sum(r - from) = soften(rows.scores + (r - from) * kSpan, seen(rows, r, first, kSpan), &out.most(r - from));
+    for (int64_t r = from; r < to; ++r) {
+        float* scores = rows.scores + (r - from) * kSpan;
+        const int64_t keys = seen(rows, r, first, kSpan);
+        if (rows.key_scales) scale(scores, rows.key_scales, keys);
+        out.sum(r - from) = soften(scores, keys, &out.most(r - from));
+        if (rows.value_scales) scale(scores, rows.value_scales, keys);
+    }
     weigh_span(rows, from, to, first, source, out);
 }
 
@@ -235,8 +253,8 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     const int64_t dim = a.pool.dim, padded = round_up(dim, kWidth), group = a.query_heads / a.pool.heads;
     const int64_t count = item.rows * group, stride = Records{nullptr, padded}.stride();
     const int64_t most = least(count, kDirectRows), span = kSpan * round_up(dim, kPanel);
-    const int64_t words = count * (2 + dim + stride) + most * (kSpan + stride) + 2 * span;
-    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 7 * 64));
+    const int64_t words = count * (2 + dim + stride) + most * (kSpan + stride) + 2 * (span + kSpan);
+    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 9 * 64));
     Rows rows{};
     rows.count = count, rows.group = group;
     rows.limits = take<int64_t>(at, count);
@@ -244,6 +262,7 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     rows.scores = take<float>(at, most * kSpan);
     rows.keys = take<float>(at, span);
     rows.values = take<float>(at, span);
+    if (a.pool.type == KvType::i8) rows.key_scales = take<float>(at, kSpan), rows.value_scales = take<float>(at, kSpan);
     rows.total = {take<float>(at, count * stride), padded};
     rows.part = {take<float>(at, most * stride), padded};
     const float scale = a.scale * kLog2e;
@@ -263,6 +282,10 @@ void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& ro
         int64_t from = 0;
         while (rows.limits[from] <= first) ++from;
         source.enter(first);
+        if (rows.key_scales) {
+            source.widen_scales(a.pool.key_scales, first, rows.key_scales);
+            source.widen_scales(a.pool.value_scales, first, rows.value_scales);
+        }
         in_pieces(from, rows.count, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
             const bool begins = span == item.first_span;
             const Records to = begins ? Records{rows.total.at(row), rows.total.padded} : rows.part;
@@ -343,6 +366,7 @@ void attend(const Attend& a) {
     if (a.item_count == 0) return;
     if (a.pool.type == KvType::f32) return attend_all<float>(a);
     if (a.pool.type == KvType::bf16) return attend_all<bf16>(a);
+    if (a.pool.type == KvType::i8) return attend_all<int8_t>(a);
     attend_all<f16>(a);
 }
 

@@ -13,7 +13,7 @@
 
 namespace tiny_llm {
 
-enum class KvType { f32, bf16, f16 };
+enum class KvType { f32, bf16, f16, i8 };
 
 constexpr int64_t kSpan = 256;  // keys
 constexpr int64_t kMostHeadDim = 1024;
@@ -22,6 +22,7 @@ struct KvPool {
     void *keys, *values;
     KvType type;
     int64_t blocks, heads, dim, block_size;  // N, K, D, S; S divides 64 and is at least 16
+    void *key_scales, *value_scales;         // of i8: [N, K, S] float16, what a token's integers are multiples of
 };
 
 // Rows of one sequence that are computed together, over some of its spans.

@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "pool.h"
@@ -37,6 +38,37 @@ void write_head(const KvWrite& w, int64_t head) {
     }
 }
 
+// A vector's integers, and the float16 that they are multiples of: its largest becomes 127.
+f16 quantize(const float* from, int64_t dim, int8_t* to) {
+    float most = 0;
+    for (int64_t d = 0; d < dim; ++d)
+        if (!(fabsf(from[d]) <= most) && most == most) most = fabsf(from[d]);  // a NaN stays
+    const f16 unit{round_f16(most / 127.0f)};
+    const float scale = to_float(unit);
+    for (int64_t d = 0; d < dim; ++d) {
+        const float x = scale > 0 ? rintf(from[d] / scale) : 0.0f;
+        to[d] = (int8_t)(!(x > -127.0f) ? -127.0f : x < 127.0f ? x : 127.0f);
+    }
+    return unit;
+}
+
+template <>
+void write_head<int8_t>(const KvWrite& w, int64_t head) {
+    const int64_t dim = w.pool.dim, size = w.pool.block_size;
+    int8_t row[kMostHeadDim];
+    for (int64_t i = 0; i < w.rows; ++i) {
+        const int64_t slot = w.slots[i];
+        if (slot < 0 || slot >= w.pool.blocks * size) continue;
+        const int64_t from = (i * w.pool.heads + head) * dim, block = slot / size * w.pool.heads + head;
+        const int64_t at = block * size + slot % size;
+        static_cast<f16*>(w.pool.key_scales)[at] = quantize(w.k + from, dim, row);
+        int8_t* keys = static_cast<int8_t*>(w.pool.keys) + block * dim * size + slot % size;
+        for (int64_t d = 0; d < dim; ++d) keys[d * size] = row[d];
+        static_cast<f16*>(w.pool.value_scales)[at] =
+            quantize(w.v + from, dim, static_cast<int8_t*>(w.pool.values) + at * dim);
+    }
+}
+
 }  // namespace
 
 // A head is one thread's, so that of two rows for one slot the later one stays.
@@ -48,6 +80,8 @@ void kv_write(const KvWrite& w) {
                 write_head<float>(w, head);
             } else if (w.pool.type == KvType::bf16) {
                 write_head<bf16>(w, head);
+            } else if (w.pool.type == KvType::i8) {
+                write_head<int8_t>(w, head);
             } else {
                 write_head<f16>(w, head);
             }

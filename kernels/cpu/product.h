@@ -32,6 +32,23 @@ struct Right {
     const T* const* ahead;
 };
 
+static inline float to_float(int8_t x) { return x; }
+static inline vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(__ARM_NEON)
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+#else
+    vf v;
+    for (int i = 0; i < kWidth; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
 // ---- bf16 is widened two vectors at once: the even columns by a shift, the odd ones by a mask, where in
 // ---- order it would take twice the work. Sums are put in that order when they are loaded, and back.
 

@@ -282,6 +282,14 @@ def test_traffic_changes_no_token(llm: LLM, name: str, asks: list[Ask], expected
     assert not wrong, f"{asks[wrong[0]][1]}: {got[wrong[0]]}, but alone {expected[wrong[0]]}"
 
 
+@pytest.mark.parametrize("name", ["small chunks", "a draft model, swap"])
+def test_traffic_changes_no_token_where_int8_is_kept(demo: Path, name: str) -> None:
+    """Chunks, prefix hits, guesses and swaps read back what was rounded: so do those who wrote it."""
+    llm = LLM(demo, draft="demo-draft", kv_dtype="int8")
+    asks = traffic(llm, seed=8, count=10)
+    assert together(llm, SETTINGS[name], asks) == alone(llm, asks)
+
+
 def test_64_others_change_no_token(llm: LLM) -> None:
     drawn = traffic(llm, seed=11, count=65, searches=0.25)
     asks = [(prompt, params, 0, 0) for prompt, params, _, _ in drawn]

@@ -77,7 +77,7 @@ class Pages:
         )
         integers = {name: mx.array(values, mx.int32) for name, values in numbers.items()} | wrong
         scale = q.shape[-1] ** -0.5
-        out, self.keys, self.values = cpu.attend(q, k, v, self.keys, self.values, **integers, scale=scale)
+        out, (self.keys, self.values) = cpu.attend(q, k, v, [self.keys, self.values], **integers, scale=scale)
         return out
 
 
@@ -225,12 +225,11 @@ def test_a_pool_is_changed_where_it_lies() -> None:
 def test_rows_kept_without_a_query() -> None:
     """No row of q, some of k and v: the write alone."""
     t = text(16, heads=2, kv_heads=2, dim=8)
-    out, keys, _ = cpu.attend(
+    out, (keys, _) = cpu.attend(
         t.q[:0],
         t.k,
         t.v,
-        mx.zeros((1, 2, 8, 16)),
-        mx.zeros((1, 2, 16, 8)),
+        [mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 16, 8))],
         mx.arange(16, dtype=mx.int32),
         mx.zeros((1, 1), mx.int32),
         mx.zeros((2,), mx.int32),

@@ -29,7 +29,8 @@ from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import ChatPrompts
 from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
-from tiny_llm.models.loading import check_options, kv_dtype, load_model, weight_bytes
+from tiny_llm.models.loading import check_options, load_model, weight_bytes
+from tiny_llm.models.loading import kv_dtype as dtype_of_kv
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active, choose, isa, set_threads, use
 from tiny_llm.proving.record import Shapes
@@ -60,6 +61,8 @@ class LLM:
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
     ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
+    Keys and values are kept as ``kv_dtype`` says, "float32", "bfloat16", "float16" or "int8"; "auto" suits
+    the weights.
     ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
     that had to make room may take until they go on: without it they are computed again, which
     "preemption" in ``scheduler`` weighs. What leaves the prefix cache goes to the folder ``kv_disk``, in up
@@ -93,6 +96,7 @@ class LLM:
         same_tokens: bool = False,
         threads: int | None = None,
         activations: str = "int8",
+        kv_dtype: str = "auto",
         kv_memory: int | None = None,
         swap_memory: int = 0,
         kv_disk: str | Path | None = None,
@@ -113,11 +117,12 @@ class LLM:
             model = FolderCheckpoint(resolve(str(model), offline=offline))
         self.tokenizer = model.tokenizer
         self._chat_prompts = ChatPrompts(self.tokenizer)
-        check_options(dtype, quantize, activations)
+        check_options(dtype, quantize, activations, kv_dtype)
         with use(self.backend):
-            self._kept = kept = kv_dtype(model.config, dtype=dtype, quantize=quantize)
+            computed = dtype_of_kv(model.config, dtype=dtype, quantize=quantize)
+            self._kept = kept = dtype_of_kv(model.config, dtype=dtype, quantize=quantize, kept=kv_dtype)
         block_size = engine.block_size if engine else usual_block_size(self.backend)
-        shapes = Shapes.of(model.config, quantize, kept, block_size)
+        shapes = Shapes.of(model.config, quantize, computed, block_size)
         self.kernels = kernels_for(self.backend, shapes, kernels, same_tokens=same_tokens, progress=trying)
         with use(self.backend, self.kernels.ours):
             loaded = load_model(

@@ -1,6 +1,7 @@
 """A dense cache for one sequence: one growing array of keys and one of values a layer.
 
-The CPU kernels read keys and values in blocks; there the arrays are pools whose blocks lie in order.
+The CPU kernels read keys and values in blocks, as all do that are kept as int8; there the arrays are pools
+whose blocks lie in order.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DenseCache:
         assert len(batch.query_start_loc) == 2, (
             f"DenseCache holds one sequence, got {len(batch.query_start_loc) - 1}"
         )
-        if active() == "cpu":
+        if active() == "cpu" or self._dtype == mx.int8:
             return self._attend_pool(layer, q, k, v, batch)
         return self.attend_arrays(layer, q, k, v)
 
@@ -72,7 +73,7 @@ class DenseCache:
         pool = self._pools[layer]
         blocks = -(-capacity(end) // _BLOCK_SIZE)
         if pool is None:
-            layer_format = KvFormat(1, k.shape[1], k.shape[2], _BLOCK_SIZE, self._dtype or k.dtype)
+            layer_format = KvFormat(1, k.shape[1], k.shape[2], _BLOCK_SIZE, self._dtype or k.dtype, False)
             pool = layer_format.empty_pool(blocks, blocks)
         elif num_blocks(pool) < blocks:
             pool = resize_pool(pool, blocks)

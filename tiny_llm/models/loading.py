@@ -24,6 +24,7 @@ from tiny_llm.weights.assemble import Progress
 QUANTIZE_BITS = (4, 8)
 QUANTIZE_GROUP = 64
 ACTIVATIONS = ("int8", "exact")
+KV_DTYPES = ("auto", *DTYPES, "int8")
 
 
 def load_model(
@@ -74,7 +75,9 @@ def load_dummy(
     return load_model(DummyCheckpoint(name), dtype=dtype, quantize=quantize, activations=activations)
 
 
-def check_options(dtype: str | None, quantize: int | None, activations: str = "int8") -> None:
+def check_options(
+    dtype: str | None, quantize: int | None, activations: str = "int8", kept: str = "auto"
+) -> None:
     """Raise ConfigError for an option that ``load_model`` cannot use."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
@@ -82,6 +85,8 @@ def check_options(dtype: str | None, quantize: int | None, activations: str = "i
         raise ConfigError(f"quantize is {quantize!r}, expected 4 or 8 bits.")
     if activations not in ACTIVATIONS:
         raise ConfigError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    if kept not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype (--kv-dtype) is {kept!r}, expected one of {', '.join(KV_DTYPES)}.")
 
 
 def weight_bytes(model: Model) -> int:
@@ -102,11 +107,14 @@ def _bytes_of(part: object, seen: set[int]) -> int:
     return int(getattr(part, "nbytes", 0))
 
 
-def kv_dtype(config: ModelFacts, *, dtype: str | None, quantize: int | None) -> mx.Dtype:
-    """What the keys and values of a model that was loaded so are kept in: what they are computed in.
+def kv_dtype(config: ModelFacts, *, dtype: str | None, quantize: int | None, kept: str = "auto") -> mx.Dtype:
+    """What the keys and values of a model that was loaded so are kept in, unless ``kept`` is another than
+    "auto": what they are computed in.
 
     But backend "cpu" computes in float32, and keeps 16 bits of that where the weights have no more either.
     """
+    if kept != "auto":
+        return mx.int8 if kept == "int8" else MLX_DTYPES[kept]
     if active() != "cpu":
         return MLX_DTYPES[dtype or _computed_dtype() or config.dtype]
     packed = quantize is not None or config.quantization is not None

@@ -67,12 +67,11 @@ def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: 
     T, _, D = q.shape
     seen, K = offset + T, k.shape[1]
     blocks = -(-seen // _BLOCK_SIZE)
-    out, _, _ = cpu.attend(
+    out, _ = cpu.attend(
         q,
         k[:seen],
         v[:seen],
-        mx.zeros((blocks, K, D, _BLOCK_SIZE)),
-        mx.zeros((blocks, K, _BLOCK_SIZE, D)),
+        [mx.zeros((blocks, K, D, _BLOCK_SIZE)), mx.zeros((blocks, K, _BLOCK_SIZE, D))],
         mx.arange(seen, dtype=mx.int32),
         mx.arange(blocks, dtype=mx.int32)[None],
         mx.array([0, T], mx.int32),

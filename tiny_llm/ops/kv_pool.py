@@ -24,7 +24,6 @@ Pool = tuple[mx.array, ...]
 Where a kernel writes them as they lie, one more comes last: what their last reader gave, and who would write
 them waits for. Everybody else asks for ``settled``.
 """
-_ARRAYS = 2
 
 
 class KvArray(NamedTuple):
@@ -43,21 +42,25 @@ def is_token_major() -> bool:
     return on_mlx() and not runs_ours("paged_attention")
 
 
-def may_run_ahead(device: mx.DeviceType) -> bool:
-    """Whether a step may be launched while the one before it runs on ``device``, without a second pool.
+def may_run_ahead(device: mx.DeviceType, dtype: mx.Dtype = mx.float32) -> bool:
+    """Whether a step may be launched while the one before it runs on ``device``, without a second pool
+    of ``dtype``.
 
     A GPU holds what its commands read until they are done, and MLX's scatter writes nothing in place that
     is held: it would copy each layer's pool. Our own kernel does.
     """
-    return device == mx.cpu or (runs_ours("kv_write") and runs_ours("paged_attention"))
+    ours = runs_ours("kv_write") and runs_ours("paged_attention") and dtype != mx.int8
+    return device == mx.cpu or ours
 
 
 @dataclass(frozen=True, slots=True)
 class KvFormat:
     """Keys and values of a model: ``heads`` K vectors of ``head_dim`` D of each, a token and layer.
 
-    They lie in blocks of ``block_size`` S tokens, and are stored in ``dtype``. ``token_major`` is as
-    the backend in use, where this is made, wants it.
+    They lie in blocks of ``block_size`` S tokens, and are stored in ``dtype``. Of int8 each vector has a
+    float16 scale beside it: half of what float32 would take, and what it rounds off is far below a step of
+    the integers, which are found after it is rounded. ``token_major`` is as the backend in use, where this
+    is made, wants it.
     """
 
     num_layers: int
@@ -70,7 +73,8 @@ class KvFormat:
     @classmethod
     def of(cls, config: ModelFacts, block_size: int, dtype: mx.Dtype) -> KvFormat:
         """The format of a model's keys and values."""
-        return cls(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+        major = dtype != mx.int8 and is_token_major()
+        return cls(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype, major)
 
     @property
     def arrays(self) -> tuple[KvArray, ...]:
@@ -81,9 +85,14 @@ class KvFormat:
         if self.token_major:
             shape = (self.block_size, self.heads, self.head_dim)
             return KvArray("keys", shape, self.dtype), KvArray("values", shape, self.dtype)
+        keys = KvArray("keys", (self.heads, self.head_dim, self.block_size), self.dtype)
+        values = KvArray("values", (self.heads, self.block_size, self.head_dim), self.dtype)
+        if self.dtype != mx.int8:
+            return keys, values
+        scales = (self.heads, self.block_size)
         return (
-            KvArray("keys", (self.heads, self.head_dim, self.block_size), self.dtype),
-            KvArray("values", (self.heads, self.block_size, self.head_dim), self.dtype),
+            *(keys, values),
+            *(KvArray(f"{name} scales", scales, mx.float16) for name in ("keys", "values")),
         )
 
     @property
@@ -93,7 +102,7 @@ class KvFormat:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's place in a block, over all layers: ``footprint.kv_token_bytes``."""
+        """Bytes of a token's place in a block, over all layers: ``footprint.kv_token_bytes``, and scales."""
         return self.block_bytes // self.block_size
 
     def gathered_bytes(self, longest: int) -> int:
@@ -118,9 +127,10 @@ def num_blocks(pool: Pool) -> int:
 
 def settled(pool: Pool) -> Pool:
     """The arrays alone; where a kernel writes them as they lie, done is all that was to read or write."""
-    if len(pool) > _ARRAYS:
-        mx.eval(*pool)
-    return pool[:_ARRAYS]
+    if pool[-1].ndim:
+        return pool
+    mx.eval(*pool)
+    return pool[:-1]
 
 
 def resize_pool(pool: Pool, blocks: int) -> Pool:

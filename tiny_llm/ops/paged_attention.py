@@ -3,8 +3,8 @@
 Letters: ``T`` new tokens, ``B`` sequences, ``H`` query heads, ``K`` key/value heads, ``D`` head
 dim, ``N`` blocks, ``S`` tokens a block, ``W`` blocks in the longest table.
 
-A pool is keys [N, K, D, S] and values [N, K, S, D], or for MLX's attention both [N, S, K, D], as
-``kv_pool.KvFormat`` has them.
+A pool is keys [N, K, D, S] and values [N, K, S, D], of int8 with scales [N, K, S] of each, or for MLX's
+attention both [N, S, K, D], as ``kv_pool.KvFormat`` has them.
 (Kwon et al. 2023, PagedAttention.)
 """
 
@@ -40,23 +40,24 @@ def paged_attention(
     """
     scale = q.shape[-1] ** -0.5
     if on_cpu("paged_attention", q, k, v):
-        out, keys, values = cpu.attend(
+        out, written = cpu.attend(
             q,
             k,
             v,
-            pool[0],
-            pool[1],
+            list(pool),
             pages.slot_mapping,
             pages.block_tables,
             pages.query_start_loc,
             pages.context_lens,
             scale,
         )
-        return out, (keys, values)
+        return out, tuple(written)
     rows = pages.slot_mapping.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
+    if pool[0].dtype == mx.int8:
+        return paged_attention_ref(q, k, v, pool, pages, scale)
     if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]):
         return _metal(q, k, v, pool, work or WorkLists(pages), scale)
     if is_token_major():
@@ -74,12 +75,23 @@ def kv_write_ref(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
 
     A pool that is seen transposed would be copied, here or by the kernel that reads it.
     """
-    keys, values = settled(pool)
+    keys, values, *scales = settled(pool)
     size = keys.shape[3]
     block, place = slots // size, slots % size
+    if scales:
+        (k, scales[0][block, :, place]), (v, scales[1][block, :, place]) = quantized(k), quantized(v)
     keys[block, :, :, place] = k.astype(keys.dtype)
     values[block, :, place] = v.astype(values.dtype)
-    return keys, values
+    return keys, values, *scales
+
+
+def quantized(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Vectors [T, K, D] as int8 and float16 scales [T, K]: a vector's largest entry becomes 127."""
+    wide = x.astype(mx.float32)
+    scales = (mx.max(mx.abs(wide), axis=-1) / 127).astype(mx.float16)
+    unit = scales.astype(mx.float32)[..., None]
+    steps = mx.where(unit > 0, mx.round(wide / unit), 0)
+    return mx.clip(steps, -127, 127).astype(mx.int8), scales
 
 
 def _write_in_place(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
@@ -279,8 +291,12 @@ def _fits(group: int, dim: int) -> bool:
 def paged_attention_ref(
     q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
 ) -> tuple[mx.array, Pool]:
-    """The mathematics: gather each sequence's blocks into one array, and attend as ever."""
-    keys, values = kv_write_ref(pool, k, v, pages.slot_mapping)
+    """The mathematics: gather each sequence's blocks into one array, and attend as ever.
+
+    New keys and values are written first, and read back as they are kept: of int8, what was rounded is the
+    same for a row whether it came with others or alone.
+    """
+    keys, values, *scales = pool = kv_write_ref(pool, k, v, pages.slot_mapping)
     size = keys.shape[3]
     starts = cast(list[int], pages.query_start_loc.tolist())
     lens = cast(list[int], pages.context_lens.tolist())
@@ -288,10 +304,13 @@ def paged_attention_ref(
     for b, (start, end) in enumerate(pairwise(starts)):
         length, offset = lens[b], lens[b] - (end - start)
         table = pages.block_tables[b, : -(-length // size)]
-        own_k = _tokens(keys[table].swapaxes(2, 3))[:length].astype(q.dtype)
-        own_v = _tokens(values[table])[:length].astype(q.dtype)
+        own_k, own_v = _tokens(keys[table].swapaxes(2, 3)), _tokens(values[table])
+        if scales:
+            factors = [_tokens(one[table][..., None]).astype(mx.float32) for one in scales]
+            own_k, own_v = own_k * factors[0], own_v * factors[1]
+        own_k, own_v = own_k[:length].astype(q.dtype), own_v[:length].astype(q.dtype)
         outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=offset))
-    return mx.concatenate(outs), (keys, values)
+    return mx.concatenate(outs), pool
 
 
 def _tokens(blocks: mx.array) -> mx.array:

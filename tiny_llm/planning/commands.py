@@ -12,7 +12,15 @@ from tiny_llm.config import Quantization
 from tiny_llm.errors import RequestError
 from tiny_llm.memory import available_memory_bytes, parse_bytes
 from tiny_llm.ops.backend import use
-from tiny_llm.options import BackendOption, DebugOption, DtypeOption, JsonOption, ModelOption, QuantizeOption
+from tiny_llm.options import (
+    BackendOption,
+    DebugOption,
+    DtypeOption,
+    JsonOption,
+    KvDtypeOption,
+    ModelOption,
+    QuantizeOption,
+)
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
 from tiny_llm.planning.speed import FORMAT, measure_machine, predict
@@ -37,6 +45,7 @@ def memory(
     ] = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = "auto",
     backend: BackendOption = None,
     svg: Annotated[
         Path | None, typer.Option(help="Also draw it, into this file.", rich_help_panel="Output")
@@ -57,7 +66,13 @@ def memory(
     free = available_memory_bytes() if memory is None else parse_bytes(memory, "--memory")
     with use(backend):
         plan = plan_memory(
-            model, available=free, dtype=dtype, quantize=quantize, context=context, batch=batch
+            model,
+            available=free,
+            dtype=dtype,
+            quantize=quantize,
+            context=context,
+            batch=batch,
+            kept=kv_dtype,
         )
         if speed and quantize is None:
             raise RequestError("--speed measures quantized matrices; give --quantize 4 or 8.")

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.engine.settings import BLOCK_SIZE
 from tiny_llm.errors import RequestError
@@ -19,7 +17,6 @@ from tiny_llm.memory import kept_bytes
 from tiny_llm.models.footprint import (
     Training,
     activation_bytes,
-    kv_token_bytes,
     parameter_count,
     training_bytes,
     weights_bytes,
@@ -27,6 +24,7 @@ from tiny_llm.models.footprint import (
 from tiny_llm.models.loading import QUANTIZE_GROUP, check_options, kv_dtype, weight_dtype
 from tiny_llm.models.registry import find, load_config, read_config
 from tiny_llm.ops.backend import active
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import SHORT_NAMES, config_of
@@ -96,7 +94,7 @@ class Serving:
     config: ModelFacts
     matrix_bytes: int
     vector_bytes: int
-    kv_bytes: int
+    kv_token: int
     quantize: Quantization | None
     buffers: int
     page: int  # bytes that the system gives an array of the pool at a time
@@ -106,7 +104,7 @@ class Serving:
         scheduler = SchedulerSettings()
         blocks = batch * -(-context // BLOCK_SIZE)
         step = min(scheduler.max_num_batched_tokens, batch * context)
-        kv = blocks * BLOCK_SIZE * kv_token_bytes(self.config, self.kv_bytes)
+        kv = blocks * BLOCK_SIZE * self.kv_token
         pages = 2 * self.config.num_layers * self.page  # one of keys and one of values a layer, at least
         return Need(
             weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
@@ -137,12 +135,14 @@ def plan_memory(
     quantize: int | None = None,
     context: int | None = None,
     batch: int = 1,
+    kept: str = "auto",
 ) -> MemoryPlan:
     """Plan for ``available`` bytes, on the backend in use. ``context`` None is 4,096, or the model's if less.
+    ``kept`` is what keys and values are, as in ``loading.kv_dtype``.
 
     Raises ConfigError for a model or an option that is unknown, RequestError for a number out of range.
     """
-    check_options(dtype, quantize)
+    check_options(dtype, quantize, kept=kept)
     config = find_config(model)
     limit = config.max_position_embeddings
     context = min(4096, limit) if context is None else context
@@ -150,21 +150,23 @@ def plan_memory(
         if not 1 <= value <= most:
             raise RequestError(f"{name} is {value}, but for {model} must be from 1 to {most:,}.")
     weight = weight_dtype(config, dtype=dtype, quantize=quantize)
-    kept = kv_dtype(config, dtype=dtype, quantize=quantize) or mx.float32
+    kv = KvFormat.of(config, BLOCK_SIZE, kv_dtype(config, dtype=dtype, quantize=quantize, kept=kept))
     packed = active() == "cpu" and find(config.model_type).packed
     format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
     buffers = kept_bytes(available)
     page = HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1
-    serving = Serving(config, weight.size, 4 if packed else weight.size, kept.size, format, buffers, page)
+    serving = Serving(
+        config, weight.size, 4 if packed else weight.size, kv.token_bytes, format, buffers, page
+    )
     return MemoryPlan(
         model=model,
         parameters=parameter_count(config),
         bits=quantize or (config.quantization.bits if config.quantization else None),
         weight_dtype=str(weight).removeprefix("mlx.core."),
-        kv_dtype=str(kept).removeprefix("mlx.core."),
+        kv_dtype=str(kv.dtype).removeprefix("mlx.core."),
         context=context,
         batch=batch,
-        kv_token=kv_token_bytes(config, kept.size),
+        kv_token=kv.token_bytes,
         need=serving.need(context, batch),
         training=training_bytes(config, batch * context),
         available=available,

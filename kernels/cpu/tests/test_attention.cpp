@@ -13,7 +13,7 @@ using namespace tiny_llm::test;
 
 namespace {
 
-float as_stored(float x, KvType type) {
+float as_stored_alone(float x, KvType type) {
     if (type == KvType::bf16) {
         uint32_t u;
         std::memcpy(&u, &x, 4);
@@ -26,6 +26,18 @@ float as_stored(float x, KvType type) {
         x = std::nearbyint(x / unit) * unit;
     }
     return x;
+}
+
+// Vectors of `dim` as a pool gives them back.
+void as_stored(std::vector<float>& x, KvType type, int64_t dim) {
+    for (size_t i = 0; i < x.size(); i += dim) {
+        float most = 0;
+        for (int64_t d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[i + d]));
+        const float scale = as_stored_alone(most / 127, KvType::f16);
+        for (int64_t d = 0; d < dim; ++d)
+            x[i + d] = type == KvType::i8 ? scale * std::clamp(std::nearbyint(x[i + d] / scale), -127.f, 127.f)
+                                          : as_stored_alone(x[i + d], type);
+    }
 }
 
 // Sequences with a pool of their own. Memory that nobody wrote is NaN, so that reading it shows.
@@ -71,7 +83,7 @@ struct Pool {
     const Inputs& in;
     int64_t width, blocks;
     std::vector<int32_t> tables, starts, contexts, slots;
-    std::vector<char> keys, values;
+    std::vector<char> keys, values, key_scales, value_scales;
     std::string fault = "";
 
     Pool(const Case& c, const Inputs& in) : c(c), in(in), width(c.width()), blocks(c.contexts.size() * width + 1) {
@@ -85,12 +97,14 @@ struct Pool {
             for (int64_t i = 0; i * S < c.contexts[b]; ++i) tables[b * width + i] = order[b * width + i];
             for (int64_t p = 0; p < c.contexts[b]; ++p) slots.push_back(tables[b * width + p / S] * S + p % S);
         }
-        const size_t bytes = blocks * c.kv_heads * c.dim * S * (c.type == KvType::f32 ? 4 : 2);
-        keys.assign(bytes, char(0xff)), values.assign(bytes, char(0xff));
+        const size_t tokens = blocks * c.kv_heads * S, item = c.type == KvType::f32 ? 4 : c.type == KvType::i8 ? 1 : 2;
+        for (auto* array : {&keys, &values}) array->assign(tokens * c.dim * item, char(0xff));
+        for (auto* array : {&key_scales, &value_scales}) array->assign(tokens * 2, char(0xff));
     }
 
     std::vector<float> run() {
-        const KvPool pool{keys.data(), values.data(), c.type, blocks, c.kv_heads, c.dim, c.block_size};
+        const KvPool pool{keys.data(), values.data(), c.type, blocks, c.kv_heads, c.dim, c.block_size,
+                          key_scales.data(), value_scales.data()};
         kv_write({in.k.data(), in.v.data(), slots.data(), int64_t(slots.size()), pool});
         std::vector<float> out(in.q.size(), -1);
         const AttendPlan plan = plan_attend({slots.data(), tables.data(), starts.data(), contexts.data(),
@@ -120,8 +134,7 @@ void add_row(const Case& c, const float* q, const float* k, const float* v, int6
 }
 
 std::vector<double> expected(const Case& c, Inputs in) {
-    for (auto* stored : {&in.k, &in.v})
-        for (float& x : *stored) x = as_stored(x, c.type);
+    for (auto* stored : {&in.k, &in.v}) as_stored(*stored, c.type, c.dim);
     std::vector<double> out;
     const float *q = in.q.data(), *k = in.k.data(), *v = in.v.data();
     for (size_t b = 0; b < c.contexts.size(); ++b) {
@@ -148,14 +161,14 @@ void check_case(const Case& c) {
     });
 }
 
-const KvType kTypes[] = {KvType::f32, KvType::bf16, KvType::f16};
+const KvType kTypes[] = {KvType::f32, KvType::bf16, KvType::f16, KvType::i8};
 
 }  // namespace
 
 TEST(attention_matches_float64) {
     for (int64_t dim : {1, 8, 12, 33, 64, 80, 128, 256})
         for (auto [heads, kv_heads] : {std::pair{1, 1}, {14, 2}, {3, 3}, {20, 1}})
-            check_case({{40, 1, 290}, {3, 1, 23}, heads, kv_heads, dim, dim % 3 ? 16 : 32, kTypes[dim % 3]});
+            check_case({{40, 1, 290}, {3, 1, 23}, heads, kv_heads, dim, dim % 3 ? 16 : 32, kTypes[(dim + heads) % 4]});
     for (KvType type : kTypes)
         for (int64_t size : {16, 32, 64}) {
             check_case({{1, 15, 16, 17, 255, 256, 257, 600}, {1, 1, 1, 1, 1, 1, 1, 1}, 7, 1, 64, size, type});
@@ -168,7 +181,7 @@ TEST(attention_matches_float64) {
 // size, more threads: the same bits.
 TEST(attention_bits_are_a_rows_own) {
     const int threads = num_threads();
-    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 14}, {KvType::f16, 40, 6}}) {
+    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 14}, {KvType::f16, 40, 6}, {KvType::i8, 64, 4}}) {
         const Case whole{{600}, {600}, heads, 2, dim, 32, type, {5}};
         const Inputs whole_in = inputs_of(whole);
         const size_t row = heads * dim;
