@@ -9,10 +9,13 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm import LLM, SamplingParams, memory
+from tiny_llm.engine import settings
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.footprint import LAYERS_AT_ONCE, activation_bytes
+from tiny_llm.models.registry import read_config
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import GATHER_BYTES, KvFormat, may_run_ahead
+from tiny_llm.weights.names import config_of
 
 PROMPTS = ["a KV cache", "Tell me about paged attention.", "34 + 25 =", "Once upon a time " * 12]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
@@ -92,6 +95,24 @@ def test_what_attention_gathers_is_in_the_estimate_of_a_step(demo: Path) -> None
     assert format.gathered_bytes(100_000) == 100_000 * 2 * 8 * 128 * 4, "one long sequence is not cut"
     more = activation_bytes(config, 64, 8, GATHER_BYTES) - activation_bytes(config, 64, 8)
     assert more == min(LAYERS_AT_ONCE, config.num_layers) * GATHER_BYTES
+
+
+@pytest.mark.parametrize(("context", "least"), [(100, 512), (90_000, 256)])
+def test_a_step_has_fewer_tokens_where_attention_gathers(
+    context: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its largest step took more than the quarter of memory that it may."""
+    config = read_config(config_of("qwen2-0.5b"))
+    quarter = activation_bytes(config, 2048, 256)
+    monkeypatch.setattr(settings, "available_memory_bytes", lambda: 4 * quarter)
+    tokens = {}
+    for backend in ("ref", "mlx"):
+        with use(backend):
+            fitting = EngineSettings.fitting(config, mx.float32, 4 * quarter, max_context=context)
+            gathered = KvFormat.of(config, 16, mx.float32).gathered_bytes(context)
+        tokens[backend] = fitting.scheduler.max_num_batched_tokens
+        assert activation_bytes(config, tokens[backend], 256, gathered) <= quarter
+    assert tokens == {"ref": 2048, "mlx": least}
 
 
 def test_the_wired_limit_is_what_the_device_recommends(monkeypatch: pytest.MonkeyPatch) -> None:

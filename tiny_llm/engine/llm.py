@@ -211,6 +211,7 @@ class LLM:
                 swap_memory=swap,
                 speculate=speculate,
                 draft=draft,
+                max_context=self.max_context,
             )
 
     def _use_engine(self, settings: EngineSettings) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -72,20 +74,23 @@ class EngineSettings:
         swap_memory: int = 0,
         speculate: Speculation | None = None,
         draft: ModelFacts | None = None,
+        max_context: int | None = None,
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values, those of a ``draft`` model included.
 
         None: half of the memory that can be had now.
 
         Those of sequences that had to make room may take ``swap_memory`` bytes more.
-        A step has no more tokens than a quarter of it holds the intermediate results of.
+        A step has no more tokens than a quarter of it holds the intermediate results of, what attention
+        gathers for contexts of up to ``max_context`` tokens included; None: as many as the model can have.
 
         Raises ConfigError if that is not enough for a block, or more than there can ever be: an amount that
         was mistyped shows here, and not in requests that fail when memory has run out.
         """
         models = [config] if draft is None else [config, draft]
         size = usual_block_size(active())
-        block = sum(KvFormat.of(one, size, kv_dtype).block_bytes for one in models)
+        formats = [KvFormat.of(one, size, kv_dtype) for one in models]
+        block = sum(format.block_bytes for format in formats)
         available = available_memory_bytes()
         memory = available // 2 if kv_memory is None else kv_memory
         if memory < block:
@@ -102,13 +107,15 @@ class EngineSettings:
                 f"{names} {memory + swap_memory:,} bytes, but {limit.name} allows {limit.most:,} in all; "
                 "give less."
             )
+        longest = min(max_context or config.max_position_embeddings, memory // block * size)
+        step = partial(activation_bytes, config, gathered=formats[0].gathered_bytes(longest))
         return cls(
             kv_blocks=memory // block,
             block_size=size,
             host_blocks=swap_memory // block,
             slab_blocks=max(1, KV_SLAB_BYTES // block),
             speculate=speculate,
-            scheduler=_with_steps_within(available // 4, config, scheduler or SchedulerSettings()),
+            scheduler=_with_steps_within(available // 4, step, scheduler or SchedulerSettings()),
         )
 
     def within_reach(self, block_bytes: int) -> EngineSettings:
@@ -133,9 +140,11 @@ def usual_block_size(backend: str) -> int:
     return GPU_BLOCK_SIZE if backend in GPU_KERNELS else BLOCK_SIZE
 
 
-def _with_steps_within(memory: int, config: ModelFacts, scheduler: SchedulerSettings) -> SchedulerSettings:
+def _with_steps_within(
+    memory: int, step_bytes: Callable[[int, int], int], scheduler: SchedulerSettings
+) -> SchedulerSettings:
     """Fewer tokens a step, where the largest step would take more; each running sequence still gets one."""
     tokens, least = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    while tokens > least and activation_bytes(config, tokens, least) > memory:
+    while tokens > least and step_bytes(tokens, least) > memory:
         tokens = max(tokens // 2, least)
     return replace(scheduler, max_num_batched_tokens=tokens)
