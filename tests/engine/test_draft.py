@@ -11,6 +11,7 @@ import pytest
 from tiny_llm import LLM, ConfigError, SamplingParams
 from tiny_llm.decoding.grammar import regex_grammar
 from tiny_llm.engine.settings import EngineSettings, Speculation
+from tiny_llm.proving.record import Proof, Shapes
 
 ASKS = ("What is paged attention?", "Tell me a story about a fox.", "What is 34 + 25?", "What is prefill?")
 
@@ -100,3 +101,18 @@ def test_wishes_that_contradict_each_other_are_refused(demo: Path) -> None:
         LLM("demo", speculate="off", draft="demo-draft")
     with pytest.raises(ConfigError, match="must be one of 'off', 'ngram', 'draft'"):
         EngineSettings(kv_blocks=8, speculate="guess")  # type: ignore[arg-type]
+
+
+def test_the_kernels_are_tried_on_its_shapes(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Shapes] = []
+
+    def known(_: str, shapes: Shapes, *__: object) -> dict[str, Proof]:
+        asked.append(shapes)
+        return {"swiglu": Proof("swiglu", "off" if len(asked) > 1 else "")}
+
+    monkeypatch.setattr("tiny_llm.proving.trial.proved", known)
+    with LLM(demo, backend="metalsim", kernels="auto", draft="demo-draft") as own:
+        assert own.kernels.ours == frozenset() and own._draft is not None
+        of_target, of_draft = asked
+        assert of_target.hidden == own.config.hidden_size != of_draft.hidden == own._draft.config.hidden_size
+        assert (of_draft.bits, of_draft.block_size) == (8, of_target.block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.ops.backend import GPU_KERNELS
 from tiny_llm.proving.cases import Sizes, cases, ops_of
 from tiny_llm.proving.choice import OPS, check, choose
-from tiny_llm.proving.record import KernelTiming, Proof, Shapes
+from tiny_llm.proving.record import KernelTiming, Proof, Record, Shapes
 from tiny_llm.proving.trial import kernels_for
 
 
@@ -96,6 +97,22 @@ def test_a_wish_that_cannot_be_granted_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
         check(backend, kernels, same_tokens)
+
+
+def test_an_op_is_ours_where_it_is_right_and_fast_on_a_draft_models_shapes_too(shapes: Shapes) -> None:
+    """Only the large model's were tried; its kernels ran the small one, whatever they made of it."""
+    small = replace(shapes, hidden=32, bits=8)
+    Record.of("metalsim", shapes).add(proof(op, 1.5) for op in OPS)
+    other = [proof("rope", wrong="a rotation: off by 2"), proof("swiglu", 0.5), proof("rms_norm", 0.9)]
+    Record.of("metalsim", small).add([*(proof(op, 2.0) for op in OPS), *other])
+    assert kernels_for("metalsim", shapes, "auto").ours == set(OPS)
+    both = kernels_for("metalsim", shapes, "auto", draft=small)
+    assert both.ours == set(OPS) - {"rope", "swiglu"}
+    assert both.why["rope"] == "a rotation: off by 2 of the draft model"
+    assert both.why["swiglu"] == "0.50x MLX's speed at 0 rows of the draft model"
+    dense = replace(shapes, bits=0, dense=True)
+    Record.of("metalsim", dense).add(proof(op, 1.5) for op in ops_of(dense))
+    assert "quantized_matmul" in (kernels_for("metalsim", dense, "auto", draft=small).ours or ())
 
 
 def test_backends_without_a_trial_say_whether_same_tokens_hold(shapes: Shapes) -> None:

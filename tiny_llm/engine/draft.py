@@ -23,8 +23,9 @@ from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
-from tiny_llm.models.loading import load_model
+from tiny_llm.models.loading import kv_dtype, load_model
 from tiny_llm.models.registry import Model
+from tiny_llm.proving.record import Shapes
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.weights.hub import resolve
 
@@ -51,11 +52,8 @@ def which_draft(
     return speculate if draft is None else "draft", draft
 
 
-def load_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: bool) -> Model:
-    """The draft model, for the backend in use; its matrices in 8 bits where they are not quantized already.
-
-    Raises ConfigError if its tokens are not the ``target``'s.
-    """
+def open_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: bool) -> Checkpoint:
+    """The draft model, not loaded yet. Raises ConfigError if its tokens are not the ``target``'s."""
     if isinstance(draft, (str, Path)):
         draft = FolderCheckpoint(resolve(str(draft), offline=offline))
     if not draft.tokenizer.has_tokens_of(target.tokenizer):
@@ -63,7 +61,22 @@ def load_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: b
             "The draft model's tokens are not the model's: with another vocabulary its guesses mean other "
             "texts; take a draft model of the same family."
         )
-    return load_model(draft, quantize=None if draft.config.quantization else 8)
+    return draft
+
+
+def draft_shapes(draft: Checkpoint, block_size: int) -> Shapes:
+    """What kernels of the backend in use are to be tried on for it."""
+    computed = kv_dtype(draft.config, dtype=None, quantize=_bits(draft))
+    return Shapes.of(draft.config, _bits(draft), computed, block_size)
+
+
+def load_draft(draft: Checkpoint) -> Model:
+    """It, for the backend in use; its matrices in 8 bits where they are not quantized already."""
+    return load_model(draft, quantize=_bits(draft))
+
+
+def _bits(draft: Checkpoint) -> int | None:
+    return None if draft.config.quantization else 8
 
 
 def to_be_guessed(seq: Sequence, most: int) -> array[int]:

@@ -17,7 +17,7 @@ from typing import Self
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
-from tiny_llm.engine.draft import load_draft, which_draft
+from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.prompts import Prompt, as_ids, as_list, for_each
 from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
@@ -118,17 +118,21 @@ class LLM:
         self.tokenizer = model.tokenizer
         self._chat_prompts = ChatPrompts(self.tokenizer)
         check_options(dtype, quantize, activations, kv_dtype)
+        block_size = engine.block_size if engine else usual_block_size(self.backend)
+        drafting = None if draft is None else open_draft(draft, model, offline=offline)
         with use(self.backend):
+            of_draft = None if drafting is None else draft_shapes(drafting, block_size)
             computed = dtype_of_kv(model.config, dtype=dtype, quantize=quantize)
             self._kept = kept = dtype_of_kv(model.config, dtype=dtype, quantize=quantize, kept=kv_dtype)
-        block_size = engine.block_size if engine else usual_block_size(self.backend)
         shapes = Shapes.of(model.config, quantize, computed, block_size)
-        self.kernels = kernels_for(self.backend, shapes, kernels, same_tokens=same_tokens, progress=trying)
+        self.kernels = kernels_for(
+            self.backend, shapes, kernels, draft=of_draft, same_tokens=same_tokens, progress=trying
+        )
         with use(self.backend, self.kernels.ours):
             loaded = load_model(
                 model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
             )
-            self._draft = None if draft is None else load_draft(draft, model, offline=offline)
+            self._draft = None if drafting is None else load_draft(drafting)
         self._model = loaded
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config = loaded.config

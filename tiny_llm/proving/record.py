@@ -13,7 +13,7 @@ import platform
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -109,6 +109,12 @@ class Proof:
     def slowest(self) -> KernelTiming | None:
         """Where ours does worst; None if nothing was timed."""
         return min(self.timings, key=lambda timing: timing.ratio, default=None)
+
+    def joined(self, other: Proof, whose: str) -> Proof:
+        """Both, of an op that is to serve both; what ``other`` says is told as of ``whose`` shapes."""
+        wrong = self.wrong or (other.wrong and other.wrong + whose)
+        timings = (replace(timing, shape=timing.shape + whose) for timing in other.timings)
+        return Proof(self.op, wrong, (*self.timings, *timings))
 
     @classmethod
     def read(cls, stored: Mapping[str, object]) -> Proof:

@@ -51,6 +51,7 @@ def kernels_for(
     shapes: Shapes,
     asked: str | None = None,
     *,
+    draft: Shapes | None = None,
     same_tokens: bool = False,
     limits: Limits | None = None,
     progress: Progress | None = None,
@@ -58,14 +59,19 @@ def kernels_for(
     """Which ops of a model of these ``shapes`` run on our kernels; tried now, if that is not known yet.
 
     ``asked`` is one of ``KERNELS``; None: "auto" on a GPU, and on "metalsim", which is for running our
-    kernels, all of them untried. Raises ConfigError for a wish that cannot be granted.
+    kernels, all of them untried. A ``draft`` model's shapes are tried too: an op runs on the same kernels in
+    both. Raises ConfigError for a wish that cannot be granted.
     """
     check(backend, asked, same_tokens)
     if backend not in GPU_KERNELS or (backend == "metalsim" and asked is None):
         return Kernels(backend, same_tokens=backend != "mlx")
     if asked == "mlx":
         return all_on_mlx(backend)
-    proofs = proved(backend, shapes, limits or Limits.of(backend), progress)
+    limits = limits or Limits.of(backend)
+    proofs = proved(backend, shapes, limits, progress)
+    if draft is not None:
+        for op, other in proved(backend, draft, limits, progress).items():
+            proofs[op] = proofs.get(op, Proof(op)).joined(other, " of the draft model")
     return choose(backend, proofs, asked or "auto", same_tokens, dense=shapes.dense)
 
 
