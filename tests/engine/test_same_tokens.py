@@ -404,7 +404,7 @@ def test_a_draft_model_that_is_the_model_is_never_wrong(
     guessed = [(p, replace(own, speculate=True, prediction=()), *when) for p, own, *when in asks[:16]]
     with LLM(demo, draft=demo, quantize=8) as same:  # as draft models are
         together(same, SETTINGS[name], guessed)
-    assert len(seen) > 60, "hardly a guess was checked"
+    assert len(seen) > 30, "hardly a guess was checked"
     assert all(drafted == accepted for drafted, accepted in seen)
 
 
