@@ -130,10 +130,20 @@ def test_a_conversations_next_turn_finds_the_answer_too() -> None:
     pool.write(table.blocks, "", answer, 6, 10)  # the last token was made, not computed
     manager.register(table, answer, 10)
     manager.free(table, answer, 10)
+    other = manager.table()
+    assert manager.allocate(other, [*answer[:9], 50, 51]) == 9, "two full blocks and a token of the third"
+    moves = manager.drain()
+    assert moves.copies == [(2, other.blocks[2])], "what else the third holds is kept"
+    pool.move(moves)
+    manager.free(other)
     again = manager.table()
-    assert manager.allocate(again, [*answer, 20, 21, 22]) == 10, "two full blocks and two tokens of the third"
-    pool.move(manager.drain())
+    assert manager.allocate(again, [*answer, 20, 21, 22]) == 10, "two full blocks and all of the third"
+    assert manager.drain().copies == [] and again.blocks.tolist() == [0, 1, 2, 3], (
+        "it is not read as one range"
+    )
     pool.check(again.blocks, "", answer, 10)
+    manager.free(again, [*answer, 20, 21, 22], 13)
+    assert manager.allocate(manager.table(), [*answer, 20, 21]) == 12, "what it began with is found again"
 
 
 def test_a_fork_copies_only_what_it_writes() -> None:

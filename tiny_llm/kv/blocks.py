@@ -140,8 +140,8 @@ class BlockManager:
         """Give an empty table room for all of ``tokens``; return how many of them are already there.
 
         They come from the prefix cache, from the table's host slots, and from the part of a
-        cached block that begins alike, which is copied. The last token is never taken
-        from the cache, because its logits are needed. None, and no change, if fewer than
+        cached block that begins alike, which is copied, or taken where it has no more. The last
+        token is never taken from the cache, because its logits are needed. None, and no change, if fewer than
         ``spare`` blocks would be left.
         """
         assert not table.blocks
@@ -155,6 +155,9 @@ class BlockManager:
         if table.is_kept:
             self._kept_out.difference_update(hits)
         source, alike = (-1, 0) if table.host else self._part(table, tokens, len(hits))
+        is_whole = self.prefix is not None and alike and alike == self.prefix.tokens_of_part(source)
+        if is_whole and not self._refs[source]:  # a text that goes on: its end is ours to fill
+            self._forget(source)  # and is the next to be taken
         table.blocks = array("i", hits)
         table.blocks.extend(self._take() for _ in range(fresh))
         table.writable = len(table.blocks) * self.block_size
@@ -162,7 +165,7 @@ class BlockManager:
         table.full_at = known + self.block_size if self.prefix is not None else maxsize
         if table.host:
             return self._swap_in(table, len(hits))
-        if alike and source != table.blocks[len(hits)]:  # else the source itself was evicted for us
+        if alike and source != table.blocks[len(hits)]:  # else it is the source itself
             self._moves.copies.append((source, table.blocks[len(hits)]))
         return known + alike
 

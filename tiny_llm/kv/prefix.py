@@ -89,6 +89,11 @@ class PrefixCache:
         held = self._contents[block]
         return b"" if held.startswith(_NAMELESS) else held
 
+    def tokens_of_part(self, block: int) -> int:
+        """How many tokens a block that is not full holds; 0 for one that is full."""
+        held = self._contents[block]
+        return (len(held) - 2 * DIGEST) // _ITEM if held.startswith(_NAMELESS) else 0
+
     def forget(self, block: int) -> None:
         """``block`` is about to hold something else."""
         content = self._contents.pop(block)
