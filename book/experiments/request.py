@@ -72,7 +72,7 @@ def follow() -> Seen:
     llm = llm.with_engine(replace(settings, async_scheduling=False, kv_blocks=64))
     plans: list[Plan] = []
     commit = llm.engine.scheduler.commit
-    llm.engine.scheduler.commit = lambda plan, advances: plans.append(plan) or commit(plan, advances)  # type: ignore[method-assign, func-returns-value]
+    llm.engine.scheduler.commit = lambda plan, *given: plans.append(plan) or commit(plan, *given)  # type: ignore[method-assign, func-returns-value]
     messages = [{"role": "user", "content": QUESTION}]
     ids = llm.chat_prompt(messages)
     chunks = list(llm.stream_chat(messages, SamplingParams(max_tokens=32, speculate=False)))

@@ -83,7 +83,8 @@ def test_a_tokens_keys_and_values_as_published() -> None:
 @pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-0.5b"])
 def test_the_pools_format_takes_as_many(name: str, dtype: mx.Dtype) -> None:
     format = KvFormat.of(ALL[name], 16, dtype)
-    assert format.token_bytes == kv_token_bytes(ALL[name], dtype.size)
+    assert format.scale_bytes == (2 * 2 * format.num_layers * format.heads if dtype == mx.int8 else 0)
+    assert format.token_bytes == kv_token_bytes(ALL[name], dtype.size) + format.scale_bytes
     assert format.block_bytes == 16 * format.token_bytes
 
 

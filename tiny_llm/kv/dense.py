@@ -49,7 +49,7 @@ class DenseCache:
         assert len(batch.query_start_loc) == 2, (
             f"DenseCache holds one sequence, got {len(batch.query_start_loc) - 1}"
         )
-        if active() == "cpu" or self._dtype == mx.int8:
+        if active() == "cpu" or (self._dtype is not None and self._dtype == mx.int8):
             return self._attend_pool(layer, q, k, v, batch)
         return self.attend_arrays(layer, q, k, v)
 

@@ -105,6 +105,12 @@ class KvFormat:
         """Bytes of a token's place in a block, over all layers: ``footprint.kv_token_bytes``, and scales."""
         return self.block_bytes // self.block_size
 
+    @property
+    def scale_bytes(self) -> int:
+        """Of these, what scales take."""
+        scales = sum(prod(array.shape) * array.dtype.size for array in self.arrays[2:])
+        return self.num_layers * scales // self.block_size
+
     def gathered_bytes(self, longest: int) -> int:
         """The most bytes that attention gathers at once, for contexts of up to ``longest`` tokens."""
         each = longest * self.token_bytes // self.num_layers

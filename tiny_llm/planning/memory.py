@@ -17,6 +17,7 @@ from tiny_llm.memory import kept_bytes
 from tiny_llm.models.footprint import (
     Training,
     activation_bytes,
+    kv_token_bytes,
     parameter_count,
     training_bytes,
     weights_bytes,
@@ -150,23 +151,22 @@ def plan_memory(
         if not 1 <= value <= most:
             raise RequestError(f"{name} is {value}, but for {model} must be from 1 to {most:,}.")
     weight = weight_dtype(config, dtype=dtype, quantize=quantize)
-    kv = KvFormat.of(config, BLOCK_SIZE, kv_dtype(config, dtype=dtype, quantize=quantize, kept=kept))
+    pages = KvFormat.of(config, BLOCK_SIZE, kv_dtype(config, dtype=dtype, quantize=quantize, kept=kept))
+    kv_token = kv_token_bytes(config, pages.dtype.size) + pages.scale_bytes
     packed = active() == "cpu" and find(config.model_type).packed
     format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
     buffers = kept_bytes(available)
     page = HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1
-    serving = Serving(
-        config, weight.size, 4 if packed else weight.size, kv.token_bytes, format, buffers, page
-    )
+    serving = Serving(config, weight.size, 4 if packed else weight.size, kv_token, format, buffers, page)
     return MemoryPlan(
         model=model,
         parameters=parameter_count(config),
         bits=quantize or (config.quantization.bits if config.quantization else None),
         weight_dtype=str(weight).removeprefix("mlx.core."),
-        kv_dtype=str(kv.dtype).removeprefix("mlx.core."),
+        kv_dtype=str(pages.dtype).removeprefix("mlx.core."),
         context=context,
         batch=batch,
-        kv_token=kv.token_bytes,
+        kv_token=kv_token,
         need=serving.need(context, batch),
         training=training_bytes(config, batch * context),
         available=available,
