@@ -72,8 +72,9 @@ class BlockStore:
         self._fault: str | None = None
         self._read_ms = 0.0
         self._lock = threading.Lock()  # of all that two threads change
-        self._queue: SimpleQueue[tuple[bytes, bytes] | None] = SimpleQueue()
-        self._waiting: dict[Path, int] = {}  # to be written, and their bytes
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()  # contents
+        self._waiting: dict[Path, bytes] = {}  # what is to be written
+        self._waiting_bytes = 0
         self._writer = threading.Thread(target=self._write_all, name="kv-disk", daemon=True)
         self._writer.start()
 
@@ -97,6 +98,8 @@ class BlockStore:
     def read(self, content: bytes) -> bytes | None:
         """The keys and values of ``content``; None where they are not, or not whole."""
         path = self._path(content)
+        if (waiting := self._waiting.get(path)) is not None:
+            return waiting
         if path not in self._files:
             return None
         began = time.perf_counter()
@@ -117,16 +120,17 @@ class BlockStore:
 
     def write(self, content: bytes, data: bytes, *, wait: bool = False) -> None:
         """Keep ``data`` under ``content``, soon. If too much waits already it is dropped, or waits too."""
-        while wait and sum(self._waiting.values()) > QUEUE_BYTES // 2 and self._writer.is_alive():
+        while wait and self._waiting_bytes > QUEUE_BYTES // 2 and self._writer.is_alive():
             time.sleep(0.001)
         with self._lock:
             if self._fault or content in self:
                 return
-            if sum(self._waiting.values()) + len(data) > QUEUE_BYTES:
+            if self._waiting_bytes + len(data) > QUEUE_BYTES:
                 self._counts["dropped"] += 1
                 return
-            self._waiting[self._path(content)] = len(data)
-        self._queue.put((content, data))
+            self._waiting[self._path(content)] = data
+            self._waiting_bytes += len(data)
+        self._queue.put(content)
 
     def close(self) -> None:
         """Write what waits, and let others have the folder. May be repeated."""
@@ -151,17 +155,16 @@ class BlockStore:
 
     def _write_all(self) -> None:
         """The thread's work. The first fault of the disk ends it."""
-        while (item := self._queue.get()) is not None:
-            content, data = item
+        while (content := self._queue.get()) is not None:
             path = self._path(content)
             try:
                 if not self._fault:
-                    self._write_file(path, self._head(content) + data)
+                    self._write_file(path, self._head(content) + self._waiting[path])
             except OSError as error:
                 self._fault = f"{error.strerror}"
                 _LOG.warning("no more keys and values are written to %s: %s", self._folder, error.strerror)
             with self._lock:
-                del self._waiting[path]
+                self._waiting_bytes -= len(self._waiting.pop(path))
 
     def _write_file(self, path: Path, file: bytes) -> None:
         size = len(file) + DIGEST
