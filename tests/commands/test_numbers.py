@@ -19,7 +19,7 @@ from tiny_llm.planning import commands as memory
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.settings import ServerSettings
 
-WHOLE = ("-5", "0", "1", "3000", str(10**9), str(2**31), "1" + 30 * "0", "-1" + 30 * "0")
+WHOLE = ("-5", "0", "1", "300", str(10**9), str(2**31), "1" + 30 * "0", "-1" + 30 * "0")
 NUMBERS = (*WHOLE, "nan", "inf", "-inf", "1e-320", "1e308")
 AMOUNTS = ("0", "-1", "nan", "inf", "1", "100TB", 400 * "9" + "GB")
 
