@@ -59,10 +59,10 @@ def main() -> None:
         for _ in range(given.rounds):
             computed.append(first_token_s(plain, prompt))
             read.append(first_token_s(disk, prompt))
-        small = EngineSettings(kv_blocks=64, speculate="off")
+        small = EngineSettings(kv_blocks=24, speculate="off")
         without, with_disk = [], []
         for _ in range(2 * given.rounds):
-            prompts = [[chance.randrange(5000) for _ in range(96)] for _ in range(24)]
+            prompts = [[chance.randrange(5000) for _ in range(96)] for _ in range(8)]
             without.append(decode_rate(plain, prompts, small))
             with_disk.append(decode_rate(disk, prompts, small))
         usage = disk.engine.stats().disk
