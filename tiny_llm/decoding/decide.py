@@ -127,9 +127,9 @@ def within_forms(plan: Plan, sharing: Sharing) -> Plan:
         return plan
     guesses = []
     for item in plan.items[: plan.decodes]:
-        form, own = sharing(item.seq_id)[0].form, item.tokens[1:]
-        if own and own[0] != GUESS and isinstance(form, GrammarConstraint):
-            own = own[: form.count_allowed(sharing(item.seq_id)[0].token_ids, own.tolist())]
+        answer, own = sharing(item.seq_id)[0], item.tokens[1:]
+        if own and own[0] != GUESS and isinstance(answer.form, GrammarConstraint):
+            own = own[: answer.form.count_allowed(answer.token_ids, own.tolist())]
         guesses.append(own)
     return with_guesses(plan, guesses)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from math import prod
 
 import mlx.core as mx
 
@@ -104,9 +103,9 @@ class PagedCache:
         pools, end = list[Pool](), 0
         for _ in range(self.format.num_layers):
             arrays = []
-            for _, shape, dtype in self.format.arrays:
-                start, end = end, end + prod(shape) * dtype.size
-                arrays.append(rows[:, start:end].view(dtype).reshape(-1, *shape))
+            for array in self.format.arrays:
+                start, end = end, end + array.block_bytes
+                arrays.append(rows[:, start:end].view(array.dtype).reshape(-1, *array.shape))
             pools.append(tuple(arrays))
         return pools
 

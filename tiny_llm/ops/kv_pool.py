@@ -33,6 +33,11 @@ class KvArray(NamedTuple):
     shape: tuple[int, ...]
     dtype: mx.Dtype
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in it."""
+        return prod(self.shape) * self.dtype.size
+
 
 def is_token_major() -> bool:
     """Whether a pool is laid out for MLX's attention, which is then the one to read it.
@@ -98,7 +103,7 @@ class KvFormat:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block over all layers."""
-        return self.num_layers * sum(prod(array.shape) * array.dtype.size for array in self.arrays)
+        return self.num_layers * sum(array.block_bytes for array in self.arrays)
 
     @property
     def token_bytes(self) -> int:
@@ -108,7 +113,7 @@ class KvFormat:
     @property
     def scale_bytes(self) -> int:
         """Of these, what scales take."""
-        scales = sum(prod(array.shape) * array.dtype.size for array in self.arrays[2:])
+        scales = sum(array.block_bytes for array in self.arrays[2:])
         return self.num_layers * scales // self.block_size
 
     def gathered_bytes(self, longest: int) -> int:
