@@ -1,4 +1,4 @@
-// Memory for weights: huge pages, so that reading them once a token misses no page table.
+// Memory for what is streamed: huge pages, so that reading it once a token misses no page table.
 #pragma once
 
 #include <stddef.h>
@@ -14,5 +14,8 @@ struct Block {
 
 // Throws std::bad_alloc without memory. Safe from several threads.
 Block allocate_weights(size_t bytes);
+
+// The same with pages of its own, which go when it goes: for what comes and goes beside weights that stay.
+Block allocate_pool(size_t bytes);
 
 }  // namespace tiny_llm

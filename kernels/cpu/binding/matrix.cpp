@@ -8,7 +8,6 @@
 #include <string>
 #include <utility>
 
-#include "../memory.h"
 #include "bindings.h"
 #include "op.h"
 
@@ -25,9 +24,9 @@ ptrdiff_t header_bytes() {
 
 }  // namespace
 
-mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes) {
+mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes, Block (*allocate)(size_t)) {
     constexpr ptrdiff_t kRoom = 64;  // for the header, so that MLX may read it too
-    Block block = allocate_weights(bytes + kRoom);
+    Block block = allocate(bytes + kRoom);
     char* data = static_cast<char*>(block.data) + kRoom;
     const size_t size = bytes;
     if (header_bytes() == sizeof size) std::memcpy(data - sizeof size, &size, sizeof size);
@@ -39,7 +38,7 @@ mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes) {
 PackedMatrix make_matrix(Matrix layout, int64_t bytes_of_tile) {
     // Two axes, because one of more than 2^31 bytes has no room in a shape.
     const mx::Shape shape{static_cast<int>(tiles(layout)), static_cast<int>(bytes_of_tile)};
-    mx::array data = arena_array(shape, mx::uint8, tiles(layout) * bytes_of_tile);
+    mx::array data = arena_array(shape, mx::uint8, tiles(layout) * bytes_of_tile, allocate_weights);
     layout.data = data.data<char>();
     return {std::move(data), layout};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../matrix.h"
+#include "../memory.h"
 #include "mlx/mlx.h"
 
 namespace tiny_llm {
@@ -13,8 +14,8 @@ struct PackedMatrix {
     Matrix layout;   // its `data` points into the array's
 };
 
-// An array of zeros in the arena. What nobody has written to takes no memory.
-mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes);
+// An array of zeros in memory that `allocate` gives. What nobody has written to takes none.
+mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes, Block (*allocate)(size_t));
 
 // Memory for `layout`, zeroed and writable until it is given to Python.
 PackedMatrix make_matrix(Matrix layout, int64_t bytes_of_tile);

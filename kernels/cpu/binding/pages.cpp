@@ -3,7 +3,6 @@
 
 #include <cstring>
 
-#include "../memory.h"
 #include "bindings.h"
 #include "matrix.h"
 #include "op.h"
@@ -20,7 +19,7 @@ mx::array untouched_zeros(const std::vector<int>& shape, mx::Dtype dtype) {
         if (length < 1) throw std::invalid_argument("[untouched_zeros] expected lengths of at least 1");
         bytes *= length;
     }
-    return arena_array(mx::Shape(shape.begin(), shape.end()), dtype, bytes);
+    return arena_array(mx::Shape(shape.begin(), shape.end()), dtype, bytes, allocate_pool);
 }
 
 // target[pairs[i, 1]] = source[pairs[i, 0]], in target's own memory. Pairs out of range are left out.

@@ -56,6 +56,18 @@ TEST(weights_are_aligned_zeroed_and_apart) {
     for (size_t i : {3, 0, 6, 1, 5, 2, 4}) blocks[i].first.release();
 }
 
+TEST(pools_are_aligned_zeroed_and_give_their_pages_back) {
+    const Block stays = allocate_weights(1000);
+    for (size_t bytes : {size_t{1}, size_t{100000}, (size_t{2} << 20) + 1, size_t{70} << 20}) {
+        const Block block = allocate_pool(bytes);
+        CHECK(reinterpret_cast<uintptr_t>(block.data) % 64 == 0, "%zu bytes", bytes);
+        CHECK(all_zero(block, bytes), "%zu bytes", bytes);
+        std::fill_n(static_cast<char*>(block.data), bytes, 1);
+        block.release();
+    }
+    stays.release();
+}
+
 TEST(weights_come_in_any_thread) {
     std::vector<std::thread> threads;
     for (int t = 0; t < 4; ++t)
