@@ -13,7 +13,12 @@ struct msim_timespec { long seconds, nanoseconds; };
 int clock_gettime(int, msim_timespec*);
 }
 
+#ifndef MSIM_STRICT
+#define MSIM_STRICT 0
+#endif
+
 namespace {
+constexpr bool STRICT = MSIM_STRICT;
 constexpr u32 MAX_THREADS = 1024, MAX_ARRAYS = 64;
 constexpr size_t STACK = 256 * 1024, RESERVED = size_t(1) << 32, MARGIN = size_t(1) << 30;
 constexpr u32 MEMORY = 32 * 1024, RED_ZONE = 64, ARRAYS_END = MEMORY + MAX_ARRAYS * 2 * RED_ZONE;
@@ -90,21 +95,17 @@ u32 random_below(u32 bound) {
 
 void shuffle(u32* order, u32 count) {
   for (u32 i = 0; i < count; ++i) order[i] = i;
-#if MSIM_STRICT
-  for (u32 i = count; i > 1; --i) {
+  for (u32 i = count; STRICT && i > 1; --i) {
     u32 j = random_below(i), kept = order[i - 1];
     order[i - 1] = order[j], order[j] = kept;
   }
-#endif
 }
 
 u8* map(size_t bytes, int protection) {
   void* at = mmap(nullptr, bytes, protection, 0x2 | 0x20 | 0x4000, -1, 0);  // private, anonymous, no reserve
   return at == (void*)-1 ? nullptr : (u8*)at;
 }
-}  // namespace
 
-namespace {
 void leave() {
   Fiber* from = me;
   msim_switch(&from->stack_pointer, scheduler);
@@ -124,6 +125,15 @@ void fault(Kind kind, u64 pc, Report what, const Fiber* who = nullptr) {
     stopped = true;
   }
   if (me) leave();
+}
+
+// `one` waits for `other`, which does not come to where it is.
+void divergence(Kind kind, const Fiber& one, const Fiber& other, u32 op = 0) {
+  Report what{};
+  what.there = side_of(other, other.pc, false);
+  what.op = op;
+  what.ended = other.state == ENDED;
+  fault(kind, one.pc, what, &one);
 }
 
 inline void tick(u64 weight, u64 pc) {
@@ -149,7 +159,7 @@ void start(Fiber& f) {
 void release_simdgroup(u32 number) {
   Simdgroup& group = simdgroups[number];
   Exchange& exchange = group.exchange[group.turn & 1];
-  u32 first = number * 32, flags = ~0u, count = 0;
+  u32 first = number * 32, flags = ~0u;
   const Fiber* one = nullptr;
   exchange.active = 0;
   for (u32 i = 0; i < group.lanes; ++i) {
@@ -158,34 +168,10 @@ void release_simdgroup(u32 number) {
     exchange.active |= 1u << i;
     flags &= f.flags;
     if (!one) one = &f;
-    ++count;
-#if MSIM_STRICT
-    if (f.pc != one->pc || f.op != one->op) {
-      Report what{};
-      what.there = side_of(f, f.pc, false);
-      what.op = f.op;
-      return fault(SIMD_DIVERGENCE, one->pc, what, one);
-    }
-#else
-    if (f.op != one->op) {
-      Report what{};
-      what.there = side_of(f, f.pc, false);
-      what.op = f.op;
-      return fault(SIMD_DIVERGENCE, one->pc, what, one);
-    }
-#endif
+    if (f.op != one->op || (STRICT && f.pc != one->pc)) return divergence(SIMD_DIVERGENCE, *one, f, f.op);
   }
-#if MSIM_STRICT
-  if (count < group.lanes)
-    for (u32 i = 0; i < group.lanes; ++i)
-      if (fibers[first + i].state != AT_SIMD) {
-        Report what{};
-        what.there = side_of(fibers[first + i], fibers[first + i].pc, false);
-        what.op = one->op;
-        what.ended = fibers[first + i].state == ENDED;
-        return fault(SIMD_DIVERGENCE, one->pc, what, one);
-      }
-#endif
+  for (u32 i = 0; STRICT && i < group.lanes; ++i)
+    if (fibers[first + i].state != AT_SIMD) return divergence(SIMD_DIVERGENCE, *one, fibers[first + i], one->op);
   if (one->op == OP_BARRIER)
     for (u32 kind = 0; kind < 2; ++kind)
       if (flags & (kind ? 1 : 2)) ++group.epoch[kind];
@@ -202,16 +188,9 @@ void release_barrier() {
     Fiber& f = fibers[i];
     if (f.state == AT_BARRIER) flags &= f.flags, one = one ? one : &f;
   }
-#if MSIM_STRICT
-  for (u32 i = 0; i < threads; ++i) {
-    const Fiber& f = fibers[i];
-    if (f.state == AT_BARRIER && f.pc == one->pc) continue;
-    Report what{};
-    what.there = side_of(f, f.pc, false);
-    what.ended = f.state == ENDED;
-    return fault(BARRIER_DIVERGENCE, one->pc, what, one);
-  }
-#endif
+  for (u32 i = 0; STRICT && i < threads; ++i)
+    if (fibers[i].state != AT_BARRIER || fibers[i].pc != one->pc)
+      return divergence(BARRIER_DIVERGENCE, *one, fibers[i]);
   for (u32 kind = 0; kind < 2; ++kind)
     if (flags & (kind ? 1 : 2)) ++epoch[kind];
   at_barrier = 0;
@@ -254,10 +233,7 @@ void stuck() {
   u32 number = waits->thread.simdgroup_index_in_threadgroup;
   for (u32 i = number * 32; i < number * 32 + simdgroups[number].lanes; ++i)
     if (fibers[i].state != AT_SIMD) other = &fibers[i];
-  Report what{};
-  what.op = waits->op;
-  what.there = side_of(*other, other->pc, false);
-  fault(SIMD_DIVERGENCE, waits->pc, what, waits);
+  divergence(SIMD_DIVERGENCE, *waits, *other, waits->op);
 }
 
 void run_threadgroup(const u32 at[3]) {

@@ -43,6 +43,10 @@ _ARRAY = re.compile(
     r"(?P<names>[A-Za-z_]\w*\s*(?:\[[^;=]*?\]\s*)*(?:,\s*[A-Za-z_]\w*\s*(?:\[[^;=]*?\]\s*)*)*);"
 )
 _NAME = re.compile(r"([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)")
+# float4(..) and vec<T, 4>(..): what is called here is a type.
+_VECTOR = re.compile(
+    r"\b((?:metal::)?(?:vec\s*<[^<>;(){}]*>|(?:float|half|bfloat|u?char|u?short|u?int|u?long)[234]))\s*\("
+)
 _LINE = re.compile(r'\s*#\s*line\s+(\d+)(?:\s+"([^"]*)")?')
 
 
@@ -248,8 +252,8 @@ def threadgroup_arrays(body: str) -> str:
 
 
 def _vectors(text: str) -> str:
-    """``vec<T, 4>(...)`` is no call in C++ with clang's vectors."""
-    return re.sub(r"\b((?:metal::)?vec\s*<[^<>;(){}]*>)\s*\(", r"::metal::msim_make<\1>(", text)
+    """A vector made of its parts: clang's vectors have no constructors, so it is a call of ``msim_make``."""
+    return _VECTOR.sub(r"::metal::msim_make<\1>(", text)
 
 
 def author_lines(kernel: Kernel) -> dict[tuple[str, int], str]:

@@ -9,9 +9,7 @@ typedef atomic<uint> atomic_uint;
 typedef atomic<float> atomic_float;
 typedef atomic<bool> atomic_bool;
 
-#ifdef MSIM_CHECK
-#define MSIM_TELL(at, write, read)
-#elif defined(MSIM_STRICT)
+#ifdef MSIM_STRICT
 #define MSIM_TELL(at, write, read) msim_atomic((void*)(at), sizeof(*(at)), write, read)
 #else
 #define MSIM_TELL(at, write, read)
