@@ -29,32 +29,27 @@ class KernelFault(TinyLLMError):
         self.kind, self.line = kind, line
 
 
+def fields(*declared: tuple[type, str]) -> list[tuple[str, type]]:
+    """The fields of a structure as C declares them: a type, and the names of those that have it."""
+    return [(name, kind) for kind, names in declared for name in names.split()]
+
+
 class Side(ctypes.Structure):
     """One thread's part in a fault."""
 
-    _fields_ = (
-        ("pc", ctypes.c_uint64),
-        ("group", ctypes.c_uint32),
-        ("thread", ctypes.c_uint32),
-        ("write", ctypes.c_uint32),
-    )
+    _fields_ = fields((ctypes.c_uint64, "pc"), (ctypes.c_uint32, "group thread write"))
 
 
 class Report(ctypes.Structure):
     """The first fault of a dispatch, as runtime.h has it."""
 
-    _fields_ = (
-        ("kind", ctypes.c_uint32),
-        ("bytes", ctypes.c_uint32),
-        ("element", ctypes.c_uint32),
-        ("op", ctypes.c_uint32),
-        ("ended", ctypes.c_uint32),
-        ("buffer", ctypes.c_int32),
-        ("offset", ctypes.c_int64),
-        ("size", ctypes.c_uint64),
-        ("name", ctypes.c_char_p),
-        ("here", Side),
-        ("there", Side),
+    _fields_ = fields(
+        (ctypes.c_uint32, "kind bytes element op ended"),
+        (ctypes.c_int32, "buffer"),
+        (ctypes.c_int64, "offset"),
+        (ctypes.c_uint64, "size"),
+        (ctypes.c_char_p, "name"),
+        (Side, "here there"),
     )
 
 
@@ -84,12 +79,10 @@ class Where:
 
     def thread(self, side: Side) -> str:
         """A thread by its places, as the kernel's author counts them."""
-        groups, threads = [], []
-        for all_threads, wanted in zip(self.grid, self.threadgroup, strict=True):
-            groups.append(-(-all_threads // wanted))
-        group = _place(side.group, groups)
-        for all_threads, wanted, index in zip(self.grid, self.threadgroup, group, strict=True):
-            threads.append(min(wanted, all_threads - index * wanted))  # the last one may be smaller
+        sizes = list(zip(self.grid, self.threadgroup, strict=True))
+        group = _place(side.group, [-(-grid // full) for grid, full in sizes])
+        # The last one may be smaller.
+        threads = [min(full, grid - at * full) for (grid, full), at in zip(sizes, group, strict=True)]
         return f"thread {_place(side.thread, threads)} of threadgroup {group}"
 
 
@@ -125,12 +118,11 @@ def _what(kind: str, r: Report, where: Where, seconds: float) -> str:
     if kind == "misaligned":
         place = f"byte {r.offset} of {buffer}, no multiple of {r.size},"
         return f"misaligned: {here} {does} {r.bytes} bytes at {place}{spot}"
-    if kind == "barrier divergence":
-        what = "has ended" if r.ended else f"is elsewhere{other}"
-        return f"barrier divergence: {here} waits{spot}, but {there} {what}"
-    if kind == "simd divergence":
-        what = "has ended" if r.ended else f"is elsewhere{other}"
-        return f"simd divergence: {here} is in a {_SIMD[r.op]}{spot}, but {there} {what}"
+    if kind in ("barrier divergence", "simd divergence"):
+        waits = "waits" if kind == "barrier divergence" else f"is in a {_SIMD[r.op]}"
+        return (
+            f"{kind}: {here} {waits}{spot}, but {there} {'has ended' if r.ended else f'is elsewhere{other}'}"
+        )
     if kind == "time limit":
         return f"time limit: not done after {seconds:g} s; {here} is{spot or ' about to start'}"
     if kind == "too much threadgroup memory":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from tiny_llm.metalsim.build import parse
-from tiny_llm.metalsim.source import Kernel, find_arrays, parsed_only, without_comments
+from tiny_llm.metalsim.source import Kernel, find_arrays, numbered, parsed_only, without_comments
 
 _HEADER_AND_BODY: Sequence[tuple[str, str]] = (
     (r'#\s*include\s*(?!\s*<metal_\w+>)[<"][^\n]*', "includes something else than <metal_*>"),
@@ -62,12 +62,6 @@ def _by_text(kernel: Kernel) -> Iterator[str]:
 
 
 def _at(name: str, text: str, place: int, what: str) -> str:
-    """The rule's words at the line of the author's file, which a ``#line`` may have named."""
-    number = 1
-    for line in text[:place].split("\n")[:-1]:
-        moved = re.match(r'\s*#\s*line\s+(\d+)(?:\s+"([^"]*)")?', line)
-        if moved:
-            number, name = int(moved[1]), moved[2] or name
-        else:
-            number += 1
-    return f"{name}:{number}: {what}"
+    """The rule's words at the line of the author's file."""
+    *_, (file, number, _) = numbered(name, text[:place])
+    return f"{file}:{number}: {what}"

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim import build
-from tiny_llm.metalsim.faults import Report, Where, fault
+from tiny_llm.metalsim.faults import Report, Where, fault, fields
 from tiny_llm.metalsim.source import Input, Kernel, Template, author_lines, program
 
 Array = mx.array | bool | int | float
@@ -28,34 +28,24 @@ _ALIGNED = 16  # bytes that are loaded at once, at most, and on a GPU a buffer b
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("bytes", ctypes.c_uint64),
-        ("read", ctypes.c_uint64),
-        ("written", ctypes.c_uint64),
-        ("fetched", ctypes.c_uint64),
-        ("loads", ctypes.c_uint64),
-        ("element", ctypes.c_uint32),
-        ("role", ctypes.c_uint32),
-        ("must_be_written", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+    """As runtime.h has it."""
+
+    _fields_ = fields(
+        (ctypes.c_void_p, "data"),
+        (ctypes.c_uint64, "bytes read written fetched loads"),
+        (ctypes.c_uint32, "element role must_be_written unused"),
     )
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = (
-        ("kernel", ctypes.c_void_p),
-        ("buffer", ctypes.c_void_p),
-        ("pointers", ctypes.c_void_p),
-        ("image", ctypes.c_void_p),
-        ("image_bytes", ctypes.c_uint64),
-        ("simd_operations", ctypes.c_uint64),
-        ("barriers", ctypes.c_uint64),
-        ("seconds", ctypes.c_double),
-        ("grid", ctypes.c_uint32 * 3),
-        ("threads", ctypes.c_uint32 * 3),
-        ("buffers", ctypes.c_uint32),
-        ("seed", ctypes.c_uint32),
+    """As runtime.h has it."""
+
+    _fields_ = fields(
+        (ctypes.c_void_p, "kernel buffer pointers image"),
+        (ctypes.c_uint64, "image_bytes simd_operations barriers"),
+        (ctypes.c_double, "seconds"),
+        (ctypes.c_uint32 * 3, "grid threads"),
+        (ctypes.c_uint32, "buffers seed"),
     )
 
 
@@ -75,37 +65,12 @@ class Traffic:
     barriers: int
 
 
-@dataclass
-class _Bound:
-    """A buffer of the dispatch: its name, its memory, and who keeps that alive."""
+class _Bound(NamedTuple):
+    """A buffer of the dispatch: its name, what the simulator is told of it, who keeps its memory alive."""
 
     name: str
-    address: int
-    size: int
-    element: int
-    role: int
-    must_be_written: bool = False
-    keep: object = None
-
-
-@cache
-def _dtypes() -> dict[mx.Dtype, str]:
-    """Metal's name of each dtype that it has."""
-    return {
-        mx.bool_: "bool",
-        mx.int8: "int8_t",
-        mx.int16: "int16_t",
-        mx.int32: "int32_t",
-        mx.int64: "int64_t",
-        mx.uint8: "uint8_t",
-        mx.uint16: "uint16_t",
-        mx.uint32: "uint32_t",
-        mx.uint64: "uint64_t",
-        mx.float16: "float16_t",
-        mx.bfloat16: "bfloat16_t",
-        mx.float32: "float",
-        mx.complex64: "complex64_t",
-    }
+    buffer: _Buffer
+    keep: object
 
 
 def _element(dtype: mx.Dtype) -> int:
@@ -114,47 +79,46 @@ def _element(dtype: mx.Dtype) -> int:
 
 
 def _metal(dtype: mx.Dtype) -> str:
-    if dtype not in _dtypes():
-        raise ConfigError(f"Metal has no {dtype}; give one of {', '.join(map(str, _dtypes()))}.")
-    return _dtypes()[dtype]
+    """Metal's name of a dtype."""
+    if dtype == mx.float64:
+        raise ConfigError(f"Metal has no {dtype}; give float32, float16 or bfloat16.")
+    name = str(dtype).removeprefix("mlx.core.")
+    return {"bool": "bool", "float32": "float"}.get(name, f"{name}_t")
 
 
 @dataclass(frozen=True)
 class MetalKernel:
-    """A kernel to be called as the one that ``mx.fast.metal_kernel`` returns."""
+    """A kernel as ``mx.fast.metal_kernel`` makes it, to be run here.
+
+    ``mode`` "strict" checks every access, "fast" none. ``seed`` decides the order of threads in "strict".
+    ``partial_outputs`` may be left unwritten; ``mutable_inputs`` may be written, and are changed in place.
+    Raises ConfigError for another mode, ValueError without an output.
+    """
 
     name: str
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
+    input_names: Sequence[str]
+    output_names: Sequence[str]
     source: str
     header: str = ""
     ensure_row_contiguous: bool = True
     atomic_outputs: bool = False
+    compile_options: object = None
+    _: KW_ONLY
     mode: str = "strict"
     seed: int = 1
-    partial_outputs: tuple[str, ...] = ()
-    mutable_inputs: tuple[str, ...] = ()
+    partial_outputs: Sequence[str] = ()
+    mutable_inputs: Sequence[str] = ()
     time_limit: float = 60.0
 
-    def __call__(
-        self,
-        *,
-        inputs: Sequence[Array],
-        output_shapes: Sequence[Sequence[int]],
-        output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        template: Sequence[tuple[str, mx.Dtype | bool | int]] | None = None,
-        init_value: float | None = None,
-        verbose: bool = False,
-        stream: object = None,
-    ) -> list[mx.array]:
-        """Run the kernel; return its outputs. Raises KernelFault, CompileError, ConfigError, ValueError."""
-        arrays = self._inputs(inputs)
-        kernel = self.variant(arrays, output_dtypes, template or ())
-        if verbose:
-            print(f"Generated source code for `{self.name}`:\n```\n{kernel.text}\n```")
-        return self._run(kernel, arrays, output_shapes, output_dtypes, grid, threadgroup, init_value)[0]
+    def __post_init__(self) -> None:
+        if self.mode not in build.MODES:
+            raise ConfigError(f"mode is {self.mode!r}, expected one of {', '.join(build.MODES)}.")
+        if not self.output_names:
+            raise ValueError("[metal_kernel] expected at least one output, got none")
+
+    def __call__(self, *, stream: object = None, **call: Any) -> list[mx.array]:
+        """Run the kernel; return its outputs. What it takes, and raises, is what ``measure`` does."""
+        return self.measure(**call)[0]
 
     def measure(
         self,
@@ -166,11 +130,23 @@ class MetalKernel:
         threadgroup: tuple[int, int, int],
         template: Sequence[tuple[str, mx.Dtype | bool | int]] | None = None,
         init_value: float | None = None,
+        verbose: bool = False,
     ) -> tuple[list[mx.array], Traffic]:
-        """As a call, with what the dispatch read and wrote."""
+        """The outputs, and what the dispatch read and wrote.
+
+        Raises KernelFault, CompileError, ConfigError, ValueError.
+        """
         arrays = self._inputs(inputs)
         kernel = self.variant(arrays, output_dtypes, template or ())
-        return self._run(kernel, arrays, output_shapes, output_dtypes, grid, threadgroup, init_value)
+        if verbose:
+            print(f"Generated source code for `{self.name}`:\n```\n{kernel.text}\n```")
+        threads = _checked(grid, threadgroup)
+        outputs = [
+            _Output.of(tuple(s), d, init_value) for s, d in zip(output_shapes, output_dtypes, strict=True)
+        ]
+        bound = [*self._bind(kernel, arrays), *self._bind_outputs(outputs, init_value)]
+        traffic = self._launch(kernel, bound, grid, threads)
+        return [output.array() for output in outputs], traffic
 
     def variant(
         self,
@@ -183,24 +159,13 @@ class MetalKernel:
             raise ValueError(
                 f"[metal_kernel] expected {len(self.output_names)} output dtypes, got {len(output_dtypes)}"
             )
-        arguments: list[Template] = []
-        for name, value in template:
-            arguments.append((name, _metal(value) if isinstance(value, mx.Dtype) else value))
-        given = []
-        for name, array in zip(self.input_names, inputs, strict=True):
-            given.append(Input(name, _metal(array.dtype), array.size, array.ndim))
-        outputs = []
-        for name, dtype in zip(self.output_names, output_dtypes, strict=True):
-            outputs.append((name, _metal(dtype)))
-        return Kernel(
-            self.name,
-            self.header,
-            self.source,
-            tuple(given),
-            tuple(outputs),
-            tuple(arguments),
-            self.atomic_outputs,
+        named = zip(self.input_names, inputs, strict=True)
+        given = tuple(Input(name, _metal(array.dtype), array.size, array.ndim) for name, array in named)
+        outputs = tuple(zip(self.output_names, map(_metal, output_dtypes), strict=True))
+        arguments: tuple[Template, ...] = tuple(
+            (name, _metal(value) if isinstance(value, mx.Dtype) else value) for name, value in template
         )
+        return Kernel(self.name, self.header, self.source, given, outputs, arguments, self.atomic_outputs)
 
     def _inputs(self, inputs: Sequence[Array]) -> list[mx.array]:
         if len(inputs) != len(self.input_names):
@@ -221,22 +186,6 @@ class MetalKernel:
                 )
         return arrays
 
-    def _run(
-        self,
-        kernel: Kernel,
-        inputs: Sequence[mx.array],
-        shapes: Sequence[Sequence[int]],
-        dtypes: Sequence[mx.Dtype],
-        grid: Sequence[int],
-        threadgroup: Sequence[int],
-        init_value: float | None,
-    ) -> tuple[list[mx.array], Traffic]:
-        threads = _checked(grid, threadgroup)
-        outputs = [_Output.of(tuple(s), d, init_value) for s, d in zip(shapes, dtypes, strict=True)]
-        bound = [*self._bind(kernel, inputs), *self._bind_outputs(outputs, init_value)]
-        traffic = self._launch(kernel, bound, grid, threads)
-        return [output.array() for output in outputs], traffic
-
     def _bind(self, kernel: Kernel, inputs: Sequence[mx.array]) -> Iterator[_Bound]:
         arrays = dict(zip(self.input_names, inputs, strict=True))
         for p in kernel.parameters:
@@ -244,28 +193,19 @@ class MetalKernel:
             if p.what == "output" or array is None:
                 continue
             if p.what == "data":
-                role = _MUTABLE if p.name in self.mutable_inputs else _INPUT
-                yield _bound_array(p.name, array, role)
+                yield _bound_array(p.name, array, _MUTABLE if p.name in self.mutable_inputs else _INPUT)
             else:
                 values = {"shape": array.shape, "strides": _strides(array), "ndim": (array.ndim,)}[p.what]
-                width = ctypes.c_int64 if p.what == "strides" else ctypes.c_int32
-                memory = (width * len(values))(*values)
-                size = ctypes.sizeof(memory)
-                yield _Bound(
-                    f"{p.name}_{p.what}",
-                    ctypes.addressof(memory),
-                    size,
-                    ctypes.sizeof(width),
-                    _INPUT,
-                    keep=memory,
+                yield _bound_numbers(
+                    p.full_name, values, ctypes.c_int64 if p.what == "strides" else ctypes.c_int32
                 )
 
     def _bind_outputs(self, outputs: Sequence[_Output], init_value: float | None) -> Iterator[_Bound]:
         for name, output in zip(self.output_names, outputs, strict=True):
-            element = _element(output.dtype)
-            must = init_value is None and name not in self.partial_outputs
-            role = _OUTPUT if init_value is None else _MUTABLE
-            yield _Bound(name, output.address, len(output.memory), element, role, must, output)
+            buffer = _Buffer(output.address, len(output.memory), element=_element(output.dtype))
+            buffer.role = _OUTPUT if init_value is None else _MUTABLE
+            buffer.must_be_written = init_value is None and name not in self.partial_outputs
+            yield _Bound(name, buffer, output)
 
     def _launch(
         self, kernel: Kernel, bound: Sequence[_Bound], grid: Sequence[int], threads: Sequence[int]
@@ -274,10 +214,7 @@ class MetalKernel:
             raise ValueError(f"[metal_kernel] expected at most {_MAX_BUFFERS} buffers, got {len(bound)}")
         path = build.library(program(kernel), self.mode)
         code = _code(path, self.mode)
-        buffers = (_Buffer * len(bound))()
-        for buffer, b in zip(buffers, bound, strict=True):
-            buffer.data, buffer.bytes, buffer.element = b.address, b.size, b.element
-            buffer.role, buffer.must_be_written = b.role, b.must_be_written
+        buffers = (_Buffer * len(bound))(*(b.buffer for b in bound))
         pointers = (ctypes.c_void_p * len(bound))()
         size = ctypes.c_uint64()
         image = code.msim_image(ctypes.byref(size))
@@ -297,14 +234,11 @@ class MetalKernel:
         if _runtime(self.mode).msim_run(ctypes.byref(launch), ctypes.byref(report)):
             where = Where(self.name, path, image, grid, threads, names, author_lines(kernel))
             raise fault(report, where, self.time_limit)
-        return Traffic(
-            {name: int(b.read) for name, b in zip(names, buffers, strict=True)},
-            {name: int(b.fetched) for name, b in zip(names, buffers, strict=True)},
-            {name: int(b.written) for name, b in zip(names, buffers, strict=True)},
-            {name: int(b.loads) for name, b in zip(names, buffers, strict=True)},
-            int(launch.simd_operations),
-            int(launch.barriers),
+        read, fetched, written, loads = (
+            {name: int(getattr(buffer, counter)) for name, buffer in zip(names, buffers, strict=True)}
+            for counter in ("read", "fetched", "written", "loads")
         )
+        return Traffic(read, fetched, written, loads, int(launch.simd_operations), int(launch.barriers))
 
 
 @dataclass(frozen=True)
@@ -317,7 +251,6 @@ class _Output:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: mx.Dtype, init_value: float | None) -> _Output:
-        _metal(dtype)
         if init_value is None:
             return cls(shape, dtype, bytearray(prod(shape) * dtype.size))
         filled = mx.full((prod(shape),), init_value, dtype)
@@ -370,23 +303,29 @@ def _strides(array: mx.array) -> list[int]:
     return [s // array.itemsize for s in (_memory(array).strides or ())]
 
 
+def _bound_numbers(name: str, values: Sequence[int], kind: type[ctypes.c_int32 | ctypes.c_int64]) -> _Bound:
+    memory = (kind * len(values))(*values)
+    size = ctypes.sizeof(memory)
+    return _Bound(name, _Buffer(ctypes.addressof(memory), size, element=ctypes.sizeof(kind)), memory)
+
+
 def _bound_array(name: str, array: mx.array, role: int) -> _Bound:
     element = _element(array.dtype)
     if not array.size:
-        return _Bound(name, 0, 0, element, role)
+        return _Bound(name, _Buffer(element=element, role=role), None)
     view = _memory(array)
     size = array.itemsize
     for stride, length in zip(view.strides or (), array.shape, strict=True):
         if stride * (length - 1) < 0:
             raise ValueError(f"[metal_kernel] expected no negative strides, got {view.strides} for {name}")
         size += stride * (length - 1)
-    address = _address(view)
+    address, keep = _address(view), (array, view)
     if address % _ALIGNED and role == _INPUT:  # on a CPU MLX puts a size of 8 bytes before an array
         memory = (ctypes.c_char * (size + _ALIGNED))()
-        start = -ctypes.addressof(memory) % _ALIGNED
-        ctypes.memmove(ctypes.addressof(memory) + start, address, size)
-        return _Bound(name, ctypes.addressof(memory) + start, size, element, role, keep=memory)
-    return _Bound(name, address, size, element, role, keep=(array, view))
+        aligned = ctypes.addressof(memory) + -ctypes.addressof(memory) % _ALIGNED
+        ctypes.memmove(aligned, address, size)
+        return _Bound(name, _Buffer(aligned, size, element=element, role=role), memory)
+    return _Bound(name, _Buffer(address, size, element=element, role=role), keep)
 
 
 class _PyBuffer(ctypes.Structure):
@@ -405,42 +344,5 @@ def _address(view: memoryview) -> int:
     return address
 
 
-def metal_kernel(
-    name: str,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    source: str,
-    header: str = "",
-    ensure_row_contiguous: bool = True,
-    atomic_outputs: bool = False,
-    compile_options: object = None,
-    *,
-    mode: str = "strict",
-    seed: int = 1,
-    partial_outputs: Sequence[str] = (),
-    mutable_inputs: Sequence[str] = (),
-    time_limit: float = 60.0,
-) -> MetalKernel:
-    """A kernel as ``mx.fast.metal_kernel`` makes it, to be run here.
-
-    ``mode`` "strict" checks every access, "fast" none. ``seed`` decides the order of threads in "strict".
-    ``partial_outputs`` may be left unwritten; ``mutable_inputs`` may be written, and are changed in place.
-    """
-    if mode not in build.MODES:
-        raise ConfigError(f"mode is {mode!r}, expected one of {', '.join(build.MODES)}.")
-    if not output_names:
-        raise ValueError("[metal_kernel] expected at least one output, got none")
-    return MetalKernel(
-        name,
-        tuple(input_names),
-        tuple(output_names),
-        source,
-        header,
-        ensure_row_contiguous,
-        atomic_outputs,
-        mode,
-        seed,
-        tuple(partial_outputs),
-        tuple(mutable_inputs),
-        time_limit,
-    )
+metal_kernel = MetalKernel
+"""By the name that MLX has for it."""

@@ -76,14 +76,15 @@ class Parameter:
     by_reference: bool
 
     @property
+    def full_name(self) -> str:
+        """What the body calls it."""
+        return self.name if self.what in ("data", "output") else f"{self.name}_{self.what}"
+
+    @property
     def text(self) -> str:
         """Its declaration, without the buffer's number."""
-        full = self.name if self.what in ("data", "output") else f"{self.name}_{self.what}"
-        if self.what == "output":
-            return f"  device {self.dtype}* {full}"
-        if self.what == "data":
-            return f"  const {self.space} {self.dtype}{'&' if self.by_reference else '*'} {full}"
-        return f"  const constant {self.dtype}{'&' if self.by_reference else '*'} {full}"
+        const = "" if self.what == "output" else "const "
+        return f"  {const}{self.space} {self.dtype}{'&' if self.by_reference else '*'} {self.full_name}"
 
 
 @dataclass(frozen=True)
@@ -258,13 +259,17 @@ def _vectors(text: str) -> str:
 
 def author_lines(kernel: Kernel) -> dict[tuple[str, int], str]:
     """The text of each line by the file and number that the compiler knows it by."""
-    lines = {}
-    for file, text in (("header", kernel.header), ("source", kernel.body)):
-        number = 1
-        for line in text.split("\n"):
-            if moved := _LINE.match(line):
-                number, file = int(moved[1]), moved[2] or file
-                continue
-            lines[file, number] = line.strip()
-            number += 1
-    return lines
+    return {
+        (file, number): line.strip()
+        for given, text in (("header", kernel.header), ("source", kernel.body))
+        for file, number, line in numbered(given, text)
+    }
+
+
+def numbered(file: str, text: str) -> Iterator[tuple[str, int, str]]:
+    """File, number and text of each line of an author's ``file``, which a ``#line`` may have named."""
+    number = 1
+    for line in text.split("\n"):
+        moved = _LINE.match(line)
+        yield file, number, line
+        file, number = (moved[2] or file, int(moved[1])) if moved else (file, number + 1)
