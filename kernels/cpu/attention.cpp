@@ -125,7 +125,9 @@ struct Packed : Source<T> {
     }
     int64_t value_unit() const { return kPanel; }
     Right<float> values_at(int64_t i) const {
-        at[0] = value_panels + i * kSpan * kPanel, at[1] = at[0] + kSpan * kPanel;
+        // The last one's next is the first of the keys: to bring near what nobody has touched takes long.
+        const bool last = (i + 1) * kPanel >= this->a.pool.dim;
+        at[0] = value_panels + i * kSpan * kPanel, at[1] = last ? key_panels : at[0] + kSpan * kPanel;
         return {at, kSpan, kPanel, at + 1};
     }
 };
@@ -240,6 +242,11 @@ float* out_row(const Attend& a, const AttendItem& item, int64_t head, int64_t gr
     return a.out + (token * a.query_heads + query_head) * a.pool.dim;
 }
 
+// The record of query row r of an item, of a span that the row's sequence shares with others.
+int64_t prior_record(const AttendPrior& prior, int64_t head, int64_t group, int64_t r) {
+    return prior.partial + (head * prior.rows + prior.at) * group + r;
+}
+
 // ---- one item
 
 template <class T>
@@ -267,16 +274,31 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     rows.part = {take<float>(at, most * stride), padded};
     const float scale = a.scale * kLog2e;
     for (int64_t r = 0; r < count; ++r) {
-        const float* q = a.q + ((item.row + r / group) * a.query_heads + head * group + r % group) * dim;
+        const bool shared = item.shared >= 0;
+        const int64_t token = shared ? a.shared_rows[item.shared + r / group] : item.row + r / group;
+        const float* q = a.q + (token * a.query_heads + head * group + r % group) * dim;
         for (int64_t d = 0; d < dim; ++d) rows.q[r * dim + d] = q[d] * scale;
-        rows.limits[r] = item.position + r / group + 1;
+        rows.limits[r] = item.position + 1 + (shared ? 0 : r / group);
     }
     return rows;
 }
 
+// Begin the rows' sums with those of the spans before the item's first, which sequences have shared.
+void begin_with(const AttendPrior* priors, int64_t spans, int64_t head, const Rows& rows, const Records& records) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const float* first = records.at(prior_record(priors[0], head, rows.group, r));
+        memcpy(rows.total.at(r), first, records.stride() * sizeof(float));
+        for (int64_t span = 1; span < spans; ++span)
+            merge(rows.total, r, records, prior_record(priors[span], head, rows.group, r));
+    }
+}
+
 template <class From>
-void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& rows, const From& source) {
+void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& rows, const From& source,
+           const Records& records) {
     static_assert(From::kRowsAtOnce <= kDirectRows);
+    const bool goes_on = item.prior >= 0 && item.partial < 0;
+    if (goes_on) begin_with(a.priors + item.prior, item.first_span, head, rows, records);
     for (int64_t span = item.first_span; span < item.first_span + item.spans; ++span) {
         const int64_t first = span * kSpan;
         int64_t from = 0;
@@ -287,7 +309,7 @@ void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& ro
             source.widen_scales(a.pool.value_scales, first, rows.value_scales);
         }
         in_pieces(from, rows.count, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
-            const bool begins = span == item.first_span;
+            const bool begins = span == item.first_span && !goes_on;
             const Records to = begins ? Records{rows.total.at(row), rows.total.padded} : rows.part;
             compute_span(rows, row, row + count, first, a.pool.dim, source, to);
             if (!begins)
@@ -300,15 +322,15 @@ void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& ro
 }
 
 template <class T>
-void attend_item(const Attend& a, const AttendItem& item, int64_t head, float* partials) {
+void attend_item(const Attend& a, const AttendItem& item, int64_t head, const Records& records) {
     Rows rows = make_rows(a, item, head);
-    if (item.partial >= 0) rows.total.base = Records{partials, rows.total.padded}.at(item.partial + head * rows.count);
+    if (item.partial >= 0) rows.total.base = records.at(item.partial + head * rows.count);
     const int64_t end = least(rows.limits[rows.count - 1], (item.first_span + item.spans) * kSpan);
     const Source<T> source{a, a.tables + item.sequence * a.table_width, head, end};
     if (rows.count <= kDirectRows && a.pool.dim % kWidth == 0) {
-        sweep(a, item, head, rows, Direct<T>{source, {}, {}, {}});
+        sweep(a, item, head, rows, Direct<T>{source, {}, {}, {}}, records);
     } else {
-        sweep(a, item, head, rows, Packed<T>{source, rows.keys, rows.values, {}});
+        sweep(a, item, head, rows, Packed<T>{source, rows.keys, rows.values, {}}, records);
     }
 }
 
@@ -318,25 +340,43 @@ void refuse(const Attend& a, const AttendItem& item, int64_t head) {
         for (int64_t d = 0; d < a.pool.dim; ++d) out_row(a, item, head, group, r)[d] = NAN;
 }
 
-// One row's spans, in their order.
+// One row's spans, in their order: those that it shares, then those of its own.
 void merge_row(const Attend& a, const AttendMerge& m, int64_t index, const Records& records) {
     const int64_t group = a.query_heads / a.pool.heads, count = m.rows * group;
     const int64_t head = index / count, r = index % count;
-    const int64_t first = m.partial + index, spans = (m.position + r / group) / kSpan + 1;
-    for (int64_t span = 1; span < spans; ++span)
-        merge(records, first, records, first + span * m.rows * a.query_heads);
+    const auto record = [&](int64_t span) {
+        if (span < m.first_span) return prior_record(a.priors[m.prior + span], head, group, r);
+        return m.partial + index + (span - m.first_span) * m.rows * a.query_heads;
+    };
+    const int64_t spans = (m.position + r / group) / kSpan + 1;
+    for (int64_t span = 1; span < spans; ++span) merge(records, record(0), records, record(span));
     AttendItem item{};
     item.row = m.row;
-    write_row(records, first, out_row(a, item, head, group, r), a.pool.dim);
+    write_row(records, record(0), out_row(a, item, head, group, r), a.pool.dim);
 }
 
 // Work that is too small to be shared out stays on one thread.
-int64_t grain_of(const Attend& a) {
+int64_t grain_of(const Attend& a, const AttendItem* items, int64_t count) {
     int64_t keys = 0;
-    for (int64_t i = 0; i < a.item_count; ++i)
-        keys += a.items[i].rows * least(a.items[i].spans * kSpan, a.items[i].position + a.items[i].rows);
-    const int64_t average = keys * (a.query_heads / a.pool.heads) * 2 * a.pool.dim / a.item_count;
+    for (int64_t i = 0; i < count; ++i)
+        keys += items[i].rows * least(items[i].spans * kSpan, items[i].position + items[i].rows);
+    const int64_t average = keys * (a.query_heads / a.pool.heads) * 2 * a.pool.dim / count;
     return 1 + 65536 / (average + 1);
+}
+
+template <class T>
+void attend_items(const Attend& a, const AttendItem* items, int64_t count, const Records& records) {
+    if (count == 0) return;
+    parallel_for(count * a.pool.heads, grain_of(a, items, count), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const AttendItem& item = items[i % count];
+            if (item.spans == 0) {
+                refuse(a, item, i / count);
+            } else {
+                attend_item<T>(a, item, i / count, records);
+            }
+        }
+    });
 }
 
 template <class T>
@@ -344,20 +384,14 @@ void attend_all(const Attend& a) {
     const int64_t padded = round_up(a.pool.dim, kWidth);
     Records records{nullptr, padded};
     records.base = static_cast<float*>(scratch(kPartialSlot, a.records * records.stride() * sizeof(float)));
-    parallel_for(a.item_count * a.pool.heads, grain_of(a), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const AttendItem& item = a.items[i % a.item_count];
-            if (item.spans == 0) {
-                refuse(a, item, i / a.item_count);
-            } else {
-                attend_item<T>(a, item, i / a.item_count, records.base);
-            }
-        }
-    });
-    for (int64_t i = 0; i < a.merge_count; ++i)
-        parallel_for(a.merges[i].rows * a.query_heads, 1 + 256 / a.merges[i].spans, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) merge_row(a, a.merges[i], row, records);
+    attend_items<T>(a, a.items, a.shared_count, records);
+    attend_items<T>(a, a.items + a.shared_count, a.item_count - a.shared_count, records);
+    for (int64_t i = 0; i < a.merge_count; ++i) {
+        const AttendMerge& m = a.merges[i];
+        parallel_for(m.rows * a.query_heads, 1 + 256 / (m.first_span + m.spans), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) merge_row(a, m, row, records);
         });
+    }
 }
 
 }  // namespace

@@ -25,17 +25,25 @@ struct KvPool {
     void *key_scales, *value_scales;         // of i8: [N, K, S] float16, what a token's integers are multiples of
 };
 
-// Rows of one sequence that are computed together, over some of its spans.
+// Rows that are computed together, over some spans: of one sequence, or of several that share these blocks.
 struct AttendItem {
     int64_t sequence, row, rows;  // rows of q: [row, row + rows)
     int64_t position;             // of the first one
     int64_t first_span, spans;    // no spans: the rows become NaN
     int64_t partial;              // the first record of each head's partial sums, or -1: straight to `out`
+    int64_t shared = -1;          // rows of several sequences: q's rows are Attend::shared_rows from here on
+    int64_t prior = -1;           // the first of `first_span` records that the rows' sequence shares, or none
 };
 
-// The spans' partial sums of some rows, to be merged into `out`.
+// The partial sums of some rows over the spans that follow `first_span`, to be merged into `out`.
 struct AttendMerge {
-    int64_t row, rows, position, spans, partial;
+    int64_t row, rows, position, first_span, spans, partial, prior;
+};
+
+// Where an item over one shared span leaves a sequence's records: its own, of `rows` rows, and the sequence's
+// first row among those.
+struct AttendPrior {
+    int64_t partial, rows, at;
 };
 
 struct Attend {
@@ -47,7 +55,9 @@ struct Attend {
     float scale;
     const AttendItem* items;  // from plan_attend, as are these
     const AttendMerge* merges;
-    int64_t item_count, merge_count, records;
+    const AttendPrior* priors;
+    const int32_t* shared_rows;
+    int64_t shared_count, item_count, merge_count, records;  // the first `shared_count` items go before the others
 };
 
 struct KvWrite {

@@ -15,12 +15,17 @@ struct AttendStep {
 };
 
 struct AttendPlan {
-    std::vector<AttendItem> items;
+    std::vector<AttendItem> items;  // the first `shared` of them are over spans that sequences share
     std::vector<AttendMerge> merges;
-    int64_t records = 0;
+    std::vector<AttendPrior> priors;
+    std::vector<int32_t> shared_rows;
+    int64_t shared = 0, records = 0;
     std::string fault;  // the first integer that cannot be; its sequence's rows become NaN
 };
 
 AttendPlan plan_attend(const AttendStep& step, int threads);
+
+// The call over q [T, H, D]; what is planned and what is pointed to must outlive it.
+Attend attend_call(const AttendStep& step, const AttendPlan& plan, const KvPool& pool, const float* q, float scale, float* out);
 
 }  // namespace tiny_llm

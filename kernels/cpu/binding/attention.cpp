@@ -86,9 +86,7 @@ Result attend_pages(const mx::array& q, const mx::array& k, const mx::array& v, 
         const AttendPlan plan = plan_attend(step, num_threads());
         if (!plan.fault.empty()) std::fprintf(stderr, "[attend] %s; its rows are NaN\n", plan.fault.c_str());
         kv_write({get<float>(in[1]), get<float>(in[2]), step.slots, step.writes, to});
-        attend({get<float>(in[0]), get<float>(out[0]), to, step.tables, step.table_width, step.query_heads, scale,
-                plan.items.data(), plan.merges.data(), static_cast<int64_t>(plan.items.size()),
-                static_cast<int64_t>(plan.merges.size()), plan.records});
+        attend(attend_call(step, plan, to, get<float>(in[0]), scale, get<float>(out[0])));
     });
     return {results[0], {results.begin() + 1, results.end()}};
 }

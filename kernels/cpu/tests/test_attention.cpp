@@ -85,6 +85,7 @@ struct Pool {
     std::vector<int32_t> tables, starts, contexts, slots;
     std::vector<char> keys, values, key_scales, value_scales;
     std::string fault = "";
+    int64_t shared = 0;  // items over spans that sequences share
 
     Pool(const Case& c, const Inputs& in) : c(c), in(in), width(c.width()), blocks(c.contexts.size() * width + 1) {
         const int64_t B = c.contexts.size(), S = c.block_size;
@@ -107,12 +108,11 @@ struct Pool {
                           key_scales.data(), value_scales.data()};
         kv_write({in.k.data(), in.v.data(), slots.data(), int64_t(slots.size()), pool});
         std::vector<float> out(in.q.size(), -1);
-        const AttendPlan plan = plan_attend({slots.data(), tables.data(), starts.data(), contexts.data(),
-                                             int64_t(slots.size()), int64_t(contexts.size()), width, c.rows(), blocks,
-                                             c.block_size, c.kv_heads, c.heads}, num_threads());
-        fault = plan.fault;
-        attend({in.q.data(), out.data(), pool, tables.data(), width, c.heads, c.scale(), plan.items.data(),
-                plan.merges.data(), int64_t(plan.items.size()), int64_t(plan.merges.size()), plan.records});
+        const AttendStep step{slots.data(), tables.data(), starts.data(), contexts.data(), int64_t(slots.size()),
+                              int64_t(contexts.size()), width, c.rows(), blocks, c.block_size, c.kv_heads, c.heads};
+        const AttendPlan plan = plan_attend(step, num_threads());
+        fault = plan.fault, shared = plan.shared;
+        attend(attend_call(step, plan, pool, in.q.data(), c.scale(), out.data()));
         return out;
     }
 };
@@ -199,6 +199,48 @@ TEST(attention_bits_are_a_rows_own) {
                           int(dim), int(type));
                 });
             }
+    }
+    set_num_threads(threads);
+}
+
+// Tables that begin with the same blocks, in groups inside groups: what is read once for many gives the bits that
+// each alone has.
+TEST(attention_of_shared_blocks_changes_no_bit) {
+    const int threads = num_threads();
+    std::mt19937 random(3);
+    const auto upto = [&](int most) { return int(random() % (most + 1)); };
+    for (int trial = 0; trial < 40; ++trial) {
+        const KvType type = kTypes[trial % 4];
+        const int64_t size = trial % 3 ? 16 : 64, dim = trial % 5 ? 64 : 24, kv_heads = 1 + trial % 2;
+        Case c{{}, {}, kv_heads * (1 + upto(6)), kv_heads, dim, size, type, {}};
+        const int sequences = trial == 39 ? 90 : 2 + upto(6);
+        for (int b = 0; b < sequences; ++b) {
+            c.fresh.push_back(b % 4 == 3 ? 1 + upto(40) : 1 + upto(3) * (b % 3 == 2));
+            c.contexts.push_back(c.fresh.back() + 200 + upto(trial == 39 ? 400 : 1300));
+            c.names.push_back(5);
+        }
+        const Inputs in = inputs_of(c);
+        std::vector<std::pair<int, int>> likes;  // the sequence whose table each begins with, and for how many blocks
+        for (int b = 0; b < sequences; ++b)
+            likes.emplace_back(b ? upto(b - 1) : 0, upto((c.contexts[b] - c.fresh[b]) / int(size)));
+        on_each_isa([&] {
+            set_num_threads(1);
+            const auto want = Pool(c, in).run();
+            set_num_threads(1 + trial % 3 * 7);
+            Pool pool(c, in);
+            bool any = false;
+            for (int b = 0; b < sequences; ++b) {
+                const auto [like, blocks] = likes[b];
+                const int there = std::min<int>(blocks, (c.contexts[like] - c.fresh[like]) / size);
+                std::copy_n(&pool.tables[like * pool.width], there, &pool.tables[b * pool.width]);
+                any |= like != b && there * size >= kSpan && c.fresh[b] <= 16 && c.fresh[like] <= 16;
+            }
+            const auto got = pool.run();
+            CHECK(pool.fault.empty(), "%s", pool.fault.c_str());
+            CHECK(!any || pool.shared > 0, "trial %d: nothing is read together", trial);
+            CHECK(!std::memcmp(got.data(), want.data(), got.size() * 4), "trial %d: %d sequences, S %d, dim %d, type %d",
+                  trial, sequences, int(size), int(dim), int(type));
+        });
     }
     set_num_threads(threads);
 }
