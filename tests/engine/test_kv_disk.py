@@ -23,18 +23,19 @@ def usage(llm: LLM) -> DiskUsage:
     return found
 
 
-def test_a_prompt_is_found_again_after_a_restart(demo: Path, tmp_path: Path, backend: str) -> None:
-    with LLM(demo, backend=backend, kv_disk=tmp_path) as first:
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+def test_a_prompt_is_found_again_after_a_restart(demo: Path, tmp_path: Path, backend: str, kept: str) -> None:
+    with LLM(demo, backend=backend, kv_dtype=kept, kv_disk=tmp_path) as first:
         (expected,) = first.generate([PROMPT], PARAMS)
         assert expected.cached_tokens == 0 and usage(first).blocks == 0, "it is all in the pool still"
-    with LLM(demo, backend=backend, kv_disk=tmp_path) as second:
+    with LLM(demo, backend=backend, kv_dtype=kept, kv_disk=tmp_path) as second:
         assert usage(second).blocks == (len(PROMPT) + 7) // 16
         (found,) = second.generate([PROMPT], PARAMS)
         assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
         assert found.cached_tokens == BLOCKS * 16 and usage(second).read == BLOCKS
         (again,) = second.generate([PROMPT], PARAMS)
         assert again.token_ids == expected.token_ids and usage(second).read == BLOCKS, "now it is in the pool"
-    assert usage_after(demo, tmp_path, backend=backend).written == 0, "nothing was new"
+    assert usage_after(demo, tmp_path, backend=backend, kv_dtype=kept).written == 0, "nothing was new"
 
 
 def usage_after(model: Path, folder: Path, **options: str) -> DiskUsage:
@@ -44,12 +45,13 @@ def usage_after(model: Path, folder: Path, **options: str) -> DiskUsage:
 
 
 def test_what_was_computed_otherwise_is_not_taken(demo: Path, demo_copy: Path, tmp_path: Path) -> None:
-    """Other weights under the same name, another precision, another backend: each has its own."""
+    """Other weights under the same name, another precision, another backend or format: each has its own."""
     with LLM(demo_copy, kv_disk=tmp_path) as first:
         first.generate([PROMPT], PARAMS)
     weights = demo_copy / "model.safetensors"
     changed = bytearray(weights.read_bytes())
-    for options in ({}, {"activations": "exact"}, {"backend": "ref"}):
+    kept = [{"kv_dtype": name} for name in ("int8", "float16")]  # this model's are bfloat16
+    for options in ({}, {"activations": "exact"}, {"backend": "ref"}, *kept):
         if not options:
             changed[-1] ^= 1
             weights.write_bytes(changed)
@@ -118,15 +120,16 @@ def test_a_size_that_holds_nothing_is_refused(demo: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept", ["auto", "int8"])
 @pytest.mark.parametrize("name", ["recompute", "swap", "a draft model, recompute"])
-def test_the_disk_changes_no_token(demo: Path, tmp_path: Path, name: str) -> None:
+def test_the_disk_changes_no_token(demo: Path, tmp_path: Path, name: str, kept: str) -> None:
     """Twice: blocks that leave a pool that is too small come back in the same run, and in the next."""
-    with LLM(demo, draft="demo-draft") as plain:
+    with LLM(demo, draft="demo-draft", kv_dtype=kept) as plain:
         asks = traffic(plain, 21, 12)
         expected = alone(plain, asks)
     for _ in range(2):
-        with LLM(demo, draft="demo-draft", kv_disk=tmp_path) as llm:
+        with LLM(demo, draft="demo-draft", kv_dtype=kept, kv_disk=tmp_path) as llm:
             own = llm.with_engine(SETTINGS[name])
             assert together(own, SETTINGS[name], asks) == expected
             own.engine.keep_cached()
-    assert usage_after(demo, tmp_path).blocks > 5
+    assert usage_after(demo, tmp_path, kv_dtype=kept).blocks > 5
