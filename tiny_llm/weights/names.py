@@ -52,18 +52,27 @@ def _facts(*parts: Facts, **more: object) -> Facts:
     return MappingProxyType(joined)
 
 
-def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Facts:
-    return _facts(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-    )
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def _row(
+    repo_id: str, parameters: int, family: Facts, sizes: tuple[int, ...], duplicate_parameters: int = 0
+) -> ShortName:
+    facts = _facts(family, dict(zip(_SIZES, sizes, strict=True)))
+    return ShortName(repo_id, parameters, facts, duplicate_parameters)
+
+
+def _tied(family: Facts, **more: object) -> Facts:
+    return _facts(family, tie_word_embeddings=True, **more)
 
 
 _COMMON = _facts(hidden_act="silu", torch_dtype="bfloat16", tie_word_embeddings=False)
-_TIED = _facts(tie_word_embeddings=True)
 _QWEN = _facts(
     _COMMON,
     vocab_size=151936,
@@ -93,25 +102,17 @@ _LLAMA3 = _facts(
     bos_token_id=128000,
     eos_token_id=128009,
 )
-_TINYLLAMA = _facts(
-    _LLAMA,
-    vocab_size=32000,
-    rope_theta=10000.0,
-    max_position_embeddings=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-
+_FIRST_IDS = _facts(bos_token_id=1, eos_token_id=2)
+_TINYLLAMA = _facts(_LLAMA, _FIRST_IDS, vocab_size=32000, rope_theta=10000.0, max_position_embeddings=2048)
 _MISTRAL = _facts(
     _COMMON,
+    _FIRST_IDS,
     model_type="mistral",
     vocab_size=32768,
     rms_norm_eps=1e-5,
     rope_theta=1000000.0,
     max_position_embeddings=32768,
     sliding_window=None,
-    bos_token_id=1,
-    eos_token_id=2,
 )
 
 
@@ -128,91 +129,50 @@ def _llama3_long(factor: float) -> Facts:
     return _facts(_LLAMA3, max_position_embeddings=131072, rope_scaling=scaling, eos_token_id=eos)
 
 
-_QWEN2_05B = _facts(_QWEN2, _TIED, _size(896, 4864, 24, 14, 2))
-_QWEN2_15B = _facts(_QWEN2, _TIED, _size(1536, 8960, 28, 12, 2))
-_QWEN2_7B = _facts(_QWEN2_LARGE, _size(3584, 18944, 28, 28, 4))
-_LLAMA3_8B = _size(4096, 14336, 32, 32, 8)
+_LLAMA31 = _llama3_long(8.0)
+_LLAMA32 = _llama3_long(32.0)
+# Hidden and intermediate size, layers, heads, key/value heads.
+_QWEN_05B, _QWEN_15B, _QWEN_7B = (896, 4864, 24, 14, 2), (1536, 8960, 28, 12, 2), (3584, 18944, 28, 28, 4)
+_LLAMA_8B = (4096, 14336, 32, 32, 8)
 
-SHORT_NAMES: Mapping[str, ShortName] = MappingProxyType(
-    {
-        "qwen2-0.5b": ShortName("Qwen/Qwen2-0.5B-Instruct", 494_032_768, _QWEN2_05B),
-        "qwen2-1.5b": ShortName("Qwen/Qwen2-1.5B-Instruct", 1_543_714_304, _QWEN2_15B),
-        "qwen2-7b": ShortName("Qwen/Qwen2-7B-Instruct", 7_615_616_512, _QWEN2_7B),
-        "qwen2.5-0.5b": ShortName("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _QWEN2_05B),
-        "qwen2.5-1.5b": ShortName("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, _QWEN2_15B),
-        "qwen2.5-3b": ShortName(
-            "Qwen/Qwen2.5-3B-Instruct",
-            3_085_938_688,
-            _facts(_QWEN2, _TIED, _size(2048, 11008, 36, 16, 2)),
-        ),
-        "qwen2.5-7b": ShortName("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, _QWEN2_7B),
-        "qwen2.5-14b": ShortName(
-            "Qwen/Qwen2.5-14B-Instruct",
-            14_770_033_664,
-            _facts(_QWEN2_LARGE, _size(5120, 13824, 48, 40, 8)),
-        ),
-        "qwen2.5-32b": ShortName(
-            "Qwen/Qwen2.5-32B-Instruct",
-            32_763_876_352,
-            _facts(_QWEN2_LARGE, _size(5120, 27648, 64, 40, 8)),
-        ),
-        "qwen2.5-72b": ShortName(
-            "Qwen/Qwen2.5-72B-Instruct",
-            72_706_203_648,
-            _facts(_QWEN2_LARGE, _size(8192, 29568, 80, 64, 8)),
-        ),
-        "qwen3-0.6b": ShortName(
-            "Qwen/Qwen3-0.6B",
-            596_049_920,
-            _facts(_QWEN3, _TIED, _size(1024, 3072, 28, 16, 8)),
-            duplicate_parameters=155_582_464,
-        ),
-        "qwen3-1.7b": ShortName(
-            "Qwen/Qwen3-1.7B",
-            1_720_574_976,
-            _facts(_QWEN3, _TIED, _size(2048, 6144, 28, 16, 8)),
-            duplicate_parameters=311_164_928,
-        ),
-        "qwen3-4b": ShortName(
-            "Qwen/Qwen3-4B", 4_022_468_096, _facts(_QWEN3, _TIED, _size(2560, 9728, 36, 32, 8))
-        ),
-        "qwen3-8b": ShortName("Qwen/Qwen3-8B", 8_190_735_360, _facts(_QWEN3, _size(4096, 12288, 36, 32, 8))),
-        "qwen3-14b": ShortName(
-            "Qwen/Qwen3-14B", 14_768_307_200, _facts(_QWEN3, _size(5120, 17408, 40, 40, 8))
-        ),
-        "qwen3-32b": ShortName(
-            "Qwen/Qwen3-32B", 32_762_123_264, _facts(_QWEN3, _size(5120, 25600, 64, 64, 8))
-        ),
-        "llama-3-8b": ShortName(
-            "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _facts(_LLAMA3, _LLAMA3_8B)
-        ),
-        "llama-3.1-8b": ShortName(
-            "meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _facts(_llama3_long(8.0), _LLAMA3_8B)
-        ),
-        "llama-3.2-1b": ShortName(
-            "meta-llama/Llama-3.2-1B-Instruct",
-            1_235_814_400,
-            _facts(_llama3_long(32.0), _TIED, _size(2048, 8192, 16, 32, 8), head_dim=64),
-        ),
-        "llama-3.2-3b": ShortName(
-            "meta-llama/Llama-3.2-3B-Instruct",
-            3_212_749_824,
-            _facts(_llama3_long(32.0), _TIED, _size(3072, 8192, 28, 24, 8), head_dim=128),
-        ),
-        "llama-3.3-70b": ShortName(
-            "meta-llama/Llama-3.3-70B-Instruct",
-            70_553_706_496,
-            _facts(_llama3_long(8.0), _size(8192, 28672, 80, 64, 8)),
-        ),
-        "mistral-7b": ShortName(
-            "mistralai/Mistral-7B-Instruct-v0.3",
-            7_248_023_552,
-            _facts(_MISTRAL, _size(4096, 14336, 32, 32, 8)),
-        ),
-        "tinyllama-1.1b": ShortName(
-            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-            1_100_048_384,
-            _facts(_TINYLLAMA, _size(2048, 5632, 22, 32, 4)),
-        ),
-    }
-)
+SHORT_NAMES: Mapping[str, ShortName] = {
+    "qwen2-0.5b": _row("Qwen/Qwen2-0.5B-Instruct", 494_032_768, _tied(_QWEN2), _QWEN_05B),
+    "qwen2-1.5b": _row("Qwen/Qwen2-1.5B-Instruct", 1_543_714_304, _tied(_QWEN2), _QWEN_15B),
+    "qwen2-7b": _row("Qwen/Qwen2-7B-Instruct", 7_615_616_512, _QWEN2_LARGE, _QWEN_7B),
+    "qwen2.5-0.5b": _row("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _tied(_QWEN2), _QWEN_05B),
+    "qwen2.5-1.5b": _row("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, _tied(_QWEN2), _QWEN_15B),
+    "qwen2.5-3b": _row("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, _tied(_QWEN2), (2048, 11008, 36, 16, 2)),
+    "qwen2.5-7b": _row("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, _QWEN2_LARGE, _QWEN_7B),
+    "qwen2.5-14b": _row("Qwen/Qwen2.5-14B-Instruct", 14_770_033_664, _QWEN2_LARGE, (5120, 13824, 48, 40, 8)),
+    "qwen2.5-32b": _row("Qwen/Qwen2.5-32B-Instruct", 32_763_876_352, _QWEN2_LARGE, (5120, 27648, 64, 40, 8)),
+    "qwen2.5-72b": _row("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648, _QWEN2_LARGE, (8192, 29568, 80, 64, 8)),
+    "qwen3-0.6b": _row("Qwen/Qwen3-0.6B", 596_049_920, _tied(_QWEN3), (1024, 3072, 28, 16, 8), 155_582_464),
+    "qwen3-1.7b": _row("Qwen/Qwen3-1.7B", 1_720_574_976, _tied(_QWEN3), (2048, 6144, 28, 16, 8), 311_164_928),
+    "qwen3-4b": _row("Qwen/Qwen3-4B", 4_022_468_096, _tied(_QWEN3), (2560, 9728, 36, 32, 8)),
+    "qwen3-8b": _row("Qwen/Qwen3-8B", 8_190_735_360, _QWEN3, (4096, 12288, 36, 32, 8)),
+    "qwen3-14b": _row("Qwen/Qwen3-14B", 14_768_307_200, _QWEN3, (5120, 17408, 40, 40, 8)),
+    "qwen3-32b": _row("Qwen/Qwen3-32B", 32_762_123_264, _QWEN3, (5120, 25600, 64, 64, 8)),
+    "llama-3-8b": _row("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _LLAMA3, _LLAMA_8B),
+    "llama-3.1-8b": _row("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _LLAMA31, _LLAMA_8B),
+    "llama-3.2-1b": _row(
+        "meta-llama/Llama-3.2-1B-Instruct",
+        1_235_814_400,
+        _tied(_LLAMA32, head_dim=64),
+        (2048, 8192, 16, 32, 8),
+    ),
+    "llama-3.2-3b": _row(
+        "meta-llama/Llama-3.2-3B-Instruct",
+        3_212_749_824,
+        _tied(_LLAMA32, head_dim=128),
+        (3072, 8192, 28, 24, 8),
+    ),
+    "llama-3.3-70b": _row(
+        "meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496, _LLAMA31, (8192, 28672, 80, 64, 8)
+    ),
+    "mistral-7b": _row(
+        "mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, _MISTRAL, (4096, 14336, 32, 32, 8)
+    ),
+    "tinyllama-1.1b": _row(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, _TINYLLAMA, (2048, 5632, 22, 32, 4)
+    ),
+}
