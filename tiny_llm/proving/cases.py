@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,6 +37,8 @@ ROWS, ROW = 33, 20  # a row among others; tiles of 8, 16 and 32 do not divide th
 EPS = 1e-6
 MATRIX_BYTES = 96 * 2**20  # that matrices take together when they are timed: more than a cache holds
 Arrays = Sequence[mx.array]
+Op = Callable[..., mx.array | Arrays]
+Step = Callable[[Arrays, int], Arrays]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class TimedCall:
 
     shape: str
     make: Callable[[], Arrays]
-    step: Callable[[Arrays, int], Arrays]
+    step: Step
 
 
 Case = Check | TimedCall
@@ -87,74 +90,66 @@ def known(expected: Callable[[], Arrays]) -> Callable[[], Arrays]:
     return on_the_cpu
 
 
+def right(s: Shapes, name: str, op: Op, ref: Op, *given: mx.array, **fixed: Any) -> Check:
+    """What ``op`` makes of the given rows, with all that is ``fixed``, is ``ref``'s, but for rounding."""
+    expected = known(lambda: _listed(ref(*given, **fixed)))
+    return Check(name, lambda: _listed(op(*given, **fixed)), expected, TOLERANCE[s.dtype])
+
+
+def alone(
+    op: Op, *given: mx.array, row: int = ROW, name: str = "a row alone and among others", **fixed: Any
+) -> Check:
+    """A row gets the same bits, whoever is beside it."""
+    own = _row_of(given, row)
+    return Check(name, lambda: _row_of(_listed(op(*given, **fixed)), row), lambda: _listed(op(*own, **fixed)))
+
+
+def _listed(answer: mx.array | Arrays) -> Arrays:
+    return [answer] if isinstance(answer, mx.array) else answer
+
+
+def _row_of(arrays: Arrays, row: int) -> list[mx.array]:
+    return [array[row : row + 1] for array in arrays]
+
+
+def timed(counts: Sequence[int], make: Callable[[int], Arrays], step: Step) -> Iterator[TimedCall]:
+    """``step`` with so many rows; ``make`` makes the first state of that many."""
+    for rows in counts:
+        yield TimedCall(_rows(rows), partial(make, rows), step)
+
+
 def normal(s: Shapes, *shape: int, seed: int = 0) -> mx.array:
     """Seeded numbers in the model's dtype."""
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, s.dtype))
 
 
-def row_of(arrays: Arrays, row: int = ROW) -> list[mx.array]:
-    """One row of each."""
-    return [array[row : row + 1] for array in arrays]
-
-
 def _norms(s: Shapes, sizes: Sizes) -> Iterator[Case]:
-    x, y, weight = normal(s, ROWS, s.hidden), normal(s, ROWS, s.hidden, seed=1), normal(s, s.hidden, seed=2)
-    tolerance = TOLERANCE[s.dtype]
-    yield Check(
-        "a norm", lambda: [rms_norm(x, weight, EPS)], known(lambda: [rms_norm_ref(x, weight, EPS)]), tolerance
-    )
-    yield Check(
-        "a sum and its norm",
-        lambda: add_rms_norm(x, y, weight, EPS),
-        known(lambda: add_rms_norm_ref(x, y, weight, EPS)),
-        tolerance,
-    )
-    yield Check(
-        "a row alone and among others",
-        lambda: row_of(add_rms_norm(x, y, weight, EPS)),
-        lambda: add_rms_norm(*_pair([x, y]), weight, EPS),
-    )
-    for rows in sizes.rows:
-        make = partial(_two, s, rows, s.hidden)
-        yield TimedCall(_rows(rows), make, lambda state, _: add_rms_norm(state[0], state[1], weight, EPS))
+    two = partial(_two, s, s.hidden)
+    x, y = two(ROWS)
+    fixed: Mapping[str, Any] = {"weight": normal(s, s.hidden, seed=2), "eps": EPS}
+    yield right(s, "a norm", rms_norm, rms_norm_ref, x, **fixed)
+    yield right(s, "a sum and its norm", add_rms_norm, add_rms_norm_ref, x, y, **fixed)
+    yield alone(add_rms_norm, x, y, **fixed)
+    yield from timed(sizes.rows, two, lambda state, _: add_rms_norm(state[0], state[1], **fixed))
 
 
-def _two(s: Shapes, rows: int, width: int) -> list[mx.array]:
+def _two(s: Shapes, width: int, rows: int) -> list[mx.array]:
     return [normal(s, rows, width), normal(s, rows, width, seed=1)]
 
 
-def _pair(arrays: Arrays) -> tuple[mx.array, mx.array]:
-    """A row of each of two."""
-    first, second = row_of(arrays)
-    return first, second
-
-
 def _rotations(s: Shapes, sizes: Sizes) -> Iterator[Case]:
-    inv_freq = rope_frequencies(s.head_dim, 1e6)
-    norms = normal(s, s.head_dim, seed=2), normal(s, s.head_dim, seed=3)
     x = _heads(s, ROWS)
-
-    def turned(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
-        return rope_qk(x[0], x[1], x[2], inv_freq, *norms, EPS)
-
-    def turned_plainly(norms: tuple[mx.array | None, mx.array | None]) -> Arrays:
-        return rope_qk_ref(x[0], x[1], x[2], inv_freq, *norms, EPS)
-
-    def alone() -> Arrays:
-        q, k, at = row_of(x)
-        return rope_qk(q, k, at, inv_freq, *norms, EPS)
-
-    tolerance = TOLERANCE[s.dtype]
-    plain = (None, None)
-    yield Check("a rotation", partial(turned, plain), known(partial(turned_plainly, plain)), tolerance)
-    yield Check("a normed rotation", partial(turned, norms), known(partial(turned_plainly, norms)), tolerance)
-    yield Check("a row alone and among others", lambda: row_of(turned(norms)), alone)
+    plain: dict[str, Any] = {"inv_freq": rope_frequencies(s.head_dim, 1e6), "eps": EPS}
+    plain |= {"q_norm": None, "k_norm": None}
+    normed = plain | {"q_norm": normal(s, s.head_dim, seed=2), "k_norm": normal(s, s.head_dim, seed=3)}
+    yield right(s, "a rotation", rope_qk, rope_qk_ref, *x, **plain)
+    yield right(s, "a normed rotation", rope_qk, rope_qk_ref, *x, **normed)
+    yield alone(rope_qk, *x, **normed)
 
     def step(state: Arrays, _: int) -> Arrays:
-        return [*rope_qk(state[0], state[1], state[2], inv_freq, None, None, EPS), state[2]]
+        return [*rope_qk(state[0], state[1], state[2], **plain), state[2]]
 
-    for rows in sizes.rows:
-        yield TimedCall(_rows(rows), partial(_heads, s, rows), step)
+    yield from timed(sizes.rows, partial(_heads, s), step)
 
 
 def _heads(s: Shapes, rows: int) -> list[mx.array]:
@@ -164,17 +159,11 @@ def _heads(s: Shapes, rows: int) -> list[mx.array]:
 
 
 def _gates(s: Shapes, sizes: Sizes) -> Iterator[Case]:
-    gate, up = 4 * normal(s, ROWS, s.intermediate), normal(s, ROWS, s.intermediate, seed=1)
-    expected = known(lambda: [swiglu_ref(gate, up)])
-    yield Check("a gated unit", lambda: [swiglu(gate, up)], expected, TOLERANCE[s.dtype])
-    yield Check(
-        "a row alone and among others",
-        lambda: row_of([swiglu(gate, up)]),
-        lambda: [swiglu(*_pair([gate, up]))],
-    )
-    for rows in sizes.rows:
-        make = partial(_two, s, rows, s.intermediate)
-        yield TimedCall(_rows(rows), make, lambda state, _: [swiglu(state[0], state[1]), state[1]])
+    two = partial(_two, s, s.intermediate)
+    gate, up = two(ROWS)
+    yield right(s, "a gated unit", swiglu, swiglu_ref, 4 * gate, up)
+    yield alone(swiglu, 4 * gate, up)
+    yield from timed(sizes.rows, two, lambda state, _: [swiglu(*state), state[1]])
 
 
 def _matrix(s: Shapes, outputs: int, width: int, seed: int = 5) -> QuantizedTensor:
@@ -201,17 +190,10 @@ def _products(s: Shapes, sizes: Sizes) -> Iterator[Case]:
 
 def _product(s: Shapes, x: mx.array, weight: QuantizedTensor) -> Iterator[Check]:
     rows, width = x.shape
-    yield Check(
-        f"{_rows(rows)} by a matrix of {weight.bits} bits, {width} wide",
-        lambda: [quantized_matmul(x, weight)],
-        known(lambda: [quantized_matmul_ref(x, weight)]),
-        TOLERANCE[s.dtype],
-    )
-    yield Check(
-        f"a row {width} wide alone and among {rows}",
-        lambda: row_of([quantized_matmul(x, weight)], rows - 1),
-        lambda: [quantized_matmul(x[rows - 1 :], weight)],
-    )
+    name = f"{_rows(rows)} by a matrix of {weight.bits} bits, {width} wide"
+    yield right(s, name, quantized_matmul, quantized_matmul_ref, x, weight=weight)
+    name = f"a row {width} wide alone and among {rows}"
+    yield alone(quantized_matmul, x, row=rows - 1, name=name, weight=weight)
 
 
 def _fused(s: Shapes, sizes: Sizes) -> Iterator[Check]:
@@ -224,17 +206,13 @@ def _fused(s: Shapes, sizes: Sizes) -> Iterator[Check]:
     def fused(x: mx.array) -> list[mx.array]:
         return [*linears(x, weights, biases), gated(x, weights[0], weights[1], None, None)]
 
-    def expected() -> list[mx.array]:
+    def plainly(x: mx.array) -> list[mx.array]:
         products = [quantized_matmul_ref(x, weight) for weight in weights]
         sums = [product + bias for product, bias in zip(products, biases, strict=True)]
         return [*sums, swiglu_ref(products[0], products[1])]
 
-    yield Check(
-        "three matrices with biases, a gated pair", lambda: fused(x), known(expected), TOLERANCE[s.dtype]
-    )
-    yield Check(
-        "these for a row alone and among others", lambda: row_of(fused(x)), lambda: fused(x[ROW : ROW + 1])
-    )
+    yield right(s, "three matrices with biases, a gated pair", fused, plainly, x)
+    yield alone(fused, x, name="these for a row alone and among others")
 
 
 def _layers(s: Shapes, sizes: Sizes) -> Iterator[TimedCall]:
@@ -254,7 +232,7 @@ def _layers(s: Shapes, sizes: Sizes) -> Iterator[TimedCall]:
         return [linear(gated(linear(heads, o), gate, up, None, None), down)]  # the next one's input
 
     for rows in sizes.rows:
-        yield TimedCall(f"{_rows(rows)}, a layer", partial(_two, s, rows, s.hidden), step)
+        yield TimedCall(f"{_rows(rows)}, a layer", partial(_two, s, s.hidden, rows), step)
 
 
 def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedTensor:
@@ -407,18 +385,12 @@ def _look_ups(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     table = _matrix(s, min(sizes.outputs, s.vocab), s.hidden)
     last = table.packed.shape[0] - 1
     tokens = mx.array([last, 0, last, last // 2])
-    expected = known(lambda: [embedding_ref(tokens, table)])
-    yield Check("rows of a table", lambda: [embedding(tokens, table)], expected, TOLERANCE[s.dtype])
+    yield right(s, "rows of a table", embedding, embedding_ref, tokens, weight=table)
 
     def step(state: Arrays, _: int) -> Arrays:
         return [state[0] + (0 * embedding(state[0], table)[:, 0]).astype(mx.int32)]
 
-    for rows in sizes.rows:
-        yield TimedCall(_rows(rows), partial(_ids, rows), step)
-
-
-def _ids(rows: int) -> list[mx.array]:
-    return [mx.arange(rows, dtype=mx.int32) % 2]
+    yield from timed(sizes.rows, lambda rows: [mx.arange(rows, dtype=mx.int32) % 2], step)
 
 
 def _draws(s: Shapes, sizes: Sizes) -> Iterator[Case]:
@@ -432,15 +404,11 @@ def _draws(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     ]
     positions = list(range(7, 7 + len(options)))
     logits = 3 * mx.random.normal((len(options), s.vocab), key=mx.random.key(9))
-
-    yield Check(
-        "a token by each option",
-        lambda: [sample(logits, options, positions)],
-        known(lambda: [sample_ref(logits, options, positions)]),
-    )
+    expected = known(lambda: [sample_ref(logits, options, positions)])
+    yield Check("a token by each option", lambda: [sample(logits, options, positions)], expected)
     yield Check(
         "a row alone and among others",
-        lambda: row_of([sample(logits, options, positions)], 2),
+        lambda: [sample(logits, options, positions)[2:3]],
         lambda: [sample(logits[2:3], options[2:3], positions[2:3])],
     )
     nucleus = SamplingParams(temperature=0.8, top_p=0.95, seed=6)
@@ -453,8 +421,7 @@ def _draws(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     def make(rows: int) -> Arrays:
         return [mx.random.normal((rows, s.vocab), key=mx.random.key(9))]
 
-    for rows in [count for count in sizes.rows if count <= 16]:
-        yield TimedCall(_rows(rows), partial(make, rows), step)
+    yield from timed([count for count in sizes.rows if count <= 16], make, step)
 
 
 def _rows(count: int) -> str:
