@@ -62,67 +62,54 @@ class ModelFacts(Protocol):
     @property
     def model_type(self) -> str:
         """Which architecture it is of."""
-        ...
 
     @property
     def vocab_size(self) -> int:
         """Tokens that the model knows, V."""
-        ...
 
     @property
     def hidden_size(self) -> int:
         """Width of a token's vector between layers, E."""
-        ...
 
     @property
     def intermediate_size(self) -> int:
         """Width of the MLP that one token goes through: of experts, those that it is sent to, together."""
-        ...
 
     @property
     def num_layers(self) -> int:
         """Layers that keep keys and values."""
-        ...
 
     @property
     def num_heads(self) -> int:
         """Heads of queries, H."""
-        ...
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values, K."""
-        ...
 
     @property
     def head_dim(self) -> int:
         """Width of a head, D."""
-        ...
 
     @property
     def max_position_embeddings(self) -> int:
         """Tokens that prompt and answer may have together."""
-        ...
 
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether the head is the embedding."""
-        ...
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        ...
 
     @property
     def quantization(self) -> Quantization | None:
         """How matrices are packed on disk."""
-        ...
 
     @property
     def dtype(self) -> str:
         """What floats are stored in: one of DTYPES."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

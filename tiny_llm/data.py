@@ -182,7 +182,6 @@ class KVCache(Protocol):
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """Return attention's output [T, H, D] for q [T, H, D] and new k, v [T, K, D]."""
-        ...
 
 
 Status = Literal["waiting", "running", "finished"]

@@ -25,31 +25,24 @@ class Language(Protocol):
 
     def definitions(self, source: str) -> Mapping[str, bool]:
         """Each definition's name, and whether it is a stub."""
-        ...
 
     def check(self, source: str, path: str) -> None:
         """Raise ConfigError if ``source`` cannot be read."""
-        ...
 
     def whole(self, source: str, name: str) -> str:
         """A definition's text."""
-        ...
 
     def stub(self, source: str, name: str, chapter: str) -> str:
         """A definition without its body."""
-        ...
 
     def heading(self, source: str, about: str) -> str:
         """How a learner's file begins."""
-        ...
 
     def added(self, text: str, reference: str, name: str, definition: str) -> str:
         """A learner's ``text`` with one definition more."""
-        ...
 
     def parameters(self, source: str, name: str) -> Sequence[str]:
         """A definition's parameters."""
-        ...
 
 
 def is_native(module: str) -> bool:

@@ -21,15 +21,12 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain, perhaps ""."""
-        ...
 
     def finish(self) -> str:
         """No more tokens: return the text that was not certain yet."""
-        ...
 
     def copy(self) -> Detokenizer:
         """One that has seen the same tokens, and goes its own way from here."""
-        ...
 
 
 class StopChecker:

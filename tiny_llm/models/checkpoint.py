@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -20,10 +20,10 @@ from tiny_llm.models.registry import expected_tensors, find, load_config, quanti
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
-from tiny_llm.weights.digest import weights_digest
 from tiny_llm.weights.dummy import dummy_weights
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
+from tiny_llm.weights.shards import weights_digest
 
 MLX_DTYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -33,45 +33,39 @@ MLX_DTYPES: Mapping[str, mx.Dtype] = {
 """What a config's dtypes are in MLX."""
 
 
+class Reading(TypedDict):
+    """How tensors are read. ``dtype``: what floats become (None: as stored).
+
+    ``quantize``: how to pack matrices that are float. ``finish`` is called with each tensor when it is read,
+    and its result takes the tensor's place. ``progress`` is called with (bytes read, bytes to read).
+    """
+
+    dtype: mx.Dtype | None
+    quantize: Quantization | None
+    finish: Finish
+    progress: NotRequired[Progress | None]
+
+
 class Checkpoint(Protocol):
     """A trained model as it is stored, whatever the format. Each part is read when it is first asked for."""
 
     @property
     def config(self) -> ModelFacts:
         """The model's facts. Raises ConfigError for what cannot be used."""
-        ...
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Text to ids and back, and the chat template. Raises ConfigError for what cannot be used."""
-        ...
 
     @property
     def end_ids(self) -> frozenset[int]:
         """Every token that is said to end an answer, wherever that is said. It need not be the model's."""
-        ...
 
     def digest(self) -> bytes:
         """What tells its weights from all others: a digest of their content. Not asked for without need."""
-        ...
 
-    def tensors(
-        self,
-        *,
-        dtype: mx.Dtype | None,
-        quantize: Quantization | None,
-        finish: Finish,
-        progress: Progress | None = None,
-    ) -> Weights:
-        """Return what ``expected_tensors(config)`` names.
-
-        ``dtype``: what floats become (None: as stored). ``quantize``: how to pack matrices that are float.
-        ``finish`` is called with each tensor when it is read, and its result takes the tensor's place.
-        ``progress`` is called with (bytes read, bytes to read).
-
-        Raises WeightError for tensors that do not fit the config.
-        """
-        ...
+    def tensors(self, **how: Unpack[Reading]) -> Weights:
+        """What ``expected_tensors(config)`` names. Raises WeightError for what does not fit the config."""
 
 
 class FolderCheckpoint:
@@ -102,25 +96,15 @@ class FolderCheckpoint:
         """Of the files: see ``weights_digest``."""
         return weights_digest(self._folder)
 
-    def tensors(
-        self,
-        *,
-        dtype: mx.Dtype | None,
-        quantize: Quantization | None,
-        finish: Finish,
-        progress: Progress | None = None,
-    ) -> Weights:
+    def tensors(self, **how: Unpack[Reading]) -> Weights:
         """Of the safetensors files: see ``load_weights``."""
         return load_weights(
             self._folder,
             expected_tensors(self.config),
-            dtype=dtype,
             quantization=self.config.quantization,
-            quantize=quantize,
             quantizable=quantizable_tensors(self.config),
             unread=find(self.config.model_type).unread,
-            finish=finish,
-            progress=progress,
+            **how,
         )
 
 
@@ -144,19 +128,12 @@ class DummyCheckpoint:
         """Of the config: the noise is always the same."""
         return hashlib.sha256(repr(self.config).encode()).digest()
 
-    def tensors(
-        self,
-        *,
-        dtype: mx.Dtype | None,
-        quantize: Quantization | None,
-        finish: Finish,
-        progress: Progress | None = None,
-    ) -> Weights:
+    def tensors(self, **how: Unpack[Reading]) -> Weights:
         """Of noise, floats by default in the dtype that the config names."""
         return dummy_weights(
             expected_tensors(self.config),
-            dtype=dtype or MLX_DTYPES[self.config.dtype],
-            quantize=quantize,
+            dtype=how["dtype"] or MLX_DTYPES[self.config.dtype],
+            quantize=how["quantize"],
             quantizable=quantizable_tensors(self.config),
-            finish=finish,
+            finish=how["finish"],
         )

@@ -33,11 +33,9 @@ class Model(Protocol):
     @property
     def config(self) -> ModelFacts:
         """The facts that it was built from."""
-        ...
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         """Return logits [R, V] for the batch's ``logit_rows``, and let ``kv`` keep its keys and values."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

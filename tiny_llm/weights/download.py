@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from io import BufferedRandom
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 # A lazy package: 8 ms here, and 0.2 s at the first use of one of its names.
 import huggingface_hub
@@ -139,22 +140,15 @@ def _fetch(url: str, target: Path, sha256: str, size: int, label: str) -> None:
             expected_size=size,
             displayed_filename=label,
         )
-        if _sha256(file) != sha256:
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             partial.unlink()
             raise WeightError(f"{label} arrived damaged: its SHA-256 is not {sha256}. Run the command again.")
         partial.rename(target)
 
 
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def _locked(path: Path) -> Iterator[BufferedRandom]:
     """Open a file to read and write, kept as it is; wait while another process has it."""
     path.touch()
     with path.open("r+b") as file:
