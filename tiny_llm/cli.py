@@ -12,7 +12,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,31 @@ EXAMPLES = """
 """
 
 
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "chat": ("tiny_llm.commands.chat", "Talk with a model ([b]the default command[/b])."),
+    "generate": ("tiny_llm.commands.generate", "Answer one prompt, or each of a file's."),
+    "serve": ("tiny_llm.commands.serve", "Serve a model over HTTP, as OpenAI's clients expect it."),
+    "bench": ("tiny_llm.commands.bench", "Measure how fast a model answers."),
+    "models": (
+        "tiny_llm.commands.models",
+        "List the short names: hub id, parameters, download size, and whether it is on disk.",
+    ),
+    "course": (
+        "tiny_llm.course.commands",
+        "Build this runtime yourself: list, start, check, hint, diff, solution, break.",
+    ),
+    "memory": (
+        "tiny_llm.planning.commands",
+        "Say how much memory a model takes, and how far this machine's reaches; nothing is loaded.",
+    ),
+    "doctor": (
+        "tiny_llm.planning.doctor",
+        "Say which backends this machine has, and where our kernels or MLX's own run.",
+    ),
+}
+"""Each command's module, imported when it is called, and its line in the help."""
+
+
 class _ChatByDefault(TyperGroup):
     """Without a command's name it is ``chat``: ``main.py --model X`` is ``main.py chat --model X``."""
 
@@ -49,22 +75,12 @@ class _ChatByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    cls=_ChatByDefault,
-    help="A language model on your own machine: chat with it, or ask it one thing.",
-    rich_markup_mode="rich",
-    add_completion=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-
-
 def _tell_version(asked: bool) -> None:
     if asked:
         print(f"tiny_llm {__version__}")
         raise typer.Exit
 
 
-@app.callback()
 def _before_any(
     version: Annotated[
         bool,
@@ -73,80 +89,34 @@ def _before_any(
 ) -> None: ...
 
 
-def _passed_on(command: Callable[[typer.Context], None]) -> Callable[[typer.Context], None]:
-    """Make ``command`` one of ``app``'s whose arguments, --help too, it passes on as they are."""
+def _passing_on(module: str) -> Callable[[typer.Context], None]:
+    """A command that passes its arguments on as they are, --help too, to the ``app`` of ``module``."""
+
+    def run(context: typer.Context) -> None:
+        command = typer.main.get_command(import_module(module).app)
+        with command.make_context(context.command_path, context.args) as inner:
+            command.invoke(inner)
+
+    return run
+
+
+def _app() -> typer.Typer:
+    made = typer.Typer(
+        cls=_ChatByDefault,
+        help="A language model on your own machine: chat with it, or ask it one thing.",
+        rich_markup_mode="rich",
+        add_completion=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    made.callback()(_before_any)
     as_they_are = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return app.command(add_help_option=False, context_settings=as_they_are)(command)
+    for name, (module, help) in COMMANDS.items():
+        command = made.command(name, help=help, add_help_option=False, context_settings=as_they_are)
+        command(_passing_on(module))
+    return made
 
 
-def _pass_on(context: typer.Context, to: typer.Typer) -> None:
-    with typer.main.get_command(to).make_context(context.command_path, context.args) as inner:
-        inner.command.invoke(inner)
-
-
-@_passed_on
-def chat(context: typer.Context) -> None:
-    """Talk with a model ([b]the default command[/b])."""
-    from tiny_llm.commands.chat import app as command
-
-    _pass_on(context, command)
-
-
-@_passed_on
-def generate(context: typer.Context) -> None:
-    """Answer one prompt, or each of a file's."""
-    from tiny_llm.commands.generate import app as command
-
-    _pass_on(context, command)
-
-
-@_passed_on
-def serve(context: typer.Context) -> None:
-    """Serve a model over HTTP, as OpenAI's clients expect it."""
-    from tiny_llm.commands.serve import app as command
-
-    _pass_on(context, command)
-
-
-@_passed_on
-def bench(context: typer.Context) -> None:
-    """Measure how fast a model answers."""
-    from tiny_llm.commands.bench import app as command
-
-    _pass_on(context, command)
-
-
-@app.command()
-def models() -> None:
-    """List the short names: hub id, parameters, download size, and whether it is on disk."""
-    from tiny_llm.weights.listing import listing
-
-    for row in list(listing()):  # all of them first: an error then stands alone
-        print("{:<15} {:<37} {:>10} {:>9}  {}".format(*row))
-
-
-@_passed_on
-def course(context: typer.Context) -> None:
-    """Build this runtime yourself: list, start, check, hint, diff, solution, break."""
-    from tiny_llm.course.commands import app as command
-
-    _pass_on(context, command)
-
-
-@_passed_on
-def memory(context: typer.Context) -> None:
-    """Say how much memory a model takes, and how far this machine's reaches; nothing is loaded."""
-    from tiny_llm.planning.commands import app as command
-
-    _pass_on(context, command)
-
-
-@_passed_on
-def doctor(context: typer.Context) -> None:
-    """Say which backends this machine has, and where our kernels or MLX's own run."""
-    from tiny_llm.planning.doctor import app as command
-
-    _pass_on(context, command)
+app = _app()
 
 
 def main(arguments: list[str] | None = None) -> int:

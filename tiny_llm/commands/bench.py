@@ -6,40 +6,29 @@ import json as json_format
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments
-from tiny_llm.options import ENGINE, DebugOption, EngineOptions, JsonOption, command_app
+from tiny_llm.options import ENGINE, DebugOption, EngineOptions, JsonOption, command_app, option
 from tiny_llm.planning.bench import Task
 from tiny_llm.planning.bench import bench as run
 
 app = command_app()
 
-FormatOption = Annotated[
-    Literal["auto", "dummy"],
-    typer.Option(
-        help="dummy: random weights in a short name's shapes; no download.", rich_help_panel="Model"
-    ),
-]
-PromptTokensOption = Annotated[
-    int, typer.Option(help="Tokens of a prompt; they are random.", rich_help_panel="Work")
-]
-NewTokensOption = Annotated[int, typer.Option(help="Tokens of an answer.", rich_help_panel="Work")]
-BatchOption = Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel="Work")]
-RoundsOption = Annotated[int, typer.Option(help="Of which the median counts.", rich_help_panel="Work")]
-
 
 @app.command()
-@grouped
+@grouped()
 def bench(
-    load_format: FormatOption = "auto",
-    prompt_tokens: PromptTokensOption = 512,
-    new_tokens: NewTokensOption = 64,
-    batch: BatchOption = 1,
-    rounds: RoundsOption = 3,
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        option("Model", "dummy: random weights in a short name's shapes; no download."),
+    ] = "auto",
+    prompt_tokens: Annotated[int, option("Work", "Tokens of a prompt; they are random.")] = 512,
+    new_tokens: Annotated[int, option("Work", "Tokens of an answer.")] = 64,
+    batch: Annotated[int, option("Work", "Sequences at a time.")] = 1,
+    rounds: Annotated[int, option("Work", "Of which the median counts.")] = 3,
     options: EngineOptions = ENGINE,
     json: JsonOption = False,
     debug: DebugOption = False,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
 from tiny_llm.chat.chat import Chat
 from tiny_llm.chat.conversation import Conversation
-from tiny_llm.commands.grouped import Without, grouped
+from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
@@ -17,10 +16,10 @@ app = command_app()
 
 
 @app.command()
-@grouped
+@grouped("n", "logprobs", "prompt_logprobs")
 def chat(
     system: SystemOption = None,
-    params: Annotated[SamplingParams, Without("n", "logprobs", "prompt_logprobs")] = ANSWER,
+    params: SamplingParams = ANSWER,
     options: EngineOptions = ENGINE,
     debug: DebugOption = False,
 ) -> None:

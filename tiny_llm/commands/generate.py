@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from tiny_llm.chat.chat import figures
-from tiny_llm.commands.grouped import Without, grouped
+from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.offline import answer_file
 from tiny_llm.commands.rows import row_of
@@ -18,52 +16,34 @@ from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_s
 from tiny_llm.data import Completion
 from tiny_llm.errors import RequestError
 from tiny_llm.memory import peak_memory_bytes
-from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app
+from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, option
 from tiny_llm.sampling_params import SamplingParams
 
 app = command_app()
 
-PromptOption = Annotated[
-    str | None,
-    typer.Option("--prompt", "-p", help="The text; without it, what is piped in.", rich_help_panel="Prompt"),
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--file",
-        help='Many prompts: {"prompt": "..."} a line; a line back as each ends.',
-        rich_help_panel="Prompt",
-    ),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="With --file: write a timeline that Perfetto (ui.perfetto.dev) opens.", rich_help_panel="Output"
-    ),
-]
-RawOption = Annotated[
-    bool,
-    typer.Option("--raw", help="Go on with the text as it is: no chat template.", rich_help_panel="Prompt"),
-]
-JsonOption = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print one line an answer: the text and its figures.", rich_help_panel="Output"
-    ),
-]
-
 
 @app.command()
-@grouped
+@grouped("prompt_logprobs")
 def generate(
-    prompt: PromptOption = None,
-    file: FileOption = None,
-    trace: TraceOption = None,
-    raw: RawOption = False,
+    prompt: Annotated[
+        str | None, option("Prompt", "The text; without it, what is piped in.", "--prompt", "-p")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        option("Prompt", 'Many prompts: {"prompt": "..."} a line; a line back as each ends.', "--file"),
+    ] = None,
+    trace: Annotated[
+        Path | None, option("Output", "With --file: write a timeline that Perfetto (ui.perfetto.dev) opens.")
+    ] = None,
+    raw: Annotated[
+        bool, option("Prompt", "Go on with the text as it is: no chat template.", "--raw")
+    ] = False,
     system: SystemOption = None,
-    params: Annotated[SamplingParams, Without("prompt_logprobs")] = ANSWER,
+    params: SamplingParams = ANSWER,
     options: EngineOptions = ENGINE,
-    json: JsonOption = False,
+    json: Annotated[
+        bool, option("Output", "Print one line an answer: the text and its figures.", "--json")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Answer one prompt, or each of a file's.

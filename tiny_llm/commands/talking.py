@@ -6,15 +6,12 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-import typer
-
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.errors import RequestError
+from tiny_llm.options import option
 from tiny_llm.sampling_params import SamplingParams
 
-SystemOption = Annotated[
-    str | None, typer.Option(help="How the model is to behave.", rich_help_panel="Prompt")
-]
+SystemOption = Annotated[str | None, option("Prompt", "How the model is to behave.")]
 ANSWER = SamplingParams(max_tokens=512)
 """What people get who do not say how to answer."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from tiny_llm.config import Quantization
@@ -20,41 +19,31 @@ from tiny_llm.options import (
     KvDtypeOption,
     ModelOption,
     QuantizeOption,
+    command_app,
+    option,
 )
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
 from tiny_llm.planning.speed import FORMAT, measure_machine, predict
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+app = command_app()
 
 
 @app.command()
 def memory(
     model: ModelOption = "demo",
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer together.", rich_help_panel="Work")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.", rich_help_panel="Work")] = 1,
+    context: Annotated[int | None, option("Work", "Tokens of prompt and answer together.")] = None,
+    batch: Annotated[int, option("Work", "Sequences at a time.")] = 1,
     memory: Annotated[
-        str | None,
-        typer.Option(help="What there is, such as 16GB; by default what is free.", rich_help_panel="Work"),
+        str | None, option("Work", "What there is, such as 16GB; by default what is free.")
     ] = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     kv_dtype: KvDtypeOption = "auto",
     backend: BackendOption = None,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also draw it, into this file.", rich_help_panel="Output")
-    ] = None,
+    svg: Annotated[Path | None, option("Output", "Also draw it, into this file.")] = None,
     speed: Annotated[
-        bool,
-        typer.Option(
-            "--speed", help="Also measure this machine, and say what it allows.", rich_help_panel="Output"
-        ),
+        bool, option("Output", "Also measure this machine, and say what it allows.", "--speed")
     ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
