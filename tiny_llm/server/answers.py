@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from tiny_llm.data import AssistantMessage, Chunk, Completion, MessageDelta, ToolCall
+from tiny_llm.data import AssistantMessage, Completion, MessageDelta, ToolCall
 
 _MANY = 1024  # values that are written in a moment
 _WRITTEN_AT_A_TIME = 32  # items of a ``WrittenArray``
@@ -39,29 +39,6 @@ def usage(ended: Iterable[Completion]) -> dict[str, object]:
             "rejected_prediction_tokens": drafted - accepted,
         },
     }
-
-
-class StreamUsage:
-    """The usage that a stream tells: ``at_end``, or ``always``: what it took so far, with every event."""
-
-    def __init__(
-        self, *, at_end: bool, always: bool, prompts: Sequence[Sequence[int]], answers_each: int
-    ) -> None:
-        self.at_end = at_end
-        self.always = always
-        self._read = [len(prompt) for prompt in prompts for _ in range(answers_each)]
-        self._made = [0] * len(self._read)
-
-    def take(self, index: int, chunk: Chunk) -> None:
-        """Count the tokens of a chunk of answer ``index``."""
-        self._made[index] += len(chunk.token_ids)
-
-    def so_far(self, index: int) -> dict[str, object]:
-        """What an event of answer ``index`` has beside its choice."""
-        if not self.always:
-            return {"usage": None} if self.at_end else {}
-        read, made = self._read[index], self._made[index]
-        return {"usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}}
 
 
 def delta_json(delta: MessageDelta) -> dict[str, Any]:

@@ -18,11 +18,10 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
-from tiny_llm.server.completions import complete
-from tiny_llm.server.events import EventStream, large_json
+from tiny_llm.server.completions import completion
+from tiny_llm.server.events import EventStream, answered, large_json
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
-from tiny_llm.server.params import require_model
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
 from tiny_llm.server.response_bodies import ResponseBody
@@ -30,7 +29,7 @@ from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
 from tiny_llm.server.strict_json import StrictRoute
 from tiny_llm.server.text_bodies import CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
-from tiny_llm.server.texts import detokenize, generate, tokenize, tokenizer_info
+from tiny_llm.server.texts import detokenize, generation, tokenize, tokenizer_info
 from tiny_llm.version import __version__
 
 METRICS_TIMEOUT_S = 5.0
@@ -96,7 +95,7 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def model_card(model: str) -> dict[str, object]:
-        require_model(model, settings.name)
+        service.require_model(model)
         return card()
 
     @router.get("/tokenizer_info")
@@ -112,11 +111,11 @@ def _asking(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", responses=_documented("id", "object", "choices", "usage", streams=True))
     async def completions(request: Request, body: CompletionBody) -> Response:
-        return await complete(service, request, body)
+        return await answered(service, request, body, completion)
 
     @router.post("/v1/chat/completions", responses=_documented("id", "choices", "usage", streams=True))
     async def chat_completions(request: Request, body: ChatBody) -> Response:
-        return await chat(service, request, body)
+        return await answered(service, request, body, chat)
 
     @router.post("/v1/responses", responses=_documented("id", "status", "output", "usage", streams=True))
     async def responses(request: Request, body: ResponseBody) -> Response:
@@ -124,7 +123,7 @@ def _asking(service: Service) -> APIRouter:
 
     @router.post("/generate", responses=_documented("answers", "usage", streams=True))
     async def generated(request: Request, body: GenerateBody) -> Response:
-        return await generate(service, request, body)
+        return await answered(service, request, body, generation)
 
     @router.post("/tokenize", responses=_documented("count", "tokens", "max_model_len"))
     async def tokenized(body: TokenizeBody) -> Response:

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-from fastapi import Request
-from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.llm import LLM
 from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.messages.message import message_of
-from tiny_llm.server.answers import delta_json, message_json, new_id, usage
+from tiny_llm.server.answers import delta_json, message_json
 from tiny_llm.server.chat_bodies import ChatBody, NamedTool
-from tiny_llm.server.events import ResponseWriter, answered, event_of, events_around
+from tiny_llm.server.choices import ChoiceWriter
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
-from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, require_model, stream_usage
+from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Service, aside
+from tiny_llm.server.service import Service
 
 
-async def chat(service: Service, request: Request, body: ChatBody) -> Response:
-    """Answer one request, at once or as a stream."""
-    form, job = await chat_job(service, request, body)
-    return await answered(service, request, job, ChatWriter(service, body, form, job), stream=body.stream)
+def chat(service: Service, body: ChatBody, key_salt: str) -> tuple[Job, ChatWriter]:
+    """What a request asks of the engine, and who writes the response."""
+    form, job = chat_job(service.llm, body, key_salt)
+    return job, ChatWriter(service, body, form, job)
 
 
-async def chat_job(service: Service, request: Request, body: ChatBody) -> tuple[ChatFormat, Job]:
+def chat_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
     """How a chat's answers are read, and what it asks of the engine.
 
     Raises Problem or RequestError for what cannot be asked.
     """
-    require_model(body.model, service.settings.name)
-    return await aside(request, lambda: _form_and_job(service.llm, body, request.state.salt))
-
-
-def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
     if body.top_logprobs and not body.logprobs:
         what = "top_logprobs needs logprobs to be true."
         raise Problem(400, what, code="invalid_value", param="top_logprobs")
@@ -66,84 +56,53 @@ def _form_and_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, 
     return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
 
 
-class ChatWriter(ResponseWriter):
+class ChatWriter(ChoiceWriter):
     """/v1/chat/completions' words."""
 
     def __init__(self, service: Service, body: ChatBody, form: ChatFormat, job: Job) -> None:
-        self._body = body
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        super().__init__(service, body.stream_options, job, kind=kind, prefix="chatcmpl")
+        self._with_logprobs = body.logprobs
         self._logprobs = LogprobWriter(service.llm.tokenizer, body.top_logprobs or 0)
-        self._id = new_id("chatcmpl")
-        self._created = int(time.time())
-        self._model = service.settings.name
         self._parsers = [form.parser() for _ in range(body.n)]
-        self._usage = stream_usage(body.stream_options, job)
-        self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
 
-    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
-        """The response of a request that is not streamed."""
-        choices = [self._choice(index, chunks, ended[index]) for index, chunks in enumerate(answers)]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage(ended)}
-
-    def _choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
+    def _whole_choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
         parser = self._parsers[index]
         deltas = parser.push("".join(chunk.text for chunk in chunks)) + parser.finish()
-        rows: list[dict[int, float]] = []
-        for chunk in chunks:
-            rows += chunk.logprobs or ()
-        rest = self._rest(rows, ended, parser.calls)
-        return {"index": index, "message": message_json(message_of(deltas)), **rest}
+        rows = [row for chunk in chunks for row in chunk.logprobs or ()]
+        return {"index": index, "message": message_json(message_of(deltas)), **self._rest(index, rows, ended)}
 
-    def events(self, index: int, chunk: Chunk) -> bytes:
+    def _text_choice(self, index: int, text: str) -> dict[str, object]:
+        return self._choice(index, {"content": text}, (), None)
+
+    def _told(self, index: int, chunk: Chunk, is_first: bool) -> Iterable[str | dict[str, object]]:
         """Who speaks, then what is said, an event a delta; the last of a chunk has its log-probabilities."""
-        self._usage.take(index, chunk)
         found = self._parsers[index].push(chunk.text)
         is_text_alone = chunk.completion is None and not chunk.logprobs
-        begun = index in self._quick
-        is_quick = begun and is_text_alone and not self._usage.always
-        if is_quick and len(found) == 1 and found[0].content:
-            return self._quick[index](found[0].content)
+        if is_text_alone and not is_first and len(found) == 1 and found[0].content:
+            return [found[0].content]
         if chunk.completion is not None:
             found += self._parsers[index].finish()
         deltas = [delta_json(delta) for delta in found]
         if not deltas and not is_text_alone:
             deltas = [{}]  # its end, or its log-probabilities, are to be told
-        if not begun:
-            self._quick[index] = events_around(partial(self._saying, index))
+        if is_first:
             deltas.insert(0, {"role": "assistant", "content": ""})
-        return b"".join(self._delta_events(index, deltas, chunk))
+        told = [self._choice(index, delta, (), None) for delta in deltas[:-1]]
+        last = [self._choice(index, delta, chunk.logprobs or (), chunk.completion) for delta in deltas[-1:]]
+        return told + last
 
-    def closing(self, ended: Sequence[Completion]) -> bytes:
-        """The usage, where it was asked for."""
-        if not self._usage.at_end:
-            return b""
-        head = self._head("chat.completion.chunk")
-        return event_of({**head, "choices": [], "usage": usage(ended)})
-
-    def _delta_events(self, index: int, deltas: Sequence[dict[str, Any]], chunk: Chunk) -> Iterator[bytes]:
-        for delta in deltas[:-1]:
-            yield event_of(self._event(index, delta, self._rest([], None, 0)))
-        if deltas:
-            rest = self._rest(chunk.logprobs or [], chunk.completion, self._parsers[index].calls)
-            yield event_of(self._event(index, deltas[-1], rest))
-
-    def _saying(self, index: int, text: str) -> dict[str, object]:
-        return self._event(index, {"content": text}, self._rest([], None, 0))
-
-    def _event(self, index: int, delta: dict[str, Any], rest: dict[str, object]) -> dict[str, object]:
-        choice = {"index": index, "delta": delta, **rest}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **self._usage.so_far(index)}
+    def _choice(
+        self, index: int, delta: dict[str, Any], rows: Sequence[dict[int, float]], ended: Completion | None
+    ) -> dict[str, object]:
+        return {"index": index, "delta": delta, **self._rest(index, rows, ended)}
 
     def _rest(
-        self, rows: Sequence[dict[int, float]], ended: Completion | None, calls: int
+        self, index: int, rows: Sequence[dict[int, float]], ended: Completion | None
     ) -> dict[str, object]:
         """What a choice has beside its message: log-probabilities, and why it ended if it has."""
-        told = None
-        if self._body.logprobs:
-            told = {"content": self._logprobs.chat(rows), "refusal": None}
+        told = {"content": self._logprobs.chat(rows), "refusal": None} if self._with_logprobs else None
         reason: str | None = None if ended is None else ended.finish_reason
-        if reason == "stop" and calls:
+        if reason == "stop" and self._parsers[index].calls:
             reason = "tool_calls"
         return {"logprobs": told, "finish_reason": reason}
-
-    def _head(self, kind: str) -> dict[str, object]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

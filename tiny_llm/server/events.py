@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring as _quoted
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -21,6 +21,7 @@ from starlette.types import Send
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.errors import CapacityError
 from tiny_llm.server.answers import dumped, dumps, one_line
+from tiny_llm.server.bodies import Choosing
 from tiny_llm.server.jobs import ChunkStream, Job
 from tiny_llm.server.problems import problem_of
 from tiny_llm.server.service import Service, aside, is_small
@@ -84,12 +85,20 @@ class ResponseWriter(ABC):
         return failure_event(error)
 
 
-async def answered(
-    service: Service, request: Request, job: Job, writer: ResponseWriter, *, stream: bool
-) -> Response:
-    """Have a job done, and answer with it. Raises what the job is refused with."""
+AnyBody = TypeVar("AnyBody", bound=Choosing)
+Asking: TypeAlias = Callable[[Service, AnyBody, str], tuple[Job, ResponseWriter]]
+"""(service, a body, its key's salt) -> what it asks of the engine, and who writes the response to it.
+
+Raises Problem or RequestError for what cannot be asked.
+"""
+
+
+async def answered(service: Service, request: Request, body: AnyBody, asking: Asking[AnyBody]) -> Response:
+    """Answer a request, at once or as a stream. Raises what it is refused with."""
+    service.require_model(body.model)
+    job, writer = await aside(request, lambda: asking(service, body, request.state.salt))
     try:
-        if stream:
+        if body.stream:
             chunks = await service.begin(request, job)
             return EventStream(_written(request, writer, chunks), writer.failure)
         answers = await service.whole(request, job)

@@ -10,27 +10,16 @@ from typing import Any
 
 from tiny_llm.decoding.grammar import THINK, Grammar, lark_grammar, regex_grammar, response_grammar
 from tiny_llm.engine.llm import LLM
-from tiny_llm.errors import ContextError, RequestError, did_you_mean
+from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.sampling_params import OPTIONS, BeamParams, SamplingParams
-from tiny_llm.server.answers import StreamUsage
-from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling, StreamOptions
+from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling
 from tiny_llm.server.chat_bodies import USUAL_EFFORT, Effort, Message, TemplateArguments
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS
 from tiny_llm.server.strict_json import PartCount
+from tiny_llm.server.text_bodies import CompletionBody, GenerateBody
 from tiny_llm.tokenizer.tokenizer import Tokenizer
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""Of /v1/completions, as OpenAI has it."""
-
-
-def require_model(asked: str | None, name: str) -> None:
-    """Raise Problem if another model than ``name`` is asked for."""
-    if asked is not None and asked != name:
-        asked = asked[:200]
-        what = f"The model {asked!r} is not served here; {name!r} is.{did_you_mean(asked, [name])}"
-        raise Problem(404, what, code="model_not_found", param="model")
 
 
 def params_of(
@@ -94,15 +83,12 @@ def job_of(
     return Job(prompts, params, body.priority, salt, grammar, keep=keep)
 
 
-def stream_usage(options: StreamOptions | None, job: Job) -> StreamUsage:
-    """The usage that a stream is to tell."""
-    options = options or StreamOptions()
-    return StreamUsage(
-        at_end=options.include_usage,
-        always=options.continuous_usage_stats,
-        prompts=job.prompts,
-        answers_each=job.params.n,
-    )
+def prompts_job(llm: LLM, body: CompletionBody | GenerateBody, key_salt: str, max_tokens: int) -> Job:
+    """What a request asks whose prompts are texts or ids. Raises Problem or RequestError."""
+    grammar = grammar_of(body)
+    prompts = prompt_ids(llm, body.prompt)
+    params = params_of(llm, body, prompts, max_tokens=max_tokens, logprobs=body.logprobs)
+    return job_of(body, prompts, params, key_salt, grammar)
 
 
 def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:

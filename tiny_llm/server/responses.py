@@ -19,12 +19,13 @@ from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, named_event
+from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
-from tiny_llm.server.service import Service, aside
+from tiny_llm.server.service import Service
 
 _THEIR_NAMES = (
     (r"response_format\.json_schema", "text.format.schema"),
@@ -69,13 +70,15 @@ _FORM_KEYS: Mapping[str, Any] = {"name": "answer", "description": None, "schema"
 
 async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
     """Answer one request, at once or as a stream."""
-    chat = chat_of(body)
     try:
-        form, job = await chat_job(service, request, chat)
-        writer = await aside(request, lambda: ResponsesWriter(service, body, form))
-        return await answered(service, request, job, writer, stream=body.stream)
+        return await answered(service, request, body, _asking)
     except (Problem, TinyLLMError) as error:
         raise _in_our_words(problem_of(error)) from error
+
+
+def _asking(service: Service, body: ResponseBody, key_salt: str) -> tuple[Job, ResponsesWriter]:
+    form, job = chat_job(service.llm, chat_of(body), key_salt)
+    return job, ResponsesWriter(service, body, form)
 
 
 def _in_our_words(problem: Problem) -> Problem:

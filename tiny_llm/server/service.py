@@ -18,6 +18,7 @@ from fastapi import Request
 from tiny_llm.data import Chunk
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import did_you_mean
 from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.jobs import ChunkStream, Job, chunks_of
 from tiny_llm.server.problems import Problem
@@ -68,6 +69,14 @@ class Service:
     def llm(self) -> LLM:
         """Model, tokenizer and limits."""
         return self.engine.llm
+
+    def require_model(self, asked: str | None) -> None:
+        """Raise Problem if another model than ours is asked for."""
+        name = self.settings.name
+        if asked is not None and asked != name:
+            asked = asked[:200]
+            what = f"The model {asked!r} is not served here; {name!r} is.{did_you_mean(asked, [name])}"
+            raise Problem(404, what, code="model_not_found", param="model")
 
     def problem(self) -> Problem | None:
         """Why no request can be served now."""

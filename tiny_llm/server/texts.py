@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import Request
-from fastapi.responses import Response
-
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.engine.llm import LLM
 from tiny_llm.server.answers import usage
-from tiny_llm.server.events import ResponseWriter, answered, event_of
+from tiny_llm.server.events import ResponseWriter, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import by_id, token_text
-from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of, prompt_ids, require_model
+from tiny_llm.server.params import chat_ids, prompts_job
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.service import Service, aside
+from tiny_llm.server.service import Service
 from tiny_llm.server.text_bodies import DetokenizeBody, GenerateBody, TokenizeBody
 
 DEFAULT_TOKENS = 256
 
 
-async def generate(service: Service, request: Request, body: GenerateBody) -> Response:
-    """Answer one request: the engine's own view of it, token ids included."""
-    require_model(body.model, service.settings.name)
-    job = await aside(request, lambda: _job(service.llm, body, request.state.salt))
-    return await answered(service, request, job, GenerateWriter(), stream=body.stream)
-
-
-def _job(llm: LLM, body: GenerateBody, key_salt: str) -> Job:
-    grammar = grammar_of(body)
-    prompts = prompt_ids(llm, body.prompt)
-    most = body.max_tokens or DEFAULT_TOKENS
-    params = params_of(llm, body, prompts, max_tokens=most, logprobs=body.logprobs)
-    return job_of(body, prompts, params, key_salt, grammar)
+def generation(service: Service, body: GenerateBody, key_salt: str) -> tuple[Job, GenerateWriter]:
+    """What a request asks of the engine, and who writes the response."""
+    job = prompts_job(service.llm, body, key_salt, body.max_tokens or DEFAULT_TOKENS)
+    return job, GenerateWriter()
 
 
 class GenerateWriter(ResponseWriter):
-    """POST /generate's words."""
+    """POST /generate's words: the engine's own view of an answer, token ids included."""
 
     asked_by = "prompt"
 
@@ -70,7 +57,7 @@ class GenerateWriter(ResponseWriter):
 
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
     """A text's or a conversation's token ids."""
-    require_model(body.model, service.settings.name)
+    service.require_model(body.model)
     has_prompt, has_messages = body.prompt is not None, bool(body.messages)
     if has_prompt == has_messages:
         raise Problem(400, "Give either prompt or messages.", code="invalid_value", param="prompt")
@@ -85,7 +72,7 @@ def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
 
 def detokenize(service: Service, body: DetokenizeBody) -> dict[str, object]:
     """Token ids' text."""
-    require_model(body.model, service.settings.name)
+    service.require_model(body.model)
     llm = service.llm
     size = llm.config.vocab_size
     if any(token >= size for token in body.tokens):

@@ -1,0 +1,96 @@
+"""Owns what /v1/completions and /v1/chat/completions share: choices under one head, and their usage."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from tiny_llm.data import Chunk, Completion
+from tiny_llm.server.answers import new_id, usage
+from tiny_llm.server.bodies import StreamOptions
+from tiny_llm.server.events import ResponseWriter, event_of, events_around
+from tiny_llm.server.jobs import Job
+from tiny_llm.server.service import Service
+
+
+class ChoiceWriter(ResponseWriter):
+    """A response of choices. ``kind`` is what it is called; its id begins with ``prefix``."""
+
+    def __init__(
+        self, service: Service, options: StreamOptions | None, job: Job, *, kind: str, prefix: str
+    ) -> None:
+        self._usage = _StreamUsage(options or StreamOptions(), job)
+        self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
+        self._head = {
+            "id": new_id(prefix),
+            "object": kind,
+            "created": int(time.time()),
+            "model": service.settings.name,
+        }
+
+    def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> dict[str, object]:
+        """The response of a request that is not streamed."""
+        choices = [self._whole_choice(index, chunks, ended[index]) for index, chunks in enumerate(answers)]
+        return {**self._head, "choices": choices, "usage": usage(ended)}
+
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        """What a chunk is told by; where only the text has grown, quickly."""
+        self._usage.take(index, chunk)
+        is_first = index not in self._quick
+        if is_first:
+            self._quick[index] = events_around(partial(self._text_event, index))
+        return b"".join([self._written(index, told) for told in self._told(index, chunk, is_first)])
+
+    def closing(self, ended: Sequence[Completion]) -> bytes:
+        """The usage, where it was asked for."""
+        if not self._usage.at_end:
+            return b""
+        return event_of({**self._head, "choices": [], "usage": usage(ended)})
+
+    @abstractmethod
+    def _whole_choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
+        """An answer that is complete."""
+
+    @abstractmethod
+    def _text_choice(self, index: int, text: str) -> dict[str, object]:
+        """How it is told that an answer has grown by ``text``, and by nothing else."""
+
+    @abstractmethod
+    def _told(self, index: int, chunk: Chunk, is_first: bool) -> Iterable[str | dict[str, object]]:
+        """What a chunk is told by, an event each: a choice, or the text that an answer has only grown by."""
+
+    def _written(self, index: int, told: str | dict[str, object]) -> bytes:
+        if not isinstance(told, str):
+            return event_of(self._event(index, told))
+        if self._usage.always:
+            return event_of(self._text_event(index, told))
+        return self._quick[index](told)
+
+    def _text_event(self, index: int, text: str) -> dict[str, object]:
+        return self._event(index, self._text_choice(index, text))
+
+    def _event(self, index: int, choice: dict[str, object]) -> dict[str, object]:
+        return {**self._head, "choices": [choice], **self._usage.so_far(index)}
+
+
+class _StreamUsage:
+    """The usage that a stream tells: ``at_end``, or ``always``: what it took so far, with every event."""
+
+    def __init__(self, options: StreamOptions, job: Job) -> None:
+        self.at_end = options.include_usage
+        self.always = options.continuous_usage_stats
+        self._read = [len(prompt) for prompt in job.prompts for _ in range(job.params.n)]
+        self._made = [0] * len(self._read)
+
+    def take(self, index: int, chunk: Chunk) -> None:
+        """Count the tokens of a chunk of answer ``index``."""
+        self._made[index] += len(chunk.token_ids)
+
+    def so_far(self, index: int) -> dict[str, object]:
+        """What an event of answer ``index`` has beside its choice."""
+        if not self.always:
+            return {"usage": None} if self.at_end else {}
+        read, made = self._read[index], self._made[index]
+        return {"usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}}
