@@ -12,19 +12,11 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-PAGE_FILES: Mapping[str, str] = {
-    "/": "index.html",
-    "/page/page.css": "page.css",
-    "/page/page.js": "page.js",
-    "/page/asking.js": "asking.js",
-    "/page/store.js": "store.js",
-    "/page/conversation.js": "conversation.js",
-    "/page/chats.js": "chats.js",
-    "/page/copying.js": "copying.js",
-    "/page/markdown.js": "markdown.js",
-    "/page/highlight.js": "highlight.js",
-    "/page/live.js": "live.js",
-}
+_NAMES = (
+    *("page.css", "page.js", "dom.js", "asking.js", "store.js", "conversation.js", "chats.js"),
+    *("copying.js", "markdown.js", "highlight.js", "live.js"),
+)
+PAGE_FILES: Mapping[str, str] = {"/": "index.html"} | {f"/page/{name}": name for name in _NAMES}
 """Path to file. Nothing else is ever read."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -23,7 +23,7 @@ export const key = {
   },
   forget() {
     held = "";
-    tab.forget(KEY);
+    tab.remove(KEY);
   },
 };
 

@@ -1,18 +1,9 @@
 // Owns the list of the chats that are kept: opening, naming, deleting them.
 
+import { $, button, element } from "./dom.js";
 import { chats, titleOf } from "./store.js";
 
-const $ = (id) => document.getElementById(id);
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
-
-function button(text, className, act) {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.className = className;
-  made.textContent = text;
-  made.addEventListener("click", act);
-  return made;
-}
 
 /** A button that asks once more before it acts. */
 function carefulButton(text, question, act) {
@@ -48,16 +39,12 @@ export class ChatList {
   }
 
   entry(chat) {
-    const item = document.createElement("li");
     const open = button("", "open", () => {
       $("chats").close();
       this.onOpen(chats.get(chat.id) ?? chat);
     });
-    const [title, time] = ["span", "small"].map((name) => document.createElement(name));
-    title.textContent = titleOf(chat);
-    time.textContent = when.format(chat.at);
-    open.append(title, time);
-    if (chat.id === this.current().id) open.setAttribute("aria-current", "true");
+    open.append(element("span", {}, titleOf(chat)), element("small", {}, when.format(chat.at)));
+    if (chat.id === this.current().id) open.ariaCurrent = "true";
     const remove = carefulButton("Delete", "Delete it?", () => {
       chats.remove(chat.id);
       this.onGone(chat.id);
@@ -65,14 +52,13 @@ export class ChatList {
       this.show();
       if (next) $("chat-list").querySelector(".open")?.focus();
     });
-    item.append(open, button("Rename", "quiet", () => this.rename(item, open, chat)), remove);
+    const rename = button("Rename", "quiet", () => this.rename(item, open, chat));
+    const item = element("li", {}, open, rename, remove);
     return item;
   }
 
   rename(item, open, chat) {
-    const field = document.createElement("input");
-    field.value = titleOf(chat);
-    field.setAttribute("aria-label", "Name of the chat");
+    const field = element("input", { value: titleOf(chat), ariaLabel: "Name of the chat" });
     let isOver = false;
     const end = (isTaken) => {
       if (isOver) return;

@@ -3,27 +3,13 @@
 
 import { events, Refusal } from "./asking.js";
 import { copyButton } from "./copying.js";
+import { $, button, element } from "./dom.js";
 import { show } from "./markdown.js";
 import { newChat } from "./store.js";
 
 const NEAR_END = 60; // pixels: the end is in sight
 
-const $ = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en");
-
-function element(name, className, text = "") {
-  const made = document.createElement(name);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
-
-function quietButton(text, className, act) {
-  const made = element("button", className, text);
-  made.type = "button";
-  made.addEventListener("click", act);
-  return made;
-}
 
 /** Change the page, and stay at the conversation's end if that is what was in sight. */
 function keepInSight(change) {
@@ -39,15 +25,13 @@ class Answer {
     this.text = this.thought = "";
     this.tokens = 0;
     this.began = performance.now();
-    this.item = element("li", "message assistant");
-    this.folded = element("details", "thought");
     this.thinking = element("div", "text");
-    this.folded.append(element("summary", "", "What it thought"), this.thinking);
+    this.folded = element("details", "thought", element("summary", {}, "What it thought"), this.thinking);
     this.body = element("div", "text");
     this.note = element("p", "note");
-    this.tools = element("div", "tools");
-    this.tools.append(copyButton(() => this.text), quietButton("Answer again", "again", onAgain));
-    this.item.append(element("span", "unseen", "Answer: "), this.folded, this.body, this.note, this.tools);
+    this.tools = element("div", "tools", copyButton(() => this.text), button("Answer again", "again", onAgain));
+    const who = element("span", "unseen", "Answer: ");
+    this.item = element("li", "message assistant", who, this.folded, this.body, this.note, this.tools);
     $("messages").append(this.item);
     this.draw();
   }
@@ -167,24 +151,17 @@ export class Conversation {
   }
 
   showQuestion(message) {
-    const item = element("li", "message user");
-    const tools = element("div", "tools");
-    tools.append(
-      copyButton(() => message.content),
-      quietButton("Edit", "edit", () => this.edit(item, message)),
-    );
-    item.append(element("span", "unseen", "You: "), element("p", "", message.content), tools);
+    const edit = button("Edit", "edit", () => this.edit(item, message));
+    const tools = element("div", "tools", copyButton(() => message.content), edit);
+    const text = element("p", {}, message.content);
+    const item = element("li", "message user", element("span", "unseen", "You: "), text, tools);
     $("messages").append(item);
   }
 
   /** Let a question be written anew; what was said after it goes when it is sent. */
   edit(item, message) {
     if (this.answering) return;
-    const form = element("form", "editing");
-    const field = element("textarea", "");
-    field.rows = 1;
-    field.value = message.content;
-    field.setAttribute("aria-label", "Edit your message");
+    const field = element("textarea", { rows: 1, value: message.content, ariaLabel: "Edit your message" });
     const close = () => {
       form.remove();
       item.classList.remove("edited");
@@ -200,18 +177,14 @@ export class Conversation {
       this.send(field.value);
       $("ask").focus();
     };
-    form.addEventListener("submit", send);
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
       if (event.key !== "Escape") return;
       event.stopPropagation();
       close();
     });
-    const row = element("div", "row");
-    const resend = element("button", "", "Send again");
-    resend.type = "submit";
-    row.append(quietButton("Cancel", "quiet", close), resend);
-    form.append(field, row);
+    const row = element("div", "row", button("Cancel", "quiet", close), element("button", {}, "Send again"));
+    const form = element("form", { className: "editing", onsubmit: send }, field, row);
     item.classList.add("edited");
     item.append(form);
     field.focus();
@@ -272,10 +245,8 @@ export class Conversation {
 
   /** What went wrong, in the answer's place, and a way to try again. */
   problem(what, answer) {
-    const box = element("div", "problem");
-    box.setAttribute("role", "alert");
-    box.append(element("p", "", what), quietButton("Try again", "quiet", () => this.again(answer)));
-    return box;
+    const again = button("Try again", "quiet", () => this.again(answer));
+    return element("div", { className: "problem", role: "alert" }, element("p", {}, what), again);
   }
 
   setBusy(busy) {

@@ -1,6 +1,8 @@
 // Owns copying, and its button. Where a page may not reach the clipboard (plain http, not on this machine)
 // a selection does it.
 
+import { button, element } from "./dom.js";
+
 const SHOWN_MS = 1500;
 
 async function copy(text) {
@@ -14,9 +16,7 @@ async function copy(text) {
 
 function copySelected(text) {
   const before = document.activeElement;
-  const area = document.createElement("textarea");
-  area.className = "unseen";
-  area.value = text;
+  const area = element("textarea", { className: "unseen", value: text });
   document.body.append(area);
   area.select();
   const done = document.execCommand("copy");
@@ -27,13 +27,9 @@ function copySelected(text) {
 
 /** A button that copies what `text()` is when it is pressed. */
 export function copyButton(text) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "copy";
-  button.textContent = "Copy";
-  button.addEventListener("click", async () => {
-    button.textContent = (await copy(text())) ? "Copied" : "Not copied";
-    setTimeout(() => (button.textContent = "Copy"), SHOWN_MS);
+  const made = button("Copy", "copy", async () => {
+    made.textContent = (await copy(text())) ? "Copied" : "Not copied";
+    setTimeout(() => (made.textContent = "Copy"), SHOWN_MS);
   });
-  return button;
+  return made;
 }

@@ -2,6 +2,7 @@
 // What a picture holds is said in tiny_llm/server/picture.py.
 
 import { events, Refusal } from "./asking.js";
+import { $, element } from "./dom.js";
 
 const [FREE, CACHED, SHARED, OWNED] = [0, 1, 2, 3];
 const HISTORY = 96;             // pictures that the curves go back
@@ -11,7 +12,6 @@ const MAP_HEIGHT = 210;
 const PROMPT_SHARE = 34;        // per cent of a bar
 const RETRY_MS = [500, 1000, 2000, 4000];
 
-const $ = (id) => document.getElementById(id);
 const count = (number) => Math.round(number).toLocaleString("en");
 const percent = (share) => `${Math.round(100 * share)} %`;
 const sum = (counts) => Object.values(counts).reduce((all, one) => all + one, 0);
@@ -25,26 +25,24 @@ function colour(owner) {
 
 const ownerOf = (id) => OWNED + (id % (256 - OWNED));
 
+function svg(name, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
 /** A number with its name and its curve. */
 class Figure {
   constructor(name, format) {
     this.format = format;
     this.values = [];
-    const tile = document.createElement("div");
-    const [term, value, note] = ["dt", "dd", "dd"].map((kind) => document.createElement(kind));
-    term.textContent = name;
-    note.className = "note";
-    this.curve = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    this.curve.setAttribute("viewBox", "0 0 100 28");
-    this.curve.setAttribute("preserveAspectRatio", "none");
-    this.curve.setAttribute("aria-hidden", "true");
-    this.area = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    this.line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    this.area.setAttribute("class", "area");
-    this.curve.append(this.area, this.line);
-    tile.append(term, value, note, this.curve);
-    [this.value, this.note] = [value, note];
-    $("figures").append(tile);
+    this.value = element("dd");
+    this.note = element("dd", "note");
+    [this.area, this.line] = [svg("path", { class: "area" }), svg("path", {})];
+    const frame = { viewBox: "0 0 100 28", preserveAspectRatio: "none", "aria-hidden": "true" };
+    const curve = svg("svg", frame, this.area, this.line);
+    $("figures").append(element("div", {}, element("dt", {}, name), this.value, this.note, curve));
     this.show(null, "");
   }
 
@@ -130,24 +128,11 @@ function fit(width, number) {
 /** One request of the batch, as a bar. */
 class Bar {
   constructor(id, onMark) {
-    this.row = document.createElement("li");
-    const parts = ["name", "bar", "what"].map((name) => {
-      const span = document.createElement("span");
-      span.className = name;
-      return span;
-    });
-    const [name, bar, what] = parts;
-    name.textContent = `#${id}`;
     this.owner = ownerOf(id);
-    this.pieces = ["part-cached", "part-read", "part-gap", "part-made"].map((kind) => {
-      const piece = document.createElement("i");
-      piece.className = kind;
-      return piece;
-    });
-    bar.append(...this.pieces);
-    bar.setAttribute("aria-hidden", "true");
-    this.what = what;
-    this.row.append(...parts);
+    this.pieces = ["part-cached", "part-read", "part-gap", "part-made"].map((kind) => element("i", kind));
+    const bar = element("span", { className: "bar", ariaHidden: "true" }, ...this.pieces);
+    this.what = element("span", "what");
+    this.row = element("li", {}, element("span", "name", `#${id}`), bar, this.what);
     this.row.addEventListener("pointerenter", () => onMark(this.owner));
     this.row.addEventListener("pointerleave", () => onMark(null));
   }

@@ -3,6 +3,7 @@
 // are not loaded.
 
 import { copyButton } from "./copying.js";
+import { element } from "./dom.js";
 import { pieces } from "./highlight.js";
 
 const DEEPEST = 8; // quotes and lists in each other
@@ -37,13 +38,6 @@ export function show(box, text, depth = 0) {
   while (box.childNodes.length > same) box.lastChild.remove();
   for (const source of sources.slice(same)) box.append(block(source.split("\n"), depth));
   box.sources = sources;
-}
-
-function node(name, children = [], attributes = {}) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
 }
 
 /** The lines of a text by blocks: a fence, a heading, a rule, a quote, a list, a table or a paragraph. */
@@ -134,25 +128,24 @@ function block(lines, depth) {
   const fence = FENCE.exec(lines[0]);
   if (fence) return code(lines, fence);
   const heading = HEADING.exec(lines[0]);
-  if (heading) return node(`h${Math.min(6, heading[1].length + 2)}`, inline(heading[2].trim().replace(/(?:^|\s)#+$/, "")));
-  if (RULE.test(lines[0])) return node("hr");
+  if (heading) return element(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(heading[2].trim().replace(/(?:^|\s)#+$/, "")));
+  if (RULE.test(lines[0])) return element("hr");
   if (depth < DEEPEST && QUOTE.test(lines[0])) {
     const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
-    return node("blockquote", blocksOf(inner, depth + 1).map((one) => block(one, depth + 1)));
+    return element("blockquote", {}, ...blocksOf(inner, depth + 1).map((one) => block(one, depth + 1)));
   }
   if (depth < DEEPEST && ITEM.test(lines[0])) return list(lines, depth);
   if (beginsTable(lines, 0)) return table(lines);
-  return node("p", inline(lines.map((line) => line.trim()).join("\n")));
+  return element("p", {}, ...inline(lines.map((line) => line.trim()).join("\n")));
 }
 
 function code(lines, [, indent, mark, language]) {
   const isClosed = lines.length > 1 && closes(lines.at(-1), mark);
   const inner = lines.slice(1, isClosed ? -1 : undefined).map((line) => dedented(line, indent.length));
   const text = inner.join("\n");
-  const coloured = pieces(text, language).map(([kind, piece]) => (kind ? node("span", [piece], { class: kind }) : piece));
-  const head = node("figcaption", [node("span", [language]), copyButton(() => text)]);
-  const shown = node("pre", [node("code", coloured)], { tabindex: "0" });
-  return node("figure", [head, shown], { class: "code" });
+  const coloured = pieces(text, language).map(([kind, piece]) => (kind ? element("span", kind, piece) : piece));
+  const head = element("figcaption", {}, element("span", {}, language), copyButton(() => text));
+  return element("figure", "code", head, element("pre", { tabIndex: 0 }, element("code", {}, ...coloured)));
 }
 
 /** A line without its first `count` spaces, or those of them that it has. */
@@ -175,7 +168,7 @@ function list(lines, depth) {
     }
   }
   const children = items.map((item) => listItem(outdented(item), isLoose, depth + 1));
-  return isOrdered(first) ? node("ol", children, { start: parseInt(first[2]) }) : node("ul", children);
+  return isOrdered(first) ? element("ol", { start: parseInt(first[2]) }, ...children) : element("ul", {}, ...children);
 }
 
 /** An item's lines without the indent that the first of them after its own has, or its own words have. */
@@ -191,10 +184,9 @@ function listItem(lines, isLoose, depth) {
   const blocks = blocksOf(lines, depth).map((one) => block(one, depth));
   const isTight = !isLoose && blocks.filter((one) => one.nodeName === "P").length <= 1;
   const shown = blocks.flatMap((one) => (isTight && one.nodeName === "P" ? [...one.childNodes] : [one]));
-  if (!task) return node("li", shown);
-  const done = task[1] === " " ? {} : { checked: "" };
-  const box = node("input", [], { type: "checkbox", disabled: "", ...done });
-  return node("li", [box, ...shown], { class: "task" });
+  if (!task) return element("li", {}, ...shown);
+  const box = element("input", { type: "checkbox", disabled: true, defaultChecked: task[1] !== " " });
+  return element("li", "task", box, ...shown);
 }
 
 /** The cells of a table's row: between bars that no backslash stands before. */
@@ -205,16 +197,16 @@ function cellsOf(line) {
 
 function table(lines) {
   const sides = cellsOf(lines[1]).map((mark) => {
-    if (mark.endsWith(":")) return mark.startsWith(":") ? { class: "center" } : { class: "right" };
+    if (mark.endsWith(":")) return mark.startsWith(":") ? "center" : "right";
     return {};
   });
   const row = (line, name) => {
     const cells = cellsOf(line);
-    return node("tr", sides.map((side, i) => node(name, inline(cells[i] ?? ""), side)));
+    return element("tr", {}, ...sides.map((side, i) => element(name, side, ...inline(cells[i] ?? ""))));
   };
-  const body = node("tbody", lines.slice(2).map((line) => row(line, "td")));
-  const whole = node("table", [node("thead", [row(lines[0], "th")]), body]);
-  return node("div", [whole], { class: "wide", tabindex: "0" });
+  const body = element("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")));
+  const whole = element("table", {}, element("thead", {}, row(lines[0], "th")), body);
+  return element("div", { className: "wide", tabIndex: 0 }, whole);
 }
 
 /** A line's text as nodes. */
@@ -231,18 +223,18 @@ function inline(text) {
 
 function span(whole, { escaped, code, label, href, bold, strong, gone, italic, slanted, line, bare }) {
   if (escaped !== undefined) return escaped;
-  if (code !== undefined) return node("code", [code]);
-  if (bold !== undefined || strong !== undefined) return node("strong", inline(bold ?? strong));
-  if (gone !== undefined) return node("s", inline(gone));
-  if (italic !== undefined || slanted !== undefined) return node("em", inline(italic ?? slanted));
-  if (line !== undefined) return node("br");
-  if (bare !== undefined) return link(whole, [whole]) ?? whole;
+  if (code !== undefined) return element("code", {}, code);
+  if (bold !== undefined || strong !== undefined) return element("strong", {}, ...inline(bold ?? strong));
+  if (gone !== undefined) return element("s", {}, ...inline(gone));
+  if (italic !== undefined || slanted !== undefined) return element("em", {}, ...inline(italic ?? slanted));
+  if (line !== undefined) return element("br");
+  if (bare !== undefined) return link(whole, whole) ?? whole;
   if (whole.startsWith("!")) return whole;
-  return link(href, [label]) ?? whole;
+  return link(href, label) ?? whole;
 }
 
 /** A link to another site, which learns nothing of us; null for what is no address of the web. */
-function link(href, children) {
+function link(href, text) {
   let url;
   try {
     url = new URL(href);
@@ -250,5 +242,5 @@ function link(href, children) {
     return null;
   }
   if (url.protocol !== "http:" && url.protocol !== "https:") return null;
-  return node("a", children, { href: url.href, rel: "noopener noreferrer nofollow", target: "_blank" });
+  return element("a", { href: url.href, rel: "noopener noreferrer nofollow", target: "_blank" }, text);
 }

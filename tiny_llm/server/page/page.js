@@ -3,6 +3,7 @@
 import { ask, events, key } from "./asking.js";
 import { ChatList } from "./chats.js";
 import { Conversation } from "./conversation.js";
+import { $ } from "./dom.js";
 import { Live } from "./live.js";
 import { chats, newChat, tab } from "./store.js";
 
@@ -12,19 +13,23 @@ const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const RETRY_MS = 1000;
 const LOAD = 16;
 
-const $ = (id) => document.getElementById(id);
 let loading = null; // AbortController of the 16 prompts
 let asksForKey = false;
 
 // ---- the server
 
 const live = new Live((refusal) => {
-  $("live-state").hidden = !refusal;
+  tell(refusal?.message ?? "");
   if (!refusal) return setState("ready");
-  $("live-state").textContent = refusal.message;
   if (refusal.status === 401) askForKey("");
   else setState("away");
 });
+
+/** Why there is nothing to watch; "": there is. */
+function tell(problem) {
+  $("live-state").hidden = !problem;
+  $("live-state").textContent = problem;
+}
 
 function setState(state, name = null) {
   $("state").dataset.state = state;
@@ -44,8 +49,7 @@ async function connect() {
     } catch (error) {
       if (error.status === 401) return askForKey("");
       setState(error.code === "loading" ? "loading" : "away", error.code === "loading" ? "loading …" : "not connected");
-      $("live-state").hidden = false;
-      $("live-state").textContent = error.message;
+      tell(error.message);
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
   }
@@ -67,11 +71,7 @@ $("key-dialog").addEventListener("close", () => {
   asksForKey = false;
   const given = $("key").value.trim();
   $("key").value = "";
-  if (!given) {
-    $("live-state").hidden = false;
-    $("live-state").textContent = "Without a key there is nothing to see. Send a message to be asked again.";
-    return;
-  }
+  if (!given) return tell("Without a key there is nothing to see. Send a message to be asked again.");
   key.set(given);
   connect();
   $("ask").focus();

@@ -6,24 +6,16 @@ const MOST_CHATS = 200;
 const MOST_CHARACTERS = 2_000_000; // of all chats together; browsers give a site some five million
 const TITLE_LENGTH = 80;
 
-/** The store of this name; null where it is forbidden: looking at it throws there. */
-function storeOf(name) {
-  try {
-    return window[name];
-  } catch {
-    return null;
-  }
-}
-
-/** What this tab remembers over a reload. */
-export const tab = {
-  get: (name) => attempt(() => storeOf("sessionStorage").getItem(name)) ?? null,
-  set: (name, value) => attempt(() => storeOf("sessionStorage").setItem(name, value)),
-  forget: (name) => attempt(() => storeOf("sessionStorage").removeItem(name)),
+/** A store of the browser's by its name. Where it is forbidden, even looking at it throws. */
+const storeOf = (name) => ({
+  get: (key) => attempt(() => window[name].getItem(key)) ?? null,
+  set: (key, value) => attempt(() => (window[name].setItem(key, value), true)) ?? false,
+  remove: (key) => attempt(() => window[name].removeItem(key)),
+  keys: () => attempt(() => Object.keys(window[name])) ?? [],
 
   /** What was set as JSON, by name; nothing where there is none. */
-  fields: (name) => Object(attempt(() => JSON.parse(tab.get(name)))),
-};
+  fields: (key) => Object(attempt(() => JSON.parse(window[name].getItem(key)))),
+});
 
 function attempt(act) {
   try {
@@ -32,6 +24,10 @@ function attempt(act) {
     return undefined;
   }
 }
+
+/** What this tab remembers over a reload. */
+export const tab = storeOf("sessionStorage");
+const browser = storeOf("localStorage");
 
 /** A chat that nothing was said in yet. */
 export function newChat() {
@@ -49,7 +45,8 @@ export function titleOf(chat) {
 export const chats = {
   /** All that are kept, the newest first. */
   all() {
-    return keys().map(read).filter(Boolean).sort((a, b) => b.at - a.at);
+    const all = browser.keys().filter((key) => key.startsWith(CHAT));
+    return all.map(read).filter(Boolean).sort((a, b) => b.at - a.at);
   },
 
   get: (id) => read(CHAT + id),
@@ -62,38 +59,30 @@ export const chats = {
     let total = text.length;
     const stay = others.filter((one, i) => i < MOST_CHATS - 1 && (total += JSON.stringify(one).length) <= MOST_CHARACTERS);
     for (const one of others) if (!stay.includes(one)) this.remove(one.id);
-    while (!write(CHAT + chat.id, text)) {
+    while (!browser.set(CHAT + chat.id, text)) {
       if (!stay.length) return false;
       this.remove(stay.pop().id);
     }
     return true;
   },
 
-  remove: (id) => attempt(() => storeOf("localStorage").removeItem(CHAT + id)),
+  remove: (id) => browser.remove(CHAT + id),
 
   /** Call `act(id)` when another tab changes or removes a chat; null: all of them. */
   onChange(act) {
     addEventListener("storage", ({ key, storageArea }) => {
-      if (storageArea !== storeOf("localStorage")) return;
+      if (storageArea !== attempt(() => localStorage)) return;
       if (key === null || key.startsWith(CHAT)) act(key && key.slice(CHAT.length));
     });
   },
 };
 
-function keys() {
-  return attempt(() => Object.keys(storeOf("localStorage")).filter((key) => key.startsWith(CHAT))) ?? [];
-}
-
-function write(key, text) {
-  return attempt(() => (storeOf("localStorage").setItem(key, text), true)) ?? false;
-}
-
 /** The chat under a key, as we write it; null for anything else. */
 function read(key) {
-  const chat = attempt(() => JSON.parse(storeOf("localStorage").getItem(key)));
+  const chat = browser.fields(key);
   const isText = (value) => typeof value === "string";
   const isMessage = (one) => (one?.role === "user" || one?.role === "assistant") && isText(one.content);
-  const isOurs = chat && CHAT + chat.id === key && isText(chat.title) && Number.isFinite(chat.at);
+  const isOurs = CHAT + chat.id === key && isText(chat.title) && Number.isFinite(chat.at);
   if (!isOurs || !Array.isArray(chat.messages) || !chat.messages.every(isMessage)) return null;
   const messages = chat.messages.map(({ role, content, thought, note }) => ({
     role, content, thought: isText(thought) ? thought : "", note: isText(note) ? note : "",
