@@ -132,10 +132,15 @@ class Function(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
-    """Something that the model may use."""
+class OfFunctions(Body):
+    """A tool, or the choice of one: all of them are functions."""
 
     type: Literal["function"]
+
+
+class Tool(OfFunctions):
+    """Something that the model may use."""
+
     function: Function
 
 
@@ -145,10 +150,9 @@ class NamedFunction(Body):
     name: Name
 
 
-class NamedTool(Body):
+class NamedTool(OfFunctions):
     """The tool that is to be used."""
 
-    type: Literal["function"]
     function: NamedFunction
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-_NAMES = (
-    *("page.css", "page.js", "dom.js", "asking.js", "store.js", "conversation.js", "chats.js"),
-    *("copying.js", "markdown.js", "highlight.js", "live.js"),
-)
-PAGE_FILES: Mapping[str, str] = {"/": "index.html"} | {f"/page/{name}": name for name in _NAMES}
+_SCRIPTS = "asking chats conversation copying dom highlight live markdown page store"
+PAGE_FILES: Mapping[str, str] = {
+    "/": "index.html",
+    "/page/page.css": "page.css",
+    **{f"/page/{name}.js": f"{name}.js" for name in _SCRIPTS.split()},
+}
 """Path to file. Nothing else is ever read."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -11,45 +11,45 @@ from pydantic import BeforeValidator, FailFast, Field, StringConstraints
 
 from tiny_llm.server import settings as caps
 from tiny_llm.server.bodies import Body, Choosing, Count, Few, Name
-from tiny_llm.server.chat_bodies import Effort, TemplateArguments, Text
+from tiny_llm.server.chat_bodies import Effort, Function, NamedFunction, OfFunctions, TemplateArguments, Text
 from tiny_llm.server.neutral import REASONING_OPTIONS, RESPONSE, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
 
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 """The second asks for nothing: our items of reasoning are whole, and nothing of them is kept here."""
 ItemId = Annotated[str, StringConstraints(max_length=128)]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class Said(Body):
+class _Item(Body):
+    """What items have that an answer sent, and no template shows."""
+
+    id: ItemId | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class Said(_Item):
     """A message: one that is asked, or that an earlier answer was. No template shows its ``phase``."""
 
     type: Literal["message"] = "message"
-    id: ItemId | None = None
-    status: ItemStatus | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class Called(Body):
+class Called(_Item):
     """A call that an earlier answer made."""
 
     type: Literal["function_call"]
-    id: ItemId | None = None
-    status: ItemStatus | None = None
     call_id: ItemId
     name: Name
     arguments: str = ""
     parsed_arguments: Any = None  # what clients make of them, and send back
 
 
-class Returned(Body):
+class Returned(_Item):
     """What such a call returned."""
 
     type: Literal["function_call_output"]
-    id: ItemId | None = None
-    status: ItemStatus | None = None
     call_id: ItemId
     output: Text
 
@@ -61,12 +61,10 @@ class Thought(Body):
     text: str
 
 
-class Thoughts(Body):
+class Thoughts(_Item):
     """An earlier answer's reasoning."""
 
     type: Literal["reasoning"]
-    id: ItemId | None = None
-    status: ItemStatus | None = None
     summary: Annotated[list[Thought], FailFast(), Field(max_length=64)] = Field(default_factory=list)
     content: Annotated[list[Thought], FailFast(), Field(max_length=64)] = Field(default_factory=list)
 
@@ -103,21 +101,12 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class FunctionTool(Body):
+class FunctionTool(Function, OfFunctions):
     """A function that the model may call, as this interface writes it: all in one object."""
 
-    type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
-
-class ChosenTool(Body):
+class ChosenTool(NamedFunction, OfFunctions):
     """The function that is to be called."""
-
-    type: Literal["function"]
-    name: Name
 
 
 @with_neutral(REASONING_OPTIONS)

@@ -27,61 +27,51 @@ class Items:
     def __init__(self, written: _Written) -> None:
         self._written = written
         self.done: list[dict[str, Any]] = []
-        self._events: list[Event] = []  # to be told
-        self._open: _Item | None = None
-        self._rows: list[Mapping[int, float]] = []
+        self._open: _Text | _Call | None = None
+        self._rows: list[Mapping[int, float]] = []  # of tokens whose text is still to come
 
     def push(self, deltas: Sequence[MessageDelta], rows: Logprobs) -> list[Event]:
         """Take what a piece of text added to the message; ``rows`` are its tokens' logprobs."""
         self._rows += rows
-        for delta in deltas:
-            if delta.tool_call is not None:
-                self._call(delta.tool_call)
-            elif delta.reasoning:
-                self._grow("reasoning", delta.reasoning)
-            else:
-                self._grow("content", delta.content)
-        return self._told()
+        return [event for delta in deltas for event in self._grown(delta)]
 
     def finish(self, *, whole: bool) -> list[Event]:
         """No more comes. An answer of nothing is an empty message."""
-        if self._open is None and not self.done:
-            self._begin(_Text(len(self.done), "content", self._written))
-        self._close("completed" if whole else "incomplete")
-        return self._told()
+        is_empty = self._open is None and not self.done
+        begun = self._begun(lambda index: _Text(index, "content", self._written)) if is_empty else ()
+        return [*begun, *self._closed("completed" if whole else "incomplete")]
 
-    def _told(self) -> list[Event]:
-        told, self._events = self._events, []
-        return told
-
-    def _call(self, call: ToolCallDelta) -> None:
-        if call.id is not None:
-            self._close("completed")
-            self._begin(_Call(len(self.done), call))
-        assert isinstance(self._open, _Call), "a call's first delta has its id"
-        if call.arguments:
-            self._events.append(self._open.grow(call.arguments))
-
-    def _grow(self, name: str, text: str) -> None:
+    def _grown(self, delta: MessageDelta) -> Iterator[Event]:
+        call = delta.tool_call
+        if call is not None:
+            if call.id is not None:
+                yield from self._begun(lambda index: _Call(index, call))
+            assert isinstance(self._open, _Call), "a call's first delta has its id"
+            if call.arguments:
+                yield self._open.grow(call.arguments)
+            return
+        name = "reasoning" if delta.reasoning else "content"
         if not isinstance(self._open, _Text) or self._open.name != name:
-            self._close("completed")
-            self._begin(_Text(len(self.done), name, self._written))
+            yield from self._begun(lambda index: _Text(index, name, self._written))
         assert isinstance(self._open, _Text)
         rows, self._rows = self._rows, []
-        self._events.append(self._open.grow(text, rows))
+        yield self._open.grow(delta.reasoning or delta.content, rows)
 
-    def _begin(self, item: _Item) -> None:
-        self._open = item
-        self._events += item.begin()
+    def _begun(self, make: Callable[[int], _Text | _Call]) -> Iterator[Event]:
+        """The next item; ``make`` is told its place."""
+        yield from self._closed("completed")
+        self._open = make(len(self.done))
+        yield from self._open.begin()
 
-    def _close(self, status: str) -> None:
-        if self._open is None:
+    def _closed(self, status: str) -> Iterator[Event]:
+        item, self._open = self._open, None
+        if item is None:
             return
-        if isinstance(self._open, _Text):
-            self._open.keep(self._rows)  # of tokens that have no text, as the one that ends the answer
-        self._events += self._open.end(status)
-        self.done.append(self._open.told(status))
-        self._open, self._rows = None, []
+        if isinstance(item, _Text):
+            item.keep(self._rows)  # of tokens that have no text, as the one that ends the answer
+        self._rows = []
+        yield from item.end(status)
+        self.done.append(item.told(status))
 
 
 class _Item:

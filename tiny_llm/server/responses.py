@@ -150,23 +150,20 @@ class ResponsesWriter(ResponseWriter):
         if ended is None:
             return {**self._head, "status": "in_progress", "output": [], "usage": None}
         cut = ended.finish_reason == "length"
+        read, made = len(ended.prompt_token_ids), len(ended.token_ids)
         return {
             **self._head,
             "status": "incomplete" if cut else "completed",
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": self._items.done,
-            "usage": self._usage(ended),
-        }
-
-    def _usage(self, ended: Completion) -> dict[str, Any]:
-        read, made = len(ended.prompt_token_ids), len(ended.token_ids)
-        return {
-            "input_tokens": read,
-            "input_tokens_details": {"cached_tokens": ended.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": made,
-            "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
-            "total_tokens": read + made,
+            "usage": {
+                "input_tokens": read,
+                "input_tokens_details": {"cached_tokens": ended.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": made,
+                "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
+                "total_tokens": read + made,
+            },
         }
 
 
@@ -181,15 +178,11 @@ def _head(body: ResponseBody, model: str) -> dict[str, Any]:
         "model": model,
         **_ALWAYS,
         **given,
-        "reasoning": _repeated_reasoning(body),
+        "reasoning": body.reasoning and {"effort": body.reasoning.effort, "summary": None},
         "text": {"format": _repeated_format(body)},
         "tools": [{**_TOOL_KEYS, **tool.model_dump(exclude_none=True)} for tool in body.tools],
         "top_logprobs": body.top_logprobs or 0,
     }
-
-
-def _repeated_reasoning(body: ResponseBody) -> dict[str, Any] | None:
-    return None if body.reasoning is None else {"effort": body.reasoning.effort, "summary": None}
 
 
 def _repeated_format(body: ResponseBody) -> dict[str, Any]:
