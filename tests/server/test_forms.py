@@ -14,8 +14,8 @@ import pytest
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.decoding import structured_output
 from tiny_llm.decoding.grammar import schema_grammar
-from tiny_llm.server.grammars import GrammarThreads
 from tiny_llm.server.problems import Problem
+from tiny_llm.server.service import GrammarThreads
 
 if TYPE_CHECKING:
     import httpx2 as httpx

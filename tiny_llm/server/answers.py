@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-from tiny_llm.data import AssistantMessage, Completion, MessageDelta, ToolCall
+from tiny_llm.data import AssistantMessage, Completion, MessageDelta
 
+T = TypeVar("T")
 _MANY = 1024  # values that are written in a moment
-_WRITTEN_AT_A_TIME = 32  # items of a ``WrittenArray``
+_AT_A_TIME = 32  # items of an array
 
 
 def new_id(prefix: str) -> str:
@@ -58,12 +59,12 @@ def message_json(message: AssistantMessage) -> dict[str, Any]:
     if message.reasoning is not None:
         told["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        told["tool_calls"] = [_call_json(call) for call in message.tool_calls]
+        functions = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": function}
+            for call, function in zip(message.tool_calls, functions, strict=True)
+        ]
     return told
-
-
-def _call_json(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,41 +88,29 @@ def dumped(value: object) -> Iterator[bytes]:
             yield from dumped(item)
         yield b"}"
     elif isinstance(value, WrittenArray):
-        yield from _dumped_written(iter(value.items()))
+        yield from _array(value.items(), lambda group: [",".join(group).encode()])
     else:
         assert isinstance(value, list), "nothing else is large"
-        yield from _dumped_items(value)
+        yield from _array(value, _dumped_items)
 
 
-def _dumped_written(items: Iterator[str]) -> Iterator[bytes]:
-    yield b"["
-    comma = ""
-    while group := list(islice(items, _WRITTEN_AT_A_TIME)):
-        yield (comma + ",".join(group)).encode()
-        comma = ","
-    yield b"]"
+def _array(items: Iterable[T], written: Callable[[list[T]], Iterable[bytes]]) -> Iterator[bytes]:
+    """An array, some of its items at a time."""
+    left, before = iter(items), b"["
+    while group := list(islice(left, _AT_A_TIME)):
+        yield before
+        yield from written(group)
+        before = b","
+    yield b"]" if before == b"," else b"[]"
 
 
 def _dumped_items(items: list[object]) -> Iterator[bytes]:
-    """An array; small items that follow each other are one piece."""
-    yield b"["
-    comma, size = b"", 0
-    group: list[object] = []
-    for item in items:
-        weight = _weight(item)
-        if group and size + weight > _MANY:
-            yield comma + dumps(group)[1:-1]
-            comma, group, size = b",", [], 0
-        if weight <= _MANY:
-            group.append(item)
-            size += weight
-        else:
-            yield comma
-            yield from dumped(item)
-            comma = b","
-    if group:
-        yield comma + dumps(group)[1:-1]
-    yield b"]"
+    if _weight(items) <= _MANY:
+        yield dumps(items)[1:-1]
+        return
+    for number, item in enumerate(items):
+        yield b"," if number else b""
+        yield from dumped(item)
 
 
 def _weight(value: object) -> int:

@@ -173,18 +173,10 @@ def _documented_errors() -> dict[int | str, dict[str, Any]]:
         500: "A fault of the server.",
         503: "Loading, draining, waited too long, or the engine is dead.",
     }
-    error = {"message": "string", "type": "string", "param": "string", "code": "string"}
-    schema = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": list(error),
-                "properties": {name: {"type": ["string", "null"]} for name in error},
-            }
-        },
-    }
+    names = ("message", "type", "param", "code")
+    texts = {name: {"type": ["string", "null"]} for name in names}
+    error = {"type": "object", "required": list(names), "properties": texts}
+    schema = {"type": "object", "required": ["error"], "properties": {"error": error}}
     content = {"application/json": {"schema": schema}}
     responses: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": content} for status, text in told.items()

@@ -60,10 +60,6 @@ def _few_labels(value: object) -> object:
     return value
 
 
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 def _bias(value: object) -> object:
     """JSON's keys are strings: {"50": -1} becomes {50: -1}."""
     if not isinstance(value, dict):
@@ -88,7 +84,7 @@ Stops = Annotated[
     list[StopString],
     FailFast(),
     Field(max_length=caps.MAX_STOPS),
-    BeforeValidator(_listed),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 
@@ -114,6 +110,12 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @property
+    def plain(self) -> dict[str, object]:
+        """As the client wrote it."""
+        named = {} if self.json_schema is None else {"json_schema": {"schema": self.json_schema.schema_}}
+        return {"type": self.type, **named}
 
 
 ELSEWHERE = ("max_tokens", "n", "logprobs", "prompt_logprobs")

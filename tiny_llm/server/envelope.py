@@ -12,6 +12,7 @@ import secrets
 import time
 from urllib.parse import unquote
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiny_llm.memory import trim_heap
@@ -59,17 +60,12 @@ class Envelope:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         method = "GET" if is_head else scope["method"]
-        app = _whole_server if method == "OPTIONS" and scope["raw_path"] == b"*" else self._app
+        app = self._app
+        if method == "OPTIONS" and scope["raw_path"] == b"*":  # of no route, of all: RFC 9110, 9.3.7
+            app = Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
         await app({**scope, "method": method}, receive, enveloped)
         if sent + scope["state"].get("body_bytes", 0) > LARGE_BYTES:
             await asyncio.to_thread(trim_heap)
-
-
-async def _whole_server(scope: Scope, receive: Receive, send: Send) -> None:
-    """What is asked of no route of ours, but of all (RFC 9110, 9.3.7)."""
-    headers = [(b"allow", b"GET, HEAD, POST, OPTIONS")]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _request_id(scope: Scope) -> bytes:

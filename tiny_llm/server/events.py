@@ -76,9 +76,9 @@ class ResponseWriter(ABC):
     def events(self, index: int, chunk: Chunk) -> bytes:
         """What a chunk of answer ``index`` is told by; b"" if it has nothing new."""
 
-    @abstractmethod
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The events after the last chunk."""
+        return b""
 
     def failure(self, error: Exception) -> bytes:
         """The event of a fault, after which nothing comes."""
@@ -106,7 +106,10 @@ async def answered(service: Service, request: Request, body: AnyBody, asking: As
         raise problem_of(error, asked_by=writer.asked_by) from error
     ended = [chunks[-1].completion for chunks in answers if chunks[-1].completion is not None]
     assert len(ended) == len(answers), "the last chunk of an answer has its completion"
-    rows, tokens = _rows_of(job, ended), sum(len(completion.token_ids) for completion in ended)
+    tokens = sum(len(completion.token_ids) for completion in ended)
+    rows = tokens if job.params.logprobs is not None else 0
+    if job.params.prompt_logprobs is not None:
+        rows += sum(len(completion.prompt_token_ids) for completion in ended)
     if is_small(request) and rows < _FEW_LOGPROBS and tokens < _FEW_TOKENS:
         return Response(b"".join(dumped(writer.whole(answers, ended))), media_type="application/json")
     rows_of_each = [completion.logprobs or [] for completion in ended]
@@ -142,18 +145,6 @@ def _empty(lists: Iterable[list[Any]]) -> None:
             items.pop()
 
 
-def _rows_of(job: Job, ended: Sequence[Completion]) -> int:
-    """Of log-probabilities that answers have, told by their lengths: to look at every chunk takes a while."""
-    of_prompt, own = job.params.prompt_logprobs is not None, job.params.logprobs is not None
-    return sum(of_prompt * len(one.prompt_token_ids) + own * len(one.token_ids) for one in ended)
-
-
-def _rows(chunk: Chunk) -> int:
-    """Of log-probabilities that a chunk may tell; its completion has those of the whole answer."""
-    own = (chunk.logprobs, chunk.prompt_logprobs, chunk.completion and chunk.completion.logprobs)
-    return sum(len(rows or ()) for rows in own)
-
-
 async def _written(
     request: Request, writer: ResponseWriter, chunks: ChunkStream
 ) -> AsyncGenerator[bytes, None]:
@@ -182,7 +173,8 @@ async def _in_slices(
     pieces: list[bytes] = []
     began = time.perf_counter()
     for index, chunk in came:
-        if _rows(chunk) < _FEW_LOGPROBS:
+        logprobs = (chunk.logprobs, chunk.prompt_logprobs, chunk.completion and chunk.completion.logprobs)
+        if sum(len(rows or ()) for rows in logprobs) < _FEW_LOGPROBS:
             pieces.append(writer.events(index, chunk))
         else:
             pieces.append(await asyncio.to_thread(writer.events, index, chunk))

@@ -12,7 +12,7 @@ from tiny_llm.decoding.grammar import THINK, Grammar, lark_grammar, regex_gramma
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.sampling_params import OPTIONS, BeamParams, SamplingParams
-from tiny_llm.server.bodies import ELSEWHERE, ResponseFormat, Sampling
+from tiny_llm.server.bodies import ELSEWHERE, Sampling
 from tiny_llm.server.chat_bodies import USUAL_EFFORT, Effort, Message, TemplateArguments
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
@@ -29,14 +29,16 @@ def params_of(
     if body.n * len(prompts) > MAX_ANSWERS:
         what = f"{len(prompts)} prompts with n {body.n} are more than {MAX_ANSWERS} answers."
         raise Problem(400, what, code="invalid_value", param="n")
-    scheduler = llm.engine.settings.scheduler
+    settings = llm.engine.settings
+    scheduler = settings.scheduler
     places = scheduler.max_num_seqs + scheduler.max_queued_requests
     if len(prompts) > places:
         what = f"prompt has {len(prompts)} prompts, but this server holds {places} requests at a time."
         raise Problem(400, what, code="invalid_value", param="prompt")
     given: dict[str, Any] = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
     given |= {"n": body.n, "logprobs": logprobs, "speculate": body.speculate}
-    given["max_tokens"] = max_tokens or _room(llm, max(map(len, prompts)))
+    room = min(llm.max_context, settings.kv_blocks * settings.block_size) - max(map(len, prompts))
+    given["max_tokens"] = max_tokens or max(1, room)
     if not body.use_beam_search:
         return SamplingParams(**given)
     if body.temperature == 1:  # which asks for nothing, like 0: a search draws nothing
@@ -47,7 +49,8 @@ def params_of(
 
 def grammar_of(body: Sampling) -> Grammar | None:
     """What the answer must match; None if it may be anything. Raises Problem for several such wishes."""
-    asked = response_grammar(_plain_format(body.response_format))
+    form = body.response_format
+    asked = response_grammar(None if form is None else form.plain)
     fields = ("response_format", "regex", "grammar")
     wanted = [name for name, value in zip(fields, (asked, body.regex, body.grammar), strict=True) if value]
     if len(wanted) > 1:
@@ -58,15 +61,6 @@ def grammar_of(body: Sampling) -> Grammar | None:
     if body.grammar is not None:
         return lark_grammar(body.grammar)
     return asked
-
-
-def _plain_format(asked: ResponseFormat | None) -> dict[str, object] | None:
-    """A response_format as the client wrote it."""
-    if asked is None:
-        return None
-    if asked.json_schema is None:
-        return {"type": asked.type}
-    return {"type": asked.type, "json_schema": {"schema": asked.json_schema.schema_}}
 
 
 def job_of(
@@ -174,9 +168,3 @@ def _plain(message: Message) -> dict[str, object]:
         plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
     role = "system" if message.role == "developer" else message.role
     return {**plain, "role": role, "content": message.content or message.refusal or ""}
-
-
-def _room(llm: LLM, prompt: int) -> int:
-    settings = llm.engine.settings
-    pool = settings.kv_blocks * settings.block_size
-    return max(1, min(llm.max_context, pool) - prompt)

@@ -70,7 +70,10 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
         case RequestValidationError():
             return invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()], error.body)
         case StarletteHTTPException():
-            return Problem(error.status_code, str(error.detail), headers=_allowed(error.headers))
+            methods = (error.headers or {}).get("Allow", "")
+            # What can be read has a head.
+            allowed = {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
+            return Problem(error.status_code, str(error.detail), headers=allowed)
         case BusyError():
             return Problem(429, str(error), code="queue_full")
         case CapacityError() | ContextError():
@@ -87,12 +90,6 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
             return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
 
 
-def _allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The methods that a path has, where that was the fault: whatever can be read has a head."""
-    methods = (headers or {}).get("Allow", "")
-    return {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
-
-
 def invalid(errors: Sequence[Any], body: object) -> Problem:
     """The complaint of pydantic's about ``body`` that is most to the point, in our words.
 
@@ -103,21 +100,17 @@ def invalid(errors: Sequence[Any], body: object) -> Problem:
     about_first = [number for number, place in enumerate(places) if place[:1] == places[0][:1]]
     number = max(about_first, key=lambda number: len(places[number]))
     error, name = errors[number], _path(places[number]) or None
-    given = error.get("ctx", {})
+    given, code = error.get("ctx", {}), "invalid_value"
     match error["type"]:
         case "extra_forbidden":
             return Problem(400, f"{name} is not supported here.", code="unsupported_field", param=name)
         case "missing":
             return Problem(400, f"{name or 'A JSON body'} is missing.", code="missing", param=name)
         case "misplaced":
-            return _invalid_value(name, given["message"], given["code"])
+            message, code = given["message"], given["code"]
         case _:
-            return _invalid_value(name, str(error["msg"]).removeprefix("Value error, "), "invalid_value")
-
-
-def _invalid_value(name: str | None, message: str, code: str) -> Problem:
-    said = f"{name}: {message}" if name else f"The body: {message}"
-    return Problem(400, f"{said.rstrip('.')}.", code=code, param=name)
+            message = str(error["msg"]).removeprefix("Value error, ")
+    return Problem(400, f"{name or 'The body'}: {message.rstrip('.')}.", code=code, param=name)
 
 
 def _place(error: Mapping[str, Any], body: object) -> list[str | int]:

@@ -70,7 +70,8 @@ class DeadlineProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is half sent
             self.transport.close()
             return
-        self.headers = [(b"connection", b"close"), *self._known_headers()]
+        seen = _FOR_A_REFUSAL.findall(self.conn.trailing_data[0])
+        self.headers = [(b"connection", b"close"), *((name.lower(), value) for name, value in seen)]
         scope: Any = {
             "type": "http",
             "method": "GET",
@@ -98,11 +99,6 @@ class DeadlineProtocol(H11Protocol):
         task = self.loop.create_task(self.cycle.run_asgi(self.app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
-
-    def _known_headers(self) -> list[tuple[bytes, bytes]]:
-        """Those that are to be seen in what was not taken."""
-        found = _FOR_A_REFUSAL.findall(self.conn.trailing_data[0])
-        return [(name.lower(), value) for name, value in found]
 
     @property
     def idle_s(self) -> float:

@@ -20,14 +20,14 @@ Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"
 ItemId = Annotated[str, StringConstraints(max_length=128)]
 
 
-class _Item(Body):
+class _PastItem(Body):
     """What items have that an answer sent, and no template shows."""
 
     id: ItemId | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class Said(_Item):
+class Said(_PastItem):
     """A message: one that is asked, or that an earlier answer was. No template shows its ``phase``."""
 
     type: Literal["message"] = "message"
@@ -36,7 +36,7 @@ class Said(_Item):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class Called(_Item):
+class Called(_PastItem):
     """A call that an earlier answer made."""
 
     type: Literal["function_call"]
@@ -46,7 +46,7 @@ class Called(_Item):
     parsed_arguments: Any = None  # what clients make of them, and send back
 
 
-class Returned(_Item):
+class Returned(_PastItem):
     """What such a call returned."""
 
     type: Literal["function_call_output"]
@@ -61,7 +61,7 @@ class Thought(Body):
     text: str
 
 
-class Thoughts(_Item):
+class Thoughts(_PastItem):
     """An earlier answer's reasoning."""
 
     type: Literal["reasoning"]

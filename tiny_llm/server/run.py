@@ -157,12 +157,6 @@ def serve(settings: ServerSettings, host: str, port: int, load: Callable[[], Asy
         listening.close()
 
 
-def pass_by_what_stays() -> None:
-    """Let Python's collector look no more at what is there now, and stays: that took 80 ms each time."""
-    gc.collect()
-    gc.freeze()
-
-
 async def _serve(server: Server, listening: socket.socket) -> None:
     """Listen from the beginning, so that /health can say "loading"."""
     serving = asyncio.ensure_future(server.serve([listening]))
@@ -171,7 +165,8 @@ async def _serve(server: Server, listening: socket.socket) -> None:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            pass_by_what_stays()
+            gc.collect()
+            gc.freeze()  # what is there now stays: the collector took 80 ms each time to look at it
             host, port = listening.getsockname()[:2]
             name = server.service.settings.name
             place = f"[{host}]" if ":" in host else host

@@ -16,10 +16,12 @@ from typing import Literal, TypeVar
 from fastapi import Request
 
 from tiny_llm.data import Chunk
+from tiny_llm.decoding.grammar import Grammar
+from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import did_you_mean
-from tiny_llm.server.grammars import GrammarThreads
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.jobs import ChunkStream, Job, chunks_of
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
@@ -188,3 +190,25 @@ async def with_first(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[
         yield first
         async for item in rest:
             yield item
+
+
+class GrammarThreads:
+    """Where what an answer must match is compiled, beside the event loop, within ``timeout_s``."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+
+    async def constrain(
+        self, compiler: GrammarCompiler, params: SamplingParams, grammar: Grammar
+    ) -> SamplingParams:
+        """As ``compiler.constrain``. Raises Problem where that takes too long, RequestError as it does."""
+        if compiler.is_kept(grammar):
+            return compiler.constrain(params, grammar)
+        loop = asyncio.get_running_loop()
+        compiling = loop.run_in_executor(self._threads, compiler.constrain, params, grammar)
+        try:
+            return await asyncio.wait_for(compiling, self._timeout_s)
+        except TimeoutError:
+            what = f"{grammar.param} took more than {self._timeout_s:g} s to compile; make it simpler."
+            raise Problem(400, what, code="too_complex", param=grammar.param) from None

@@ -52,7 +52,9 @@ def parse(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise Problem(400, f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise Problem(400, f"The body is a JSON {_kind(value)}, but must be an object.", code="invalid_json")
+        names: Mapping[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+        kind = names.get(type(value), "number")
+        raise Problem(400, f"The body is a JSON {kind}, but must be an object.", code="invalid_json")
     if _has_large_number(body) or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         _check(value)
     return value
@@ -110,11 +112,6 @@ def _check(value: object) -> None:
             elif isinstance(item, float) and not math.isfinite(item):
                 raise Problem(400, "The body has a number that is not finite.", code="invalid_json")
         level, depth = below, depth + 1
-
-
-def _kind(value: object) -> str:
-    names: Mapping[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
 
 
 class _StrictRequest(Request):

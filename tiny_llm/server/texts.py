@@ -38,10 +38,6 @@ class GenerateWriter(ResponseWriter):
         ended = {} if chunk.completion is None else self._told(index, chunk.completion)
         return event_of({"index": index, **ended, "text": chunk.text, "token_ids": list(chunk.token_ids)})
 
-    def closing(self, ended: Sequence[Completion]) -> bytes:
-        """Nothing: each answer's last event said it."""
-        return b""
-
     def _told(self, index: int, completion: Completion) -> dict[str, object]:
         return {
             "index": index,
