@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
@@ -21,28 +21,21 @@ PROGRESS = ".course.json"
 
 
 class Language(Protocol):
-    """How definitions are cut from, and put into, texts of one language: ``excerpt`` and ``sections``."""
+    """How definitions are cut from, and put into, texts of one language: ``excerpt`` and ``sections``.
 
-    def definitions(self, source: str) -> Mapping[str, bool]:
-        """Each definition's name, and whether it is a stub."""
+    Sources come first, then names. ``definitions``: each one's name, and whether it is a stub. ``check``
+    raises ConfigError for a source, of that path, that cannot be read. ``whole`` is a definition's text,
+    ``stub`` that without its body, for a chapter. ``heading`` begins a learner's file about something.
+    ``added``: a learner's text, by the reference, with a name's definition more.
+    """
 
-    def check(self, source: str, path: str) -> None:
-        """Raise ConfigError if ``source`` cannot be read."""
-
-    def whole(self, source: str, name: str) -> str:
-        """A definition's text."""
-
-    def stub(self, source: str, name: str, chapter: str) -> str:
-        """A definition without its body."""
-
-    def heading(self, source: str, about: str) -> str:
-        """How a learner's file begins."""
-
-    def added(self, text: str, reference: str, name: str, definition: str) -> str:
-        """A learner's ``text`` with one definition more."""
-
-    def parameters(self, source: str, name: str) -> Sequence[str]:
-        """A definition's parameters."""
+    definitions: Callable[[str], Mapping[str, bool]]
+    check: Callable[[str, str], None]
+    whole: Callable[[str, str], str]
+    stub: Callable[[str, str, str], str]
+    heading: Callable[[str, str], str]
+    added: Callable[[str, str, str, str], str]
+    parameters: Callable[[str, str], Sequence[str]]
 
 
 def is_native(module: str) -> bool:
