@@ -12,9 +12,10 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 
 from tiny_llm.data import Sequence
-from tiny_llm.decoding.stop import Detokenizer, StopChecker
+from tiny_llm.decoding.stop import StopChecker
 from tiny_llm.sampling.penalties import History, changes_logits, looks_back
 from tiny_llm.sampling_params import BeamParams, Constraint, SamplingParams
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
 
 Logprobs = dict[int, float]
 """{token id: log-probability}: the chosen token first, then the likeliest."""
@@ -62,7 +63,7 @@ class Answer:
         seq_id: int,
         sequence: Sequence,
         params: SamplingParams,
-        detokenizer: Detokenizer,
+        detokenizer: StreamDetokenizer,
         end_ids: Collection[int],
     ) -> Answer:
         """An answer without tokens, to ``sequence``, which has its request's id; ``params`` is its own."""

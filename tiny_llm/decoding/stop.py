@@ -10,23 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from copy import copy, deepcopy
-from typing import Protocol
 
 from tiny_llm.data import FinishReason
 from tiny_llm.sampling_params import SamplingParams
-
-
-class Detokenizer(Protocol):
-    """Tokens in, text out, no half characters."""
-
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain, perhaps ""."""
-
-    def finish(self) -> str:
-        """No more tokens: return the text that was not certain yet."""
-
-    def copy(self) -> Detokenizer:
-        """One that has seen the same tokens, and goes its own way from here."""
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
 
 
 class StopChecker:
@@ -44,7 +31,7 @@ class StopChecker:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, params: SamplingParams, end_ids: Collection[int], limit: int
+        self, detokenizer: StreamDetokenizer, params: SamplingParams, end_ids: Collection[int], limit: int
     ) -> None:
         assert limit >= 1
         self.num_tokens = 0

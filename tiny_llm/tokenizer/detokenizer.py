@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import Regex, decoders
@@ -26,24 +26,22 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 _PROMPT_TOKENS = 8  # more than the bytes of an unfinished character, and the spaces that a decoder strips
 
 
-class _DecodeStep(Protocol):
-    """One decoder of the chain, fed token by token."""
+class _DecodeStep:
+    """One decoder of the chain, fed token by token. Its memory is its fields, none of which is changed."""
 
-    def push(self, token: str) -> Iterable[str]: ...
+    def push(self, token: str) -> Iterable[str]:
+        raise NotImplementedError
 
-    def finish(self) -> Iterable[str]: ...
-
-    def copy(self) -> _DecodeStep: ...
-
-
-class _Remembers:
-    """A step whose memory is its own fields, none of which is changed in place."""
+    def finish(self) -> Iterable[str]:
+        """What was held back."""
+        return ()
 
     def copy(self) -> Self:
+        """A step that has seen the same tokens."""
         return copy(self)
 
 
-class _Each(_Remembers):
+class _Each(_DecodeStep):
     """A step that treats every token alone (Replace, and Strip before Fuse)."""
 
     def __init__(self, decode: Callable[[list[str]], str]) -> None:
@@ -52,11 +50,8 @@ class _Each(_Remembers):
     def push(self, token: str) -> Iterable[str]:
         return (self._decode([token]),)
 
-    def finish(self) -> Iterable[str]:
-        return ()
 
-
-class _ByteLevel:
+class _ByteLevel(_DecodeStep):
     """GPT-2's bytes written as letters: join the bytes, read them as UTF-8.
 
     Python's incremental decoder holds an unfinished character back and replaces
@@ -81,15 +76,15 @@ class _ByteLevel:
     def finish(self) -> Iterable[str]:
         return (self._utf8.decode(b"", final=True),)
 
-    def copy(self) -> _ByteLevel:
-        """A step that has seen the same bytes: the decoder holds those of an unfinished character."""
+    def copy(self) -> Self:
+        """The decoder holds the bytes of an unfinished character."""
         other = copy(self)
         other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         other._utf8.setstate(self._utf8.getstate())
         return other
 
 
-class _ByteFallback:
+class _ByteFallback(_DecodeStep):
     """Sentencepiece's ``<0xE4>`` tokens: a run of them is text only as a whole.
 
     One wrong byte turns every byte of its run into U+FFFD, so a run stays here
@@ -97,16 +92,16 @@ class _ByteFallback:
     """
 
     def __init__(self) -> None:
-        self._run = bytearray()
+        self._run = b""
 
     def push(self, token: str) -> Iterable[str]:
         if match := _BYTE_TOKEN.fullmatch(token):
-            self._run.append(int(match[1], 16))
+            self._run += bytes([int(match[1], 16)])
             return ()
         return (*self.finish(), token)
 
     def finish(self) -> Iterable[str]:
-        run, self._run = bytes(self._run), bytearray()
+        run, self._run = self._run, b""
         if not run:
             return ()
         try:
@@ -114,13 +109,8 @@ class _ByteFallback:
         except UnicodeDecodeError:
             return ("\ufffd",) * len(run)
 
-    def copy(self) -> _ByteFallback:
-        other = _ByteFallback()
-        other._run += self._run
-        return other
 
-
-class _Metaspace(_Remembers):
+class _Metaspace(_DecodeStep):
     """Sentencepiece's mark for a space; the first token loses it if the encoder put it there."""
 
     def __init__(self, mark: str, drop_first: bool) -> None:
@@ -134,11 +124,8 @@ class _Metaspace(_Remembers):
         """The token as it reads in the middle of a text."""
         return token.replace(self._mark, " ")
 
-    def finish(self) -> Iterable[str]:
-        return ()
 
-
-class _StripStart(_Remembers):
+class _StripStart(_DecodeStep):
     """Strip after Fuse: up to ``count`` leading characters of the whole text."""
 
     def __init__(self, char: str, count: int) -> None:
@@ -152,11 +139,8 @@ class _StripStart(_Remembers):
             token, self._count = token[1:], self._count - 1
         return (token,)
 
-    def finish(self) -> Iterable[str]:
-        return ()
 
-
-class _SpaceJoin(_Remembers):
+class _SpaceJoin(_DecodeStep):
     """No decoder at all: tokens with a space between."""
 
     def __init__(self) -> None:
@@ -165,9 +149,6 @@ class _SpaceJoin(_Remembers):
     def push(self, token: str) -> Iterable[str]:
         gap, self._gap = self._gap, " "
         return (gap + token,)
-
-    def finish(self) -> Iterable[str]:
-        return ()
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -30,7 +30,11 @@ _MARKS = frozenset(
 
 
 class Tokenizer:
-    """Text <-> ids by a folder's tokenizer.json, and its chat template."""
+    """Text <-> ids by a folder's tokenizer.json, and its chat template.
+
+    ``bos_id`` and ``eos_ids`` are of tokenizer_config's bos_token and eos_token; None and empty where it
+    names none.
+    """
 
     def __init__(self, files: TokenizerFiles) -> None:
         """Use what was read from a folder; ``from_folder`` reads and does this."""
@@ -42,9 +46,9 @@ class Tokenizer:
         }
         added = self._backend.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special) - _MARKS
-        self._bos_id = self._id_of(files.special_tokens.get("bos_token"))
-        eos_id = self._id_of(files.special_tokens.get("eos_token"))
-        self._eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
+        ids = {name: self._backend.token_to_id(text) for name, text in files.special_tokens.items()}
+        self.bos_id, eos_id = ids.get("bos_token"), ids.get("eos_token")
+        self.eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -53,16 +57,6 @@ class Tokenizer:
         Raises ConfigError for a file that is missing or cannot be understood.
         """
         return cls(read_folder(folder))
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """The id of tokenizer_config's eos_token; empty when it names none."""
-        return self._eos_ids
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id of tokenizer_config's bos_token, None when it names none."""
-        return self._bos_id
 
     @property
     def vocab_size(self) -> int:
@@ -83,10 +77,7 @@ class Tokenizer:
     @property
     def template_variables(self) -> frozenset[str]:
         """What a conversation's template reads: messages, tools, and variables of its own."""
-        found: frozenset[str] = frozenset()
-        for template in self._templates.values():
-            found |= template.variables
-        return found
+        return frozenset().union(*(template.variables for template in self._templates.values()))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``. Special tokens written in it become their ids.
@@ -134,10 +125,6 @@ class Tokenizer:
         spans = self._backend.encode_batch([text], add_special_tokens=add)[0].offsets  # others run meanwhile
         places = places_of(spans)[-len(ids) :]
         return [0] * (len(ids) - len(places)) + places
-
-    def to_json(self) -> str:
-        """The whole tokenizer as its tokenizer.json would have it."""
-        return self._backend.to_str()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token alone stands for, special ones as they are written."""
@@ -209,12 +196,9 @@ class Tokenizer:
 
     def _with_bos(self, ids: list[int], add: bool) -> list[int]:
         """Put BOS first where the config wants it and the post-processor has not done so."""
-        if add and self._add_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
-            return [self._bos_id, *ids]
+        if add and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
         return ids
-
-    def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self._backend.token_to_id(token)
 
 
 def _require_unicode(text: str) -> None:
