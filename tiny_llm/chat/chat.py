@@ -31,6 +31,7 @@ HELP = """\
 /exit         leave, as Ctrl-D does
 Ctrl-C stops an answer. The up arrow brings back what you typed. Lines pasted together are one message.
 A message that begins like a command: type a space before it."""
+SAME_AGAIN = "At temperature 0 the answer is the same again; --temperature 0.8 draws another."
 COMMANDS = ("/system", "/retry", "/reset", "/save", "/load", "/help", "/exit")
 LEAVE = re.compile(r"/(exit|quit)(?!\S)")
 COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")
@@ -75,34 +76,27 @@ class Chat:
         """Talk until Ctrl-D or /exit. Nothing that a user types ends the session otherwise."""
         prepare()
         self._note(f"Talking to {self._name}. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves.")
+        style = self._style
+        # Readline must know which characters take no room: \x01 and \x02 enclose them.
+        prompt = f"\x01{style.user}\x02> \x01{style.end}\x02" if style.user else "> "
         while True:
             try:
-                typed = self._read()
-                if typed is None or LEAVE.match(typed):
+                typed = read_message(prompt)
+                if LEAVE.match(typed):
                     return
                 self._handle(typed)
+            except EOFError:
+                print()
+                return
             except KeyboardInterrupt:  # not during an answer: that one ends itself
                 print()
                 self._note("Ctrl-D or /exit leaves.")
-
-    def _read(self) -> str | None:
-        """The next message or command; None at the end of input."""
-        try:
-            return read_message(self._prompt())
-        except EOFError:
-            print()
-            return None
 
     def _handle(self, typed: str) -> None:
         if COMMAND.match(typed):
             self._command(*typed.split(maxsplit=1))
         elif text := typed.strip():
             self._answer(lambda: self._conversation.ask(text, self._params))
-
-    def _prompt(self) -> str:
-        """Readline must know which characters take no room: \\x01 and \\x02 enclose them."""
-        style = self._style
-        return f"\x01{style.user}\x02> \x01{style.end}\x02" if style.user else "> "
 
     def _answer(self, ask: Callable[[], Generator[Chunk]]) -> None:
         """Show the answer that ``ask`` begins, until its end or Ctrl-C."""
@@ -139,7 +133,9 @@ class Chat:
                 self._conversation.reset()
                 self._note("The conversation is forgotten.")
             case "/retry":
-                self._retry()
+                if not self._params.temperature:
+                    self._note(SAME_AGAIN)
+                self._answer(lambda: self._conversation.retry(self._params))
             case "/system" if rest.strip() == "-":
                 self._conversation.system = None
                 self._note("There is no system message from the next message on.")
@@ -148,44 +144,30 @@ class Chat:
                 self._note("From the next message on.")
             case "/system":
                 self._note(self._conversation.system or "There is no system message.")
-            case "/save":
-                self._save(rest.strip())
-            case "/load":
-                self._load(rest.strip())
+            case "/save" | "/load":
+                self._file(name, rest.strip())
             case _:
                 hint = "/help lists them; with a space before it, it is a message."
                 self._error(f"there is no command {name}.{did_you_mean(name, COMMANDS)} {hint}")
 
-    def _retry(self) -> None:
-        if not self._params.temperature:
-            self._note("At temperature 0 the answer is the same again; --temperature 0.8 draws another.")
-        self._answer(lambda: self._conversation.retry(self._params))
-
-    def _save(self, name: str) -> None:
+    def _file(self, command: str, name: str) -> None:
+        """Save the conversation to the file of that name, or go on with the one that it has."""
+        chat = self._conversation
+        act, what = (chat.save, "written") if command == "/save" else (chat.load, "read")
         if not name:
-            self._error("/save needs a file's name.")
+            self._error(f"{command} needs a file's name.")
             return
         try:
-            self._conversation.save(Path(os.path.expanduser(name)))  # unlike Path's, never an error
+            act(Path(os.path.expanduser(name)))  # unlike Path's, never an error
         except FileExistsError:
             self._error(f"{name} exists already; choose another name.")
-        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-            self._error(f"{name} cannot be written: {getattr(error, 'strerror', error)}.")
-        else:
-            self._note(f"Saved {len(self._conversation.messages)} messages to {name}.")
-
-    def _load(self, name: str) -> None:
-        if not name:
-            self._error("/load needs a file's name.")
-            return
-        try:
-            self._conversation.load(Path(os.path.expanduser(name)))
         except TinyLLMError as error:
             self._error(str(error))
-        except (OSError, ValueError) as error:
-            self._error(f"{name} cannot be read: {getattr(error, 'strerror', error)}.")
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+            self._error(f"{name} cannot be {what}: {getattr(error, 'strerror', error)}.")
         else:
-            self._note(f"Loaded {len(self._conversation.messages)} messages from {name}.")
+            number = f"{len(chat.messages)} messages"
+            self._note(f"Saved {number} to {name}." if what == "written" else f"Loaded {number} from {name}.")
 
     def _note(self, text: str) -> None:
         print(f"{self._style.dim}{_wrapped(text)}{self._style.end}")

@@ -11,8 +11,7 @@ from tiny_llm.chat.chat import figures
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.offline import answer_file
-from tiny_llm.commands.rows import row_of
-from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin
+from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin, row_of
 from tiny_llm.data import Completion
 from tiny_llm.errors import RequestError
 from tiny_llm.memory import peak_memory_bytes

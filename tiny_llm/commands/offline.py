@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiny_llm.commands.bar import Bar
-from tiny_llm.commands.rows import row_of
-from tiny_llm.data import Completion
+from tiny_llm.commands.talking import row_of
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import RequestError
@@ -52,7 +51,8 @@ def answer_file(
         tokens += len(completion.token_ids)
         rate = tokens / (time.perf_counter() - began)
         bar.close()  # stdout may be the same terminal
-        print(_as_line(asked[index][0], completion), flush=True)
+        about = {"error": completion.error, "cached_tokens": completion.cached_tokens}
+        print(json.dumps({"line": asked[index][0], **row_of(completion), **about}), flush=True)
         bar.show(done / total, f"{done} of {total}, {rate:.0f} tok/s")
     bar.close()
     seconds = time.perf_counter() - began
@@ -93,8 +93,3 @@ def _request(
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     return llm.check(llm.chat_prompt(messages), own)
-
-
-def _as_line(number: int, completion: Completion) -> str:
-    about = {"error": completion.error, "cached_tokens": completion.cached_tokens}
-    return json.dumps({"line": number, **row_of(completion), **about})

@@ -1,9 +1,9 @@
-"""Owns what commands read and print of a conversation: stdin, messages, an answer as it is made."""
+"""Owns what commands read and print of a conversation: stdin, messages, an answer in two forms."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 from tiny_llm.data import Chunk, Completion
@@ -14,6 +14,8 @@ from tiny_llm.sampling_params import SamplingParams
 SystemOption = Annotated[str | None, option("Prompt", "How the model is to behave.")]
 ANSWER = SamplingParams(max_tokens=512)
 """What people get who do not say how to answer."""
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity."""
 
 
 def messages_of(system: str | None, question: str) -> list[dict[str, str]]:
@@ -43,3 +45,22 @@ def print_stream(chunks: Iterator[Chunk]) -> Completion:
     print()
     assert completion is not None
     return completion
+
+
+def row_of(completion: Completion) -> dict[str, object]:
+    """What every row of JSON says of an answer; ``logprobs`` are by token id, as text."""
+    timing, rows = completion.timing, completion.logprobs
+    return {
+        "index": completion.index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": timing.prompt_tokens,
+        "completion_tokens": timing.completion_tokens,
+        "ttft_s": round(timing.ttft_s, 6),
+        "logprobs": None if rows is None else [_finite(row) for row in rows],
+    }
+
+
+def _finite(row: Mapping[int, float]) -> dict[str, float]:
+    return {str(token): round(max(value, LEAST_LOGPROB), 6) for token, value in row.items()}

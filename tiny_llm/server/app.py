@@ -14,7 +14,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
@@ -55,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
 
 def _operations(service: Service) -> APIRouter:
     """What tells about the server."""
-    router, settings, live = APIRouter(tags=["operations"]), service.settings, Live(service)
+    router, name, live = APIRouter(tags=["operations"]), service.settings.name, Live(service)
 
     @router.get("/health", responses={503: {"description": "Not ready; the body says what we are."}})
     async def health() -> JSONResponse:
@@ -70,11 +69,8 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        def told(llm: LLM) -> bytes:
-            return exposition(llm.engine.stats(), settings.name, service.prompt_tokens)
-
-        text = await asyncio.wait_for(service.engine.call(told), METRICS_TIMEOUT_S)
-        return Response(text, media_type=CONTENT_TYPE)
+        told = service.engine.call(lambda llm: exposition(llm.engine.stats(), name, service.prompt_tokens))
+        return Response(await asyncio.wait_for(told, METRICS_TIMEOUT_S), media_type=CONTENT_TYPE)
 
     @router.get("/live", include_in_schema=False)  # it never ends, and is the page's own
     async def watch() -> Response:
@@ -82,7 +78,7 @@ def _operations(service: Service) -> APIRouter:
 
     def card() -> dict[str, object]:
         return {
-            "id": settings.name,
+            "id": name,
             "object": "model",
             "created": service.created,
             "owned_by": "tiny_llm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import nan
 
 from tiny_llm.data import Chunk, Completion
@@ -40,7 +41,9 @@ class CompletionWriter(ChoiceWriter):
         self._body = body
         self._logprobs = LogprobWriter(self._tokenizer, body.logprobs or 0)
         self._job = job
-        self._echoes = [self._echo(prompt) for prompt in body.prompt] if body.echo else []
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        echoed = body.prompt if body.echo else ()
+        self._echoes = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in echoed]
         self._places: dict[int, TokenPlaces] = {}  # of answers whose log-probabilities are told
 
     def _whole_choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
@@ -93,9 +96,3 @@ class CompletionWriter(ChoiceWriter):
     def _before(self, index: int) -> str:
         """What stands before answer ``index``: its prompt, where that is to be echoed."""
         return self._echoes[index // self._body.n] if self._echoes else ""
-
-    def _echo(self, prompt: str | list[int]) -> str:
-        """A prompt as text."""
-        if isinstance(prompt, str):
-            return prompt
-        return self._tokenizer.decode(prompt, skip_special_tokens=False)

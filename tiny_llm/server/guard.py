@@ -51,32 +51,20 @@ class Guard:
         """Answer, or refuse to."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        takes_place = False
         try:
             scope.setdefault("state", {})["salt"] = self._check(scope)
+            takes_place = scope["method"] == "POST"  # who only looks takes nobody's place
+            self.in_flight += takes_place
+            body = await self._read(scope, receive)
         except Problem as problem:
-            return await problem.response()(scope, receive, send)
-        if scope["method"] != "POST":  # who only looks takes nobody's place
-            return await self._serve(scope, receive, send)
-        self.in_flight += 1
-        try:
-            await self._serve(scope, receive, send)
+            await problem.response()(scope, receive, send)
+        else:
+            if body is not None:  # else the client is gone
+                scope["state"]["body_bytes"] = len(body)
+                await self._app(scope, _replayed(body, receive), send)
         finally:
-            self.in_flight -= 1
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with asyncio.timeout(self._settings.read_timeout_s):
-                body = await self._read(scope, receive)
-        except TimeoutError:
-            seconds = self._settings.read_timeout_s
-            late = Problem(408, f"The body did not arrive within {seconds:g} s.", code="timeout")
-            return await late.response()(scope, receive, send)
-        except Problem as problem:
-            return await problem.response()(scope, receive, send)
-        if body is None:  # the client is gone
-            return
-        scope["state"]["body_bytes"] = len(body)
-        await self._app(scope, _replayed(body, receive), send)
+            self.in_flight -= takes_place
 
     def _check(self, scope: Scope) -> str:
         """The key's own salt for the prefix cache. Raises Problem for what is refused by its head alone."""
@@ -116,22 +104,29 @@ class Guard:
         return digest.hex()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None if the client went away. Raises Problem as soon as it is too large."""
-        most = self._settings.max_body_bytes
+        """The whole body; None if the client went away. Raises Problem once it is too large, or too late."""
+        most, seconds = self._settings.max_body_bytes, self._settings.read_timeout_s
+        what = f"The body has more than {most} bytes, which is the most."
+        too_large = Problem(413, what, code="body_too_large")
         said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(said) > most:  # the HTTP parser let only digits through
-            raise _too_large(most)
+            raise too_large
         pieces, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > most:
-                raise _too_large(most)
-            if not message.get("more_body", False):
-                return b"".join(pieces)
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    pieces.append(message.get("body", b""))
+                    size += len(pieces[-1])
+                    if size > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError:
+            what = f"The body did not arrive within {seconds:g} s."
+            raise Problem(408, what, code="timeout") from None
 
 
 def _keys(headers: Headers) -> list[bytes]:
@@ -169,10 +164,6 @@ def is_loopback(host: str) -> bool:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _too_large(most: int) -> Problem:
-    return Problem(413, f"The body has more than {most} bytes, which is the most.", code="body_too_large")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

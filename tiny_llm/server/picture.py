@@ -82,15 +82,6 @@ def owner(seq_id: int) -> int:
 
 def _row(seq: Sequence, blocks: int) -> list[int]:
     """As ``picture`` says."""
-    most = seq.prompt_len + seq.params.max_tokens
-    running = int(seq.status == "running")
-    return [
-        seq.id,
-        running,
-        seq.prompt_len,
-        seq.num_computed_tokens,
-        len(seq.tokens),
-        most,
-        seq.cached_tokens,
-        blocks,
-    ]
+    who = [seq.id, int(seq.status == "running")]
+    so_far = [seq.prompt_len, seq.num_computed_tokens, len(seq.tokens)]
+    return [*who, *so_far, seq.prompt_len + seq.params.max_tokens, seq.cached_tokens, blocks]

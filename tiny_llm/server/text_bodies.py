@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, FailFast, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from tiny_llm.sampling_params import MOST
 from tiny_llm.server import settings as caps
@@ -40,15 +39,10 @@ def _require_ids(prompt: list[Any], within: tuple[int, ...]) -> None:
         raise misplaced(within, "has something else than whole numbers among its token ids")
 
 
-_PROMPT_SCHEMA: Mapping[str, Any] = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1},
-    ]
-}
-Prompts = Annotated[Any, AfterValidator(_prompt), WithJsonSchema(dict(_PROMPT_SCHEMA))]
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1)]
+_ListOfIds = Annotated[list[list[int]], Field(min_length=1)]
+Prompts = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _Ids | _Texts | _ListOfIds)]
 
 
 class CompletionBody(Sampling):
