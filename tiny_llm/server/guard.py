@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 from collections.abc import Callable, Sequence
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiny_llm.server.page_files import PAGE_FILES
@@ -114,19 +115,17 @@ class Guard:
         pieces, size = [], 0
         try:
             async with asyncio.timeout(seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    pieces.append(message.get("body", b""))
-                    size += len(pieces[-1])
+                async for piece in Request(scope, receive).stream():
+                    pieces.append(piece)
+                    size += len(piece)
                     if size > most:
                         raise too_large
-                    if not message.get("more_body", False):
-                        return b"".join(pieces)
+        except ClientDisconnect:
+            return None
         except TimeoutError:
             what = f"The body did not arrive within {seconds:g} s."
             raise Problem(408, what, code="timeout") from None
+        return b"".join(pieces)
 
 
 def _keys(headers: Headers) -> list[bytes]:

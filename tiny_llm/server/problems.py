@@ -14,15 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from tiny_llm import errors
 from tiny_llm.engine.async_llm import EngineDeadError, StoppedError
-from tiny_llm.errors import (
-    BusyError,
-    CapacityError,
-    ConfigError,
-    ContextError,
-    RequestError,
-    TinyLLMError,
-)
 
 RETRY_AFTER_S = 1
 _LONGEST_MESSAGE = 1_000
@@ -74,32 +67,32 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
             # What can be read has a head.
             allowed = {"Allow": methods.replace("GET", "GET, HEAD")} if methods else {}
             return Problem(error.status_code, str(error.detail), headers=allowed)
-        case BusyError():
+        case errors.BusyError():
             return Problem(429, str(error), code="queue_full")
-        case CapacityError() | ContextError():
+        case errors.CapacityError() | errors.ContextError():
             return Problem(400, str(error), code="context_length_exceeded", param=asked_by)
-        case RequestError():
+        case errors.RequestError():
             return Problem(400, str(error), code=error.code, param=error.param)
-        case ConfigError():  # of the model: no chat template, for example
+        case errors.ConfigError():  # of the model: no chat template, for example
             return Problem(400, str(error), code="unsupported")
         case StoppedError():
             return Problem(503, str(error), code="draining")
-        case EngineDeadError() | TinyLLMError():
+        case EngineDeadError() | errors.TinyLLMError():
             return Problem(503, str(error), code="engine_dead")
         case _:
             return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
 
 
-def invalid(errors: Sequence[Any], body: object) -> Problem:
+def invalid(complaints: Sequence[Any], body: object) -> Problem:
     """The complaint of pydantic's about ``body`` that is most to the point, in our words.
 
     Of a field that may be one of several things there is a complaint for each; that about the deepest place
     is about what was meant.
     """
-    places = [_place(error, body) for error in errors]
+    places = [_place(error, body) for error in complaints]
     about_first = [number for number, place in enumerate(places) if place[:1] == places[0][:1]]
     number = max(about_first, key=lambda number: len(places[number]))
-    error, name = errors[number], _path(places[number]) or None
+    error, name = complaints[number], _path(places[number]) or None
     given, code = error.get("ctx", {}), "invalid_value"
     match error["type"]:
         case "extra_forbidden":

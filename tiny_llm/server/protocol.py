@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tiny_llm.server.problems import Problem
 
-_FOR_A_REFUSAL = re.compile(rb"\r\n(origin|x-request-id):[ \t]*([^\r\n]{1,256})(?=\r\n\S)", re.IGNORECASE)
+_FOR_A_REFUSAL = re.compile(rb"\r\n(origin|x-request-id):([ -~]{1,256})(?=\r\n\S)", re.IGNORECASE)
 """The headers that change how a refusal looks."""
 
 
@@ -62,7 +62,7 @@ class DeadlineProtocol(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Have the application refuse what h11 has just raised an error for."""
+        """Have the application refuse what h11 has just raised an error for, as if it had been a request."""
         self._is_refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # its request will never be whole
@@ -71,34 +71,11 @@ class DeadlineProtocol(H11Protocol):
             self.transport.close()
             return
         seen = _FOR_A_REFUSAL.findall(self.conn.trailing_data[0])
-        self.headers = [(b"connection", b"close"), *((name.lower(), value) for name, value in seen)]
-        scope: Any = {
-            "type": "http",
-            "method": "GET",
-            "scheme": "http",
-            "http_version": "1.1",
-            "path": "",
-            "raw_path": b"",
-            "root_path": "",
-            "query_string": b"",
-            "headers": self.headers,
-            "state": {"problem": _problem_of(sys.exception())},
-        }
-        self.cycle = RequestResponseCycle(
-            scope=scope,
-            conn=self.conn,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            on_response=self.on_response_complete,
-        )
-        task = self.loop.create_task(self.cycle.run_asgi(self.app))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        request = [b"GET / HTTP/1.0", *(name + b":" + value for name, value in seen), b"", b""]
+        self.app_state = {"problem": _problem_of(sys.exception())}
+        self.conn = h11.Connection(h11.SERVER)
+        self.conn.receive_data(b"\r\n".join(request))
+        self.handle_events()
 
     @property
     def idle_s(self) -> float:

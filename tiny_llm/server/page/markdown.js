@@ -44,26 +44,37 @@ export function show(box, text, depth = 0) {
 function blocksOf(lines, depth) {
   const blocks = [];
   for (let at = 0; at < lines.length; ) {
-    if (!lines[at].trim()) {
-      at++;
-      continue;
-    }
-    const end = endOf(lines, at, depth);
-    blocks.push(lines.slice(at, end));
+    const end = lines[at].trim() ? blockAt(lines, at, depth).end : at + 1;
+    if (lines[at].trim()) blocks.push(lines.slice(at, end));
     at = end;
   }
   return blocks;
 }
 
-/** The line after the block that begins with line `at`. */
-function endOf(lines, at, depth) {
-  if (FENCE.test(lines[at])) return endOfFence(lines, at);
-  if (HEADING.test(lines[at]) || RULE.test(lines[at])) return at + 1;
-  if (depth < DEEPEST && QUOTE.test(lines[at])) return endWhere(lines, at, (line) => !QUOTE.test(line));
-  if (depth < DEEPEST && ITEM.test(lines[at])) return endOfList(lines, at);
-  if (beginsTable(lines, at)) return endWhere(lines, at + 1, (line) => !line.trim() || interrupts(line, depth));
-  return endWhere(lines, at, (line, i) => !line.trim() || interrupts(line, depth) || beginsTable(lines, i));
+const block = (lines, depth) => blockAt(lines, 0, depth).make(lines);
+
+/** The block that begins with line `at`: the line after it, and what makes a node of its lines. */
+function blockAt(lines, at, depth) {
+  const line = lines[at], isNesting = depth < DEEPEST;
+  const fence = FENCE.exec(line), heading = HEADING.exec(line);
+  if (fence) return { end: endOfFence(lines, at), make: (own) => code(own, fence) };
+  if (heading) {
+    const words = heading[2].trim().replace(/(?:^|\s)#+$/, "");
+    return { end: at + 1, make: () => element(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(words)) };
+  }
+  if (RULE.test(line)) return { end: at + 1, make: () => element("hr") };
+  if (isNesting && QUOTE.test(line)) {
+    const make = (own) => element("blockquote", {}, ...nodesOf(own.map((one) => one.replace(/^ {0,3}> ?/, "")), depth + 1));
+    return { end: endWhere(lines, at, (one) => !QUOTE.test(one)), make };
+  }
+  if (isNesting && ITEM.test(line)) return { end: endOfList(lines, at), make: (own) => list(own, depth) };
+  const isOver = (one) => !one.trim() || interrupts(one, depth);
+  if (beginsTable(lines, at)) return { end: endWhere(lines, at + 1, isOver), make: table };
+  const make = (own) => element("p", {}, ...inline(own.map((one) => one.trim()).join("\n")));
+  return { end: endWhere(lines, at, (one, i) => isOver(one) || beginsTable(lines, i)), make };
 }
+
+const nodesOf = (lines, depth) => blocksOf(lines, depth).map((own) => block(own, depth));
 
 function endWhere(lines, at, ends) {
   for (let i = at + 1; i < lines.length; i++) if (ends(lines[i], i)) return i;
@@ -124,21 +135,6 @@ function beginsTable(lines, at) {
   return marks.every((mark) => /^:?-+:?$/.test(mark)) && marks.length === cellsOf(lines[at]).length;
 }
 
-function block(lines, depth) {
-  const fence = FENCE.exec(lines[0]);
-  if (fence) return code(lines, fence);
-  const heading = HEADING.exec(lines[0]);
-  if (heading) return element(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(heading[2].trim().replace(/(?:^|\s)#+$/, "")));
-  if (RULE.test(lines[0])) return element("hr");
-  if (depth < DEEPEST && QUOTE.test(lines[0])) {
-    const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
-    return element("blockquote", {}, ...blocksOf(inner, depth + 1).map((one) => block(one, depth + 1)));
-  }
-  if (depth < DEEPEST && ITEM.test(lines[0])) return list(lines, depth);
-  if (beginsTable(lines, 0)) return table(lines);
-  return element("p", {}, ...inline(lines.map((line) => line.trim()).join("\n")));
-}
-
 function code(lines, [, indent, mark, language]) {
   const isClosed = lines.length > 1 && closes(lines.at(-1), mark);
   const inner = lines.slice(1, isClosed ? -1 : undefined).map((line) => dedented(line, indent.length));
@@ -181,7 +177,7 @@ function outdented({ width, lines: [first, ...rest] }) {
 function listItem(lines, isLoose, depth) {
   const task = TASK.exec(lines[0]);
   if (task) lines[0] = lines[0].slice(task[0].length);
-  const blocks = blocksOf(lines, depth).map((one) => block(one, depth));
+  const blocks = nodesOf(lines, depth);
   const isTight = !isLoose && blocks.filter((one) => one.nodeName === "P").length <= 1;
   const shown = blocks.flatMap((one) => (isTight && one.nodeName === "P" ? [...one.childNodes] : [one]));
   if (!task) return element("li", {}, ...shown);
