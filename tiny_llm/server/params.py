@@ -36,9 +36,10 @@ def params_of(
         what = f"prompt has {len(prompts)} prompts, but this server holds {places} requests at a time."
         raise Problem(400, what, code="invalid_value", param="prompt")
     given: dict[str, Any] = {name: getattr(body, name) for name in OPTIONS if name not in ELSEWHERE}
-    given |= {"n": body.n, "logprobs": logprobs, "speculate": body.speculate}
-    room = min(llm.max_context, settings.kv_blocks * settings.block_size) - max(map(len, prompts))
-    given["max_tokens"] = max_tokens or max(1, room)
+    if max_tokens is None:
+        most = min(llm.max_context, settings.kv_blocks * settings.block_size)
+        max_tokens = max(1, most - max(map(len, prompts)))
+    given |= {"n": body.n, "logprobs": logprobs, "speculate": body.speculate, "max_tokens": max_tokens}
     if not body.use_beam_search:
         return SamplingParams(**given)
     if body.temperature == 1:  # which asks for nothing, like 0: a search draws nothing
