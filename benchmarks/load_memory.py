@@ -7,7 +7,8 @@ JSON line. Linux counts a parent's peak as its child's, so writing, too, has a p
 
 ``--serve qwen2-0.5b,llama-3-8b --context 64,1024`` instead has models with random weights of 4 bits read one
 prompt of so many tokens each; it compares the peak with what ``main.py memory`` predicts, and shows what
-``stats()`` then tells.
+``stats()`` then tells. ``--layers 8`` for a long context of a large one: more take more of weights, keys and
+values only, whose size is known.
 """
 
 from __future__ import annotations
@@ -90,15 +91,17 @@ def load_once(folder: Path, model: str, row: str) -> None:
     print(json.dumps(figures))
 
 
-def run_child(model: str, folder: str, row: str) -> str:
+def run_child(model: str, folder: str, row: str, *more: str) -> str:
     """Run one row in a process of its own, and return what it printed."""
-    command = [sys.executable, __file__, "--model", model, "--child", folder, row]
+    command = [sys.executable, __file__, "--model", model, *more, "--child", folder, row]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def serve_once(model: str, context: int) -> None:
+def serve_once(model: str, layers: int | None, context: int) -> None:
     """In the child: one request of ``context`` tokens, prompt and answer; print the figures as JSON."""
-    llm = LLM(DummyCheckpoint(model), quantize=4)
+    checkpoint = DummyCheckpoint(model)
+    checkpoint.config = ModelConfig.from_hf(facts_of(model, layers))
+    llm = LLM(checkpoint, quantize=4)
     prompt = [(i * 7919) % 1000 for i in range(context - 1)]
     llm.engine.add(prompt, SamplingParams(max_tokens=1, ignore_eos=True))
     while len(llm.engine):
@@ -106,20 +109,30 @@ def serve_once(model: str, context: int) -> None:
     print(json.dumps({"peak": peak_memory_bytes(), "told": llm.engine.stats().memory_bytes}))
 
 
-def serve(models: Sequence[str], contexts: Sequence[int]) -> None:
+def facts_of(model: str, layers: int | None) -> dict[str, object]:
+    """The facts of a short name's config.json, with so many layers."""
+    facts = config_of(model)
+    return facts if layers is None else {**facts, "num_hidden_layers": layers}
+
+
+def serve(models: Sequence[str], contexts: Sequence[int], layers: int | None) -> None:
     """Print what serving was predicted to take, and what it took."""
     print(f"{'peak, MB':<14}{'context':>8}{'predicted':>11}{'measured':>10}{'off':>7}{'stats()':>9}")
     rows = []
-    with use(None):
+    with use(None), tempfile.TemporaryDirectory() as folder:
         for model, context in product(models, contexts):
-            plan = plan_memory(model, available=available_memory_bytes(), quantize=4, context=context)
-            figures = json.loads(run_child(model, str(context), "serve"))
+            config = Path(folder) / "config.json"
+            config.write_text(json.dumps(facts_of(model, layers)))
+            available = available_memory_bytes()
+            plan = plan_memory(str(config), available=available, quantize=4, context=context)
+            more = [] if layers is None else ["--layers", str(layers)]
+            figures = json.loads(run_child(model, str(context), "serve", *more))
             off = plan.need.total / figures["peak"] - 1
             rows.append({"model": model, "context": context, "predicted": plan.need.total, **figures})
             sizes = [plan.need.total, figures["peak"], figures["told"]]
             predicted, peak, told = (round(size / 1e6) for size in sizes)
             print(f"{model:<14}{context:>8}{predicted:>11}{peak:>10}{off:>+7.1%}{told:>9}", flush=True)
-    print(json.dumps({"benchmark": "load_memory", "serving": rows}))
+    print(json.dumps({"benchmark": "load_memory", "layers": layers, "serving": rows}))
 
 
 def main() -> None:
@@ -129,13 +142,14 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROW"), help=argparse.SUPPRESS)
     parser.add_argument("--serve", help="short names, with commas between: measure serving them")
     parser.add_argument("--context", type=numbers, default=(64, 1024), help="tokens, with commas between")
+    parser.add_argument("--layers", type=int, help="of these models, instead of all: large ones take hours")
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve.split(","), options.context)
+        return serve(options.serve.split(","), options.context, options.layers)
     if options.child:
         folder, row = options.child
         if row == "serve":
-            serve_once(options.model, int(folder))
+            serve_once(options.model, options.layers, int(folder))
         elif row == "write":
             write_checkpoint(Path(folder), options.model)
         else:

@@ -16,6 +16,8 @@ from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
 from tiny_llm.engine.warm_up import warm_up
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.memory import BUFFER_POOL_BYTES
+from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
 from tiny_llm.proving.choice import Kernels
@@ -53,6 +55,7 @@ class Runner:
         self.cache = cache
         self.kernels = kernels
         self.draft = draft
+        self._tokens, self._most = 0, BUFFER_POOL_BYTES
 
     def launch(self, plan: Plan, sharing: Sharing, drawn: mx.array | None, lap: Lap) -> InFlightBatch:
         """Start a step: from its plan to tokens that are being drawn for its answers.
@@ -82,6 +85,7 @@ class Runner:
         drawn from them would be an index that nobody checks.
         """
         batch = build_batch(plan, self.cache.format.block_size, drawn)
+        self._make_room(batch.tokens.size, batch.logit_rows.size)
         self.cache.save(plan.save)
         self.cache.prepare(plan)
         self.cache.load(plan.load)
@@ -92,6 +96,17 @@ class Runner:
         if logits.shape != expected:
             raise ValueError(f"the model gave logits {logits.shape}, expected {expected}")
         return logits
+
+    def _make_room(self, tokens: int, rows: int) -> None:
+        """Let go of what MLX kept of a step of another size, where that and this one take more than any did.
+
+        Few of its buffers would be used again: a long prompt's last tokens took theirs beside those of 2,048.
+        """
+        need = activation_bytes(self.model.config, tokens, rows)
+        self._most = max(self._most, need)
+        if tokens != self._tokens and need + mx.get_cache_memory() > self._most:
+            mx.clear_cache()
+        self._tokens = tokens
 
     def warm_up(self, most_blocks: int) -> None:
         """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
