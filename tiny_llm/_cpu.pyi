@@ -27,22 +27,14 @@ def sample(
 ) -> mx.array: ...
 
 class Matrix:
-    @property
-    def data(self) -> mx.array: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def nbytes(self) -> int: ...
+    data: mx.array
+    rows: int
+    columns: int
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    exact: bool
+    nbytes: int
 
 def pack_quantized(
     packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, exact: bool

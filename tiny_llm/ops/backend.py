@@ -32,24 +32,8 @@ except ImportError as error:  # another MLX than it was built with
     cpu = None  # type: ignore[assignment]
     _PROBLEM = str(error)
 
-__all__ = [
-    "BACKENDS",
-    "GPU_KERNELS",
-    "SlowBackendWarning",
-    "active",
-    "choose",
-    "cpu",
-    "isa",
-    "keep_memory",
-    "kernel_seconds",
-    "num_threads",
-    "on_cpu",
-    "on_mlx",
-    "runs_ours",
-    "set_threads",
-    "use",
-    "works",
-]
+__all__ = ["cpu"]  # what is imported here for others, who ask for all else by name
+
 BACKENDS = ("ref", "cpu", "mlx", "metal", "metalsim", "cuda")
 GPU_KERNELS = ("metal", "metalsim", "cuda")
 """Backends that run our Metal kernels' text."""

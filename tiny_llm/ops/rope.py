@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -77,7 +78,7 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
         return cpu.rope(x, positions, inv_freq)
     _check("rope", x, positions, inv_freq)
     if on_metal("rope", x):
-        return _metal(x, x[:, :0], positions, inv_freq, None, None, 0.0)[0]
+        return _metal(x, x[:, :0], positions, inv_freq, (), 0.0)[0]
     if on_mlx():
         return rope_mlx(x[:, :, None], positions, 1 / inv_freq)
     return rope_ref(x, positions, inv_freq)
@@ -116,7 +117,7 @@ def rope_qk(
     if any(norm.shape != q.shape[-1:] for norm in norms):
         raise ValueError(f"[rope_qk] expected norms {q.shape[-1:]}, got {[norm.shape for norm in norms]}")
     if ours:
-        return _metal(q, k, positions, inv_freq, q_norm, k_norm, eps)
+        return _metal(q, k, positions, inv_freq, norms, eps)
     if on_mlx():
         periods = 1 / inv_freq if periods is None else periods
         q = q if q_norm is None else rms_norm_mlx(q, q_norm, eps)
@@ -126,26 +127,16 @@ def rope_qk(
 
 
 def _metal(
-    q: mx.array,
-    k: mx.array,
-    positions: mx.array,
-    inv_freq: mx.array,
-    q_norm: mx.array | None,
-    k_norm: mx.array | None,
-    eps: float,
+    q: mx.array, k: mx.array, positions: mx.array, inv_freq: mx.array, norms: Sequence[mx.array], eps: float
 ) -> tuple[mx.array, mx.array]:
     """A simdgroup a head, queries' and keys' in one dispatch."""
     T, H, D = q.shape
     heads = H + k.shape[1]
     if not T * heads:
         return q, k
-    none = _no_norm(D, q.dtype)
     q_out, k_out = kernel("rope_qk", "rope")(
-        inputs=[
-            *(q, k, positions, inv_freq),
-            *(none if q_norm is None else q_norm, none if k_norm is None else k_norm, scalar(eps)),
-        ],
-        template=[("T", q.dtype), ("D", D), ("HQ", H), ("HK", k.shape[1]), ("NORM", q_norm is not None)],
+        inputs=[q, k, positions, inv_freq, *(norms or [_no_norm(D, q.dtype)] * 2), scalar(eps)],
+        template=[("T", q.dtype), ("D", D), ("HQ", H), ("HK", k.shape[1]), ("NORM", bool(norms))],
         grid=(32, heads, T),
         threadgroup=(32, 4, 1),
         output_shapes=[q.shape, k.shape],

@@ -7,7 +7,6 @@ rows, attention of many tokens. What a model then does worse than predicted is l
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from tiny_llm.models.cost import Step, least_seconds, step_of
 from tiny_llm.models.footprint import kv_token_bytes, tensor_bytes, weights_bytes
 from tiny_llm.ops.linear import linear
 from tiny_llm.ops.pack import pack
+from tiny_llm.planning.rounds import seconds_of
 from tiny_llm.weights.dummy import dummy_weights
 
 FORMAT = Quantization(4, 64)
@@ -97,11 +97,5 @@ def _attention() -> list[mx.array]:
 
 
 def _seconds(make: Callable[[], list[mx.array]], rounds: int) -> float:
-    """The median time of an evaluation, after one that is not counted."""
-    taken = []
-    for _ in range(rounds + 1):
-        arrays = make()
-        began = time.perf_counter()
-        mx.eval(arrays)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+    """The median time, after one that is not counted."""
+    return statistics.median([seconds_of(make) for _ in range(rounds + 1)][1:])
