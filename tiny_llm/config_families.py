@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from tiny_llm.errors import ConfigError, did_you_mean
 
@@ -39,7 +38,7 @@ def _defaults(vocab: int, intermediate: int, positions: int, **more: object) -> 
         "tie_word_embeddings": False,
     }
     sizes = {"vocab_size": vocab, "intermediate_size": intermediate, "max_position_embeddings": positions}
-    return MappingProxyType({**common, **sizes, **more})
+    return {**common, **sizes, **more}
 
 
 _LLAMA = _defaults(32_000, 11_008, 2_048)
@@ -47,22 +46,20 @@ _MISTRAL = _defaults(32_000, 14_336, 131_072, num_key_value_heads=8, sliding_win
 _QWEN2 = _defaults(
     151_936, 22_016, 32_768, num_key_value_heads=32, sliding_window=4_096, max_window_layers=28
 )
-_QWEN3 = MappingProxyType({**_QWEN2, "head_dim": 128})
+_QWEN3: Mapping[str, object] = {**_QWEN2, "head_dim": 128}
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "llama": Family(defaults=_LLAMA),
-        "mistral": Family(attention_bias=False, output_bias=False, mlp_bias=False, defaults=_MISTRAL),
-        "qwen2": Family(
-            attention_bias=True,
-            output_bias=False,
-            mlp_bias=False,
-            window_needs_switch=True,
-            defaults=_QWEN2,
-        ),
-        "qwen3": Family(mlp_bias=False, qk_norm=True, window_needs_switch=True, defaults=_QWEN3),
-    }
-)
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(defaults=_LLAMA),
+    "mistral": Family(attention_bias=False, output_bias=False, mlp_bias=False, defaults=_MISTRAL),
+    "qwen2": Family(
+        attention_bias=True,
+        output_bias=False,
+        mlp_bias=False,
+        window_needs_switch=True,
+        defaults=_QWEN2,
+    ),
+    "qwen3": Family(mlp_bias=False, qk_norm=True, window_needs_switch=True, defaults=_QWEN3),
+}
 
 
 def built_in_family(model_type: str) -> Family:
@@ -77,43 +74,41 @@ def built_in_family(model_type: str) -> Family:
 
 # Fields of other architectures that change the result, with the values that switch
 # each one off. Absent and null are always off.
-_RESULT_CHANGING: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "add_cross_attention": (False,),
-        "alibi": (False,),
-        "attention_chunk_size": (),
-        "attention_multiplier": (),
-        "attn_logit_softcapping": (),
-        "attn_temperature_tuning": (False, 0),
-        "clip_qkv": (),
-        "dual_chunk_attention_config": ({},),
-        "embedding_multiplier": (1,),
-        "final_logit_softcapping": (),
-        "is_causal": (True,),
-        "logit_scale": (1,),
-        "logits_scaling": (1,),
-        "n_routed_experts": (0,),
-        "no_rope_layer_interval": (0,),
-        "no_rope_layers": ([],),
-        "num_experts": (0,),
-        "num_local_experts": (0,),
-        "parallel_attn": (False,),
-        "partial_rotary_factor": (1,),
-        "pruned_heads": ({}, []),
-        "quantize_activations": (False,),
-        "query_pre_attn_scalar": (),
-        "residual_multiplier": (1,),
-        "rope_interleaved": (False,),
-        "rope_local_base_freq": (),
-        "rope_traditional": (False,),
-        "rotary_pct": (1,),
-        "scale_depth": (),
-        "scale_emb": (1,),
-        "use_mrope": (False,),
-        "use_parallel_residual": (False,),
-        "use_qk_norm": (False,),
-    }
-)
+_RESULT_CHANGING: Mapping[str, tuple[object, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_chunk_size": (),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "attn_temperature_tuning": (False, 0),
+    "clip_qkv": (),
+    "dual_chunk_attention_config": ({},),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "is_causal": (True,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "n_routed_experts": (0,),
+    "no_rope_layer_interval": (0,),
+    "no_rope_layers": ([],),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "parallel_attn": (False,),
+    "partial_rotary_factor": (1,),
+    "pruned_heads": ({}, []),
+    "quantize_activations": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "rope_interleaved": (False,),
+    "rope_local_base_freq": (),
+    "rope_traditional": (False,),
+    "rotary_pct": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "use_mrope": (False,),
+    "use_parallel_residual": (False,),
+    "use_qk_norm": (False,),
+}
 
 
 def refuse_unsupported(raw: Mapping[str, object]) -> None:

@@ -83,20 +83,16 @@ def _rules(
         rules.append(f"opening: {tag(CALLS)}")
     if tool_format == "hermes":
         rules.append(rf'tagged: {tag(OPEN)} "\n" call "\n" {tag(CLOSE)}')
-    for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
-        name = function["name"]
-        if tool_format == "mistral_args":
-            rules.append(f"f{number}: opening {json.dumps(name)} {tag(ARGS)} %json {schema}")
-        else:
-            rules.append(_call_rule(number, name, schema, tool_format))
-    return rules
-
-
-def _call_rule(number: int, name: str, schema: str, tool_format: ToolFormat) -> str:
-    """A call of one function. Its schema stays a document of its own, to which its references refer."""
     key = "parameters" if tool_format == "llama3_json" else "arguments"
-    head = f'{{"name": {json.dumps(name)}, "{key}": '
-    return f'f{number}: {json.dumps(head)} %json {schema} "}}"'
+    for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
+        # A schema stays a document of its own, to which its references refer.
+        name = json.dumps(function["name"])
+        if tool_format == "mistral_args":
+            rules.append(f"f{number}: opening {name} {tag(ARGS)} %json {schema}")
+        else:
+            head = f'{{"name": {name}, "{key}": '
+            rules.append(f'f{number}: {json.dumps(head)} %json {schema} "}}"')
+    return rules
 
 
 def _lines(rules: Sequence[str]) -> str:

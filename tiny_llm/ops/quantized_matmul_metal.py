@@ -75,9 +75,8 @@ def _run(kind: str, x: mx.array, weights: Quantized, biases: Biases, tiles: bool
     half = 2 if kind == "_gated" else 1
     name, sizes, grid, threads = _tiles(T, outputs, half) if tiles else _blocks(T, outputs, half)
     inputs: list[mx.array | int] = [x]
-    for weight, bias in zip(
-        weights, biases, strict=True
-    ):  # where there is no bias, something takes its place
+    for weight, bias in zip(weights, biases, strict=True):
+        # Where there is no bias, something takes its place.
         inputs += [weight.packed, weight.scales, weight.biases, x if bias is None else bias]
     first = weights[0]
     return kernel(f"{name}{kind}", name)(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,22 +14,22 @@ from tiny_llm.engine.settings import usual_block_size
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.loading import check_options, kv_dtype
 from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, active, choose, use
-from tiny_llm.options import BackendOption, DebugOption, DtypeOption, QuantizeOption
+from tiny_llm.options import BackendOption, DebugOption, DtypeOption, QuantizeOption, command_app, option
 from tiny_llm.planning.compatibility import OPS, fallen_back
 from tiny_llm.planning.memory import find_config
 from tiny_llm.proving.choice import choose as choose_kernels
 from tiny_llm.proving.record import Proof, Shapes, machine, records
 from tiny_llm.proving.trial import Limits, proved
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
+app = command_app()
 
 
 @app.command()
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", "-m", help="Also say which kernels this one's shapes get: a short name, a folder."
+        option(
+            "Model", "Also say which kernels this one's shapes get: a short name, a folder.", "--model", "-m"
         ),
     ] = None,
     dtype: DtypeOption = None,

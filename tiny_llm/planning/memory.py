@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tiny_llm.config import ModelFacts, Quantization
@@ -88,32 +89,17 @@ class MemoryPlan:
         return self.need.most <= self.available
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """A model as it would be loaded: sizes of its floats, what its matrices are packed into, buffers kept."""
-
-    config: ModelFacts
-    matrix_bytes: int
-    vector_bytes: int
-    kv_token: int
-    quantize: Quantization | None
-    buffers: int
-    page: int  # bytes that the system gives an array of the pool at a time
-
-    def need(self, context: int, batch: int) -> Need:
-        """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
-        scheduler = SchedulerSettings()
-        blocks = batch * -(-context // BLOCK_SIZE)
-        step = min(scheduler.max_num_batched_tokens, batch * context)
-        kv = blocks * BLOCK_SIZE * self.kv_token
-        pages = 2 * self.config.num_layers * self.page  # one of keys and one of values a layer, at least
-        return Need(
-            weights_bytes(self.config, self.matrix_bytes, self.vector_bytes, self.quantize),
-            kv,
-            activation_bytes(self.config, step, min(batch, scheduler.max_num_seqs)),
-            PROGRAM_BYTES + -kv % pages,
-            self.buffers,
-        )
+def serving_need(
+    config: ModelFacts, weights: int, kv_token: int, buffers: int, context: int, batch: int
+) -> Need:
+    """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
+    scheduler = SchedulerSettings()
+    kv = batch * -(-context // BLOCK_SIZE) * BLOCK_SIZE * kv_token
+    step = min(scheduler.max_num_batched_tokens, batch * context)
+    # What the system gives an array of the pool at a time: one of keys and one of values a layer, at least.
+    pages = 2 * config.num_layers * (HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1)
+    activations = activation_bytes(config, step, min(batch, scheduler.max_num_seqs))
+    return Need(weights, kv, activations, PROGRAM_BYTES + -kv % pages, buffers)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -155,9 +141,8 @@ def plan_memory(
     kv_token = kv_token_bytes(config, pages.dtype.size) + pages.scale_bytes
     packed = active() == "cpu" and find(config.model_type).packed
     format = None if quantize is None else Quantization(quantize, QUANTIZE_GROUP)
-    buffers = kept_bytes(available)
-    page = HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1
-    serving = Serving(config, weight.size, 4 if packed else weight.size, kv_token, format, buffers, page)
+    weights = weights_bytes(config, weight.size, 4 if packed else weight.size, format)
+    need = partial(serving_need, config, weights, kv_token, kept_bytes(available))
     return MemoryPlan(
         model=model,
         parameters=parameter_count(config),
@@ -167,11 +152,11 @@ def plan_memory(
         context=context,
         batch=batch,
         kv_token=kv_token,
-        need=serving.need(context, batch),
+        need=need(context, batch),
         training=training_bytes(config, batch * context),
         available=available,
-        largest_context=largest(lambda n: serving.need(n, batch).most <= available, limit),
-        largest_batch=largest(lambda n: serving.need(context, n).most <= available, MAX_BATCH),
+        largest_context=largest(lambda n: need(n, batch).most <= available, limit),
+        largest_batch=largest(lambda n: need(context, n).most <= available, MAX_BATCH),
     )
 
 

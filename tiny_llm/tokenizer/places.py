@@ -43,8 +43,7 @@ class TokenPlaces:
             return known
         place = self._place
         self._certain += len(self._stream.push(token_id))
-        held = (
-            self._stream.copy().finish().rstrip("\ufffd")
-        )  # of an unfinished character nothing is there yet
+        # Of an unfinished character nothing is there yet.
+        held = self._stream.copy().finish().rstrip("\ufffd")
         self._place = max(place, self._certain + len(held))
         return place

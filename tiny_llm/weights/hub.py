@@ -45,13 +45,17 @@ def resolve(name: str, *, offline: bool = False) -> Path:
         return Path(str(importlib.resources.files("tiny_llm").joinpath(BUNDLED[name])))
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):  # unlike Path's, never an error
-        return _checked_folder(Path(folder))
+        if not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"The folder {folder} has no config.json, so it is not a model's folder.")
+        return Path(folder)
     repo_id = _repo_id(name)
     cached = cached_folder(repo_id)
     is_offline = offline or huggingface_hub.is_offline_mode()
     if cached is not None:
         if not is_offline and unknown_files(cached):
-            _complete(repo_id, cached)
+            # Small files that another program did not want; without them the model is usable still.
+            with contextlib.suppress(Exception):  # the client's network errors share no public base
+                complete(repo_id, cached)
         return cached
     if is_offline:
         raise WeightError(f"{repo_id} is not on disk, and the network is off. {_what_is_here()}")
@@ -79,12 +83,6 @@ def models_on_disk() -> list[str]:
     return sorted(repo_id for repo_id in found if REPO_ID.fullmatch(repo_id) and is_on_disk(repo_id))
 
 
-def _checked_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"The folder {folder} has no config.json, so it is not a model's folder.")
-    return folder
-
-
 def _repo_id(name: str) -> str:
     if name.lower() in SHORT_NAMES:
         return SHORT_NAMES[name.lower()].repo_id
@@ -107,12 +105,6 @@ def _missing_files(folder: Path) -> list[str]:
         return missing + [name for name in shard_names(folder) if not (folder / name).is_file()]
     except WeightError:  # no weights, or a broken index: to be downloaded
         return [*missing, "model.safetensors"]
-
-
-def _complete(repo_id: str, folder: Path) -> None:
-    """Ask for small files that another program did not want; without them the model is usable still."""
-    with contextlib.suppress(Exception):  # the client's network errors share no public base
-        complete(repo_id, folder)
 
 
 def _download(repo_id: str) -> Path:
