@@ -11,7 +11,7 @@ namespace tiny_llm::TINY_ISA {
 namespace {
 
 constexpr int64_t kDirectRows = 16;  // with so few, keys and values are read where they lie
-constexpr int64_t kPanel = vectors_of(kMostRows) * kWidth;  // columns that lie together in what is copied to float
+constexpr int64_t kPanel = vectors_of(most_rows<float>) * kWidth;  // columns side by side in what is copied to float
 constexpr float kLog2e = 1.44269504f;  // scores are logarithms to base 2
 constexpr int kWorkSlot = 0, kPartialSlot = 1;
 
@@ -73,7 +73,7 @@ struct Source {
 // the next span's keys while the values are.
 template <class T>
 struct Direct : Source<T> {
-    static constexpr int64_t kRowsAtOnce = kDirectRows;
+    static constexpr int64_t kRowsAtOnce = kDirectRows, kRowsInRegisters = most_rows<T>;
     mutable const T *key_blocks[kSpan / 16], *value_blocks[kSpan / 16], *ahead[kSpan / 16];
     void enter(int64_t first) const {
         const int64_t blocks = this->blocks_of(first), block = first / this->size(), next = kSpan / this->size();
@@ -108,7 +108,7 @@ void pack(const T* from, int64_t rows, int64_t columns, float* to, int64_t heigh
 // Copied to float, in panels: [keys / kPanel, D, kPanel] and [D / kPanel, kSpan, kPanel].
 template <class T>
 struct Packed : Source<T> {
-    static constexpr int64_t kRowsAtOnce = 2 * kMostRows;
+    static constexpr int64_t kRowsInRegisters = most_rows<float>, kRowsAtOnce = 2 * kRowsInRegisters;
     float *key_panels, *value_panels;
     mutable const float* at[2];  // a panel, and the next
     void enter(int64_t first) const {
@@ -150,7 +150,7 @@ void score_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64
     const int64_t keys = seen(rows, to - 1, first, kSpan), unit = source.key_unit();
     for (int64_t at = 0; at < keys; at += unit) {
         const auto panel = source.keys_at(at / unit);
-        in_pieces(from, to, kMostRows, [&](int64_t row, int64_t size) {
+        in_pieces(from, to, From::kRowsInRegisters, [&](int64_t row, int64_t size) {
             const int64_t columns = round_up(seen(rows, row + size - 1, first + at, unit), kWidth);
             product<false>(size, {rows.q + row * dim, dim}, 0, dim, panel,
                            rows.scores + (row - from) * kSpan + at, kSpan, columns);
@@ -158,26 +158,41 @@ void score_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64
     }
 }
 
-// Scores to weights 2^(score - most), in place; their sum is returned. `most` becomes the largest score,
-// rounded up, so that what spans are merged by are powers of two.
-float soften(float* scores, int64_t count, float* most) {
-    const int64_t padded = round_up(count, 2 * kWidth);
-    for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
-    vf largest = load(scores);
-    for (int64_t i = kWidth; i < padded; i += kWidth) largest = max(largest, load(scores + i));
-    *most = ceilf(max_of(largest));
-    vf total = {};
-    for (int64_t i = 0; i < padded; i += 2 * kWidth) {
-        vf weights[] = {load(scores + i), load(scores + i + kWidth)};
-        exp2_below(weights, *most);
-        store(scores + i, weights[0]), store(scores + i + kWidth, weights[1]);
-        total += weights[0], total += weights[1];
+constexpr int kSoftened = 4;  // vectors: what one waits for, another computes
+
+// The largest score, after each was multiplied by its key's scale if there are scales; -infinity up to `padded`.
+float largest_score(float* scores, int64_t count, int64_t padded, const float* scales) {
+    const int64_t whole = scales ? count / kWidth * kWidth : 0;
+    vf largest = splat(-INFINITY);
+    for (int64_t i = 0; i < whole; i += kWidth) {
+        const vf scaled = load(scores + i) * load(scales + i);
+        store(scores + i, scaled);
+        largest = max(largest, scaled);
     }
-    return sum(total);
+    if (scales)
+        for (int64_t i = whole; i < count; ++i) scores[i] *= scales[i];
+    for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+    for (int64_t i = whole; i < padded; i += kWidth) largest = max(largest, load(scores + i));
+    return max_of(largest);
 }
 
-void scale(float* x, const float* factors, int64_t count) {
-    for (int64_t i = 0; i < count; i += kWidth) store(x + i, load(x + i) * load(factors + i));
+// Scores to weights 2^(score - most), in place; their sum is returned. `most` becomes the largest score,
+// rounded up, so that what spans are merged by are powers of two. Weights are then times their values' scales.
+float soften(float* scores, int64_t count, const float* key_scales, const float* value_scales, float* most) {
+    const int64_t step = kSoftened * kWidth, padded = round_up(count, step);
+    const float highest = ceilf(largest_score(scores, count, padded, key_scales));
+    vf total = {};
+    for (int64_t i = 0; i < padded; i += step) {
+        vf weights[kSoftened];
+        for (int v = 0; v < kSoftened; ++v) weights[v] = load(scores + i + v * kWidth);
+        exp2_below(weights, highest);
+        for (int v = 0; v < kSoftened; ++v) total += weights[v];
+        if (value_scales)
+            for (int v = 0; v < kSoftened; ++v) weights[v] *= load(value_scales + i + v * kWidth);
+        for (int v = 0; v < kSoftened; ++v) store(scores + i + v * kWidth, weights[v]);
+    }
+    *most = highest;
+    return sum(total);
 }
 
 // Each row adds the values that it sees and no others: what lies behind may be anything, a NaN too.
@@ -187,7 +202,7 @@ void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const
     for (int64_t at = 0; at < out.padded; at += unit) {
         const auto panel = source.values_at(at / unit);
         const int64_t columns = least(round_up(unit, kWidth), out.padded - at);
-        in_pieces(from, to, kMostRows, [&](int64_t row, int64_t size) {
+        in_pieces(from, to, From::kRowsInRegisters, [&](int64_t row, int64_t size) {
             const int64_t common = seen(rows, row, first, kSpan);
             const float* weights = rows.scores + (row - from) * kSpan;
             product<false>(size, {weights, kSpan}, 0, common, panel, out.at(row - from) + at, out.stride(), columns);
@@ -209,9 +224,7 @@ void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int
     for (int64_t r = from; r < to; ++r) {
         float* scores = rows.scores + (r - from) * kSpan;
         const int64_t keys = seen(rows, r, first, kSpan);
-        if (rows.key_scales) scale(scores, rows.key_scales, keys);
-        out.sum(r - from) = soften(scores, keys, &out.most(r - from));
-        if (rows.value_scales) scale(scores, rows.value_scales, keys);
+        out.sum(r - from) = soften(scores, keys, rows.key_scales, rows.value_scales, &out.most(r - from));
     }
     weigh_span(rows, from, to, first, source, out);
 }

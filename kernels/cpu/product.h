@@ -11,7 +11,7 @@ namespace tiny_llm::TINY_ISA {
 #if defined(__AVX512F__)
 constexpr int kMostRows = 8, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kMostRows = 6, kRegisters = 16;
+constexpr int kMostRows = 7, kRegisters = 16;
 #elif defined(__ARM_NEON)
 constexpr int kMostRows = 6, kRegisters = 32;
 #else
@@ -24,7 +24,8 @@ struct Left {
 };
 
 // A matrix of floats or of what is widened to them: rows [i * unit, (i + 1) * unit) lie at at[i], `stride` apart.
-// With each row, what lies as much further from ahead[i] is brought near, for whoever reads it next.
+// With each row, what lies as much further from ahead[i] is brought near, for whoever reads it next; and the row
+// kNear further on, which was brought near long ago and may have made room for others.
 template <class T>
 struct Right {
     const T* const* at;
@@ -112,20 +113,26 @@ template <int V>
     }
 }
 
+constexpr int kLine = 64, kNear = 6;
+
 // ---- c[rows, columns] (+)= left[rows, from ... inner) b[from ... inner), columns]
 
 template <int R, int V, bool kAdd, class T>
 [[gnu::always_inline]] inline void product_tile(Left left, int64_t from, int64_t inner, const Right<T>& b, int64_t column,
                                                 float* c, int64_t c_stride) {
+    const bool begins_line = column * (int64_t)sizeof(T) % kLine == 0;
     vf sums[R][V] = {};
     if (kAdd)
         for (int r = 0; r < R; ++r) load_sums(c + r * c_stride, sums[r], *b.at);
-    for (int64_t k = from; k < inner;) {
-        const int64_t place = k % b.unit, rest = b.unit - place, end = rest < inner - k ? k + rest : inner;
-        const T* at = b.at[k / b.unit] + place * b.stride + column;
-        const T* ahead = b.ahead[k / b.unit] + place * b.stride + column;
+    int64_t block = from / b.unit, place = from % b.unit;
+    for (int64_t k = from; k < inner; ++block, place = 0) {
+        const int64_t rest = b.unit - place, end = rest < inner - k ? k + rest : inner;
+        const T* at = b.at[block] + place * b.stride + column;
+        const T* ahead = b.ahead[block] + place * b.stride + column;
         for (; k < end; ++k, at += b.stride, ahead += b.stride) {
-            for (int v = 0; v < V * kWidth; v += 64 / (int)sizeof(T)) __builtin_prefetch(ahead + v);
+            if (begins_line)
+                for (int v = 0; v < V * kWidth; v += kLine / (int)sizeof(T))
+                    __builtin_prefetch(ahead + v), __builtin_prefetch(at + kNear * b.stride + v);
             vf row[V];
             load_row(at, row);
             for (int r = 0; r < R; ++r) {
@@ -138,7 +145,12 @@ template <int R, int V, bool kAdd, class T>
 }
 
 // Vectors of columns that `rows` rows are computed for at once.
-constexpr int vectors_of(int rows) { return rows * 4 + 4 <= kRegisters ? 4 : rows * 2 + 3 <= kRegisters ? 2 : 1; }
+constexpr int vectors_of(int rows) { return rows * 4 + 4 <= kRegisters ? 4 : rows * 2 + 2 <= kRegisters ? 2 : 1; }
+
+// Rows that are computed at once. Seven query heads to a key head are common, and what is widened is best
+// widened once for all; but seven rows' sums leave floats one register too few.
+template <class T>
+constexpr int most_rows = sizeof(T) == sizeof(float) && kMostRows == 7 ? 6 : kMostRows;
 
 template <int R, bool kAdd, class T>
 void product_rows(Left left, int64_t from, int64_t inner, const Right<T>& b, float* c, int64_t c_stride, int64_t columns) {
@@ -153,7 +165,7 @@ void product_rows(Left left, int64_t from, int64_t inner, const Right<T>& b, flo
     if (kWide > 1 && at < columns) product_tile<R, 1, kAdd>(left, from, inner, b, at, c + at, c_stride);
 }
 
-// rows: 1 ... kMostRows; columns: whole vectors
+// rows: 1 ... most_rows<T>; columns: whole vectors
 template <bool kAdd, class T>
 inline void product(int64_t rows, Left left, int64_t from, int64_t inner, const Right<T>& b, float* c, int64_t c_stride,
                     int64_t columns) {
@@ -163,8 +175,11 @@ inline void product(int64_t rows, Left left, int64_t from, int64_t inner, const 
 #if defined(__AVX2__) || defined(__ARM_NEON)
         product_rows<5, kAdd, T>, product_rows<6, kAdd, T>,
 #endif
+#if defined(__AVX2__)
+        product_rows<7, kAdd, T>,
+#endif
 #if defined(__AVX512F__)
-        product_rows<7, kAdd, T>, product_rows<8, kAdd, T>,
+        product_rows<8, kAdd, T>,
 #endif
     };
     kFunctions[rows - 1](left, from, inner, b, c, c_stride, columns);
