@@ -187,6 +187,27 @@ class KVCache(Protocol):
 Status = Literal["waiting", "running", "finished"]
 
 
+class MovedPart(NamedTuple):
+    """Tokens ``start:end`` of a prompt whose keys and values are those of tokens ``first`` and on of what is
+    pinned as ``source``: computed without what stands before them here, and turned to their place."""
+
+    start: int
+    end: int
+    source: int
+    first: int
+
+
+class Join(NamedTuple):
+    """Keys and values that move: blocks ``to`` [m] get the rows at ``slots`` [m * S] of the pool.
+
+    Keys of each are turned by ``turns`` [m * S] positions more.
+    """
+
+    to: array[int]
+    slots: array[int]
+    turns: array[int]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One stream of tokens: a prompt and what was made of it. The Scheduler is its only writer.
@@ -198,6 +219,8 @@ class Sequence:
     ``priority`` is higher for the more urgent. ``arrival`` and ``deadline`` are seconds of one
     clock. Blocks are shared only between sequences of the same ``salt``, and none goes to disk unless
     ``is_kept``. ``cached_tokens`` counts the tokens that the prefix cache spared it when it first ran.
+    ``parts`` of it are not computed but taken from elsewhere. ``pin``: when it ends, the blocks of so many of
+    its first tokens are pinned, under such a number: (number, tokens).
     """
 
     id: int
@@ -208,6 +231,8 @@ class Sequence:
     deadline: float = math.inf
     salt: str = ""
     is_kept: bool = True
+    parts: tuple[MovedPart, ...] = ()
+    pin: tuple[int, int] | None = None
     prompt_len: int = -1  # -1: all of ``tokens``
     num_computed_tokens: int = 0
     cached_tokens: int = 0
@@ -250,10 +275,10 @@ class Plan:
     Before the items' keys and values are written: the pool has ``num_blocks``; then all of
     ``swap_out`` (block, host slot), all of ``copies`` (from block, to block), all of ``swap_in``
     (host slot, block), in this order; first of all ``save`` (block, what it holds), last of all ``load``
-    (keys and values, block) are exchanged with the disk. ``items`` has ``decodes`` sequences of one new token
-    first, with ``decode_context`` tokens before them, and ``drafted`` guesses behind their own; then
-    ``chunk_tokens`` tokens of sequences that catch up, with ``chunk_context`` tokens before them, summed over
-    tokens.
+    (keys and values, block) are exchanged with the disk, and then ``joins`` made. ``items`` has ``decodes``
+    sequences of one new token first, with ``decode_context`` tokens before them, and ``drafted`` guesses
+    behind their own; then ``chunk_tokens`` tokens of sequences that catch up, with ``chunk_context`` tokens
+    before them, summed over tokens.
     ``preempted`` had to make room: (sequence, whether it was swapped out).
     """
 
@@ -270,6 +295,7 @@ class Plan:
     drafted: int = 0
     save: list[tuple[int, bytes]] = field(default_factory=list)
     load: list[tuple[bytes, int]] = field(default_factory=list)
+    joins: list[Join] = field(default_factory=list)
 
 
 class StepCosts(NamedTuple):

@@ -15,6 +15,7 @@ from tiny_llm.models.footprint import LAYERS_AT_ONCE, activation_bytes
 from tiny_llm.models.registry import read_config
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import GATHER_BYTES, KvFormat, may_run_ahead
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.names import config_of
 
 PROMPTS = ["a KV cache", "Tell me about paged attention.", "34 + 25 =", "Once upon a time " * 12]
@@ -131,3 +132,15 @@ def test_a_gpu_has_the_memory_that_its_device_tells() -> None:
     assert apple == ("the GPU", 2**34 - held, 2**34)
     card = memory._gpu_limit({"total_memory": 2**36, "free_memory": 2**30})
     assert card == ("the GPU", 2**30 + mx.get_cache_memory(), 2**36), "others hold the rest"
+
+
+@pytest.mark.parametrize("backend", ["ref", "mlx", "cpu"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_of_more_tokens_than_a_step_has_is_read(
+    demo: Path, backend: str, temperature: float
+) -> None:
+    """A step in the middle of a prompt has no row to draw from: MLX's argmax refuses an empty array."""
+    params = SamplingParams(max_tokens=3, temperature=temperature, seed=1)
+    settings = SchedulerSettings(max_num_batched_tokens=16, max_num_seqs=4)
+    (answer,) = LLM(demo, backend=backend, scheduler=settings).generate([[5] * 40], params)
+    assert answer.error is None and len(answer.token_ids) == 3

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -23,6 +22,7 @@ from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, by_sequence
 from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
+from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt, Joining, NewContext
 from tiny_llm.engine.draft import DraftModel, to_be_guessed
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
@@ -30,6 +30,7 @@ from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
 from tiny_llm.engine.trace import Trace
+from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
@@ -46,6 +47,7 @@ from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _KEPT_AT_ONCE = 64  # blocks
+_COMPUTED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)  # of a context: its tokens
 
 
 class Event(NamedTuple):
@@ -99,7 +101,8 @@ class Engine:
             for format in formats
         ]
         drafting = None if draft is None else DraftModel(models[-1], caches[-1])
-        self.runner = Runner(models[0], caches[0], kernels, drafting)
+        inv_freq = getattr(model, "inv_freq", None)
+        self.runner = Runner(models[0], caches[0], kernels, drafting, inv_freq)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
@@ -110,6 +113,7 @@ class Engine:
             other = to_be_guessed if drafting else ngram_draft
             drafters = {"prediction": predicted_draft, speculate: other}
         self.scheduler = Scheduler(settings.block_manager(store), scheduler, costs, drafters)
+        self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
         slab = settings.slab_blocks
@@ -136,33 +140,77 @@ class Engine:
         salt: str = "",
         keep: bool = True,
         arrival_s: float | None = None,
+        joining: Joining | None = None,
+        context: NewContext | None = None,
     ) -> int:
         """Take a request in and return its id; the prompt fits the context. Without a seed it draws one.
 
         With ``keep`` false nothing of it goes to the store. ``arrival_s``: when it came, by the engine's
-        clock, if that was before now.
+        clock, if that was before now. ``joining`` says which contexts stand before the prompt, ``context``
+        as what it is to be kept.
 
-        Raises CapacityError if it can never fit the KV memory, BusyError if too many wait,
-        RequestError for a priority out of range.
+        Raises CapacityError if it can never fit the KV memory, ContextError if with its contexts it is too
+        long, BusyError if too many wait, RequestError for a priority out of range.
         """
         now = self._clock() if arrival_s is None else arrival_s
-        limit = min(params.max_tokens, self._max_context - len(prompt))
+        if context is not None:
+            return self._pin(self.contexts.add(context, prompt, salt, now))
+        joined = self.contexts.joined(prompt, joining, salt)
+        try:
+            return self._add(joined, params, priority, now, timeout_s, keep)
+        except Exception:
+            self.contexts.leave(joined.contexts)
+            raise
+
+    def _pin(self, context: Context) -> int:
+        """Compute a context, or find it: a request of one token, whose prompt is kept."""
+        pin = context.number, len(context.token_ids)
+        prompt = JoinedPrompt(context.token_ids[:], (), pin, context.salt, ())  # its answer is added
+        try:
+            return self._add(prompt, _COMPUTED, 0, context.created_s, None, keep=True)
+        except Exception:
+            self.contexts.settle(context.number)
+            raise
+
+    def _add(
+        self,
+        prompt: JoinedPrompt,
+        params: SamplingParams,
+        priority: int,
+        now: float,
+        timeout_s: float | None,
+        keep: bool,
+    ) -> int:
+        salt, tokens = prompt.salt, prompt.token_ids
+        if len(tokens) >= self._max_context:
+            raise ContextError(
+                f"With its contexts the prompt is too long: it has {len(tokens)} tokens, and this model's "
+                f"maximum context length is {self._max_context} tokens, the answer included."
+            )
+        limit = min(params.max_tokens, self._max_context - len(tokens))
         seed = secrets.randbits(64) if params.seed is None else params.seed
         own = replace(params, max_tokens=limit, seed=seed)
         number = next(self._numbers)
         if params.prompt_logprobs is not None:  # a prefix that is found would have no logits
+            if prompt.parts:
+                raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
             salt, keep = f"{salt}/{number}", False
         deadline = now + timeout_s if timeout_s is not None else float("inf")
         sequence = TokenSequence(
-            number, array("i", prompt), own, priority, now, deadline=deadline, salt=salt, is_kept=keep
+            number, tokens, own, priority, now, deadline, salt, keep, prompt.parts, prompt.pin
         )
         request = Request.of(sequence, own, self._tokenizer, self._end_ids, self._numbers)
+        request.contexts, request.pin = prompt.contexts, prompt.pin and prompt.pin[0]
         self.scheduler.add(sequence)
         self._requests[number] = request
         self._answers |= {answer.seq_id: answer for answer in request.answers}
         if self.trace is not None:
             self.trace.arrived(number, now)
         return number
+
+    def now(self) -> float:
+        """Seconds of the engine's clock."""
+        return self._clock()
 
     def stats(self) -> Snapshot:
         """All figures of the moment, for whoever reports them. To be called between two steps."""
@@ -189,7 +237,8 @@ class Engine:
         self._ahead = None
         self.keep_cached()
         self.scheduler.blocks.shrink()
-        self.runner.clear()
+        if not self.scheduler.pins.tables:
+            self.runner.clear()
         give_back_memory()
 
     def keep_cached(self) -> None:
@@ -208,6 +257,7 @@ class Engine:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
         events += self._limit_pool()
+        events += self._look_after_contexts()
         clock = StepClock(self.totals, self._clock)
         was_ahead = self._ahead is not None
         batch, self._ahead = self._ahead or self._launch_next(clock), None
@@ -367,7 +417,26 @@ class Engine:
         request.left -= 1
         if not request.left:
             del self._requests[request.id]
+            self._settle(request)
         return request.completion(answer, reason, now)
+
+    def _settle(self, request: Request) -> None:
+        """A request has ended: so has what it held of contexts, and perhaps one is there now."""
+        self.contexts.leave(request.contexts)
+        if request.pin is not None:
+            self.contexts.settle(request.pin)
+
+    def _look_after_contexts(self) -> list[Event]:
+        """Those whose time is up go; who waits for one that could not be computed ends."""
+        self.contexts.expire(self._clock())
+        events: list[Event] = []
+        while self.contexts.broken:
+            context = self.contexts.broken.pop()
+            users = [one for one in self._requests.values() if context in one.contexts]
+            ended = [self.scheduler.cancel(one.answers[0].seq_id, "error") for one in users]
+            what = f"The context {context.name!r} could not be computed."
+            events += self._ended([output for output in ended if output], what)
+        return events
 
     def _count(self, plan: Plan, clock: StepClock, is_whole: bool) -> None:
         """Tell those who keep figures how long a step took; a guess is learnt from whole ones only."""
@@ -410,6 +479,8 @@ class Engine:
         self.healthy, self._ahead = False, None
         self.totals.failed_steps += 1
         outputs = self.scheduler.abandon(plan)
+        for context in self.contexts.lost():  # before those who use them: they are older
+            self._pin(context)
         self.scheduler.blocks.shrink()  # it may have been too large: what is needed is asked for anew
         self.runner.clear()
         return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")

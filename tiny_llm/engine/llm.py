@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from hashlib import sha256
 from math import inf
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
+from tiny_llm.engine.contexts import Joined, Joining
 from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.named_contexts import NamedContexts
 from tiny_llm.engine.prompts import Prompt, as_ids, as_list, for_each
-from tiny_llm.engine.settings import EngineSettings, Speculation, usual_block_size
+from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
-from tiny_llm.errors import ConfigError, ContextError, RequestError, UsageError
-from tiny_llm.kv.disk import BlockStore
+from tiny_llm.errors import ContextError, RequestError, UsageError
 from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import ChatPrompts
@@ -32,13 +32,12 @@ from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
 from tiny_llm.models.loading import kv_dtype as dtype_of_kv
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import active, choose, isa, set_threads, use
+from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.proving.record import Shapes
 from tiny_llm.proving.trial import Progress as Trying
 from tiny_llm.proving.trial import kernels_for
 from tiny_llm.sampling_params import BeamParams, SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.version import __version__
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
@@ -136,13 +135,18 @@ class LLM:
         self._model = loaded
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config = loaded.config
-        self.max_context = _context(max_context, self.config.max_position_embeddings)
+        self.max_context = context_limit(max_context, self.config.max_position_embeddings)
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
         engine = engine or self._fitting(kv_memory, swap_memory, speculate, scheduler)
         how = (self.backend, self.kernels.on_ours, dtype, quantize, activations, kept, engine.block_size)
-        self._store = None if kv_disk is None else _store(kv_disk, kv_disk_size, model, how)
+        self._store = None if kv_disk is None else open_store(kv_disk, kv_disk_size, model, how)
         self._use_engine(engine)
+
+    @property
+    def contexts(self) -> NamedContexts:
+        """Texts that are computed once, and stand before prompts by name."""
+        return NamedContexts(self)
 
     @property
     def engine(self) -> Engine:
@@ -250,8 +254,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        contexts: Sequence[str] = (),
+        join: Joined = "exact",
+        recompute: int = 0,
     ) -> list[Completion]:
         """Answer each prompt (a string, or a list of token ids), all at once; one prompt may stand alone.
+
+        ``contexts`` are names of ``LLM.contexts`` that stand before each prompt, in their order: ``join`` and
+        ``recompute`` are those of ``Joining``.
 
         ``params`` are for all of them, or a list with one for each. The completions come in the order of the
         prompts, ``params.n`` for each.
@@ -260,7 +271,8 @@ class LLM:
         """
         asked = as_list(prompts)
         requests = [self.check(*one) for one in zip(asked, for_each(params, len(asked)), strict=True)]
-        ended = sorted(self.answers(requests), key=lambda one: (one[0], one[1].index))
+        joining = Joining(contexts, join, recompute)
+        ended = sorted(self.answers(requests, joining=joining), key=lambda one: (one[0], one[1].index))
         return [completion for _, completion in ended]
 
     def beam_search(
@@ -283,9 +295,11 @@ class LLM:
         return [sorted(own, key=lambda completion: completion.index) for own in found]
 
     def answers(
-        self, requests: Iterable[tuple[list[int], SamplingParams]]
+        self, requests: Iterable[tuple[list[int], SamplingParams]], **options: Any
     ) -> Iterator[tuple[int, Completion]]:
         """Answer checked requests, as many at a time as fit; yield each as it ends, with its number.
+
+        ``options`` are those of ``Engine.add``.
 
         A request that fails on the way has its reason in ``Completion.error``. Raises CapacityError for
         one that can never fit, and ends the others.
@@ -297,7 +311,7 @@ class LLM:
             while begun or following:
                 while following and self.engine.scheduler.num_waiting < _AHEAD:
                     index, (ids, params) = following
-                    begun[self._begin(ids, params)] = index, params.n
+                    begun[self._begin(ids, params, options)] = index, params.n
                     following = next(waiting, None)
                 self._step()
                 for number in list(begun):
@@ -324,15 +338,19 @@ class LLM:
         if self._turn is not None:  # else all of it was closed
             self._turn.leave(number)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Generator[Chunk]:
         """Answer one prompt, a chunk a token; the last chunk carries the Completion.
+
+        ``options`` are those of ``Engine.add``.
 
         The request begins when the first chunk is asked for. Raises RequestError at once, not then, if it is
         invalid.
         """
         ids, checked = self.check(prompt, params)
         self._open_turn()
-        return self._answer(ids, checked)
+        return self._answer(ids, checked, options)
 
     def chat(
         self,
@@ -443,15 +461,15 @@ class LLM:
         bos = self.tokenizer.bos_id
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
-    def _begin(self, ids: list[int], params: SamplingParams) -> int:
+    def _begin(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> int:
         with self._open_turn().taken() as engine:
-            number = engine.add(ids, params)
+            number = engine.add(ids, params, **options)
         self._chunks[number] = deque()
         return number
 
-    def _answer(self, ids: list[int], params: SamplingParams) -> Generator[Chunk]:
+    def _answer(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Generator[Chunk]:
         """Step the engine until this request has ended; what others get meanwhile is kept for them."""
-        number, answers = self._begin(ids, params), params.n
+        number, answers = self._begin(ids, params, options), params.n
         mine = self._chunks[number]
         try:
             while answers:
@@ -476,19 +494,3 @@ class LLM:
 def _completions(chunks: Iterable[Chunk]) -> list[Completion]:
     ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
     return sorted(ended, key=lambda completion: completion.index)
-
-
-def _store(folder: str | Path, size: int, model: Checkpoint, how: tuple[object, ...]) -> BlockStore:
-    """For keys and values of ``model``, computed so and by this version: none else's are taken for them."""
-    told = repr((__version__, isa(), *how)).encode()
-    return BlockStore(Path(folder), size, sha256(model.digest() + told).digest())
-
-
-def _context(asked: int | None, most: int) -> int:
-    if asked is None:
-        return most
-    if not isinstance(asked, int) or not 2 <= asked <= most:
-        raise ConfigError(
-            f"max_context (--max-model-len) is {asked!r}, but must be from 2 to {most}, the model's own."
-        )
-    return asked

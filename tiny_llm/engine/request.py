@@ -9,6 +9,7 @@ from typing import cast
 from tiny_llm.data import Chunk, Completion, EndReason, Sequence, Timing
 from tiny_llm.decoding.answer import Answer, Logprobs
 from tiny_llm.decoding.beam import BeamSearch
+from tiny_llm.engine.contexts import Context
 from tiny_llm.sampling_params import BeamParams, SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
@@ -19,7 +20,8 @@ _NEXT_SEED = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far from the nex
 class Request:
     """A prompt and its answers, of which ``left`` have not ended. Times are the engine's, in seconds.
 
-    With a ``search``, its beams are the ``answers``.
+    With a ``search``, its beams are the ``answers``. Rows of ``contexts`` stand in its prompt; what is
+    pinned of that has the number ``pin``.
     """
 
     id: int
@@ -31,6 +33,8 @@ class Request:
     first_token_s: float = 0.0
     cached_tokens: int = 0
     search: BeamSearch | None = None
+    contexts: Collection[Context] = ()
+    pin: int | None = None
 
     @classmethod
     def of(

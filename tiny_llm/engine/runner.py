@@ -49,20 +49,26 @@ class Runner:
     """``model`` on the chosen ``kernels``, with its ``cache``. One thread's: MLX's streams belong to it."""
 
     def __init__(
-        self, model: Model, cache: PagedCache, kernels: Kernels, draft: DraftModel | None = None
+        self,
+        model: Model,
+        cache: PagedCache,
+        kernels: Kernels,
+        draft: DraftModel | None = None,
+        inv_freq: mx.array | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.kernels = kernels
         self.draft = draft
         self._tokens, self._most = 0, BUFFER_POOL_BYTES
+        self._inv_freq = inv_freq  # by which keys are turned to another position
 
     def launch(self, plan: Plan, sharing: Sharing, drawn: mx.array | None, lap: Lap) -> InFlightBatch:
         """Start a step: from its plan to tokens that are being drawn for its answers.
 
         See ``forward``, and ``decide.rows_of`` on ``sharing``. The draft model's guesses become the plan's.
         """
-        batch = InFlightBatch(plan, [], is_usual=not plan.load)  # which takes its own time
+        batch = InFlightBatch(plan, [], is_usual=not (plan.load or plan.joins))  # which takes its own time
         try:
             with use(self.kernels.backend, self.kernels.ours):
                 batch.plan = within_forms(plan, sharing)
@@ -89,6 +95,9 @@ class Runner:
         self.cache.save(plan.save)
         self.cache.prepare(plan)
         self.cache.load(plan.load)
+        if plan.joins:
+            assert self._inv_freq is not None, "keys can be turned"
+            self.cache.join(plan.joins, self._inv_freq)
         lap("build")
         logits = self.model(batch, self.cache)
         lap("forward")

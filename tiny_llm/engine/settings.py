@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -15,10 +17,12 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.limits import check_whole
 from tiny_llm.memory import available_memory_bytes, narrowest_limit
+from tiny_llm.models.checkpoint import Checkpoint
 from tiny_llm.models.footprint import activation_bytes
-from tiny_llm.ops.backend import GPU_KERNELS, active
+from tiny_llm.ops.backend import GPU_KERNELS, active, isa
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
+from tiny_llm.version import __version__
 
 Speculation = Literal["off", "ngram", "draft"]
 BLOCK_SIZE = 16
@@ -148,3 +152,20 @@ def _with_steps_within(
     while tokens > least and step_bytes(tokens, least) > memory:
         tokens = max(tokens // 2, least)
     return replace(scheduler, max_num_batched_tokens=tokens)
+
+
+def open_store(folder: str | Path, size: int, model: Checkpoint, how: tuple[object, ...]) -> BlockStore:
+    """For keys and values of ``model``, computed so and by this version: none else's are taken for them."""
+    told = repr((__version__, isa(), *how)).encode()
+    return BlockStore(Path(folder), size, sha256(model.digest() + told).digest())
+
+
+def context_limit(asked: int | None, most: int) -> int:
+    """Tokens that prompt and answer may have, of the ``most`` that the model knows. Raises ConfigError."""
+    if asked is None:
+        return most
+    if not isinstance(asked, int) or not 2 <= asked <= most:
+        raise ConfigError(
+            f"max_context (--max-model-len) is {asked!r}, but must be from 2 to {most}, the model's own."
+        )
+    return asked

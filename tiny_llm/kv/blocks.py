@@ -169,6 +169,12 @@ class BlockManager:
             self._moves.copies.append((source, table.blocks[len(hits)]))
         return known + alike
 
+    def would_fit(self, table: BlockTable, tokens: Sequence[int]) -> bool:
+        """Whether ``allocate`` would find room with no block to spare."""
+        hits = self._hits(table, tokens)
+        revived = sum(not self._refs[block] for block in hits)
+        return self.blocks_for(len(tokens)) - len(hits) + revived <= self.available
+
     def load(
         self, table: BlockTable, tokens: Sequence[int], start: int, computed_ms: float, within_ms: float
     ) -> int:

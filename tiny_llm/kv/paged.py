@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from tiny_llm.data import Batch, Plan
+from tiny_llm.data import Batch, Join, Plan
 from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool, settled
-from tiny_llm.ops.paged_attention import paged_attention
+from tiny_llm.ops.paged_attention import moved_blocks, paged_attention
 from tiny_llm.ops.work_lists import WorkLists
 
 _TRIED = 64  # blocks
@@ -97,6 +97,16 @@ class PagedCache:
             together = b"".join([data for data, _ in coming])
             rows = mx.array(together).reshape(len(coming), -1)  # type: ignore[arg-type]  # as above
             _move(self._pools_of(rows), self._layers, [(i, block) for i, (_, block) in enumerate(coming)])
+
+    def join(self, joins: Sequence[Join], inv_freq: mx.array) -> None:
+        """Move rows as the joins say, keys turned by the rotation of ``inv_freq`` [D / 2]."""
+        for blocks, *rows in joins:
+            slots, turns = (mx.array(memoryview(one)) for one in rows)  # type: ignore[arg-type]  # as above
+            for layer, pool in enumerate(self._layers):
+                moved = moved_blocks(pool, self.format, slots, turns, inv_freq)
+                pairs = mx.array(list(enumerate(blocks)), mx.int32)
+                self._layers[layer] = copy_blocks(moved, pool, pairs)
+                mx.eval(*self._layers[layer])  # a layer at a time, so that only one is in memory twice
 
     def _pools_of(self, rows: mx.array) -> list[Pool]:
         """Each layer's arrays of blocks that lie as bytes, uint8 [n, block_bytes]."""

@@ -73,6 +73,11 @@ class Decoder:
     norm: RMSNorm
     lm_head: Linear
 
+    @property
+    def inv_freq(self) -> mx.array:
+        """By what keys are turned a position, [D/2]."""
+        return self.layers[0].self_attn.inv_freq
+
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:
         """Every tensor of a checkpoint by its Hugging Face name, in its unquantized shape."""

@@ -20,9 +20,10 @@ from tiny_llm.data import Pages
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
-from tiny_llm.ops.kv_pool import Pool, is_token_major, settled
+from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
+from tiny_llm.ops.rope import rope_ref
 from tiny_llm.ops.work_lists import WorkLists
 
 _FLOATS = 32 * 1024 // 4  # that a threadgroup's memory holds
@@ -92,6 +93,32 @@ def quantized(x: mx.array) -> tuple[mx.array, mx.array]:
     unit = scales.astype(mx.float32)[..., None]
     steps = mx.where(unit > 0, mx.round(wide / unit), 0)
     return mx.clip(steps, -127, 127).astype(mx.int8), scales
+
+
+def moved_blocks(pool: Pool, format: KvFormat, slots: mx.array, turns: mx.array, inv_freq: mx.array) -> Pool:
+    """The rows at ``slots`` [m * S] as m blocks, keys turned by ``turns`` [m * S] positions: arrays alone.
+
+    A key that was rotated to its position and is rotated again is one of the position that is their sum.
+    """
+    keys, values, *scales = settled(pool)
+    block, place = slots // format.block_size, slots % format.block_size
+    shape = (-1, format.block_size, format.heads, format.head_dim)
+    if format.token_major:
+        k, v = keys[block, place], values[block, place]
+        return rope_ref(k, turns, inv_freq).reshape(shape), v.reshape(shape)
+    k, v = keys[block, :, :, place], values[block, :, place]
+    if not scales:
+        k = rope_ref(k, turns, inv_freq)
+        return _as_keys(k.reshape(shape)), v.reshape(shape).swapaxes(1, 2)
+    k_unit, v_unit = (one[block, :, place].astype(mx.float32)[..., None] for one in scales)
+    (k, k_scales), (v, v_scales) = quantized(rope_ref(k * k_unit, turns, inv_freq)), quantized(v * v_unit)
+    of_tokens = [one.reshape(shape[:3]).swapaxes(1, 2) for one in (k_scales, v_scales)]
+    return _as_keys(k.reshape(shape)), v.reshape(shape).swapaxes(1, 2), *of_tokens
+
+
+def _as_keys(k: mx.array) -> mx.array:
+    """Blocks [m, S, K, D] as a pool's keys [m, K, D, S]."""
+    return k.transpose(0, 2, 3, 1)
 
 
 def _write_in_place(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:

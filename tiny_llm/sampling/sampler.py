@@ -36,6 +36,8 @@ def sample(logits: mx.array, params: Sequence[SamplingParams], positions: Sequen
     the kernel draws the same token, but for rounding at the edge of top-p.
     """
     assert logits.ndim == 2 and logits.shape[0] == len(params) == len(positions)
+    if not params:  # a step in the middle of a prompt
+        return mx.zeros((0,), mx.uint32)
     scores = logits.astype(mx.float32)
     if all(p.temperature == 0 for p in params):
         return argmax(scores)

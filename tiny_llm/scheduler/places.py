@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from tiny_llm.data import PlanItem, Sequence
+from tiny_llm.data import Join, PlanItem, Sequence
 from tiny_llm.kv.blocks import BlockTable
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank
@@ -36,6 +36,7 @@ class StepPlan:
     def __init__(self, tokens: int) -> None:
         self.items: list[PlanItem] = []
         self.preempted: list[tuple[int, bool]] = []
+        self.joins: list[Join] = []
         self.tokens = tokens
         self.ms = inf
         self.least_ms = inf  # what the first chunk may take whatever is left

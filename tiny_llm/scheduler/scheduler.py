@@ -23,6 +23,7 @@ from tiny_llm.data import Advance, Drafter, EndReason, Output, Plan, PlanItem, S
 from tiny_llm.errors import BusyError, CapacityError, RequestError
 from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
 from tiny_llm.scheduler.drafts import Speculation, Worth
+from tiny_llm.scheduler.pins import Pins
 from tiny_llm.scheduler.places import Place, StepPlan
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
@@ -50,6 +51,7 @@ class Scheduler:
         drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
         self.blocks = blocks
+        self.pins = Pins(blocks)
         self.settings = settings or SchedulerSettings()
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
@@ -113,7 +115,7 @@ class Scheduler:
         outputs: list[Output] = []
         while not self.num_running and (first := self._waiting.first()):
             entry = first[1]
-            if self.blocks.blocks_for(len(entry.seq.tokens)) <= self.blocks.available:
+            if self.pins.are_there(entry.seq) and self.blocks.would_fit(entry.table, entry.seq.tokens):
                 break
             outputs.append(self._end(entry, "error"))
         return outputs
@@ -139,6 +141,7 @@ class Scheduler:
             chunk_context=step.chunk_context,
             preempted=step.preempted,
             drafted=step.drafted,
+            joins=step.joins,
         )
 
     def follow(self, plan: Plan, leaving: Collection[int]) -> Plan | None:
@@ -153,11 +156,8 @@ class Scheduler:
         if self.speculation is not None and self._expects_drafts(plan, self.speculation):
             return None
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
-        growing: list[tuple[BlockTable, int]] = []
-        for _, item in going_on:
-            table, start = self._entries[item.seq_id].table, item.start + 1
-            if start >= table.writable:
-                growing.append((table, start))
+        ends = [(self._entries[item.seq_id].table, item.start + 1) for _, item in going_on]
+        growing = [(table, end) for table, end in ends if end >= table.writable]
         if not going_on or len(growing) > self.blocks.available:
             return None  # with nothing reserved: what is to be copied must not be left for another plan
         for table, start in growing:
@@ -225,6 +225,7 @@ class Scheduler:
         for entry in list(self._running.items):
             self._running.remove(entry.rank)
             self._wait(entry)
+        self.pins.clear()
         self.blocks.clear()
         return [output for output in failed if output]
 
@@ -244,7 +245,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that nothing is lost or held twice. Looks at everything."""
-        self.blocks.check_integrity(entry.table for entry in self._entries.values())
+        tables = [entry.table for entry in self._entries.values()]
+        self.blocks.check_integrity([*tables, *self.pins.tables])
         parked = sum(entry.held for entry in self._entries.values() if entry.seq.status == "waiting")
         assert self.num_waiting == len(self._waiting) + parked
         assert self._answers == sum(entry.answers for entry in self._entries.values())
@@ -336,12 +338,13 @@ class Scheduler:
             return
         if self.blocks.store is not None:
             self._load(entry, step.ms)
+        reach = self.pins.join(entry.seq, entry.table, step.joins)
         seq, start = entry.seq, entry.seq.num_computed_tokens
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
             least = min(_LEAST_CHUNK, self.speed.tokens_within(step.least_ms, start))
             within = max(within, least, 1)
-        wanted = len(seq.tokens) - start
+        wanted = reach - start
         # Once it has answered, its prompt's rows are known: it catches up like any other.
         scored = seq.params.prompt_logprobs is not None and len(seq.tokens) == seq.prompt_len
         count = int(min(wanted, step.tokens, within, _MOST_ROWS if scored else wanted))
@@ -383,8 +386,8 @@ class Scheduler:
     def _start(self, entry: Place) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
         seq, available = entry.seq, self.blocks.available
-        if available <= entry.blocked_at and self.num_running:  # alone it needs no block to spare
-            return False
+        if (available <= entry.blocked_at and self.num_running) or not self.pins.are_there(seq):
+            return False  # alone it needs no block to spare
         # A block is left for each that runs, so that it does not throw this one out at once.
         known = self.blocks.allocate(entry.table, seq.tokens, spare=self.num_running)
         if known is None:
@@ -395,7 +398,7 @@ class Scheduler:
         self._waiting.discard(entry)
         self._running.add(entry.rank, entry)
         if self._patience.discard(entry):
-            seq.cached_tokens = known
+            seq.cached_tokens = self.pins.spared(seq, known)
             self.blocks.count(known, len(seq.tokens) - known)
         return True
 
@@ -488,6 +491,7 @@ class Scheduler:
         self._waiting.discard(entry)
         self._deadlines.discard(entry)
         self._patience.discard(entry)
+        self.pins.keep(seq, entry.table)
         self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
         del self._entries[seq.id]
         self._answers -= entry.answers
