@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from tiny_llm.config_families import Family, built_in_family, refuse_unsupported
 from tiny_llm.config_fields import Fields, read_file
@@ -56,86 +56,40 @@ class Quantization:
             )
 
 
-class ModelFacts(Protocol):
-    """What engine, cache and calculators ask of a model's config, whatever architecture it is of."""
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What engine, cache and calculators ask of a model's config, whatever architecture it is of.
 
-    @property
-    def model_type(self) -> str:
-        """Which architecture it is of."""
+    A plug-in's config may be a class of its own: what has these names will do. Sizes count elements; ids are
+    token ids.
+    """
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the model knows, V."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of a token's vector between layers, E."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the MLP that one token goes through: of experts, those that it is sent to, together."""
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that keep keys and values."""
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of queries, H."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values, K."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head, D."""
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Tokens that prompt and answer may have together."""
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        """Whether the head is the embedding."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How matrices are packed on disk."""
-
-    @property
-    def dtype(self) -> str:
-        """What floats are stored in: one of DTYPES."""
+    model_type: str  # which architecture it is of
+    vocab_size: int  # tokens that the model knows, V
+    hidden_size: int  # width of a token's vector between layers, E
+    intermediate_size: int  # width of the MLP that a token goes through: of all experts that it is sent to
+    num_layers: int  # that keep keys and values
+    num_heads: int  # of queries, H
+    num_kv_heads: int  # of keys and values, K
+    head_dim: int  # D
+    max_position_embeddings: int  # tokens that prompt and answer may have together
+    tie_word_embeddings: bool  # whether the head is the embedding
+    eos_token_ids: tuple[int, ...]  # tokens that end an answer
+    quantization: Quantization | None  # how matrices are packed on disk
+    dtype: str  # what floats are stored in: one of DTYPES
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The facts that shape a decoder. Sizes count elements; ids are token ids."""
+class ModelConfig(ModelFacts):
+    """The facts that shape a decoder."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    max_position_embeddings: int
-    tie_word_embeddings: bool
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    eos_token_ids: tuple[int, ...]
-    quantization: Quantization | None
-    dtype: str
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, object], family: Family | None = None) -> ModelConfig:

@@ -198,24 +198,24 @@ class Drawing:
     finite: mx.array
     allowed: mx.array
     errors: list[str | None]
-    scored: _Report | None
-    told: list[_Report]
+    reports: list[_Report]
 
     def arrays(self) -> list[mx.array]:
         """All that is being computed."""
-        reports = [*self.told, *(() if self.scored is None else (self.scored,))]
-        return [self.tokens, self.finite, self.allowed, *(a for report in reports for a in report.arrays)]
+        told = (array for report in self.reports for array in report.arrays)
+        return [self.tokens, self.finite, self.allowed, *told]
 
     def decisions(self, lap: Lap) -> list[Decision]:
         """Wait for the tokens, the step's one synchronisation; what is scored goes to its answers."""
         mx.eval(*self.arrays())
         lap("forward")  # and the drawing itself, which is a part of the same evaluation
-        if self.scored is not None:
-            for row, logprobs in zip(self.scored.rows, self.scored.read(), strict=True):
-                row.answer.prompt_logprobs[row.position] = logprobs
         told: dict[int, Logprobs] = {}
-        for report in self.told:
-            told |= {id(row): own for row, own in zip(report.rows, report.read(), strict=True)}
+        for report in self.reports:
+            for row, logprobs in zip(report.rows, report.read(), strict=True):
+                if row.is_drawn:
+                    told[id(row)] = logprobs
+                else:
+                    row.answer.prompt_logprobs[row.position] = logprobs
         tokens = cast(list[int], self.tokens.tolist())
         finite = cast(list[bool], self.finite.tolist())
         allowed = cast(list[bool], self.allowed.tolist())
@@ -246,8 +246,12 @@ def draw(logits: mx.array, rows: Sequence[Row], lap: Lap) -> Drawing:
         max(row.answer.candidates, row.answer.params.logprobs or 0) if row.answer.candidates else None
         for row in drawn
     ]
-    told = [*_told(own, drawn, tokens, wanted), *_told(scores, drawn, tokens, candidates)]
-    drawing = Drawing(drawn, tokens, finite, allowed, errors, _scored(logits, rows), told)
+    reports = [*_told(own, drawn, tokens, wanted), *_told(scores, drawn, tokens, candidates)]
+    if scored := [row for row in rows if not row.is_drawn]:
+        known = mx.array([row.answer.tokens[row.position] for row in scored], mx.uint32)
+        counts = [row.answer.params.prompt_logprobs or 0 for row in scored]
+        reports += _told(_taken(logits, scored), scored, known, counts)
+    drawing = Drawing(drawn, tokens, finite, allowed, errors, reports)
     lap("sample")
     mx.async_eval(*drawing.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
     lap("forward")  # MLX lets a CPU be a few operations behind, and waits for the others
@@ -255,26 +259,16 @@ def draw(logits: mx.array, rows: Sequence[Row], lap: Lap) -> Drawing:
 
 
 def _told(
-    logits: mx.array, drawn: Sequence[Row], tokens: mx.array, wanted: Sequence[int | None]
+    logits: mx.array, rows: Sequence[Row], tokens: mx.array, wanted: Sequence[int | None]
 ) -> list[_Report]:
     """What is to be reported of the rows that want a number of the likeliest tokens: one report, or none."""
     asked = [n for n, count in enumerate(wanted) if count is not None]
     if not asked:
         return []
-    if len(asked) < len(drawn):
+    if len(asked) < len(rows):
         at = mx.array(asked)
         logits, tokens = logits[at], tokens[at]
-    return [_Report.of(logits, [drawn[n] for n in asked], [wanted[n] or 0 for n in asked], tokens)]
-
-
-def _scored(logits: mx.array, rows: Sequence[Row]) -> _Report | None:
-    """What is to be reported of the prompts' own tokens."""
-    scored = [row for row in rows if not row.is_drawn]
-    if not scored:
-        return None
-    tokens = mx.array([row.answer.tokens[row.position] for row in scored], mx.uint32)
-    counts = [row.answer.params.prompt_logprobs or 0 for row in scored]
-    return _Report.of(_taken(logits, scored), scored, counts, tokens)
+    return [_Report.of(logits, [rows[n] for n in asked], [wanted[n] or 0 for n in asked], tokens)]
 
 
 def _taken(logits: mx.array, rows: Sequence[Row]) -> mx.array:

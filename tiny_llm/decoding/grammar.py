@@ -77,7 +77,7 @@ def schema_grammar(schema: Mapping[str, object], param: str = "response_format")
 
     Raises RequestError for a schema that is too large or has a keyword that cannot be kept.
     """
-    text = _schema_text(schema, param)
+    text = embedded_schema(schema, param)
     _require_small(text, param)
     try:
         return Grammar(str(LLMatcher.grammar_from_json_schema(text)), param)
@@ -85,17 +85,12 @@ def schema_grammar(schema: Mapping[str, object], param: str = "response_format")
         raise RequestError(f"{param}: {error}", param=param, code="invalid_schema") from error
 
 
-def embedded_schema(schema: Mapping[str, object], param: str = "tools") -> str:
-    """``schema`` as a part of a grammar in Lark's notation has it, after ``%json``."""
-    return _schema_text(schema, param)
-
-
 def require_schema(schema: Mapping[str, object], param: str) -> None:
     """Raise RequestError for what is no JSON schema, as {"type": 123}, or refers to what is not there.
 
     What llguidance cannot keep is no fault here.
     """
-    text = _schema_text(schema, param)
+    text = embedded_schema(schema, param)
     _require_small(text, param)
     options: Any = {"lenient": True}  # llguidance names their type in its stubs alone
     grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
@@ -105,7 +100,8 @@ def require_schema(schema: Mapping[str, object], param: str) -> None:
         raise RequestError(what, param=param, code="invalid_schema")
 
 
-def _schema_text(schema: Mapping[str, object], param: str) -> str:
+def embedded_schema(schema: Mapping[str, object], param: str = "tools") -> str:
+    """``schema`` as a grammar in Lark's notation has it, after ``%json``. Raises RequestError."""
     own = {**schema, "x-guidance": _JSON_OPTIONS}
     try:
         text = json.dumps(_with_whole_counts(own), ensure_ascii=False, allow_nan=False)

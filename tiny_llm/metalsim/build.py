@@ -181,16 +181,21 @@ def _make(name: str, text: str, options: Sequence[str], needs: Sequence[Path]) -
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         _compile(text, [*options, "-c", "-o", str(made)])
-        _run([*toolchain().linker, "-shared", "-o", str(linked), str(made), *map(str, needs)])
+        command = [*toolchain().linker, "-shared", "-o", str(linked), str(made), *map(str, needs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(f"linking failed: {done.stderr[-2000:]}")
         linked.replace(path)  # whoever else makes it makes the same
     return path
 
 
-def _compile(text: str, options: Sequence[str]) -> None:
+def _compile(text: str, options: Sequence[str]) -> str:
+    """What clang writes to stdout; raises CompileError with what it says, at the author's lines."""
     done = _clang_on(text, options)
     if done.returncode:
         found = [f"{file}:{line}: {what}" for file, line, what in _diagnostics(done.stderr)]
         raise CompileError("\n".join(found) or done.stderr[-2000:])
+    return done.stdout
 
 
 def parse(text: str) -> list[tuple[str, str, str]]:
@@ -207,10 +212,7 @@ def stack_arrays(text: str) -> list[str]:
     """
     inlined = ("-mllvm", "-inline-threshold=1000000")  # as Metal does with all functions
     options = [*_options("fast"), *inlined, "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
-    done = _clang_on(text, options)
-    if done.returncode:
-        raise CompileError(done.stderr[-2000:])
-    return re.findall(r"^ +%((?!msim_)\S+ = alloca \[.*\]),", done.stdout, re.M)
+    return re.findall(r"^ +%((?!msim_)\S+ = alloca \[.*\]),", _compile(text, options), re.M)
 
 
 def _diagnostics(text: str) -> list[tuple[str, str, str]]:
@@ -220,9 +222,3 @@ def _diagnostics(text: str) -> list[tuple[str, str, str]]:
 def _clang_on(text: str, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
     command = [*toolchain().compiler, *options, "-x", "c++", "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(f"linking failed: {done.stderr[-2000:]}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -19,28 +18,21 @@ COLORS: Sequence[str] = ("#e6862b", "#3b7dd8", "#7aa874", "#b65fcf", "#8a8f98")
 WIDTH = 48  # of the longest bar, in characters
 
 
-class Part(NamedTuple):
-    """A piece of a bar."""
-
-    name: str
-    bytes: int
-
-
-def serving_parts(plan: MemoryPlan) -> list[Part]:
-    """What serving takes."""
+def serving_parts(plan: MemoryPlan) -> Mapping[str, int]:
+    """What serving takes: bytes by name."""
     need = plan.need
-    return [
-        Part("weights", need.weights),
-        Part("keys and values", need.kv),
-        Part("one step", need.activations),
-        Part("program, whole pages", need.program),
-    ]
+    return {
+        "weights": need.weights,
+        "keys and values": need.kv,
+        "one step": need.activations,
+        "program, whole pages": need.program,
+    }
 
 
-def training_parts(plan: MemoryPlan) -> list[Part]:
-    """What training takes."""
+def training_parts(plan: MemoryPlan) -> Mapping[str, int]:
+    """What training takes: bytes by name."""
     names = ("weights", "gradients", "float32 master copy", "Adam's moments", "kept for the way back")
-    return [Part(name, size) for name, size in zip(names, plan.training, strict=True)]
+    return dict(zip(names, plan.training, strict=True))
 
 
 def show(plan: MemoryPlan, console: Console) -> None:
@@ -105,14 +97,12 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= GIGA else f"{number / 1e6:.1f} M"
 
 
-def _table(title: str, parts: Sequence[Part]) -> Table:
-    total = sum(part.bytes for part in parts)
+def _table(title: str, parts: Mapping[str, int]) -> Table:
+    total = sum(parts.values())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row(Text(title, style="bold"), "", "")
-    for part, color in zip(parts, COLORS, strict=False):
-        table.add_row(
-            part.name, _right(part.bytes), Text("█" * round(WIDTH * part.bytes / total), style=color)
-        )
+    for (name, count), color in zip(parts.items(), COLORS, strict=False):
+        table.add_row(name, _right(count), Text("█" * round(WIDTH * count / total), style=color))
     table.add_row("together", _right(total), "")
     return table
 
@@ -124,19 +114,19 @@ def _right(count: int) -> Text:
 def as_svg(plan: MemoryPlan) -> str:
     """Both bars to one scale, and a line where the memory ends."""
     bars = (("serve", serving_parts(plan)), ("train", training_parts(plan)))
-    most = max(plan.available, *(sum(part.bytes for part in parts) for _, parts in bars))
+    most = max(plan.available, *(sum(parts.values()) for _, parts in bars))
     scale = 600 / most
     drawn, legend = list[str](), list[str]()
     for row, (name, parts) in enumerate(bars):
         x, y = 70.0, 34 + 96 * row
         drawn.append(f'<text x="10" y="{y + 20}">{name}</text>')
-        for i, (part, color) in enumerate(zip(parts, COLORS, strict=False)):
-            wide = part.bytes * scale
+        for i, ((part, count), color) in enumerate(zip(parts.items(), COLORS, strict=False)):
+            wide = count * scale
             drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="30" fill="{color}"/>')
             x += wide
             left, down = 70 + 215 * (i % 3), y + 46 + 16 * (i // 3)
             legend.append(f'<rect x="{left}" y="{down - 9}" width="9" height="9" fill="{color}"/>')
-            legend.append(f'<text x="{left + 14}" y="{down}">{part.name} {size(part.bytes)}</text>')
+            legend.append(f'<text x="{left + 14}" y="{down}">{part} {size(count)}</text>')
     end = 70 + plan.available * scale
     drawn.append(f'<path d="M{end:.1f} 28V70M{end:.1f} 104V166" stroke="#c22" stroke-dasharray="4 3"/>')
     anchor = "end" if end > 500 else "start"

@@ -17,7 +17,7 @@ import tokenizers
 from tiny_llm.errors import ConfigError
 
 _DEFAULT = "default"
-_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # how an added token is found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +118,13 @@ def _listed_tokens(config: Mapping[str, Any], path: Path) -> dict[int, tokenizer
     """``added_tokens_decoder``: each token by its id, in their order."""
     listed = config.get("added_tokens_decoder") or {}
     try:
-        tokens = {
-            int(at): tokenizers.AddedToken(token["content"], **_flags(token)) for at, token in listed.items()
-        }
+        tokens = {}
+        for at, token in listed.items():
+            flags = {name: token[name] for name in _FLAGS if name in token}
+            tokens[int(at)] = tokenizers.AddedToken(token["content"], **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: added_tokens_decoder is no table of tokens by id ({error}).") from error
     return dict(sorted(tokens.items()))
-
-
-def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
-    """How an added token is found in a text."""
-    return {name: token[name] for name in _FLAGS if name in token}
 
 
 def _more_special_tokens(config: Mapping[str, Any]) -> list[str]:

@@ -71,16 +71,11 @@ def cached_folder(repo_id: str) -> Path | None:
     return folder if not _missing_files(folder) else None
 
 
-def is_on_disk(repo_id: str) -> bool:
-    """Return whether a hub model can be used without a network."""
-    return cached_folder(repo_id) is not None
-
-
 def models_on_disk() -> list[str]:
     """Return the ids of the complete models in the Hugging Face cache, sorted."""
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     found = [path.name.removeprefix("models--").replace("--", "/", 1) for path in cache.glob("models--*--*")]
-    return sorted(repo_id for repo_id in found if REPO_ID.fullmatch(repo_id) and is_on_disk(repo_id))
+    return sorted(repo_id for repo_id in found if REPO_ID.fullmatch(repo_id) and cached_folder(repo_id))
 
 
 def _repo_id(name: str) -> str:

@@ -54,11 +54,11 @@ def read_ahead(pieces: Iterable[Piece]) -> Iterator[mx.array]:
     Raises WeightError if a file ends too early, having changed since its header was read.
     """
     before: tuple[Piece, mx.array, Future[None]] | None = None
-    ahead = _Ahead()
+    asked: dict[FileIO, int] = {}
     with ThreadPoolExecutor(1, "weights") as reader:
         for piece in pieces:
             words = _room(piece)  # made in this thread, since MLX's streams belong to theirs
-            ahead.ask(piece)
+            _ask_ahead(piece, asked)
             reading = reader.submit(_fill, piece, words)
             if before is not None:
                 yield _finished(*before)
@@ -73,22 +73,19 @@ def _room(piece: Piece) -> mx.array:
     return words
 
 
-class _Ahead:
-    """Has the system read on, so that the disk goes on while a piece is worked on (Linux)."""
+def _ask_ahead(piece: Piece, asked: dict[FileIO, int]) -> None:
+    """Have the system read on, so that the disk goes on while a piece is worked on (Linux).
 
-    def __init__(self) -> None:
-        self._asked: dict[FileIO, int] = {}  # up to where
-
-    def ask(self, piece: Piece) -> None:
-        """``piece`` is read next."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        end = self._asked.get(piece.file, 0)
-        if not piece.start <= end <= piece.start + AHEAD_BYTES:  # it lies elsewhere than the one before
-            end = piece.start
-        if end - piece.start < AHEAD_BYTES // 2:
-            os.posix_fadvise(piece.file.fileno(), end, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-            self._asked[piece.file] = end + AHEAD_BYTES
+    ``asked``: up to where, of each file.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    end = asked.get(piece.file, 0)
+    if not piece.start <= end <= piece.start + AHEAD_BYTES:  # it lies elsewhere than the one before
+        end = piece.start
+    if end - piece.start < AHEAD_BYTES // 2:
+        os.posix_fadvise(piece.file.fileno(), end, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        asked[piece.file] = end + AHEAD_BYTES
 
 
 def _fill(piece: Piece, words: mx.array) -> None:

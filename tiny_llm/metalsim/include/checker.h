@@ -20,6 +20,7 @@ bool clashes(const Access& a, u32 kind, bool atomic) {
 struct Place {
   Cell* cells;
   s64 offset;
+  u64 size;
   u32 element, kind;  // 0: threadgroup memory, 1: device memory
   s32 buffer;
   const char* name;
@@ -76,22 +77,16 @@ void check(u64 at, u32 bytes, bool write, bool read, bool atomic, u32 alignment,
   if (at - (u64)stacks < STACK * MAX_THREADS) return;
   tick(1, pc);
   Place p{};
+  Buffer* buffer = nullptr;
+  bool owned = true;
   u64 inside = at - (u64)memory;
   if (inside < sizeof(memory)) {
-    u32 number = owner[inside];
-    if (!number || inside + bytes > arrays[number - 1].offset + arrays[number - 1].bytes) {
-      if (!number)  // the nearest array that begins before
-        for (u32 i = 0; i < array_count; ++i)
-          if (arrays[i].offset <= inside) number = i + 1;
-      if (!number) number = 1;
-      const Array& a = arrays[number - 1];
-      p.name = a.name, p.element = a.element, p.buffer = -1;
-      Report what = about(p, s64(inside) - a.offset, bytes, write);
-      what.size = a.bytes;
-      return fault(BOUNDS, pc, what);
-    }
-    const Array& a = arrays[number - 1];
-    p = {a.cells, s64(inside) - a.offset, a.element, 0, -1, a.name, false};
+    u32 number = owner[inside];  // or the nearest array that begins before
+    owned = number;
+    for (u32 i = 0; !owned && i < array_count; ++i)
+      if (arrays[i].offset <= inside) number = i + 1;
+    const Array& a = arrays[number ? number - 1 : 0];
+    p = {a.cells, s64(inside) - a.offset, a.bytes, a.element, 0, -1, a.name, false};
   } else {
     u64 slot = (at - (u64)arena) / RESERVED;
     if (at < (u64)arena || slot >= launch->buffers) {
@@ -101,17 +96,19 @@ void check(u64 at, u32 bytes, bool write, bool read, bool atomic, u32 alignment,
       what.here.write = write, what.offset = s64(at), what.bytes = bytes;
       return fault(WILD, pc, what);
     }
-    Buffer& b = launch->buffer[slot];
+    buffer = &launch->buffer[slot];
     s64 offset = s64(at - (u64)arena - slot * RESERVED) - s64(MARGIN);
-    p = {buffer_cells[slot], offset, b.element, 1, s32(slot), nullptr, b.role != OUTPUT};
-    if (offset < 0 || u64(offset) + bytes > b.bytes) {
-      Report what = about(p, offset, bytes, write);
-      what.size = b.bytes;
-      return fault(BOUNDS, pc, what);
-    }
-    if (write && b.role == INPUT) return fault(INPUT_WRITTEN, pc, about(p, offset, bytes, write));
-    if (read) count_read(b, fetched_by[slot], u64(offset), bytes);
-    if (write) b.written += bytes;
+    p = {buffer_cells[slot], offset, buffer->bytes, buffer->element, 1, s32(slot), nullptr, buffer->role != OUTPUT};
+  }
+  if (!owned || p.offset < 0 || u64(p.offset) + bytes > p.size) {
+    Report what = about(p, p.offset, bytes, write);
+    what.size = p.size;
+    return fault(BOUNDS, pc, what);
+  }
+  if (buffer) {
+    if (write && buffer->role == INPUT) return fault(INPUT_WRITTEN, pc, about(p, p.offset, bytes, write));
+    if (read) count_read(*buffer, fetched_by[p.buffer], u64(p.offset), bytes);
+    if (write) buffer->written += bytes;
   }
   if (at % alignment) {
     Report what = about(p, p.offset, bytes, write);
