@@ -161,7 +161,7 @@ def _run(arguments: list[str]) -> int:
     command.epilog = EXAMPLES.format(program=name)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             with command.make_context(name, arguments) as context:
                 command.invoke(context)
     except typer.Exit as done:  # --help
@@ -175,10 +175,6 @@ def _program() -> str:
     """What was typed to call us, as help and examples show it."""
     name = Path(sys.argv[0]).name
     return {"main.py": "python main.py", "__main__.py": "python -m tiny_llm"}.get(name, name)
-
-
-def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception, what: str, code: int, arguments: list[str]) -> int:

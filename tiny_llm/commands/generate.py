@@ -12,7 +12,6 @@ from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import load
 from tiny_llm.commands.offline import answer_file
 from tiny_llm.commands.talking import ANSWER, SystemOption, messages_of, print_stream, read_stdin, row_of
-from tiny_llm.data import Completion
 from tiny_llm.errors import RequestError
 from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, option
@@ -57,7 +56,7 @@ def generate(
         return answer_file(load(options), file, params, system=system, raw=raw, trace=trace)
     if not json and (params.n > 1 or params.logprobs is not None):
         raise RequestError("--n and --logprobs need --json or --file: plain text shows one answer alone.")
-    text = _asked(prompt)
+    text = read_stdin() if prompt is None else prompt
     messages = [] if raw else messages_of(system, text)
     llm = load(options)
     chunks = llm.stream(text, params) if raw else llm.stream_chat(messages, params)
@@ -66,26 +65,10 @@ def generate(
         return
     answers = [chunk.completion for chunk in chunks if chunk.completion is not None]
     for answer in sorted(answers, key=lambda answer: answer.index):
-        print(_as_json(options.model, answer))
-
-
-def _asked(prompt: str | None) -> str:
-    if prompt is not None:
-        return prompt
-    if sys.stdin.isatty():
-        raise RequestError("There is no prompt; give --prompt TEXT, or pipe a text in.")
-    return read_stdin()
-
-
-def _as_json(model: str, completion: Completion) -> str:
-    """One line whatever the text holds: json escapes all that is not ASCII."""
-    timing = completion.timing
-    return json_format.dumps(
-        {
-            "model": model,
-            **row_of(completion),
-            "prefill_tok_s": round(timing.prefill_tok_s, 3),
-            "decode_tok_s": round(timing.decode_tok_s, 3),
+        speed = {
+            "prefill_tok_s": round(answer.timing.prefill_tok_s, 3),
+            "decode_tok_s": round(answer.timing.decode_tok_s, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-    )
+        # One line whatever the text holds: json escapes all that is not ASCII.
+        print(json_format.dumps({"model": options.model, **row_of(answer), **speed}))

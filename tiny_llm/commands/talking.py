@@ -27,7 +27,9 @@ def messages_of(system: str | None, question: str) -> list[dict[str, str]]:
 
 
 def read_stdin() -> str:
-    """All of stdin without the newline at its end. Raises RequestError if it is not UTF-8."""
+    """All of stdin without the newline at its end. Raises RequestError if it is a terminal, or no UTF-8."""
+    if sys.stdin.isatty():
+        raise RequestError("There is no prompt; give --prompt TEXT, or pipe a text in.")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -20,7 +20,6 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     WithJsonSchema,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -28,7 +27,7 @@ from pydantic import (
 from tiny_llm.sampling_params import MOST, OPTIONS
 from tiny_llm.scheduler.settings import MAX_PRIORITY
 from tiny_llm.server import settings as caps
-from tiny_llm.server.neutral import REQUEST, STREAM_OPTIONS, misplaced, with_neutral
+from tiny_llm.server.neutral import REQUEST, STREAM_OPTIONS, misplaced, with_fields, with_neutral
 
 AnyBody = TypeVar("AnyBody", bound="Body")
 TokenId = Annotated[int, Field(ge=0, lt=MOST)]
@@ -137,17 +136,15 @@ def _field_of(name: str) -> tuple[object, object]:
     option = OPTIONS[name]
     kind: Any = Annotated[option.kind, range_of(name)]
     if option.shape == "several":
-        return Annotated[list[kind], FailFast(), Field(max_length=caps.MAX_LISTED)], Field(
-            default_factory=list
-        )
+        several = Annotated[list[kind], FailFast(), Field(max_length=caps.MAX_LISTED)]
+        return several, Field(default_factory=list)
     return (kind | None if option.optional else kind), option.default
 
 
 def with_options(body: type[AnyBody]) -> type[AnyBody]:
     """``body``, and a field for each sampling option that it does not spell in OpenAI's way itself."""
     spelled = {*body.model_fields, *ELSEWHERE}
-    own: dict[str, Any] = {name: _field_of(name) for name in OPTIONS if name not in spelled}
-    return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **own)
+    return with_fields(body, {name: _field_of(name) for name in OPTIONS if name not in spelled})
 
 
 Label = Annotated[str, StringConstraints(max_length=512)]

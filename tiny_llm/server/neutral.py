@@ -7,7 +7,7 @@ other value in such a field is, and is refused by its path. A body that has such
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, WithJsonSchema, create_model
@@ -54,7 +54,6 @@ RESPONSE: Mapping[str, Values] = {"store": (False, True)}
 STREAM_OPTIONS: Mapping[str, Values] = {"include_obfuscation": (False,)}
 TEXT_OPTIONS: Mapping[str, Values] = {"verbosity": ("medium",)}
 REASONING_OPTIONS: Mapping[str, Values] = {"summary": ("auto",)}
-CONTENT_PART: Mapping[str, Values] = {"annotations": ([],)}
 
 
 def misplaced(within: Sequence[str | int], message: str, *, code: str = "invalid_value") -> Exception:
@@ -62,14 +61,29 @@ def misplaced(within: Sequence[str | int], message: str, *, code: str = "invalid
     return PydanticCustomError("misplaced", "{message}", {"message": message, "within": within, "code": code})
 
 
-def require_neutral(values: Sequence[Any], given: Any, within: Sequence[str | int] = ()) -> Any:
-    """``given``, if it is one of the ``values`` that ask for nothing. Raises what a validator may raise."""
-    if any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values):
-        return given
-    told = _short(given)
-    allowed = " or ".join(json.dumps(value) for value in values)
-    what = f"{told} is not supported here; {allowed} is taken, as it asks for nothing"
-    raise misplaced(within, what, code="unsupported_field")
+def with_neutral(fields: Mapping[str, Values]) -> Callable[[type[AnyModel]], type[AnyModel]]:
+    """A class decorator: the body takes ``fields`` too, at their neutral values."""
+    kinds = {name: (_neutral_kind(values), None) for name, values in fields.items()}
+    return lambda body: with_fields(body, kinds)
+
+
+def with_fields(body: type[AnyModel], fields: Mapping[str, Any]) -> type[AnyModel]:
+    """``body`` with further ``fields``, each a type and a default, as if its class had them."""
+    about: dict[str, Any] = {"__module__": body.__module__, "__doc__": body.__doc__}
+    return create_model(body.__name__, __base__=body, **about, **fields)
+
+
+def _neutral_kind(values: Values) -> Any:
+    """A field's type in pydantic's words."""
+
+    def checked(given: Any) -> Any:
+        if any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values):
+            return given
+        allowed = " or ".join(json.dumps(value) for value in values)
+        what = f"{_short(given)} is not supported here; {allowed} is taken, as it asks for nothing"
+        raise misplaced([], what, code="unsupported_field")
+
+    return Annotated[Any, AfterValidator(checked), WithJsonSchema({"enum": list(values)})]
 
 
 def _short(given: Any) -> str:
@@ -77,21 +91,3 @@ def _short(given: Any) -> str:
     if isinstance(given, list | dict) and given:
         return "an array" if isinstance(given, list) else "an object"
     return json.dumps(given[:80] if isinstance(given, str) else given, ensure_ascii=False)[:80]
-
-
-def with_neutral(fields: Mapping[str, Values]) -> Any:
-    """A class decorator: the body takes ``fields`` too, at their neutral values."""
-
-    def extended(body: type[AnyModel]) -> type[AnyModel]:
-        own: dict[str, Any] = {name: (_kind(values), None) for name, values in fields.items()}
-        return create_model(
-            body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **own
-        )
-
-    return extended
-
-
-def _kind(values: Values) -> Any:
-    """A field's type in pydantic's words."""
-    checked = AfterValidator(lambda given: require_neutral(values, given))
-    return Annotated[Any, checked, WithJsonSchema({"enum": list(values)})]
