@@ -21,7 +21,9 @@ class ChoiceWriter(ResponseWriter):
     def __init__(
         self, service: Service, options: StreamOptions | None, job: Job, *, kind: str, prefix: str
     ) -> None:
-        self._usage = _StreamUsage(options or StreamOptions(), job)
+        self._options = options or StreamOptions()
+        self._read = [len(prompt) for prompt in job.prompts for _ in range(job.params.n)]
+        self._made = [0] * len(self._read)
         self._quick: dict[int, Callable[[str], bytes]] = {}  # of answers that began: only their text changes
         self._head = {
             "id": new_id(prefix),
@@ -37,7 +39,7 @@ class ChoiceWriter(ResponseWriter):
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         """What a chunk is told by; where only the text has grown, quickly."""
-        self._usage.take(index, chunk)
+        self._made[index] += len(chunk.token_ids)
         is_first = index not in self._quick
         if is_first:
             self._quick[index] = events_around(partial(self._text_event, index))
@@ -45,7 +47,7 @@ class ChoiceWriter(ResponseWriter):
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""
-        if not self._usage.at_end:
+        if not self._options.include_usage:
             return b""
         return event_of({**self._head, "choices": [], "usage": usage(ended)})
 
@@ -64,7 +66,7 @@ class ChoiceWriter(ResponseWriter):
     def _written(self, index: int, told: str | dict[str, object]) -> bytes:
         if not isinstance(told, str):
             return event_of(self._event(index, told))
-        if self._usage.always:
+        if self._options.continuous_usage_stats:
             return event_of(self._text_event(index, told))
         return self._quick[index](told)
 
@@ -72,25 +74,11 @@ class ChoiceWriter(ResponseWriter):
         return self._event(index, self._text_choice(index, text))
 
     def _event(self, index: int, choice: dict[str, object]) -> dict[str, object]:
-        return {**self._head, "choices": [choice], **self._usage.so_far(index)}
+        return {**self._head, "choices": [choice], **self._usage_so_far(index)}
 
-
-class _StreamUsage:
-    """The usage that a stream tells: ``at_end``, or ``always``: what it took so far, with every event."""
-
-    def __init__(self, options: StreamOptions, job: Job) -> None:
-        self.at_end = options.include_usage
-        self.always = options.continuous_usage_stats
-        self._read = [len(prompt) for prompt in job.prompts for _ in range(job.params.n)]
-        self._made = [0] * len(self._read)
-
-    def take(self, index: int, chunk: Chunk) -> None:
-        """Count the tokens of a chunk of answer ``index``."""
-        self._made[index] += len(chunk.token_ids)
-
-    def so_far(self, index: int) -> dict[str, object]:
+    def _usage_so_far(self, index: int) -> dict[str, object]:
         """What an event of answer ``index`` has beside its choice."""
-        if not self.always:
-            return {"usage": None} if self.at_end else {}
+        if not self._options.continuous_usage_stats:
+            return {"usage": None} if self._options.include_usage else {}
         read, made = self._read[index], self._made[index]
         return {"usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}}

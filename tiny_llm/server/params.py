@@ -51,17 +51,16 @@ def params_of(
 def grammar_of(body: Sampling) -> Grammar | None:
     """What the answer must match; None if it may be anything. Raises Problem for several such wishes."""
     form = body.response_format
-    asked = response_grammar(None if form is None else form.plain)
-    fields = ("response_format", "regex", "grammar")
-    wanted = [name for name, value in zip(fields, (asked, body.regex, body.grammar), strict=True) if value]
+    asked = {
+        "response_format": form and response_grammar(form.plain),
+        "regex": body.regex and regex_grammar(body.regex),
+        "grammar": body.grammar and lark_grammar(body.grammar),
+    }
+    wanted = [(name, grammar) for name, grammar in asked.items() if isinstance(grammar, Grammar)]
     if len(wanted) > 1:
-        what = f"{' and '.join(wanted)} were given; an answer can have one form."
-        raise Problem(400, what, code="invalid_value", param=wanted[1])
-    if body.regex is not None:
-        return regex_grammar(body.regex)
-    if body.grammar is not None:
-        return lark_grammar(body.grammar)
-    return asked
+        what = f"{' and '.join(name for name, _ in wanted)} were given; an answer can have one form."
+        raise Problem(400, what, code="invalid_value", param=wanted[1][0])
+    return wanted[0][1] if wanted else None
 
 
 def job_of(

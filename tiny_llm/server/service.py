@@ -112,43 +112,35 @@ class Service:
     async def begin(self, request: Request, job: Job) -> ChunkStream:
         """Start a job and return its chunks once the first ones are there. Closing the stream cancels it.
 
-        Raises what the engine refuses it with, and Problem for one that waited too long.
+        Raises what the engine refuses it with, RequestError for a grammar that cannot be kept to, and Problem
+        for a job that waited too long.
         """
-        chunks = chunks_of(self.engine, await self._constrained(job))
-        try:
-            first = await unless_gone(request, anext(chunks))
-        except BaseException:
-            await chunks.aclose()
-            raise
-        self._count(job)
-        return with_first(first, chunks)
-
-    async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
-        """All chunks of each answer of a job. If the client goes, so does the job."""
-        answers: list[list[Chunk]] = [[] for _ in range(len(job.prompts) * job.params.n)]
-        held = await self._constrained(job)
-
-        async def collect() -> None:
-            async with aclosing(chunks_of(self.engine, held)) as chunks:
-                async for came in chunks:
-                    for index, chunk in came:
-                        answers[index].append(chunk)
-
-        await unless_gone(request, collect())
-        self._count(job)
-        return answers
-
-    async def _constrained(self, job: Job) -> Job:
-        """The job, held to its grammar. Raises Problem or RequestError for one that cannot be kept to."""
         if job.grammar is not None:
             params = await self._grammars.constrain(self.llm.grammars, job.params, job.grammar)
             job = job._replace(params=params)
         if self._is_stopped:
             raise Problem(503, _STOPPED, code="draining")
-        return job
-
-    def _count(self, job: Job) -> None:
+        chunks = chunks_of(self.engine, job)
+        try:
+            first = await unless_gone(request, anext(chunks))
+        except BaseException:
+            await chunks.aclose()
+            raise
         self.prompt_tokens += sum(map(len, job.prompts))
+        return with_first(first, chunks)
+
+    async def whole(self, request: Request, job: Job) -> list[list[Chunk]]:
+        """All chunks of each answer of a job. If the client goes, so does the job."""
+        answers: list[list[Chunk]] = [[] for _ in range(len(job.prompts) * job.params.n)]
+        async with aclosing(await self.begin(request, job)) as chunks:
+
+            async def collect() -> None:
+                async for came in chunks:
+                    for index, chunk in came:
+                        answers[index].append(chunk)
+
+            await unless_gone(request, collect())
+        return answers
 
 
 async def aside(request: Request, work: Callable[[], T]) -> T:

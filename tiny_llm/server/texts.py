@@ -54,14 +54,12 @@ class GenerateWriter(ResponseWriter):
 def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
     """A text's or a conversation's token ids."""
     service.require_model(body.model)
-    has_prompt, has_messages = body.prompt is not None, bool(body.messages)
-    if has_prompt == has_messages:
+    if (body.prompt is None) == (not body.messages):
         raise Problem(400, "Give either prompt or messages.", code="invalid_value", param="prompt")
     llm = service.llm
-    if body.messages:
+    if body.prompt is None:
         ids = chat_ids(llm, body.messages, body.chat_template_kwargs)
     else:
-        assert body.prompt is not None
         ids = llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     return {"count": len(ids), "max_model_len": llm.max_context, "tokens": ids}
 

@@ -210,7 +210,7 @@ export class Live {
 
   showFigures(picture) {
     const before = this.samples.findLast((one) => picture.now - one.now >= RATE_S) ?? this.samples[0];
-    const since = (name, one = before) => picture[name] - one[name];
+    const since = (name) => picture[name] - before[name];
     const seconds = since("now");
     const speed = seconds > 0 ? since("generation_tokens") / seconds : 0;
     const reads = seconds > 0 ? since("prompt_tokens") / seconds : 0;

@@ -21,7 +21,7 @@ let asksForKey = false;
 const live = new Live((refusal) => {
   tell(refusal?.message ?? "");
   if (!refusal) return setState("ready");
-  if (refusal.status === 401) askForKey("");
+  if (refusal.status === 401) askForKey();
   else setState("away");
 });
 
@@ -47,7 +47,7 @@ async function connect() {
       $("forget-key").hidden = !key.get();
       return void live.start();
     } catch (error) {
-      if (error.status === 401) return askForKey("");
+      if (error.status === 401) return askForKey();
       setState(error.code === "loading" ? "loading" : "away", error.code === "loading" ? "loading …" : "not connected");
       tell(error.message);
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
@@ -55,14 +55,12 @@ async function connect() {
   }
 }
 
-function askForKey(problem) {
+function askForKey() {
   if (asksForKey) return;
   asksForKey = true;
   live.stop();
   setState("away", "needs a key");
-  problem ||= key.get() ? "The server did not take this key." : "";
-  $("key-problem").hidden = !problem;
-  $("key-problem").textContent = problem;
+  $("key-problem").hidden = !key.get(); // else it was not taken
   $("key").value = "";
   $("key-dialog").showModal();
 }
@@ -85,7 +83,7 @@ $("forget-key").addEventListener("click", () => {
 
 // ---- the conversation, and those that are kept
 
-const conversation = new Conversation({ settings: chosen, onChange: keep, onKey: () => askForKey("") });
+const conversation = new Conversation({ settings: chosen, onChange: keep, onKey: askForKey });
 const list = new ChatList({
   current: () => conversation.chat,
   onOpen: open,
@@ -201,7 +199,7 @@ async function load() {
   } catch (error) {
     if (!own.signal.aborted) {
       $("batch-words").textContent = error.message;
-      if (error.status === 401) askForKey("");
+      if (error.status === 401) askForKey();
     }
   }
   loading = null;
