@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiny_llm.errors import TinyLLMError
+from tiny_llm.options import command_app
 from tiny_llm.version import __version__
 
 EXAMPLES = """
@@ -101,13 +102,8 @@ def _passing_on(module: str) -> Callable[[typer.Context], None]:
 
 
 def _app() -> typer.Typer:
-    made = typer.Typer(
-        cls=_ChatByDefault,
-        help="A language model on your own machine: chat with it, or ask it one thing.",
-        rich_markup_mode="rich",
-        add_completion=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
-    )
+    told = "A language model on your own machine: chat with it, or ask it one thing."
+    made = command_app(cls=_ChatByDefault, help=told)
     made.callback()(_before_any)
     as_they_are = {"ignore_unknown_options": True, "allow_extra_args": True}
     for name, (module, help) in COMMANDS.items():

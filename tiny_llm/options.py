@@ -117,10 +117,7 @@ class EngineOptions:
 ENGINE = EngineOptions()
 
 
-def command_app() -> typer.Typer:
-    """A typer app for one command, with the help that all of them have."""
-    return typer.Typer(
-        add_completion=False,
-        rich_markup_mode="rich",
-        context_settings={"help_option_names": ["--help", "-h"]},
-    )
+def command_app(**more: Any) -> typer.Typer:
+    """A typer app, with the help that all commands have; ``more`` is typer's own."""
+    names = {"help_option_names": ["--help", "-h"]}
+    return typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=names, **more)

@@ -124,11 +124,9 @@ ELSEWHERE = ("max_tokens", "n", "logprobs", "prompt_logprobs")
 def range_of(name: str) -> Any:
     """The range of a sampling option, and its help, in pydantic's words."""
     option = OPTIONS[name]
-    return Field(gt=_finite(option.gt), ge=_finite(option.ge), le=_finite(option.le), description=option.help)
-
-
-def _finite(bound: float) -> float | None:
-    return bound if isfinite(bound) else None
+    bounds: dict[str, Any] = {"gt": option.gt, "ge": option.ge, "le": option.le}
+    finite = {name: bound for name, bound in bounds.items() if isfinite(bound)}
+    return Field(description=option.help, **finite)
 
 
 def _field_of(name: str) -> tuple[object, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,12 +75,12 @@ class ChatWriter(ChoiceWriter):
     def _text_choice(self, index: int, text: str) -> dict[str, object]:
         return self._choice(index, {"content": text}, (), None)
 
-    def _told(self, index: int, chunk: Chunk, is_first: bool) -> Iterable[str | dict[str, object]]:
+    def _told(self, index: int, chunk: Chunk, is_first: bool) -> str | list[dict[str, object]]:
         """Who speaks, then what is said, an event a delta; the last of a chunk has its log-probabilities."""
         found = self._parsers[index].push(chunk.text)
         is_text_alone = chunk.completion is None and not chunk.logprobs
         if is_text_alone and not is_first and len(found) == 1 and found[0].content:
-            return [found[0].content]
+            return found[0].content
         if chunk.completion is not None:
             found += self._parsers[index].finish()
         deltas = [delta_json(delta) for delta in found]

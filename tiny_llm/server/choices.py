@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from tiny_llm.data import Chunk, Completion
@@ -43,7 +43,12 @@ class ChoiceWriter(ResponseWriter):
         is_first = index not in self._quick
         if is_first:
             self._quick[index] = events_around(partial(self._text_event, index))
-        return b"".join([self._written(index, told) for told in self._told(index, chunk, is_first)])
+        told = self._told(index, chunk, is_first)
+        if not isinstance(told, str):
+            return b"".join([event_of(self._event(index, choice)) for choice in told])
+        if self._options.continuous_usage_stats and told:
+            return event_of(self._text_event(index, told))
+        return self._quick[index](told) if told else b""
 
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The usage, where it was asked for."""
@@ -60,15 +65,8 @@ class ChoiceWriter(ResponseWriter):
         """How it is told that an answer has grown by ``text``, and by nothing else."""
 
     @abstractmethod
-    def _told(self, index: int, chunk: Chunk, is_first: bool) -> Iterable[str | dict[str, object]]:
-        """What a chunk is told by, an event each: a choice, or the text that an answer has only grown by."""
-
-    def _written(self, index: int, told: str | dict[str, object]) -> bytes:
-        if not isinstance(told, str):
-            return event_of(self._event(index, told))
-        if self._options.continuous_usage_stats:
-            return event_of(self._text_event(index, told))
-        return self._quick[index](told)
+    def _told(self, index: int, chunk: Chunk, is_first: bool) -> str | list[dict[str, object]]:
+        """What a chunk is told by: the text that its answer has only grown by, or choices, an event each."""
 
     def _text_event(self, index: int, text: str) -> dict[str, object]:
         return self._event(index, self._text_choice(index, text))

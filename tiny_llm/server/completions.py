@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import nan
@@ -54,12 +54,11 @@ class CompletionWriter(ChoiceWriter):
     def _text_choice(self, index: int, text: str) -> dict[str, object]:
         return self._choice(index, text, [], None)
 
-    def _told(self, index: int, chunk: Chunk, is_first: bool) -> Iterable[str | dict[str, object]]:
+    def _told(self, index: int, chunk: Chunk, is_first: bool) -> str | list[dict[str, object]]:
         text = self._before(index) + chunk.text if is_first else chunk.text
-        rows = self._rows(index, chunk)
-        if rows or chunk.completion is not None:
-            return [self._choice(index, text, rows, chunk.completion)]
-        return [text] if text else []
+        if chunk.completion is None and not chunk.logprobs and chunk.prompt_logprobs is None:
+            return text
+        return [self._choice(index, text, self._rows(index, chunk), chunk.completion)]
 
     def _choice(
         self, index: int, text: str, rows: Sequence[dict[int, float]], ended: Completion | None

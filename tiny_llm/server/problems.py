@@ -92,7 +92,10 @@ def invalid(complaints: Sequence[Any], body: object) -> Problem:
     places = [_place(error, body) for error in complaints]
     about_first = [number for number, place in enumerate(places) if place[:1] == places[0][:1]]
     number = max(about_first, key=lambda number: len(places[number]))
-    error, name = complaints[number], _path(places[number]) or None
+    error = complaints[number]
+    # As clients write it: messages[0].content.
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in places[number]]
+    name = "".join(parts).removeprefix(".") or None
     given, code = error.get("ctx", {}), "invalid_value"
     match error["type"]:
         case "extra_forbidden":
@@ -126,9 +129,3 @@ def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
     if "discriminator" in more:
         place.append(more["discriminator"].strip("'"))
     return [*place, *more.get("within", ())]
-
-
-def _path(place: Sequence[str | int]) -> str:
-    """A place as clients write it: messages[0].content."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
-    return "".join(parts).removeprefix(".")

@@ -75,10 +75,11 @@ class Items:
 
 
 class _Item:
-    """One item: where it stands, and its id."""
+    """One item as it grows; ``place`` says in its events which one it is."""
 
-    def __init__(self, index: int, prefix: str) -> None:
-        self.place = {"item_id": new_id(prefix), "output_index": index}
+    def __init__(self, index: int, prefix: str, **item: Any) -> None:
+        self._item = {"id": new_id(prefix), **item}
+        self.place = {"item_id": self._item["id"], "output_index": index}
 
     def begin(self) -> Iterator[Event]:
         """It is there, and empty."""
@@ -90,7 +91,7 @@ class _Item:
 
     def told(self, status: str) -> dict[str, Any]:
         """As it is now."""
-        raise NotImplementedError
+        return {**self._item, "status": status}
 
     def _event(self, kind: str, item: Mapping[str, Any]) -> Event:
         return {"type": kind, "output_index": self.place["output_index"], "item": item}
@@ -102,8 +103,11 @@ class _Text(_Item):
     def __init__(self, index: int, name: str, written: _Written) -> None:
         self.name = name
         self._written = written
-        self._kind, self._part_kind, self._event_name = _PARTS[name]
-        super().__init__(index, "msg" if name == "content" else "rs")
+        kind, self._part_kind, self._event_name = _PARTS[name]
+        if name == "content":
+            super().__init__(index, "msg", type=kind, role="assistant")
+        else:
+            super().__init__(index, "rs", type=kind, summary=[])
         self._at = {**self.place, "content_index": 0}
         self._text = ""
         self._rows: list[Mapping[int, float]] = []
@@ -132,9 +136,7 @@ class _Text(_Item):
 
     def told(self, status: str) -> dict[str, Any]:
         """As it is now."""
-        own: dict[str, Any] = {"role": "assistant"} if self.name == "content" else {"summary": []}
-        item = {"id": self.place["item_id"], "type": self._kind, "status": status}
-        return {**item, **own, "content": [self._part()]}
+        return {**super().told(status), "content": [self._part()]}
 
     def _part(self) -> dict[str, Any]:
         own: dict[str, Any] = {"annotations": []} if self.name == "content" else {}
@@ -148,23 +150,15 @@ class _Call(_Item):
     """A call of a function."""
 
     def __init__(self, index: int, call: ToolCallDelta) -> None:
-        super().__init__(index, "fc")
-        self._call_id = call.id
-        self._name = call.name
-        self._arguments = ""
+        super().__init__(index, "fc", type="function_call", call_id=call.id, name=call.name, arguments="")
 
     def grow(self, arguments: str) -> Event:
         """Some more of its arguments."""
-        self._arguments += arguments
+        self._item["arguments"] += arguments
         return {"type": "response.function_call_arguments.delta", **self.place, "delta": arguments}
 
     def end(self, status: str) -> Iterator[Event]:
         """Its arguments are complete, it is."""
-        whole = {"name": self._name, "arguments": self._arguments}
+        whole = {name: self._item[name] for name in ("name", "arguments")}
         yield {"type": "response.function_call_arguments.done", **self.place, **whole}
         yield from super().end(status)
-
-    def told(self, status: str) -> dict[str, Any]:
-        """As it is now."""
-        item = {"id": self.place["item_id"], "type": "function_call", "status": status}
-        return {**item, "call_id": self._call_id, "name": self._name, "arguments": self._arguments}
