@@ -189,14 +189,13 @@ class Workbook:
         missing = len(self.stubs(chapter))
         if not missing:
             passed = self._progress().get(chapter.id)
-            return "to be checked" if passed is None else self._since(chapter, passed)
+            if passed is None:
+                return "to be checked"
+            return "done" if passed == self._digest(chapter) else "changed since checked"
         started = any(n in self.definitions(m) for m, n in map(in_parts, chapter.teaches))
         return (
             f"{len(chapter.teaches) - missing} of {len(chapter.teaches)} written" if started else "not begun"
         )
-
-    def _since(self, chapter: Chapter, passed: str) -> str:
-        return "done" if passed == self._digest(chapter) else "changed since checked"
 
     def mark_done(self, chapter: Chapter) -> None:
         """Remember that the chapter's tests passed on the code as it is."""

@@ -141,12 +141,12 @@ class MetalKernel:
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{kernel.text}\n```")
         threads = _checked(grid, threadgroup)
-        outputs = [
-            _Output.of(tuple(s), d, init_value) for s, d in zip(output_shapes, output_dtypes, strict=True)
-        ]
-        bound = [*self._bind(kernel, arrays), *self._bind_outputs(outputs, init_value)]
+        sizes = [prod(shape) for shape in output_shapes]
+        outputs = [_room(size, d, init_value) for size, d in zip(sizes, output_dtypes, strict=True)]
+        bound = [*self._bind(kernel, arrays), *self._bind_outputs(outputs, output_dtypes, init_value)]
         traffic = self._launch(kernel, bound, grid, threads)
-        return [output.array() for output in outputs], traffic
+        made = zip(outputs, output_shapes, output_dtypes, strict=True)
+        return [_array(memory, shape, dtype) for memory, shape, dtype in made], traffic
 
     def variant(
         self,
@@ -200,12 +200,15 @@ class MetalKernel:
                     p.full_name, values, ctypes.c_int64 if p.what == "strides" else ctypes.c_int32
                 )
 
-    def _bind_outputs(self, outputs: Sequence[_Output], init_value: float | None) -> Iterator[_Bound]:
-        for name, output in zip(self.output_names, outputs, strict=True):
-            buffer = _Buffer(output.address, len(output.memory), element=_element(output.dtype))
+    def _bind_outputs(
+        self, outputs: Sequence[bytearray], dtypes: Sequence[mx.Dtype], init_value: float | None
+    ) -> Iterator[_Bound]:
+        for name, memory, dtype in zip(self.output_names, outputs, dtypes, strict=True):
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if memory else 0
+            buffer = _Buffer(address, len(memory), element=_element(dtype))
             buffer.role = _OUTPUT if init_value is None else _MUTABLE
             buffer.must_be_written = init_value is None and name not in self.partial_outputs
-            yield _Bound(name, buffer, output)
+            yield _Bound(name, buffer, memory)
 
     def _launch(
         self, kernel: Kernel, bound: Sequence[_Bound], grid: Sequence[int], threads: Sequence[int]
@@ -241,31 +244,17 @@ class MetalKernel:
         return Traffic(read, fetched, written, loads, int(launch.simd_operations), int(launch.barriers))
 
 
-@dataclass(frozen=True)
-class _Output:
-    """Memory for one output, to become an array."""
+def _room(size: int, dtype: mx.Dtype, init_value: float | None) -> bytearray:
+    """Memory for an output of ``size`` elements."""
+    if init_value is None:
+        return bytearray(size * dtype.size)
+    return bytearray(_memory(mx.full((size,), init_value, dtype).view(mx.uint8)))
 
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    memory: bytearray
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: mx.Dtype, init_value: float | None) -> _Output:
-        if init_value is None:
-            return cls(shape, dtype, bytearray(prod(shape) * dtype.size))
-        filled = mx.full((prod(shape),), init_value, dtype)
-        return cls(shape, dtype, bytearray(_memory(filled.view(mx.uint8))))
-
-    @property
-    def address(self) -> int:
-        if not self.memory:
-            return 0
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-
-    def array(self) -> mx.array:
-        if not self.memory:
-            return mx.zeros(self.shape, self.dtype)
-        return mx.array(cast(Any, memoryview(self.memory))).view(self.dtype).reshape(self.shape)
+def _array(memory: bytearray, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    if not memory:
+        return mx.zeros(shape, dtype)
+    return mx.array(cast(Any, memoryview(memory))).view(dtype).reshape(shape)
 
 
 @cache

@@ -119,18 +119,14 @@ class Proof:
     @classmethod
     def read(cls, stored: Mapping[str, object]) -> Proof:
         """From JSON. Raises ValueError, TypeError or KeyError if it is something else."""
-        op, wrong, timings = stored["op"], stored["wrong"], stored["timings"]
-        if not (isinstance(op, str) and isinstance(wrong, str) and isinstance(timings, list)):
+        timings = tuple(KernelTiming(**one) for one in cast(Iterable[dict[str, Any]], stored["timings"]))
+        op, wrong, *shapes = (stored["op"], stored["wrong"], *(timing.shape for timing in timings))
+        times = [time for timing in timings for time in (timing.ours_us, timing.mlx_us)]
+        if not (isinstance(op, str) and isinstance(wrong, str) and all(isinstance(s, str) for s in shapes)):
             raise TypeError("not a proof")
-        return cls(op, wrong, tuple(_timing(**one) for one in timings))
-
-
-def _timing(shape: object, ours_us: object, mlx_us: object) -> KernelTiming:
-    if not (isinstance(shape, str) and isinstance(ours_us, float) and isinstance(mlx_us, float)):
-        raise TypeError("not a timing")
-    if not (0 < ours_us < float("inf") and 0 < mlx_us < float("inf")):
-        raise ValueError("not a time")
-    return KernelTiming(shape, ours_us, mlx_us)
+        if not all(isinstance(time, float) and 0 < time < float("inf") for time in times):
+            raise ValueError("not a time")
+        return cls(op, wrong, timings)
 
 
 class Record:

@@ -91,18 +91,12 @@ def _blocks(entry: Entry) -> list[range] | list[None]:
 def _made(entry: Entry, arrays: Iterator[mx.array]) -> Matrix:
     """Take the entry's arrays and make it, evaluated, so that its sources can go."""
     if entry.quantize is not None:
-        return joined([_quantized(next(arrays), entry.quantize) for _ in _blocks(entry)])
+        return joined([quantize_matrix(next(arrays), entry.quantize) for _ in _blocks(entry)])
     parts = [next(arrays) for _ in entry.parts]
     mx.eval(parts)
     if entry.stored_as is None:
         return parts[0]
     return QuantizedTensor(parts[0], parts[1], parts[2], entry.stored_as.group_size, entry.stored_as.bits)
-
-
-def _quantized(rows: mx.array, quantization: Quantization) -> QuantizedTensor:
-    tensor = quantize_matrix(rows, quantization)
-    mx.eval(tensor.packed, tensor.scales, tensor.biases)
-    return tensor
 
 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

@@ -55,10 +55,11 @@ def fit_group(columns: int, quantization: Quantization) -> Quantization | None:
 
 
 def quantize_matrix(matrix: mx.array, quantization: Quantization) -> QuantizedTensor:
-    """Quantize [out, in] by groups along ``in``, which they must divide. Lazy."""
+    """Quantize [out, in] by groups along ``in``, which they must divide; at once, so that floats can go."""
     group_size, bits = quantization.group_size, quantization.bits
-    packed, scales, biases = mx.quantize(matrix, group_size=group_size, bits=bits)
-    return QuantizedTensor(packed, scales, biases, group_size, bits)
+    parts = mx.quantize(matrix, group_size=group_size, bits=bits)
+    mx.eval(*parts)
+    return QuantizedTensor(*parts, group_size, bits)
 
 
 def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
