@@ -1,8 +1,8 @@
 """The engines that we compare with, each in an environment of its own, made from PyPI.
 
     python benchmarks/peers.py                  says which there are
-    python benchmarks/peers.py make             makes all that are missing (llama.cpp is compiled: minutes,
-                                                and its server: more)
+    python benchmarks/peers.py make             makes all that are missing (llama.cpp and ik_llama.cpp are
+                                                compiled: minutes, and llama.cpp's server: more)
     python benchmarks/peers.py make llamacpp    makes one anew
 
 A peer that cannot be made is reported with its reason, here and by every benchmark that wants it.

@@ -45,6 +45,13 @@ PEERS: Mapping[str, Peer] = {
         from_source=("llama-cpp-python",),
         variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     ),
+    "ik_llama": Peer(
+        worker="ik_llama.py",
+        requirements=("ik-llama-cpp-python==0.1.5", "gguf==0.19.0", "numpy>=2,<3"),
+        from_source=("ik-llama-cpp-python",),
+        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+    ),
+    "openvino": Peer(worker="openvino_int4.py", requirements=("openvino==2026.4.1", "numpy>=2,<3")),
     "torch": Peer(
         worker="torch_transformers.py",
         requirements=("torch==2.13.0", "transformers==5.23.0", "numpy>=2,<3"),
@@ -98,7 +105,7 @@ def make(name: str, folder: Path) -> Path:
         install += ["--no-cache-dir", "--no-binary", ",".join(peer.from_source)]
     try:
         _run([sys.executable, "-m", "venv", "--clear", here], here.parent / f"{name}.log", {})
-        _run(install, here.parent / f"{name}.log", {**peer.variables, **_compiler()})
+        _run(install, here.parent / f"{name}.log", {**peer.variables, **compiler()})
     except PeerMissing as missing:
         here.mkdir(parents=True, exist_ok=True)
         (here / REASON).write_text(f"{missing}\n")
@@ -107,9 +114,10 @@ def make(name: str, folder: Path) -> Path:
     return _python(here)
 
 
-def _compiler() -> Mapping[str, str]:
-    """As many compilers as cores, for each may take a gigabyte; clang for AMX, which GCC 12 gets wrong."""
-    chosen = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+def compiler() -> Mapping[str, str]:
+    """A compiler a core unless told, for each may take a gigabyte; clang for AMX, which GCC 12 gets wrong."""
+    level = "CMAKE_BUILD_PARALLEL_LEVEL"
+    chosen = {level: os.environ.get(level) or str(os.cpu_count() or 1)}
     clang = next(filter(shutil.which, ("clang", "clang-19", "clang-18", "clang-17")), None)
     if clang and _CPUS.exists() and "amx_int8" in _CPUS.read_text():
         chosen |= {"CC": clang, "CXX": clang.replace("clang", "clang++")}

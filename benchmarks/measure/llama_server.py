@@ -6,6 +6,7 @@ Owns where it is and how it is made; `measure/environments.py` has the peers tha
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from measure.environments import MADE, REASON, PeerMissing
+from measure.environments import MADE, REASON, PeerMissing, compiler
 
 NAME = "llama-server"
 SOURCE = "llama-cpp-python==0.3.36"
@@ -72,7 +73,7 @@ def _build(scratch: Path, here: Path) -> None:
     (source,) = scratch.glob("*/vendor/llama.cpp")
     build = scratch / "build"
     _run(["cmake", "-S", str(source), "-B", str(build), *OPTIONS], here)
-    _run(["cmake", "--build", str(build), "--target", NAME, "--parallel"], here)
+    _run(["cmake", "--build", str(build), "--target", NAME], here)
     (here / "bin").mkdir(exist_ok=True)
     (build / "bin" / NAME).replace(here / "bin" / NAME)
 
@@ -81,7 +82,13 @@ def _run(command: Sequence[str], here: Path) -> None:
     log = here / "log.txt"
     with log.open("w") as output:
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | compiler(),
+            )
         except OSError as error:
             raise PeerMissing(f"{command[0]} does not run: {error}") from None
     if done.returncode:

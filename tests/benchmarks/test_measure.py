@@ -130,7 +130,9 @@ def test_numbers_are_read_from_commas_and_checked() -> None:
 def test_a_peer_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(PeerMissing, match=r"not made yet; run: python benchmarks/peers\.py make torch"):
         python_of("torch", tmp_path)
-    with pytest.raises(PeerMissing, match="no peer 'vllm'; there are llamacpp, torch, mlx-lm"):
+    with pytest.raises(
+        PeerMissing, match="no peer 'vllm'; there are llamacpp, ik_llama, openvino, torch, mlx-lm"
+    ):
         python_of("vllm", tmp_path)
 
 
