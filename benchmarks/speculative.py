@@ -5,6 +5,9 @@ from a script that knows the answer; and n-gram look-up where there is nothing t
 for 16. On the bundled model: n-gram look-up where the answer repeats the prompt. Both sides must give the
 same tokens. And how often the bundled draft is right, drawing with the answer's noise and with noise of its
 own. Prints a table and one JSON line.
+
+``--against llamacpp`` instead compares look-up with that of llama.cpp's Python binding, on ``--shape`` with
+weights of which the text is known (measure/foretold.py): all sides must give the same tokens.
 """
 
 from __future__ import annotations
@@ -15,20 +18,32 @@ import random
 import statistics
 import time
 from array import array
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listed
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
+from measure.environments import PeerMissing, default_folder, python_of
+from measure.foretold import ForetoldCheckpoint, foretold_facts, loads
+from measure.sides import OURS
+from measure.worker import WORKERS, Worker
 
 from tiny_llm import LLM, SamplingParams
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import Drafter, Sequence
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.ops.backend import set_threads
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.scheduler.drafts import Acceptance, Speculation, Worth
 
 K = 4
+LOOK_UPS = {"llamacpp": "llamacpp_lookup.py"}
+"""Which worker is asked for a peer's look-up."""
 ASKS = (
     "What is paged attention?",
     "What is a KV cache?",
@@ -53,9 +68,10 @@ RECORDS = "\n".join(
 
 @dataclass(frozen=True)
 class Run:
-    """One round: tokens of each answer, seconds, steps, and guesses."""
+    """One round: tokens of each answer; behind the first of each, how many, seconds, steps; and guesses."""
 
     answers: list[list[int]]
+    tokens: int
     seconds: float
     steps: int
     drafted: int
@@ -64,7 +80,12 @@ class Run:
     @property
     def rate(self) -> float:
         """Tokens a second."""
-        return sum(map(len, self.answers)) / self.seconds
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Of each answer."""
+        return self.tokens / self.steps / len(self.answers)
 
 
 def scripted(answer: Listed[int], right: float) -> Drafter:
@@ -95,11 +116,11 @@ def run(llm: LLM, prompts: Listed[list[int]], params: SamplingParams, drafter: D
         for number, chunk in engine.step():
             answers[number] += chunk.token_ids
     seconds = time.perf_counter() - began
-    made = sum(map(len, answers.values()))
     stats = engine.stats()
     return Run(
         list(answers.values()),
-        seconds * made / (made - early),
+        sum(map(len, answers.values())) - early,
+        seconds,
         engine.totals.steps - steps,
         sum(stats.drafted_tokens.values()),
         sum(stats.accepted_tokens.values()),
@@ -127,7 +148,7 @@ def compare(
         "plain_tok_s": round(alone, 1),
         "guessed_tok_s": round(with_guesses, 1),
         "ratio": round(statistics.median(g.rate / p.rate for g, p in zip(guessed, plain, strict=True)), 3),
-        "tokens_a_step": round(sum(map(len, last.answers)) / last.steps / len(prompts), 2),
+        "tokens_a_step": round(last.tokens_a_step, 2),
         "drafted": last.drafted,
         "accepted": last.accepted,
     }
@@ -174,13 +195,87 @@ def acceptance(llm: LLM, temperature: float, *, shared: bool) -> dict[str, objec
     return found
 
 
+Ask = Callable[[list[int], int], Run]
+"""A prompt and how many tokens to answer, to how that went."""
+
+
+@contextmanager
+def sides(options: argparse.Namespace, room: int) -> Iterator[dict[tuple[str, str], Ask]]:
+    """Who looks up, and how: ours and the peer, each without first."""
+    with ExitStack() as stack:
+        llm = stack.enter_context(LLM(ForetoldCheckpoint(options.shape), quantize=4))
+        set_threads(options.threads)
+        found: dict[tuple[str, str], Ask] = {
+            (OURS, "plain"): partial(ask_ours, llm, "off"),
+            (OURS, "look-up"): partial(ask_ours, llm, "ngram"),
+        }
+        name = options.against
+        command = [python_of(name, options.folder), WORKERS / LOOK_UPS[name]]
+        worker = stack.enter_context(closing(Worker(name, command, options.threads)))
+        worker.load(options.shape, foretold_facts(options.shape), options.folder / "models")
+        worker.open(1, room)
+        yield found | {(name, setting): partial(ask_peer, worker, setting) for setting in worker.settings}
+
+
+def ask_ours(llm: LLM, drafter: str, prompt: list[int], tokens: int) -> Run:
+    """Of our engine."""
+    return run(llm, [prompt], SamplingParams(max_tokens=tokens, ignore_eos=True), drafter)
+
+
+def ask_peer(worker: Worker, setting: str, prompt: list[int], tokens: int) -> Run:
+    """Of the peer."""
+    told = worker.answer(setting, prompt, tokens)
+    return Run([told["answer"]], tokens - 1, told["seconds"], told["steps"], 0, 0)
+
+
+def compare_sides(options: argparse.Namespace) -> None:
+    """Each side with and without look-up, on loads whose answers are known; print that."""
+    vocab = ModelConfig.from_hf(foretold_facts(options.shape)).vocab_size
+    known = loads(vocab, options.tokens)
+    rows = []
+    room = max(len(prompt) + len(answer) for prompt, answer in known.values()) + 1
+    with sides(options, room) as asks:
+        for name, (prompt, answer) in known.items():
+            print(f"{name:<34}{'tok/s':>9}{'ratio':>10}{'a step':>9}")
+            runs: dict[tuple[str, str], list[Run]] = {key: [] for key in asks}
+            for _ in range(options.rounds):
+                for key, ask in asks.items():
+                    runs[key].append(ask(prompt, len(answer)))
+                    assert runs[key][-1].answers == [answer], f"{key} gave another answer to {name!r}"
+            rows += [show_side(name, key, of, runs[key[0], "plain"]) for key, of in runs.items()]
+    facts = {"benchmark": "speculative", "shape": options.shape, "against": options.against}
+    print(json.dumps(facts | {"threads": options.threads, "results": rows}))
+
+
+def show_side(load: str, key: tuple[str, str], runs: list[Run], plain: list[Run]) -> dict[str, object]:
+    """A row of that table: ``ratio`` is to the same side without look-up, in the same rounds."""
+    rate = statistics.median(run.rate for run in runs)
+    ratio = statistics.median(own.rate / other.rate for own, other in zip(runs, plain, strict=True))
+    print(f"{', '.join(key):<34}{rate:>9.1f}{ratio:>9.2f}x{runs[-1].tokens_a_step:>9.2f}", flush=True)
+    return {
+        "load": load,
+        "side": ", ".join(key),
+        "tok_s": round(rate, 1),
+        "ratio": round(ratio, 3),
+        "tokens_a_step": round(runs[-1].tokens_a_step, 2),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--against", choices=[*LOOK_UPS], help="compare look-up with this peer's")
+    parser.add_argument("--threads", type=int, default=2, help="with --against")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="where peers.py put the peers")
     parser.add_argument("--shape", default="qwen2-0.5b", help="short name of the random model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     options = parser.parse_args()
+    if options.against:
+        try:
+            return compare_sides(options)
+        except PeerMissing as missing:
+            parser.error(str(missing))
     print(f"{'':<34}{'plain':>9}{'guessed':>9}{'ratio':>9}{'a step':>9}   right")
     rows = []
 

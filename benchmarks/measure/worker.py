@@ -73,6 +73,10 @@ class Worker:
             self._ask("streams", setting=setting, rows=rows, context=context, steps=steps)["seconds"]
         )
 
+    def answer(self, setting: str, prompt: Sequence[int], tokens: int) -> Mapping[str, Any]:
+        """The greedy ``answer`` to a prompt; ``seconds`` and ``steps`` from its first token to its last."""
+        return self._ask("answer", setting=setting, prompt=list(prompt), tokens=tokens)
+
     def _ask(self, do: str, **arguments: object) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:

@@ -9,6 +9,8 @@ interleaved. It runs in its engine's own environment, hence only the standard li
     {"do": "prefill", "setting": "...", "tokens": 512}               -> {"seconds": ...}
     {"do": "decode", "setting": "...", "context": 512, "steps": 16}  -> {"seconds": ...}
     {"do": "streams", "setting": "...", "rows": 8, "context": 128, "steps": 64}  -> {"seconds": ...}
+    {"do": "answer", "setting": "...", "prompt": [5, 7], "tokens": 64}
+                                                     -> {"answer": [...], "seconds": ..., "steps": ...}
     {"do": "figures"}                                                -> {...}
 
 ``shape`` is a short name of ours and ``config`` the facts of its config.json, ``folder`` where made weights
@@ -16,8 +18,9 @@ may be kept. ``open`` says how many sequences there will be and how many tokens 
 one sequence of so many tokens, from none to the last one's logits. ``decode`` is so many greedy steps of one
 token a sequence, after ``context`` tokens that are in the cache already (making them is not timed).
 ``streams``, which not every engine has, is so many prompts of ``context`` tokens that come at once, until
-each has ``steps`` tokens. ``figures`` is what an engine says of what it did last, perhaps nothing. A failure
-is {"error": "..."}.
+each has ``steps`` tokens. ``answer``, for engines that guess, is the greedy answer to a prompt, with the
+seconds and steps from its first token to its last. ``figures`` is what an engine says of what it did last,
+perhaps nothing. A failure is {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ def _answer(engine: Engine, request: Mapping[str, object]) -> Mapping[str, objec
         return {}
     if request["do"] == "figures":
         return dict(getattr(engine, "figures", {}))
+    if request["do"] == "answer":
+        return engine.answer(**arguments)  # type: ignore[attr-defined, no-any-return]
     assert request["do"] in ("prefill", "decode", "streams")
     return {"seconds": getattr(engine, str(request["do"]))(**arguments)}
 

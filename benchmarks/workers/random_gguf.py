@@ -3,6 +3,7 @@
     python random_gguf.py CONFIG FOLDER TOKENIZER      prints its path; CONFIG is JSON
 
 Without a tokenizer's folder it has no vocabulary; with one (byte-level BPE, as Qwen2's), it makes text.
+Where CONFIG has "foretold", its text is known, as measure/foretold.py says.
 """
 
 from __future__ import annotations
@@ -17,27 +18,35 @@ from typing import Any
 import gguf
 import numpy as np
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale and 32 values of 4 bits
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
+Config = Mapping[str, Any]
 
 
-def gguf_of(config: Mapping[str, object], folder: str, tokenizer: Path | None = None) -> Path:
+def gguf_of(config: Config, folder: str, tokenizer: Path | None = None) -> Path:
     """The path of the file in ``folder``, which is made where it is missing."""
     number = {name: value for name, value in config.items() if isinstance(value, int | float)}
     sizes = "x".join(
         str(int(number[f])) for f in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     )
-    path = Path(folder) / f"{config['model_type']}-{sizes}-q4_0{'-text' if tokenizer else ''}.gguf"
+    kinds = {
+        "-head": not config["tie_word_embeddings"],
+        "-foretold": "foretold" in config,
+        "-text": tokenizer,
+    }
+    kind = "".join(name for name, has in kinds.items() if has)
+    path = Path(folder) / f"{config['model_type']}-{sizes}-q4_0{kind}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        _write(part, str(config["model_type"]), number, tokenizer)
+        _write(part, config, number, tokenizer)
         part.replace(path)
     return path
 
 
-def _write(path: Path, architecture: str, number: Mapping[str, float], tokenizer: Path | None) -> None:
-    writer = gguf.GGUFWriter(str(path), architecture)
+def _write(path: Path, config: Config, number: Mapping[str, float], tokenizer: Path | None) -> None:
+    writer = gguf.GGUFWriter(str(path), str(config["model_type"]))
     heads, hidden = int(number["num_attention_heads"]), int(number["hidden_size"])
     writer.add_context_length(int(number["max_position_embeddings"]))
     writer.add_embedding_length(hidden)
@@ -53,17 +62,37 @@ def _write(path: Path, architecture: str, number: Mapping[str, float], tokenizer
     else:
         given = json.loads((tokenizer / "tokenizer.json").read_text())
         _write_vocabulary(writer, given, int(number["vocab_size"]))
-    rng = np.random.default_rng(0)
-    for name, shape in _tensors(number):
-        if len(shape) == 1:
-            fill = 1.0 if name.endswith("norm.weight") else 0.0
-            writer.add_tensor(name, np.full(shape, fill, np.float32))
-        else:
-            writer.add_tensor(name, _random_q4(rng, *shape), raw_dtype=Q4_0)
+    _add_tensors(writer, number, config.get("foretold"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tensors(writer: gguf.GGUFWriter, number: Mapping[str, float], foretold: Config | None) -> None:
+    """Vectors of ones and zeros, random matrices; what is foretold has the moved embedding as its head."""
+    rng = np.random.default_rng(0)
+    embedding = np.empty(0, np.uint8)
+    for name, shape in _tensors(number):
+        if len(shape) == 1:
+            fill = 1.0 if name.endswith("norm.weight") else 0.0
+            writer.add_tensor(name, np.full(shape, fill, np.float32))
+            continue
+        if foretold and name == HEAD:
+            matrix = np.roll(embedding, foretold["stride"], axis=0)
+        else:
+            matrix = _random_q4(rng, *shape, _deviation(name, shape[1], foretold))
+        if name == EMBEDDING:
+            embedding = matrix
+        writer.add_tensor(name, matrix, raw_dtype=Q4_0)
+
+
+def _deviation(name: str, columns: int, foretold: Config | None) -> float:
+    """Of a matrix's entries: a product keeps its input's size, but for what is foretold."""
+    if foretold and name == EMBEDDING:
+        return 1.0
+    is_added = name.endswith(("attn_output.weight", "ffn_down.weight"))
+    return float(columns**-0.5 * (foretold["little"] if foretold and is_added else 1))
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, given: Mapping[str, Any], size: int) -> None:
@@ -84,10 +113,10 @@ def _write_vocabulary(writer: gguf.GGUFWriter, given: Mapping[str, Any], size: i
 
 
 def _tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Qwen2's tensors by their GGUF names; a head that is tied is not stored."""
+    """Qwen2's tensors by their GGUF names, the embedding before the head; one that is tied is not stored."""
     hidden, middle = int(number["hidden_size"]), int(number["intermediate_size"])
     kv = hidden // int(number["num_attention_heads"]) * int(number["num_key_value_heads"])
-    yield "token_embd.weight", (int(number["vocab_size"]), hidden)
+    yield EMBEDDING, (int(number["vocab_size"]), hidden)
     for layer in range(int(number["num_hidden_layers"])):
         for name, rows in (("attn_q", hidden), ("attn_k", kv), ("attn_v", kv)):
             yield f"blk.{layer}.{name}.weight", (rows, hidden)
@@ -99,13 +128,17 @@ def _tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]
         yield f"blk.{layer}.attn_norm.weight", (hidden,)
         yield f"blk.{layer}.ffn_norm.weight", (hidden,)
     yield "output_norm.weight", (hidden,)
+    if not number["tie_word_embeddings"]:
+        yield HEAD, (int(number["vocab_size"]), hidden)
 
 
-def _random_q4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Packed Q4_0 rows of a standard deviation near 1 / sqrt(columns), as uint8 [rows, bytes]."""
-    blocks = rng.integers(0, 256, (rows, columns // BLOCK, BLOCK_BYTES), dtype=np.uint8)
-    deviation_of_4_bits = 4.6
-    scale = np.array([columns**-0.5 / deviation_of_4_bits], np.float16)
+def _random_q4(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> np.ndarray:
+    """Packed Q4_0 rows of about that standard deviation, as uint8 [rows, bytes]."""
+    # Of -8 to 7 the first is left out: a mean beside 0 grows from layer to layer, until all tokens are alike.
+    pairs = np.array([16 * high + low for high in range(1, 16) for low in range(1, 16)], np.uint8)
+    blocks = pairs[rng.integers(0, len(pairs), (rows, columns // BLOCK, BLOCK_BYTES), dtype=np.uint8)]
+    deviation_of_4_bits = 4.3
+    scale = np.array([deviation / deviation_of_4_bits], np.float16)
     blocks[:, :, :2] = scale.view(np.uint8)
     return blocks.reshape(rows, -1)
 
