@@ -152,7 +152,8 @@ def _run(arguments: list[str]) -> int:
         from tiny_llm.course.restart import restart_with_learner
 
         restart_with_learner(arguments)
-    name = _program()
+    called = Path(sys.argv[0]).name
+    name = {"main.py": "python main.py", "__main__.py": "python -m tiny_llm"}.get(called, called)
     command = typer.main.get_command(app)
     command.epilog = EXAMPLES.format(program=name)
     try:
@@ -165,12 +166,6 @@ def _run(arguments: list[str]) -> int:
     finally:
         sys.stdout.flush()
     return 0
-
-
-def _program() -> str:
-    """What was typed to call us, as help and examples show it."""
-    name = Path(sys.argv[0]).name
-    return {"main.py": "python main.py", "__main__.py": "python -m tiny_llm"}.get(name, name)
 
 
 def _fail(error: Exception, what: str, code: int, arguments: list[str]) -> int:

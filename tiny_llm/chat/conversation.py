@@ -127,10 +127,8 @@ def _checked(path: Path, given: object) -> list[dict[str, str]]:
     for index, message in enumerate(given[first:]):
         role = ("user", "assistant")[index % 2]
         if not _is_from(role, message):
-            where = f"{path}, message {first + index + 1}"
-            raise RequestError(
-                f'{where}: expected {{"role": "{role}", "content": "..."}}, as /save writes it.'
-            )
+            expected = f'expected {{"role": "{role}", "content": "..."}}, as /save writes it'
+            raise RequestError(f"{path}, message {first + index + 1}: {expected}.")
     if (len(given) - first) % 2:
         raise RequestError(f"{path} ends with a question; a saved conversation ends with an answer.")
     return [{"role": message["role"], "content": message["content"]} for message in given]

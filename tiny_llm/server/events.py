@@ -40,11 +40,6 @@ def event_of(value: object) -> bytes:
     return b"data: " + b"".join(dumped(value)) + b"\n\n"
 
 
-def named_event(name: str, value: object) -> bytes:
-    """A value as an event that says its name."""
-    return b"event: " + name.encode() + b"\n" + event_of(value)
-
-
 def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
     """``event_of(make(text))`` for text after text, quickly: all that stands around it is written once."""
     before, _, after = event_of(make(_HOLE)).rpartition(dumps(_HOLE))

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-_SCRIPTS = "asking chats conversation copying dom highlight live markdown page store"
+_SCRIPTS = "asking chats conversation dom highlight live markdown page store"
 PAGE_FILES: Mapping[str, str] = {
     "/": "index.html",
     "/page/page.css": "page.css",

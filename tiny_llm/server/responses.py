@@ -18,7 +18,7 @@ from tiny_llm.errors import TinyLLMError
 from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job
-from tiny_llm.server.events import ResponseWriter, answered, named_event
+from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.problems import Problem, problem_of
@@ -130,7 +130,8 @@ class ResponsesWriter(ResponseWriter):
 
     def _event(self, event: dict[str, Any]) -> bytes:
         self._count += 1
-        return named_event(event["type"], {**event, "sequence_number": self._count - 1})
+        numbered = event_of({**event, "sequence_number": self._count - 1})
+        return f"event: {event['type']}\n".encode() + numbered
 
     def _told(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Take a chunk in; return what it is told by."""

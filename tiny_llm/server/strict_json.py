@@ -55,7 +55,9 @@ def parse(body: bytes) -> dict[str, Any]:
         names: Mapping[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
         kind = names.get(type(value), "number")
         raise Problem(400, f"The body is a JSON {kind}, but must be an object.", code="invalid_json")
-    if _has_large_number(body) or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+    starts = range(0, len(body), _PART_BYTES)  # part by part: no other thread runs during a search
+    has_large = any(_LARGE_NUMBER.search(body, start, start + _PART_BYTES + _OVERLAP) for start in starts)
+    if has_large or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         _check(value)
     return value
 
@@ -89,12 +91,6 @@ class PartCount:
             if self._counts[number] > most:
                 return f"more than {most:,} {name}"
         return ""
-
-
-def _has_large_number(body: bytes) -> bool:
-    """Part by part: no other thread runs during a search."""
-    starts = range(0, len(body), _PART_BYTES)
-    return any(_LARGE_NUMBER.search(body, start, start + _PART_BYTES + _OVERLAP) for start in starts)
 
 
 def _check(value: object) -> None:

@@ -2,8 +2,7 @@
 // with each: copied, edited, answered again.
 
 import { events, Refusal } from "./asking.js";
-import { copyButton } from "./copying.js";
-import { $, button, element } from "./dom.js";
+import { $, button, copyButton, element } from "./dom.js";
 import { show } from "./markdown.js";
 import { newChat } from "./store.js";
 

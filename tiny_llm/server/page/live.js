@@ -23,8 +23,6 @@ function colour(owner) {
   return dark.matches ? `oklch(0.74 0.105 ${hue})` : `oklch(0.64 0.115 ${hue})`;
 }
 
-const ownerOf = (id) => OWNED + (id % (256 - OWNED));
-
 function svg(name, attributes, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -128,7 +126,7 @@ function fit(width, number) {
 /** One request of the batch, as a bar. */
 class Bar {
   constructor(id, onMark) {
-    this.owner = ownerOf(id);
+    this.owner = OWNED + (id % (256 - OWNED));
     this.pieces = ["part-cached", "part-read", "part-gap", "part-made"].map((kind) => element("i", kind));
     const bar = element("span", { className: "bar", ariaHidden: "true" }, ...this.pieces);
     this.what = element("span", "what");

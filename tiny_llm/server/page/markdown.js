@@ -2,8 +2,7 @@
 // node or an attribute that cannot run; no string is ever read as HTML. Links are http(s) only, images
 // are not loaded.
 
-import { copyButton } from "./copying.js";
-import { element } from "./dom.js";
+import { copyButton, element } from "./dom.js";
 import { pieces } from "./highlight.js";
 
 const DEEPEST = 8; // quotes and lists in each other
