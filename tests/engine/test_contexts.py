@@ -225,3 +225,16 @@ def test_what_cannot_be_is_refused_in_words(demo: Path) -> None:
     with pytest.raises(ContextError, match="With its contexts the prompt is too long"):
         llm.generate([[1] * (llm.max_context - 50)], GREEDY, contexts=["one"])
     assert [info.hits for info in llm.contexts] == [2, 0, 0] and llm.engine.contexts.find("one").users == 0
+
+
+def test_a_chats_contexts_stand_in_its_system_message(demo: Path) -> None:
+    llm = with_contexts(LLM(demo))
+    ids, at = llm.chat_place("What is a KV cache?", contexts=True)
+    answer = llm.chat("What is a KV cache?", GREEDY, contexts=["two", "one"])
+    joined = ids[:at] + TWO + ONE + ids[at:]
+    assert answer.prompt_token_ids == joined
+    assert answer.token_ids == llm.generate([joined], GREEDY)[0].token_ids
+    again = llm.chat("Who decides?", GREEDY, contexts=["two", "one"])
+    assert again.cached_tokens >= at + len(TWO + ONE), "what was computed in order is kept, too"
+    loose = llm.chat("Who decides?", GREEDY, contexts=["one", "two"], join="independent")
+    assert loose.error is None and loose.cached_tokens >= len(TWO + ONE)

@@ -156,6 +156,9 @@ class Engine:
         if context is not None:
             return self._pin(self.contexts.add(context, prompt, salt, now))
         joined = self.contexts.joined(prompt, joining, salt)
+        if len(joined.token_ids) > len(prompt):  # whoever asked may not know how long contexts are
+            room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
+            params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
         try:
             return self._add(joined, params, priority, now, timeout_s, keep)
         except Exception:

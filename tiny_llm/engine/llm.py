@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from math import inf
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
@@ -20,13 +20,13 @@ from tiny_llm.engine.contexts import Joined, Joining
 from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.named_contexts import NamedContexts
-from tiny_llm.engine.prompts import Prompt, as_ids, as_list, for_each
+from tiny_llm.engine.prompts import ChatOptions, Prompt, as_ids, as_list, for_each
 from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import ContextError, RequestError, UsageError
 from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
-from tiny_llm.messages.chat_prompt import ChatPrompts
+from tiny_llm.messages.chat_prompt import PLACE, ChatPrompts, with_place
 from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
@@ -356,26 +356,14 @@ class LLM:
         self,
         messages: str | Sequence[Message],
         params: SamplingParams | None = None,
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool = True,
-        response_format: Mapping[str, object] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Completion:
         """Answer a conversation: messages like {"role": "user", "content": "..."}, or a text of the user's.
 
         The completion's ``message`` has what was said, what was thought before, and the calls of ``tools``.
-        All arguments are as OpenAI has them. Raises RequestError for what cannot be answered so.
+        ``contexts`` stand first in the system message; other options are OpenAI's. Raises RequestError.
         """
-        chunks = self.stream_chat(
-            messages,
-            params,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            response_format=response_format,
-        )
-        return _completions(chunks)[0]
+        return _completions(self.stream_chat(messages, params, **options))[0]
 
     def stream_chat(
         self,
@@ -386,6 +374,9 @@ class LLM:
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, object] | None = None,
+        contexts: Sequence[str] = (),
+        join: Joined = "exact",
+        recompute: int = 0,
     ) -> Generator[Chunk]:
         """``chat`` as ``stream``: a chunk a token, whose ``deltas`` are what the message gets of it."""
         form = ChatFormat.of(
@@ -395,12 +386,13 @@ class LLM:
             parallel_tool_calls=parallel_tool_calls,
             grammar=response_grammar(response_format),
         )
-        prompt = self.chat_prompt(messages, tools=form.tools)
+        prompt, at = self.chat_place(messages, tools=form.tools, contexts=bool(contexts))
         form = form.after(self.tokenizer, prompt)
         held = form.params(SamplingParams() if params is None else params)
         if form.grammar is not None:
             held = self.grammars.constrain(held, form.grammar)
-        return with_messages(self.stream(prompt, held), form.parser)
+        chunks = self.stream(prompt, held, joining=Joining(contexts, join, recompute, at))
+        return with_messages(chunks, form.parser)
 
     def chat_prompt(
         self,
@@ -414,10 +406,22 @@ class LLM:
         ``variables`` are the template's own (``enable_thinking`` ...). Raises ConfigError if the model has no
         template, RequestError if it refuses the messages or leaves a part of them out.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        text = self._chat_prompts.text(messages, tools=tools, **variables)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.chat_place(messages, tools=tools, contexts=False, **variables)[0]
+
+    def chat_place(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        contexts: bool,
+        **variables: object,
+    ) -> tuple[list[int], int]:
+        """``chat_prompt``, and before which of its tokens ``contexts`` are to stand."""
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        asked = with_place(asked) if contexts else asked
+        before, mark, after = self._chat_prompts.text(asked, tools=tools, **variables).partition(PLACE)
+        ids, rest = (self.tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+        return ids + rest, len(ids) if mark else 0
 
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[list[int], SamplingParams]:
         """A prompt as ids, and its params; RequestError for what cannot be answered."""

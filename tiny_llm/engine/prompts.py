@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
 
+from tiny_llm.engine.contexts import Joined
 from tiny_llm.errors import RequestError
+from tiny_llm.messages.chat_format import ToolChoice, ToolSpec
 from tiny_llm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+
+
+class ChatOptions(TypedDict, total=False):
+    """What may be said of a chat beside its messages; see ``LLM.chat``."""
+
+    tools: Sequence[ToolSpec] | None
+    tool_choice: ToolChoice | None
+    parallel_tool_calls: bool
+    response_format: Mapping[str, object] | None
+    contexts: Sequence[str]
+    join: Joined
+    recompute: int
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -17,6 +17,8 @@ from tiny_llm.messages.template_probe import Lost, Shape, form_of, lost_parts, s
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
+PLACE = "\ue000contexts\ue001"
+"""Where texts that are kept elsewhere are to stand in a prompt: a mark of characters that nobody writes."""
 _SHAPES = 256  # conversations of different shapes, of which is remembered what the template shows
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
@@ -76,6 +78,14 @@ class ChatPrompts:
             shapes,
             has_tools=has_tools,
         )
+
+
+def with_place(messages: Sequence[Message]) -> list[Message]:
+    """A conversation whose system message begins with ``PLACE``; it gets one if it has none."""
+    first, *others = messages or [{}]
+    if first.get("role") != "system":
+        return [{"role": "system", "content": PLACE}, *messages]
+    return [{**first, "content": f"{PLACE}{first.get('content', '')}"}, *others]
 
 
 def _completed(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,16 +18,24 @@ from tiny_llm.errors import TinyLLMError
 from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import completion
+from tiny_llm.server.contexts import add_context, list_contexts, remove_context
 from tiny_llm.server.events import EventStream, answered, large_json
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
+from tiny_llm.server.params import salt_of
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
 from tiny_llm.server.strict_json import StrictRoute
-from tiny_llm.server.text_bodies import CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
+from tiny_llm.server.text_bodies import (
+    CompletionBody,
+    ContextBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
 from tiny_llm.server.texts import detokenize, generation, tokenize, tokenizer_info
 from tiny_llm.version import __version__
 
@@ -94,6 +102,14 @@ def _operations(service: Service) -> APIRouter:
         service.require_model(model)
         return card()
 
+    @router.get("/v1/contexts", responses=_documented("object", "data"))
+    async def contexts(request: Request, cache_salt: str | None = None) -> dict[str, object]:
+        return await list_contexts(service, salt_of(request.state.salt, cache_salt))
+
+    @router.delete("/v1/contexts/{name:path}", responses=_documented("id", "object", "deleted"))
+    async def removed(request: Request, name: str, cache_salt: str | None = None) -> dict[str, object]:
+        return await remove_context(service, name, salt_of(request.state.salt, cache_salt))
+
     @router.get("/tokenizer_info")
     async def tokenizer_facts() -> dict[str, object]:
         return tokenizer_info(service)
@@ -120,6 +136,10 @@ def _asking(service: Service) -> APIRouter:
     @router.post("/generate", responses=_documented("answers", "usage", streams=True))
     async def generated(request: Request, body: GenerateBody) -> Response:
         return await answered(service, request, body, generation)
+
+    @router.post("/v1/contexts", responses=_documented("id", "object", "tokens"))
+    async def context(request: Request, body: ContextBody) -> dict[str, object]:
+        return await add_context(service, request, body)
 
     @router.post("/tokenize", responses=_documented("count", "tokens", "max_model_len"))
     async def tokenized(body: TokenizeBody) -> Response:

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from tiny_llm.engine.contexts import Joined
 from tiny_llm.sampling_params import MOST, OPTIONS
 from tiny_llm.scheduler.settings import MAX_PRIORITY
 from tiny_llm.server import settings as caps
@@ -34,6 +35,8 @@ TokenId = Annotated[int, Field(ge=0, lt=MOST)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, lt=MOST)]
+ContextName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Few = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
 
 
@@ -169,7 +172,12 @@ class Choosing(Body):
     metadata: Annotated[dict[str, Label], BeforeValidator(_few_labels)] = Field(default_factory=dict)
     regex: Annotated[str, StringConstraints(min_length=1)] | None = None
     grammar: Annotated[str, StringConstraints(min_length=1)] | None = None
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    cache_salt: Salt | None = None
+    contexts: Annotated[list[ContextName], FailFast(), Field(max_length=caps.MAX_PROMPTS)] = Field(
+        default_factory=list
+    )
+    join: Joined = "exact"
+    recompute: Annotated[int, Field(ge=0, lt=MOST)] = 0
 
     @field_validator("stream_options", check_fields=False)
     @classmethod

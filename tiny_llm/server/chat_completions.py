@@ -43,8 +43,9 @@ def chat_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
         grammar=grammar_of(body),
     )
     asked = (body.messages, body.chat_template_kwargs, form.tools, body.reasoning_effort)
-    prompts = [chat_ids(llm, *asked)]
-    form = form.after(llm.tokenizer, prompts[0])
+    prompt, at = chat_ids(llm, *asked, contexts=bool(body.contexts))
+    prompts = [prompt]
+    form = form.after(llm.tokenizer, prompt)
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
@@ -53,7 +54,7 @@ def chat_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
         text = body.prediction.content[: params.max_tokens * llm.tokenizer.longest_token]
         expected = llm.tokenizer.encode(text, add_special_tokens=False)
         params = replace(params, prediction=tuple(expected))
-    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar)
+    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar, at)
 
 
 class ChatWriter(ChoiceWriter):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import Grammar
 from tiny_llm.engine.async_llm import AsyncLLM
+from tiny_llm.engine.contexts import Joining
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.problems import Problem
 
@@ -32,6 +33,7 @@ class Job(NamedTuple):
     grammar: Grammar | None = None
     only_prompt: bool = False
     keep: bool = True
+    joining: Joining | None = None
 
 
 async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
@@ -41,7 +43,8 @@ async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
     """
     n, begun = job.params.n, False
     shown = _ShownLogprobs()
-    streams = engine.streams(job.prompts, job.params, priority=job.priority, salt=job.salt, keep=job.keep)
+    options = {"priority": job.priority, "salt": job.salt, "keep": job.keep, "joining": job.joining}
+    streams = engine.streams(job.prompts, job.params, **options)
     async with aclosing(streams):
         async for came in streams:
             chunks: list[tuple[int, Chunk]] = []

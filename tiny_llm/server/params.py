@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiny_llm.decoding.grammar import THINK, Grammar, lark_grammar, regex_grammar, response_grammar
+from tiny_llm.engine.contexts import Joining
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.sampling_params import OPTIONS, BeamParams, SamplingParams
@@ -69,12 +70,18 @@ def job_of(
     params: SamplingParams,
     key_salt: str,
     grammar: Grammar | None,
+    at: int = 0,
 ) -> Job:
-    """What the engine gets. Prompts share cached blocks only within one key and one salt of its own."""
-    own_salt = body.cache_salt or ""
-    salt = f"{key_salt}/{own_salt}" if key_salt or own_salt else ""
+    """What the engine gets; contexts stand before token ``at``. See ``salt_of``."""
     keep = getattr(body, "store", None) is not False  # one of the fields of ``neutral``
-    return Job(prompts, params, body.priority, salt, grammar, keep=keep)
+    joining = Joining(body.contexts, body.join, body.recompute, at) if body.contexts else None
+    salt = salt_of(key_salt, body.cache_salt)
+    return Job(prompts, params, body.priority, salt, grammar, keep=keep, joining=joining)
+
+
+def salt_of(key_salt: str, own: str | None) -> str:
+    """Prompts share cached blocks, and find contexts, only within one key and one salt of its own."""
+    return f"{key_salt}/{own or ''}" if key_salt or own else ""
 
 
 def prompts_job(llm: LLM, body: CompletionBody | GenerateBody, key_salt: str, max_tokens: int) -> Job:
@@ -104,13 +111,16 @@ def chat_ids(
     arguments: TemplateArguments,
     tools: Sequence[Mapping[str, object]] | None = None,
     effort: Effort | None = None,
-) -> list[int]:
-    """A conversation as the ids of the model's template."""
+    *,
+    contexts: bool = False,
+) -> tuple[list[int], int]:
+    """A conversation as the ids of the model's template, and where among them ``contexts`` are to stand."""
     given = template_variables(llm.tokenizer, arguments, effort)
     try:
         _require_fitting(llm, messages)
-        ids, _ = llm.check(llm.chat_prompt([_plain(m) for m in messages], tools=tools, **given))
-        return ids
+        plain = [_plain(m) for m in messages]
+        ids, at = llm.chat_place(plain, tools=tools, contexts=contexts, **given)
+        return llm.check(ids)[0], at
     except RequestError as error:
         raise _about(error.param or "messages", error) from error
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from tiny_llm.sampling_params import MOST
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, Few, Sampling, StreamOptions, TokenId, range_of
+from tiny_llm.server.bodies import Body, ContextName, Few, Salt, Sampling, StreamOptions, TokenId, range_of
 from tiny_llm.server.chat_bodies import Message, TemplateArguments
 from tiny_llm.server.neutral import misplaced
 
@@ -67,6 +67,15 @@ class GenerateBody(Sampling):
     prompt: Prompts
     temperature: Annotated[float, range_of("temperature")] = 0.0
     logprobs: Few | None = None
+
+
+class ContextBody(Body):
+    """POST /v1/contexts: a text to be kept as ``name``, for ``ttl`` seconds or until it is removed."""
+
+    name: ContextName
+    text: Annotated[str, Field(min_length=1)]
+    ttl: Annotated[float, Field(gt=0)] | None = None
+    cache_salt: Salt | None = None
 
 
 class TokenizeBody(Body):

@@ -58,7 +58,7 @@ def tokenize(service: Service, body: TokenizeBody) -> dict[str, object]:
         raise Problem(400, "Give either prompt or messages.", code="invalid_value", param="prompt")
     llm = service.llm
     if body.prompt is None:
-        ids = chat_ids(llm, body.messages, body.chat_template_kwargs)
+        ids, _ = chat_ids(llm, body.messages, body.chat_template_kwargs)
     else:
         ids = llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     return {"count": len(ids), "max_model_len": llm.max_context, "tokens": ids}
