@@ -76,7 +76,9 @@ class Running:
         engine.runner.model = slow  # type: ignore[assignment]
 
     def used_blocks(self) -> int:
-        return self.engine.llm.engine.scheduler.usage().used
+        """By requests: contexts hold theirs until they are removed."""
+        usage = self.engine.llm.engine.scheduler.usage()
+        return usage.used - usage.pinned
 
     def wait_until_idle(self) -> None:
         """Until no request is left, and no block is in use."""

@@ -34,6 +34,7 @@ def test_metrics_are_the_engines_own_figures() -> None:
         "kv_cache_usage_perc": blocks.used / 12,
         "kv_cache_blocks": 12,
         "kv_cache_used_blocks": blocks.used,
+        "kv_cache_pinned_blocks": blocks.pinned,
         "kv_cache_cached_blocks": blocks.cached,
         "prompt_tokens_total": 17,
         "generation_tokens_total": totals.generation_tokens,

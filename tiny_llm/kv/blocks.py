@@ -61,7 +61,8 @@ class Moves(NamedTuple):
 class Usage(NamedTuple):
     """The pool in blocks: ``capacity = used + cached + free``. ``limit`` is what it may grow to.
 
-    ``wasted_slots`` counts token slots of used blocks that hold no token (internal fragmentation).
+    ``wasted_slots`` counts token slots of used blocks that hold no token (internal fragmentation); ``pinned``
+    of the used blocks hold contexts.
     """
 
     capacity: int
@@ -71,6 +72,7 @@ class Usage(NamedTuple):
     free: int
     wasted_slots: int
     host_used: int
+    pinned: int
 
 
 class BlockManager:
@@ -309,7 +311,7 @@ class BlockManager:
         assert len(self._free) == self.capacity, "a table still holds a block"
         self.drain()
 
-    def usage(self, held: Iterable[tuple[BlockTable, int]]) -> Usage:
+    def usage(self, held: Iterable[tuple[BlockTable, int]], pinned: int = 0) -> Usage:
         """The accounts; ``held`` is each table with the number of tokens that it holds."""
         size = self.block_size
         filled: dict[int, int] = {}  # of each block that may not be full
@@ -325,6 +327,7 @@ class BlockManager:
             free=len(self._free),
             wasted_slots=sum(size - max(0, tokens) for tokens in filled.values()),
             host_used=self._host_blocks - len(self._host_free),
+            pinned=pinned,
         )
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:

@@ -231,9 +231,8 @@ class Scheduler:
 
     def usage(self) -> Usage:
         """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
-        return self.blocks.usage(
-            (entry.table, entry.seq.num_computed_tokens) for entry in self._running.items
-        )
+        held = ((entry.table, entry.seq.num_computed_tokens) for entry in self._running.items)
+        return self.blocks.usage(held, self.pins.used_blocks)
 
     def running(self) -> list[tuple[Sequence, BlockTable]]:
         """Who takes part in steps, by rank, and its blocks: to be looked at, and only between two steps."""

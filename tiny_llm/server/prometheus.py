@@ -50,6 +50,7 @@ class _Figures:
         yield gauge("kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", used)
         yield gauge("kv_cache_blocks", "KV blocks that there may be.", blocks.limit)
         yield gauge("kv_cache_used_blocks", "KV blocks in use.", blocks.used)
+        yield gauge("kv_cache_pinned_blocks", "KV blocks in use that hold contexts.", blocks.pinned)
         yield gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", blocks.cached)
         if stats.disk is not None:
             yield gauge("kv_disk_bytes", "Bytes of KV blocks on disk.", stats.disk.bytes)
