@@ -25,6 +25,7 @@ from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.embedding import embedding
+from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.metal import watch
 from tiny_llm.ops.paged_attention import attention_tiles_keep_bits, paged_attention
@@ -49,6 +50,7 @@ class Row:
     kernel: str
     size: str
     what: str
+    main_bytes: int
     ratio: float
     all_ratio: float
     reuse: float
@@ -128,8 +130,8 @@ def draw_case(what: str, vocab: int, **options: float) -> Case:
     return Case(f"{vocab}, {what}", ("logits",), least, 1, lambda: sample(logits, params, [0]))
 
 
-def attention_case(sequences: int, context: int, new: int = 1) -> Case:
-    """``new`` tokens a sequence, the last of a paged context."""
+def attention_case(sequences: int, context: int, new: int = 1, *, int8: bool = False) -> Case:
+    """``new`` tokens a sequence, the last of a paged context, which is bfloat16 or int8."""
     blocks, rows = -(-context // BLOCK), sequences * new
     tables = mx.arange(sequences * blocks, dtype=mx.int32).reshape(sequences, blocks)
     at = mx.arange(context - new, context, dtype=mx.int32)
@@ -138,13 +140,18 @@ def attention_case(sequences: int, context: int, new: int = 1) -> Case:
     pages = Pages(slots.astype(mx.int32), tables, starts, lens)
     q, k = normal(rows, HEADS, DIM), normal(rows, KV_HEADS, DIM, seed=1)
     count = sequences * blocks
-    pool = normal(count, KV_HEADS, DIM, BLOCK), normal(count, KV_HEADS, BLOCK, DIM)
-    tokens = sequences * context * KV_HEADS * DIM * 2
-    least = {"q": q.nbytes, "keys": tokens, "values": tokens, "tables": tables.nbytes, "out": q.nbytes}
+    dtype = mx.int8 if int8 else mx.bfloat16
+    pool = KvFormat(1, KV_HEADS, DIM, BLOCK, dtype, token_major=False).empty_pool(count, count)
+    vectors = sequences * context * KV_HEADS
+    pages_least = dict.fromkeys(("keys", "values"), vectors * DIM * dtype.size)
+    if int8:
+        pages_least |= dict.fromkeys(("key_scales", "value_scales"), vectors * 2)
+    least = {"q": q.nbytes, **pages_least, "tables": tables.nbytes, "out": q.nbytes}
     least |= {"work": 16 * rows, "width": 4, "scale": 4}
     size = f"{sequences} x {new} of {context} tokens" if new > 1 else f"{sequences} x {context} tokens"
     uses = new * HEADS // KV_HEADS
-    return Case(size, ("keys", "values"), least, q.size, lambda: paged_attention(q, k, k, pool, pages), uses)
+    size += ", int8" if int8 else ""
+    return Case(size, tuple(pages_least), least, q.size, lambda: paged_attention(q, k, k, pool, pages), uses)
 
 
 def small_cases(rows: int) -> Iterator[Case]:
@@ -178,14 +185,17 @@ def measure(case: Case) -> Row:
     """Run a case with every access counted."""
     with watch() as seen:
         case.call()
-    seen = [(name, traffic) for name, traffic in seen if name != "kv_write"]  # attention's other half
-    main = moved(seen, case.main) / sum(case.least[b] for b in case.main)
+    # Without attention's other half.
+    seen = [(name, traffic) for name, traffic in seen if not name.startswith("kv_write")]
+    main_bytes = moved(seen, case.main)
+    main = main_bytes / sum(case.least[b] for b in case.main)
     every = moved(seen) / sum(case.least.values())
     per, lanes = case.outputs, 32
     return Row(
         seen[0][0],
         case.size,
-        "+".join(dict.fromkeys(name.split("_")[0] for name in case.main)),
+        "+".join(dict.fromkeys(name.rstrip("_0123456789") for name in case.main)),
+        main_bytes,
         main,
         every,
         case.uses / main,
@@ -242,21 +252,25 @@ def main() -> None:
             draw_case("top-k 50", options.vocab, top_k=50),
             draw_case("top-p 0.9", options.vocab, top_p=0.9),
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
+            attention_case(4, options.context[-1], int8=True),
             attention_case(1, 128, 64),
+            attention_case(1, 128, 64, int8=True),
             *small_cases(16),
             *small_cases(64),
         ]
-        for ask in (matmul_tiles_keep_bits, attention_tiles_keep_bits):
-            ask("metalsim")  # once, and that is none of a case's traffic
+        matmul_tiles_keep_bits("metalsim")  # once, and that is none of a case's traffic
+        for int8 in (False, True):
+            attention_tiles_keep_bits("metalsim", scaled=int8)
         rows = [measure(case) for case in cases]
-    columns = ["kernel", "size", "moved over least", "least's share", "of", "loads an output", "reuse"]
+    columns = ["kernel", "size", "moved over least", "least's share", "of", "KB", "loads an output", "reuse"]
     columns += ["all buffers", "simdgroup operations an output", "threads at barriers"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for r in rows:
         print(
-            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {1 / r.ratio:.0%} | {r.what} | {r.loads:.1f} "
-            f"| {r.reuse:.1f} | {r.all_ratio:.2f} | {r.simd_operations:.2f} | {r.barriers:.2f} |"
+            f"| {r.kernel} | {r.size} | {r.ratio:.3f} | {1 / r.ratio:.0%} | {r.what} "
+            f"| {r.main_bytes / 1e3:.1f} | {r.loads:.1f} | {r.reuse:.1f} | {r.all_ratio:.2f} "
+            f"| {r.simd_operations:.2f} | {r.barriers:.2f} |"
         )
     print(
         json.dumps(

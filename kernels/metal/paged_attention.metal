@@ -4,12 +4,15 @@
 // their order, and so do the spans in a second kernel where any row has several (SPLIT). Spans begin at multiples of
 // SPAN whatever else is in the batch, so that a row's bits do not depend on the other rows.
 // work: for each threadgroup its row, the row's sequence, the tokens that it sees, and its span.
+// Of int8, a key's scale multiplies its score, and a value's goes into its weight; of floats there are no scales, and
+// what comes in their place is not read.
 // `written` and `read` say nothing: they put this behind the write that it sees, and the next write behind this.
 
-// kernel paged_attention(q, keys, values, tables, work, width, scale, written) -> (out, read)
+// kernel paged_attention(q, keys, values, key_scales, value_scales, tables, work, width, scale, written) -> (out, read)
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
     constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
     constexpr int STEP = D % 8 == 0 ? 8 : 1;  // elements of a key that are loaded together
+    constexpr bool SCALED = sizeof(P) == 1;
     threadgroup float query[G * D];
     threadgroup float largest[PARTS * G];
     threadgroup float weight[PARTS * G];
@@ -41,12 +44,15 @@
     int begin = work[item * 4 + 3] * SPAN;
     int length = min(work[item * 4 + 2], begin + SPAN);
     for (int b = begin / S + part; b * S < length; b += PARTS) {
-        ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
+        ulong tokens = (ulong(tables[table + b]) * K + head) * S;
+        ulong block = tokens * D;
         int count = min(S, length - b * S);
         float scores[TOKENS][G];
+        float units[TOKENS];
         UNROLL for (int n = 0; n < TOKENS; n++) {
             int token = int(lane) + n * 32;
             bool counts = token < count;
+            units[n] = SCALED && counts ? static_cast<float>(value_scales[tokens + token]) : 0.0f;
             UNROLL for (int g = 0; g < G; g++) {
                 scores[n][g] = counts ? 0.0f : -INFINITY;
             }
@@ -62,6 +68,12 @@
                         }
                     }
                 }
+                if (SCALED) {
+                    float unit = static_cast<float>(key_scales[tokens + token]);
+                    UNROLL for (int g = 0; g < G; g++) {
+                        scores[n][g] *= unit;
+                    }
+                }
             }
         }
         UNROLL for (int g = 0; g < G; g++) {
@@ -73,8 +85,9 @@
             float shrink = metal::precise::exp(top[g] - higher);
             float added = 0.0f;
             UNROLL for (int n = 0; n < TOKENS; n++) {
-                scores[n][g] = metal::precise::exp(scores[n][g] - higher);
-                added += scores[n][g];
+                float share = metal::precise::exp(scores[n][g] - higher);
+                added += share;
+                scores[n][g] = SCALED ? share * units[n] : share;
             }
             for (ushort apart = 1; apart < 32; apart *= 2) {  // simd_sum, in an order that is known
                 added += simd_shuffle_xor(added, apart);

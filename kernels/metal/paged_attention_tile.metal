@@ -9,12 +9,13 @@
 // first row sees, and the first of the threadgroup's pairs.
 #include <metal_simdgroup_matrix>
 
-// kernel paged_attention_tile(q, keys, values, tables, work, width, scale, written) -> (out, read)
+// kernel paged_attention_tile(q, keys, values, key_scales, value_scales, tables, work, width, scale, written) -> (out, read)
     constexpr int ROWS = 8 * M;
     constexpr int SLICE = 64;  // columns of the result that the parts put together at a time
     constexpr int SLICES = (D + SLICE - 1) / SLICE;
     constexpr int THREADS = PARTS * 32;
     constexpr int HELD = (ROWS * SLICE + THREADS - 1) / THREADS;
+    constexpr bool SCALED = sizeof(P) == 1;
     threadgroup float query[ROWS * D];
     threadgroup float largest[PARTS * ROWS];
     threadgroup float weight[PARTS * ROWS];
@@ -67,7 +68,17 @@
         }
         int end = min(length, begin + SPAN);
         for (int b = begin / S + part; b * S < end; b += PARTS) {
-            ulong block = (ulong(tables[table + b]) * K + head) * (D * S);
+            ulong tokens = (ulong(tables[table + b]) * K + head) * S;
+            ulong block = tokens * D;
+            float key_units[S / 8][2], value_units[S / 8][2];
+            UNROLL for (int j = 0; SCALED && j < S / 8; j++) {
+                UNROLL for (int i = 0; i < 2; i++) {
+                    int token = j * 8 + right + i;
+                    bool counts = b * S + token < length;
+                    key_units[j][i] = counts ? static_cast<float>(key_scales[tokens + token]) : 0.0f;
+                    value_units[j][i] = counts ? static_cast<float>(value_scales[tokens + token]) : 0.0f;
+                }
+            }
             simdgroup_matrix<float, 8, 8> scores[M][S / 8];
             UNROLL for (int m = 0; m < M; m++) {
                 UNROLL for (int j = 0; j < S / 8; j++) {
@@ -96,7 +107,8 @@
                 UNROLL for (int j = 0; j < S / 8; j++) {
                     UNROLL for (int i = 0; i < 2; i++) {
                         bool counts = b * S + j * 8 + right + i < seen[m];
-                        float score = counts ? scores[m][j].thread_elements()[i] : -INFINITY;
+                        float product = scores[m][j].thread_elements()[i];
+                        float score = counts ? (SCALED ? product * key_units[j][i] : product) : -INFINITY;
                         scores[m][j].thread_elements()[i] = score;
                         best = max(best, score);
                     }
@@ -114,7 +126,7 @@
                 UNROLL for (int j = 0; j < S / 8; j++) {
                     UNROLL for (int i = 0; i < 2; i++) {
                         float share = metal::precise::exp(scores[m][j].thread_elements()[i] - base);
-                        scores[m][j].thread_elements()[i] = share;
+                        scores[m][j].thread_elements()[i] = SCALED ? share * value_units[j][i] : share;
                         shares[j % 4][i] += share;
                     }
                 }

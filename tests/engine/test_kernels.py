@@ -15,7 +15,7 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm.cli import app
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
-from tiny_llm.ops.metal import FOLDER, folder
+from tiny_llm.ops.metal import FOLDER, folder, watch
 from tiny_llm.proving.choice import OPS
 from tiny_llm.server.prometheus import exposition
 
@@ -71,6 +71,16 @@ def test_metalsim_runs_all_of_ours_untried_unless_asked() -> None:
     with LLM(backend="metalsim") as llm:
         assert llm.kernels.ours is None and not llm.kernels.line
         assert llm.engine.stats().same_tokens and llm.engine.stats().ops_on_ours == OPS
+
+
+@pytest.mark.slow
+def test_pages_of_int8_are_read_by_our_kernels_and_tokens_are_those_of_ref() -> None:
+    with LLM(backend="ref", kv_dtype="int8", speculate="off") as ref:
+        expected = tokens(ref)
+    with LLM(backend="metalsim", kv_dtype="int8") as llm, watch() as seen:
+        assert tokens(llm) == expected
+    names = {name for name, _ in seen}
+    assert names >= {"kv_write_int8", "paged_attention", "paged_attention_tile"} and "kv_write" not in names
 
 
 def test_the_start_says_where_kernels_are_mlxs() -> None:

@@ -43,8 +43,9 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> set[Variant]:
 
 
 @pytest.mark.slow
-def test_traffic_compiles_nothing_after_the_warm_up(variants: set[Variant]) -> None:
-    with LLM(backend="metalsim", quantize=4) as llm:
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+def test_traffic_compiles_nothing_after_the_warm_up(kept: str, variants: set[Variant]) -> None:
+    with LLM(backend="metalsim", quantize=4, kv_dtype=kept) as llm:
         llm.engine.runner.warm_up(llm.engine.settings.kv_blocks)
         warm = set(variants)
         drawn = [SamplingParams(max_tokens=3, temperature=t, seed=1, ignore_eos=True) for t in (0.0, 0.9)]

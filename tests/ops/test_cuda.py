@@ -33,6 +33,7 @@ CUDA_TYPE = {
     mx.float32: "float",
     mx.float16: "__half",
     mx.bfloat16: "__nv_bfloat16",
+    mx.int8: "int8_t",
     mx.int32: "int32_t",
     mx.uint32: "uint32_t",
 }
@@ -66,6 +67,9 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     tables, lens = mx.array([[1, 5, 3], [4, 0, 0]]), mx.array([40, 2])
     pages = Pages(*(a.astype(mx.int32) for a in (mx.array([55, 64, 65]), tables, mx.array([0, 1, 3]), lens)))
     yield lambda: paged_attention(q, k, k, pool, pages)
+    scales = normal(8, 2, 16, dtype=mx.float16) / 9
+    int8 = (*((9 * array).astype(mx.int8) for array in pool), scales, scales)
+    yield lambda: paged_attention(q, k, k, int8, pages)
     blocks = mx.arange(20) % 8, mx.array([0, 1]), mx.array([320])
     long = Pages(*(a.astype(mx.int32) for a in (mx.array([63]), blocks[0][None], *blocks[1:])))
     yield lambda: paged_attention(q[:1], k[:1], k[:1], pool, long)
@@ -103,7 +107,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "quantized_matmul_metal.matmul_tiles_keep_bits",
         "paged_attention.attention_tiles_keep_bits",
     ):
-        monkeypatch.setattr(f"tiny_llm.ops.{name}", lambda _: False)  # as on CUDA
+        monkeypatch.setattr(f"tiny_llm.ops.{name}", lambda *_, **__: False)  # as on CUDA
     for dtype in DTYPES:
         with backend.use("metalsim"):
             for call in calls(dtype):

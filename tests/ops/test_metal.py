@@ -21,9 +21,9 @@ from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.embedding import embedding, embedding_ref
-from tiny_llm.ops.kv_pool import settled
+from tiny_llm.ops.kv_pool import KvFormat, Pool, settled
 from tiny_llm.ops.linear import gated, linear, linears
-from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
+from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope, rope_frequencies, rope_qk, rope_qk_ref, rope_ref
@@ -156,8 +156,8 @@ def test_a_quantized_look_up_is_one_dispatch_that_reads_its_rows() -> None:
 
 
 def paged(
-    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]:
+    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype, *, int8: bool = False
+) -> tuple[mx.array, mx.array, mx.array, Pool, Pages]:
     """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks lie in no order."""
     blocks = [-(-length // S) for length in lens]
     order = iter([(i * 7 + 3) % (sum(blocks) + 2) for i in range(sum(blocks) + 2)])
@@ -174,7 +174,10 @@ def paged(
         normal(T, K, D, seed=1, dtype=dtype),
         normal(T, K, D, seed=2, dtype=dtype),
     )
-    pool = normal(N, K, D, S, seed=3, dtype=dtype), normal(N, K, S, D, seed=4, dtype=dtype)
+    pool: Pool = normal(N, K, D, S, seed=3, dtype=dtype), normal(N, K, S, D, seed=4, dtype=dtype)
+    if int8:
+        scales = tuple(mx.abs(normal(N, K, S, seed=seed, dtype=mx.float16)) / 30 for seed in (5, 6))
+        pool = (*((25 * array).astype(mx.int8) for array in pool), *scales)
     return q, k, v, pool, pages
 
 
@@ -191,6 +194,7 @@ def paged(
         ([257], [1], 2, 1, 96, 24),
     ],
 )
+@pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 def test_paged_attention(
     lens: list[int],
     new: list[int],
@@ -199,15 +203,33 @@ def test_paged_attention(
     D: int,
     S: int,
     dtype: mx.Dtype,
+    int8: bool,
     same: Callable[..., None],
 ) -> None:
-    q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype)
+    q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, int8=int8)
     before = tuple(mx.array(p) for p in pool)
     out, written = paged_attention(q, k, v, pool, pages)
     expected, expected_pool = paged_attention_ref(q, k, v, before, pages, D**-0.5)
     same(out, expected)
     for array, wanted in zip(settled(written), expected_pool, strict=True):
         assert mx.array_equal(array, wanted).item()
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [7, 64, 80])
+def test_vectors_are_rounded_to_int8_as_by_ref(D: int, dtype: mx.Dtype) -> None:
+    """Also one of zeros, one too small for a scale, a large one, and one of a NaN, which its scale shows."""
+    x, slots = normal(9, 2, 2 * D, dtype=dtype), mx.array([3, 17, 0, 9, 8, 30, 31, 1, 12])
+    x = x * mx.array([1, 0, 1e-9, 900, 1, 1, 1, 1, 1]).astype(dtype)[:, None, None]
+    x[4, 1, 5 :: D + 1] = mx.nan
+    pools = [KvFormat(1, 2, D, 16, mx.int8, token_major=False).empty_pool(2, 2) for _ in range(2)]
+    got = settled(kv_write(pools[0], x[..., :D], x[..., D:], slots))
+    expected = kv_write_ref(pools[1], x[..., :D], x[..., D:], slots)
+    for array, wanted in zip(got, expected, strict=True):
+        broken = mx.isnan(wanted).sum().item()
+        assert mx.array_equal(array, wanted, equal_nan=True).item()
+        assert broken == (array.dtype == mx.float16), "of each, one vector"
 
 
 def one_of(arrays: Arrays, row: int) -> Arrays:
@@ -294,9 +316,9 @@ def drawn(top_k: int) -> SamplingParams:
     return SamplingParams(temperature=0.9, top_k=top_k, top_p=0.8, seed=top_k)
 
 
-def attended(*case: Any) -> Arrays:
+def attended(*case: Any, int8: bool = False) -> Arrays:
     """What attention gives for ``paged(*case)``: its rows, and the pool's arrays."""
-    out, pool = paged_attention(*paged(*case))
+    out, pool = paged_attention(*paged(*case, int8=int8))
     return (out, *pool)
 
 
@@ -322,6 +344,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         *attended([150, 3], [1, 3], 4, 2, 64, 16, dtype),
         *attended([40], [5], 4, 2, 80, 16, dtype),
         *attended([300, 3], [1, 1], 4, 2, 64, 16, dtype),
+        *attended([150, 3], [1, 3], 4, 2, 64, 16, dtype, int8=True),
         embedding(mx.array([7, 0, 7]), quantized(8, 256, 64, 4, dtype)),
         sample(normal(3, 300), [drawn(k) for k in (0, 9, 1)], [1, 2, 3]),
     ]
@@ -368,6 +391,7 @@ def test_arrays_of_a_thread_stay_in_registers(seen: list[Kernel]) -> None:
     every_kernel(mx.bfloat16)
     for case in [([70], [2], 14, 2, 128, 64), ([300], [1], 8, 1, 256, 32), ([40], [1], 7, 1, 80, 32)]:
         attended(*case, mx.bfloat16)
+        attended(*case, mx.bfloat16, int8=True)
     found = {k.full_name: stack_arrays(program(k)) for k in seen}
     assert {name: arrays for name, arrays in found.items() if arrays} == {}
 
@@ -432,6 +456,16 @@ def test_weights_and_pages_are_fetched_once() -> None:
         assert traffic.fetched["scales"] == weight.scales.nbytes
     tokens = 64 * 2 * 64 * 2  # tokens, heads, dim, bytes
     assert seen[3][1].read["keys"] == seen[3][1].read["values"] == tokens, "4 query heads share what is read"
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_int8_pages_move_half_the_bytes_and_a_scale_a_vector(new: int) -> None:
+    """By rows and by tiles."""
+    with metal.watch() as seen:
+        attended([64], [new], 8, 2, 64, 16, mx.bfloat16, int8=True)
+    fetched = seen[-1][1].fetched
+    assert fetched["keys"] == fetched["values"] == 64 * 2 * 64  # tokens, heads, dim
+    assert fetched["key_scales"] == fetched["value_scales"] == 64 * 2 * 2
 
 
 def test_what_metal_cannot_take_falls_back_and_is_counted(off: Off) -> None:

@@ -19,6 +19,7 @@ from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops import quantized_matmul_metal as matmul
+from tiny_llm.ops.kv_pool import Pool
 from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import paged_attention, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
@@ -206,15 +207,24 @@ def test_only_metal_has_tiles(name: str) -> None:
     assert not matmul_tiles_keep_bits(name) and not attention.attention_tiles_keep_bits(name)
 
 
-Case = tuple[mx.array, mx.array, mx.array, tuple[mx.array, mx.array], Pages]
+Case = tuple[mx.array, mx.array, mx.array, Pool, Pages]
 
 
 def paged(
-    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype, seed: int = 0
+    lens: list[int],
+    new: list[int],
+    H: int,
+    K: int,
+    D: int,
+    S: int,
+    dtype: mx.Dtype,
+    seed: int = 0,
+    *,
+    int8: bool = False,
 ) -> Case:
     """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks alternate.
 
-    What the pool holds beyond the last token is NaN: no row may see it.
+    What the pool holds beyond the last token is NaN, or of int8 its scale is: no row may see it.
     """
     B, W = len(lens), max(-(-length // S) for length in lens)
     tables = [[i * B + b for i in range(W)] for b in range(B)]
@@ -227,7 +237,11 @@ def paged(
     q, k, v = (normal(T, heads, D, seed=key + n, dtype=dtype) for n, heads in enumerate((H, K, K)))
     keys = mx.where(known[:, :, None], normal(W * B, K, D, S, seed=key + 3), mx.nan).astype(dtype)
     values = mx.where(known[..., None], normal(W * B, K, S, D, seed=key + 4), mx.nan).astype(dtype)
-    return q, k, v, (keys, values), pages
+    if not int8:
+        return q, k, v, (keys, values), pages
+    scales = mx.where(known, mx.abs(normal(W * B, K, S, seed=key + 5)) / 30, mx.nan).astype(mx.float16)
+    steps = [(25 * mx.where(mx.isnan(one), 4, one)).astype(mx.int8) for one in (keys, values)]
+    return q, k, v, (*steps, scales, 2 * scales), pages
 
 
 # New rows of 1, 7, 8, 33, with and without tokens before them; two spans; heads that share and do not.
@@ -250,15 +264,18 @@ def heads() -> Iterator[tuple[int, int, mx.Dtype]]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize(("D", "S", "dtype"), list(heads()), ids=str)
 def test_tiles_and_rows_of_attention_are_as_ref_and_have_the_same_bits(
-    D: int, S: int, dtype: mx.Dtype, seed: int, off: Off
+    D: int, S: int, dtype: mx.Dtype, int8: bool, seed: int, off: Off
 ) -> None:
-    assert attention.attention_tiles_keep_bits(backend.active()), "the device sums in another order"
+    assert attention.attention_tiles_keep_bits(backend.active(), scaled=int8), (
+        "the device sums in another order"
+    )
     scale = D**-0.5
     for lens, new, H, K in BATCHES if FULL else BATCHES[D // 16 % 3 % 2 :: 2]:
-        q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, seed)
-        expected = paged_attention_ref(q, k, v, (mx.array(pool[0]), mx.array(pool[1])), pages, scale)[0]
+        q, k, v, pool, pages = paged(lens, new, H, K, D, S, dtype, seed, int8=int8)
+        expected = paged_attention_ref(q, k, v, tuple(map(mx.array, pool)), pages, scale)[0]
         written = attention.kv_write(pool, k, v, pages.slot_mapping)
         tiles, rows = (
             attend(q, written, WorkLists(pages), scale)[0] for attend in (attention._tiles, attention._rows)
@@ -268,12 +285,13 @@ def test_tiles_and_rows_of_attention_are_as_ref_and_have_the_same_bits(
         assert mx.array_equal(tiles, rows).item(), f"{new} of {lens}"
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype) -> None:
+def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype, int8: bool) -> None:
     length, H, K, D, S = 41, 4, 2, 64, 16
-    q, k, v, pool, pages = paged([length], [length], H, K, D, S, dtype)
+    q, k, v, pool, pages = paged([length], [length], H, K, D, S, dtype, int8=int8)
     whole = paged_attention(q, k, v, pool, pages)[0]
-    begin, pool = 0, paged([length], [length], H, K, D, S, dtype)[3]
+    begin, pool = 0, paged([length], [length], H, K, D, S, dtype, int8=int8)[3]
     for end in (1, 8, 9, 41):  # chunks of 1, 7, 1, 32
         part = slice(begin, end)
         one = Pages(

@@ -91,7 +91,7 @@ class Engine:
         with use(kernels.backend, kernels.ours):
             models = [played(one) for one in models]
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
-            ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type, kv_dtype)
+            ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
         speculate = settings.speculate or ("ngram" if kernels.same_tokens else "off")
         settings = replace(settings, async_scheduling=ahead, speculate=speculate)

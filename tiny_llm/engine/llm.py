@@ -120,10 +120,10 @@ class LLM:
         block_size = engine.block_size if engine else usual_block_size(self.backend)
         drafting = None if draft is None else open_draft(draft, model, offline=offline)
         with use(self.backend):
-            of_draft = None if drafting is None else draft_shapes(drafting, block_size)
             computed = dtype_of_kv(model.config, dtype=dtype, quantize=quantize)
             self._kept = kept = dtype_of_kv(model.config, dtype=dtype, quantize=quantize, kept=kv_dtype)
-        shapes = Shapes.of(model.config, quantize, computed, block_size)
+            of_draft = None if drafting is None else draft_shapes(drafting, block_size).keeping(kept)
+        shapes = Shapes.of(model.config, quantize, computed, block_size).keeping(kept)
         self.kernels = kernels_for(
             self.backend, shapes, kernels, draft=of_draft, same_tokens=same_tokens, progress=trying
         )

@@ -47,15 +47,13 @@ def is_token_major() -> bool:
     return on_mlx() and not runs_ours("paged_attention")
 
 
-def may_run_ahead(device: mx.DeviceType, dtype: mx.Dtype = mx.float32) -> bool:
-    """Whether a step may be launched while the one before it runs on ``device``, without a second pool
-    of ``dtype``.
+def may_run_ahead(device: mx.DeviceType) -> bool:
+    """Whether a step may be launched while the one before it runs on ``device``, without a second pool.
 
     A GPU holds what its commands read until they are done, and MLX's scatter writes nothing in place that
     is held: it would copy each layer's pool. Our own kernel does.
     """
-    ours = runs_ours("kv_write") and runs_ours("paged_attention") and dtype != mx.int8
-    return device == mx.cpu or ours
+    return device == mx.cpu or (runs_ours("kv_write") and runs_ours("paged_attention"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +134,17 @@ def num_blocks(pool: Pool) -> int:
     return pool[0].shape[0]
 
 
+def parted(pool: Pool) -> tuple[Pool, Pool]:
+    """The arrays alone; and where a kernel writes them as they lie, what their last reader gave."""
+    return (pool, ()) if pool[-1].ndim else (pool[:-1], pool[-1:])
+
+
 def settled(pool: Pool) -> Pool:
     """The arrays alone; where a kernel writes them as they lie, done is all that was to read or write."""
-    if pool[-1].ndim:
-        return pool
-    mx.eval(*pool)
-    return pool[:-1]
+    arrays, last = parted(pool)
+    if last:
+        mx.eval(*pool)
+    return arrays
 
 
 def resize_pool(pool: Pool, blocks: int) -> Pool:

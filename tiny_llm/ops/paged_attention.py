@@ -20,7 +20,7 @@ from tiny_llm.data import Pages
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
-from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, settled
+from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.rope import rope_ref
@@ -57,11 +57,9 @@ def paged_attention(
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
-    if pool[0].dtype == mx.int8:
-        return paged_attention_ref(q, k, v, pool, pages, scale)
     if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]):
         return _metal(q, k, v, pool, work or WorkLists(pages), scale)
-    if is_token_major():
+    if is_token_major() and pool[0].dtype != mx.int8:
         return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale)
     return paged_attention_ref(q, k, v, pool, pages, scale)
 
@@ -126,18 +124,18 @@ def _write_in_place(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Po
 
     It waits for what the pool's last reader gave; the next is to take what comes back as the third.
     """
-    keys, values = pool[:2]
-    after = pool[2] if len(pool) > 2 else scalar(0)
-    (T, K, D), S = k.shape, keys.shape[3]
-    (written,) = kernel("kv_write")(
-        inputs=[keys, values, k, v, slots, after],
-        template=[("P", keys.dtype), ("D", D), ("S", S), ("K", K)],
-        grid=(D, K, T),
-        threadgroup=(min(D, 256), 1, 1),
+    arrays, last = parted(pool)
+    (T, K, D), S = k.shape, arrays[0].shape[3]
+    scaled = arrays[2:]  # then a simdgroup takes a vector: its largest entry is asked for first
+    (written,) = kernel("kv_write_int8" if scaled else "kv_write", "kv_write")(
+        inputs=[*arrays, k, v, slots, *(last or [scalar(0)])],
+        template=[("P", arrays[0].dtype), ("D", D), ("S", S), ("K", K)],
+        grid=(32 if scaled else D, K, T),
+        threadgroup=(32 if scaled else min(D, 256), 1, 1),
         output_shapes=[()],
         output_dtypes=[mx.int32],
     )
-    return keys, values, written
+    return *arrays, written
 
 
 def paged_attention_mlx(
@@ -187,7 +185,7 @@ def _metal(
     pool = kv_write(pool, k, v, work.pages.slot_mapping)
     decodes, rows = work.decodes, q.shape[0]
     by_tiles = tile_fits(pool[0].shape[3], q.shape[2]) and decodes < rows
-    if not (by_tiles and attention_tiles_keep_bits(active())):
+    if not (by_tiles and attention_tiles_keep_bits(active(), scaled=pool[0].dtype == mx.int8)):
         decodes = rows
     outs = []
     if decodes:
@@ -203,7 +201,8 @@ def _metal(
 
 def _after(pool: Pool, read: mx.array) -> Pool:
     """The pool for who comes after that reader, where it is written as it lies."""
-    return (*pool[:2], read) if len(pool) > 2 else pool
+    arrays, last = parted(pool)
+    return (*arrays, read) if last else pool
 
 
 def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
@@ -219,8 +218,8 @@ def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.ar
     out, read = kernel("paged_attention")(
         inputs=_inputs(q, pool, work, pieces, scale),
         template=[
-            *(("T", q.dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
-            *(("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
+            *(("T", q.dtype), ("P", pool[0].dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K)),
+            *(("G", G), ("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
         ],
         grid=(32 * parts, K, count),
         threadgroup=(32 * parts, 1, 1),
@@ -255,7 +254,7 @@ def _tiles(
     out, read = kernel("paged_attention_tile")(
         inputs=_inputs(q, pool, work, pieces, scale),
         template=[
-            *(("T", q.dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
+            *(("T", q.dtype), ("P", pool[0].dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
         ],
         grid=(32 * parts, K, count),
@@ -268,8 +267,10 @@ def _tiles(
 
 def _inputs(q: mx.array, pool: Pool, work: WorkLists, pieces: mx.array, scale: float) -> list[mx.array]:
     tables = work.pages.block_tables
-    written = pool[2] if len(pool) > 2 else scalar(0)
-    return [q, *pool[:2], tables, pieces, scalar(tables.shape[1]), scalar(scale), written]
+    arrays, written = parted(pool)
+    scales = arrays[2:] or arrays  # of floats nobody reads them
+    numbers = scalar(tables.shape[1]), scalar(scale)
+    return [q, *arrays[:2], *scales, tables, pieces, *numbers, *(written or [scalar(0)])]
 
 
 def tile_fits(size: int, dim: int) -> bool:
@@ -278,10 +279,11 @@ def tile_fits(size: int, dim: int) -> bool:
 
 
 @cache
-def attention_tiles_keep_bits(backend: str) -> bool:
+def attention_tiles_keep_bits(backend: str, *, scaled: bool = False) -> bool:
     """Whether attention may go by tiles on ``backend``: it has some, and a row keeps the bits it has alone.
 
     Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
+    ``scaled``: of pages of int8.
     """
     if backend not in ("metal", "metalsim"):
         return False
@@ -292,7 +294,11 @@ def attention_tiles_keep_bits(backend: str) -> bool:
     q = mx.random.normal((new, 6, 64), key=mx.random.key(0))
     keys = mx.random.normal((table.size, 2, 64, 16), key=mx.random.key(1))
     values = mx.random.normal((table.size, 2, 16, 64), key=mx.random.key(2))
-    tiles, rows = (attend(q, (keys, values), work, 0.125)[0] for attend in (_tiles, _rows))
+    pool: Pool = (keys, values)
+    if scaled:
+        scales = mx.abs(keys[:, :, 0]).astype(mx.float16) / 16
+        pool = (*((16 * array).astype(mx.int8) for array in pool), scales, scales)
+    tiles, rows = (attend(q, pool, work, 0.125)[0] for attend in (_tiles, _rows))
     return bool(mx.array_equal(tiles, rows).item())
 
 

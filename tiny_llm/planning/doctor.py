@@ -118,6 +118,7 @@ def _title(backend: str, shapes: Shapes) -> str:
     return (
         f"{backend}: hidden {shapes.hidden}, heads {shapes.heads}/{shapes.kv_heads} x {shapes.head_dim}, "
         f"MLP {shapes.intermediate}, vocabulary {shapes.vocab:,}, {weights}, {shapes.dtype}"
+        f"{', pages of int8' if shapes.int8_pages else ''}"
     )
 
 

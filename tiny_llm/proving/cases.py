@@ -18,9 +18,9 @@ import mlx.core as mx
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding, embedding_ref
-from tiny_llm.ops.kv_pool import KvFormat, Pool
+from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted
 from tiny_llm.ops.linear import gated, linear, linears
-from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention
+from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention, quantized
 from tiny_llm.ops.quantized_matmul import quantized_matmul, quantized_matmul_ref
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tiny_llm.ops.rope import rope_frequencies, rope_qk, rope_qk_ref
@@ -261,8 +261,8 @@ def _writes(s: Shapes, sizes: Sizes) -> Iterator[Case]:
 
 def _blocks(s: Shapes, count: int) -> list[mx.array]:
     """A pool as our kernels want it."""
-    K, D, S, dtype = s.kv_heads, s.head_dim, s.block_size, getattr(mx, s.dtype)
-    return [mx.zeros((count, K, D, S), dtype), mx.zeros((count, K, S, D), dtype)]
+    format = KvFormat(1, s.kv_heads, s.head_dim, s.block_size, s.kept, token_major=False)
+    return list(format.empty_pool(count, count))
 
 
 def _in_turn(s: Shapes, write: Callable[[Pool, mx.array, mx.array, mx.array], Pool]) -> list[mx.array]:
@@ -274,10 +274,10 @@ def _in_turn(s: Shapes, write: Callable[[Pool, mx.array, mx.array, mx.array], Po
     seen: list[mx.array] = []
     for turn in range(6):
         _, k, v = _qkv(s, 5, seed=turn)
-        keys, values, *written = write(pool, k, v, mx.arange(5, dtype=mx.int32) * 2 + turn)
-        read = [array[mx.arange(2) + sum(written)] for array in (keys, values)]
-        none = mx.isnan(read[0]).sum() + mx.isnan(read[1]).sum()
-        pool = (keys, values, *([none.astype(mx.int32)] if written else []))
+        arrays, written = parted(write(pool, k, v, mx.arange(5, dtype=mx.int32) * 2 + turn))
+        read = [array[mx.arange(2) + sum(written)] for array in arrays]
+        none = mx.stack([(0 * one.astype(mx.int32)).sum() for one in read]).sum()
+        pool = (*arrays, *([none] if written else []))
         seen += read
     return seen
 
@@ -311,7 +311,16 @@ def _qkv(s: Shapes, tokens: int, seed: int) -> list[mx.array]:
 
 
 def _attended_plainly(s: Shapes, tokens: int, seed: int) -> mx.array:
-    return attention_ref(*_qkv(s, tokens, seed), scale=s.head_dim**-0.5, offset=0)
+    q, k, v = _qkv(s, tokens, seed)
+    return attention_ref(q, _kept(s, k), _kept(s, v), scale=s.head_dim**-0.5, offset=0)
+
+
+def _kept(s: Shapes, x: mx.array) -> mx.array:
+    """Keys or values [T, K, D] as they are read back."""
+    if not s.int8_pages:
+        return x
+    steps, scales = quantized(x)
+    return (steps * scales.astype(mx.float32)[..., None]).astype(x.dtype)
 
 
 def _attended(s: Shapes, lens: Sequence[int], decoded: int = 1) -> list[mx.array]:
@@ -365,7 +374,8 @@ def _tables(lens: Sequence[int], size: int) -> list[list[int]]:
 def _pool(s: Shapes, lens: Sequence[int]) -> Pool:
     """As the ops in use want it."""
     blocks = sum(-(-length // s.block_size) for length in lens)
-    format = KvFormat(1, s.kv_heads, s.head_dim, s.block_size, getattr(mx, s.dtype))
+    major = is_token_major() and not s.int8_pages
+    format = KvFormat(1, s.kv_heads, s.head_dim, s.block_size, s.kept, major)
     return format.empty_pool(blocks, blocks)
 
 

@@ -39,6 +39,7 @@ class Shapes:
 
     Some of them may have a format of their own: ``more`` lists those that are ours, as "8/64 4/32", bits and
     group. ``dense``: some are MLX's to multiply by, as they are not quantized or have other bits.
+    ``int8_pages``: keys and values are kept as int8, not in ``dtype``.
     """
 
     hidden: int
@@ -53,6 +54,16 @@ class Shapes:
     block_size: int
     more: str = ""
     dense: bool = False
+    int8_pages: bool = False
+
+    def keeping(self, dtype: mx.Dtype) -> Shapes:
+        """These, of a model whose keys and values are kept in ``dtype``."""
+        return replace(self, int8_pages=dtype == mx.int8)
+
+    @property
+    def kept(self) -> mx.Dtype:
+        """What keys and values are kept in."""
+        return mx.int8 if self.int8_pages else cast(mx.Dtype, getattr(mx, self.dtype))
 
     @property
     def formats(self) -> list[tuple[int, int]]:
