@@ -130,10 +130,14 @@ def draw_case(what: str, vocab: int, **options: float) -> Case:
     return Case(f"{vocab}, {what}", ("logits",), least, 1, lambda: sample(logits, params, [0]))
 
 
-def attention_case(sequences: int, context: int, new: int = 1, *, int8: bool = False) -> Case:
-    """``new`` tokens a sequence, the last of a paged context, which is bfloat16 or int8."""
+def attention_case(sequences: int, context: int, new: int = 1, *, int8: bool = False, alike: int = 0) -> Case:
+    """``new`` tokens a sequence, the last of a paged context, which is bfloat16 or int8.
+
+    The first ``alike`` tokens, whole blocks, are the same ones in all sequences.
+    """
     blocks, rows = -(-context // BLOCK), sequences * new
     tables = mx.arange(sequences * blocks, dtype=mx.int32).reshape(sequences, blocks)
+    tables[:, : alike // BLOCK] = tables[0, : alike // BLOCK]
     at = mx.arange(context - new, context, dtype=mx.int32)
     slots = (tables[:, at // BLOCK] * BLOCK + at % BLOCK).reshape(-1)
     lens, starts = mx.full((sequences,), context, mx.int32), mx.arange(sequences + 1, dtype=mx.int32) * new
@@ -142,15 +146,16 @@ def attention_case(sequences: int, context: int, new: int = 1, *, int8: bool = F
     count = sequences * blocks
     dtype = mx.int8 if int8 else mx.bfloat16
     pool = KvFormat(1, KV_HEADS, DIM, BLOCK, dtype, token_major=False).empty_pool(count, count)
-    vectors = sequences * context * KV_HEADS
+    vectors = (alike + sequences * (context - alike)) * KV_HEADS
     pages_least = dict.fromkeys(("keys", "values"), vectors * DIM * dtype.size)
     if int8:
         pages_least |= dict.fromkeys(("key_scales", "value_scales"), vectors * 2)
     least = {"q": q.nbytes, **pages_least, "tables": tables.nbytes, "out": q.nbytes}
-    least |= {"work": 16 * rows, "width": 4, "scale": 4}
+    least |= {"work": 24 * rows, "width": 4, "scale": 4}
     size = f"{sequences} x {new} of {context} tokens" if new > 1 else f"{sequences} x {context} tokens"
-    uses = new * HEADS // KV_HEADS
+    size += f", {alike} of them shared" if alike else ""
     size += ", int8" if int8 else ""
+    uses = rows * context * HEADS // vectors
     return Case(size, tuple(pages_least), least, q.size, lambda: paged_attention(q, k, k, pool, pages), uses)
 
 
@@ -253,6 +258,7 @@ def main() -> None:
             draw_case("top-p 0.9", options.vocab, top_p=0.9),
             *(attention_case(n, context) for context in options.context for n in (1, 4)),
             attention_case(4, options.context[-1], int8=True),
+            attention_case(16, 2304, alike=2048),
             attention_case(1, 128, 64),
             attention_case(1, 128, 64, int8=True),
             *small_cases(16),

@@ -73,6 +73,10 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
     blocks = mx.arange(20) % 8, mx.array([0, 1]), mx.array([320])
     long = Pages(*(a.astype(mx.int32) for a in (mx.array([63]), blocks[0][None], *blocks[1:])))
     yield lambda: paged_attention(q[:1], k[:1], k[:1], pool, long)
+    alike, lens = mx.array([[0, 1, 2, 3, 4, 5, 6, 7, b] for b in (8, 9)]), mx.array([129, 130])
+    pair = Pages(*(a.astype(mx.int32) for a in (mx.array([128, 145]), alike, mx.array([0, 1, 2]), lens)))
+    more = normal(10, 2, 64, 16, dtype=dtype), normal(10, 2, 16, 64, dtype=dtype)
+    yield lambda: paged_attention(q[:2], k[:2], k[:2], more, pair)
     table = QuantizedTensor(*mx.quantize(normal(9, 64, dtype=dtype), 32, 4), 32, 4)
     yield lambda: embedding(mx.array([8, 0, 3]), table)
     few = [SamplingParams(temperature=0.9, top_k=k, top_p=0.8, seed=k) for k in (0, 9)]

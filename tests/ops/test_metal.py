@@ -156,12 +156,25 @@ def test_a_quantized_look_up_is_one_dispatch_that_reads_its_rows() -> None:
 
 
 def paged(
-    lens: list[int], new: list[int], H: int, K: int, D: int, S: int, dtype: mx.Dtype, *, int8: bool = False
+    lens: list[int],
+    new: list[int],
+    H: int,
+    K: int,
+    D: int,
+    S: int,
+    dtype: mx.Dtype,
+    *,
+    int8: bool = False,
+    alike: int = 0,
 ) -> tuple[mx.array, mx.array, mx.array, Pool, Pages]:
-    """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks lie in no order."""
+    """Sequences of ``lens`` tokens, of which the last ``new`` are queries; their blocks lie in no order.
+
+    The first ``alike`` of each are those of the first sequence.
+    """
     blocks = [-(-length // S) for length in lens]
     order = iter([(i * 7 + 3) % (sum(blocks) + 2) for i in range(sum(blocks) + 2)])
     tables = [[next(order) for _ in range(count)] for count in blocks]
+    tables = [tables[0][:alike] + table[alike:] for table in tables]
     slots = [
         tables[b][p // S] * S + p % S for b, length in enumerate(lens) for p in range(length - new[b], length)
     ]
@@ -316,9 +329,9 @@ def drawn(top_k: int) -> SamplingParams:
     return SamplingParams(temperature=0.9, top_k=top_k, top_p=0.8, seed=top_k)
 
 
-def attended(*case: Any, int8: bool = False) -> Arrays:
-    """What attention gives for ``paged(*case)``: its rows, and the pool's arrays."""
-    out, pool = paged_attention(*paged(*case, int8=int8))
+def attended(*case: Any, **kind: Any) -> Arrays:
+    """What attention gives for ``paged(*case, **kind)``: its rows, and the pool's arrays."""
+    out, pool = paged_attention(*paged(*case, **kind))
     return (out, *pool)
 
 
@@ -345,6 +358,7 @@ def every_kernel(dtype: mx.Dtype) -> list[mx.array]:
         *attended([40], [5], 4, 2, 80, 16, dtype),
         *attended([300, 3], [1, 1], 4, 2, 64, 16, dtype),
         *attended([150, 3], [1, 3], 4, 2, 64, 16, dtype, int8=True),
+        *attended([130] * 5, [1] * 5, 12, 1, 64, 64, dtype, alike=2),  # in turns
         embedding(mx.array([7, 0, 7]), quantized(8, 256, 64, 4, dtype)),
         sample(normal(3, 300), [drawn(k) for k in (0, 9, 1)], [1, 2, 3]),
     ]
@@ -392,6 +406,7 @@ def test_arrays_of_a_thread_stay_in_registers(seen: list[Kernel]) -> None:
     for case in [([70], [2], 14, 2, 128, 64), ([300], [1], 8, 1, 256, 32), ([40], [1], 7, 1, 80, 32)]:
         attended(*case, mx.bfloat16)
         attended(*case, mx.bfloat16, int8=True)
+    attended([257] * 3, [1] * 3, 12, 2, 128, 16, mx.bfloat16, alike=16)
     found = {k.full_name: stack_arrays(program(k)) for k in seen}
     assert {name: arrays for name, arrays in found.items() if arrays} == {}
 

@@ -9,13 +9,15 @@ from tiny_llm.data import Batch, Pages, Plan
 from tiny_llm.kv import paged
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.ops.kv_pool import KvFormat
-from tiny_llm.ops.work_lists import WorkLists
+from tiny_llm.ops.work_lists import MOST_ROWS, WorkLists
 
 
-def pages_of(lens: list[int], new: list[int]) -> Pages:
-    """Sequences of ``lens`` tokens, the last ``new`` of each in this step; where they lie does not matter."""
+def pages_of(lens: list[int], new: list[int], tables: list[list[int]] | None = None) -> Pages:
+    """Sequences of ``lens`` tokens, the last ``new`` of each in this step; in these blocks, or their own."""
     starts = [sum(new[:b]) for b in range(len(new) + 1)]
-    return Pages(*(mx.array(x, mx.int32) for x in ([0] * starts[-1], [[0]] * len(lens), starts, lens)))
+    width = max(lens)
+    tables = tables or [list(range(b * width, (b + 1) * width)) for b in range(len(lens))]
+    return Pages(*(mx.array(x, mx.int32) for x in ([0] * starts[-1], tables, starts, lens)))
 
 
 def rows_of(pieces: mx.array, count: int, width: int) -> object:
@@ -23,10 +25,50 @@ def rows_of(pieces: mx.array, count: int, width: int) -> object:
 
 
 def test_spans_cover_what_each_row_sees() -> None:
-    pieces, firsts, count = WorkLists(pages_of([9, 3], [2, 1])).spans(4, 3)
-    rows = [[0, 0, 8, 0], [0, 0, 8, 1], [1, 0, 9, 0], [1, 0, 9, 1], [1, 0, 9, 2], [2, 1, 3, 0]]
-    assert rows_of(pieces, count, 4) == rows, "row, sequence, tokens seen, span"
-    assert firsts[:4].tolist() == [0, 2, 5, 6]
+    spans = WorkLists(pages_of([9, 3], [1, 1])).spans(4, 2, 2)
+    rows = [[0, 1, 0, 9, 0], [1, 1, 0, 9, 1], [2, 1, 0, 9, 2], [3, 1, 1, 3, 0]]
+    assert rows_of(spans.own.pieces, spans.own.total, 5) == rows, "place, rows, sequence, tokens seen, span"
+    assert spans.own.rows[:4].tolist() == [0, 0, 0, 1] and spans.own.places == 4
+    assert spans.order[:4].tolist() == [0, 1, 2, 3] and spans.firsts[:3].tolist() == [0, 3, 4]
+    assert spans.shared.total == spans.shared.places == 0
+
+
+def test_spans_with_the_same_blocks_are_one_piece_for_all_who_see_them_whole() -> None:
+    """Spans of two blocks of two tokens. A row's last span is its own, and so are all behind its own."""
+    tables = [
+        [1, 2, 3, 4, 5, 0],
+        [1, 2, 3, 4, 6, 0],
+        [1, 2, 8, 4, 3, 9],
+        [1, 2, 3, 4, 0, 0],
+        [1, 7, 3, 4, 5, 9],
+    ]
+    spans = WorkLists(pages_of([9, 10, 12, 8, 12], [1] * 5, tables)).spans(4, 5, 2)
+    shared = [[0, 4, 0, 9, 0], [4, 2, 0, 9, 1]]
+    assert rows_of(spans.shared.pieces, spans.shared.total, 5) == shared
+    assert spans.shared.rows[:6].tolist() == [0, 1, 2, 3, 0, 1] and spans.shared.places == 6
+    own = [[0, 2], [1, 2], [2, 1], [3, 2], [4, 1], [5, 0], [6, 1], [7, 2]]
+    pieces = spans.own.pieces[: 5 * spans.own.total].reshape(-1, 5)
+    assert pieces[:, [0, 4]].tolist() == own, "place and span"
+    assert spans.own.rows[:8].tolist() == [0, 1, 2, 2, 3, 4, 4, 4]
+    assert spans.order.tolist() == [0, 4, 6, 1, 5, 7, 2, 8, 9, 3, 10, 11, 12, 13]
+    assert spans.firsts[:6].tolist() == [0, 3, 6, 9, 11, 14]
+
+
+def test_a_shared_span_of_many_rows_is_cut() -> None:
+    rows = MOST_ROWS + 3
+    tables = [[0, 1 + row] for row in range(rows)]
+    shared = WorkLists(pages_of([5] * rows, [1] * rows, tables)).spans(4, rows, 4).shared
+    assert rows_of(shared.pieces, shared.total, 5) == [
+        [0, MOST_ROWS, 0, 5, 0],
+        [MOST_ROWS, 3, MOST_ROWS, 5, 0],
+    ]
+
+
+def test_rows_of_a_sequence_share_what_they_see() -> None:
+    """Where no tiles can be: all but each row's last span."""
+    shared = WorkLists(pages_of([9], [5])).spans(4, 5, 2).shared
+    assert rows_of(shared.pieces, shared.total, 5) == [[0, 5, 0, 5, 0]]
+    assert shared.rows[:5].tolist() == [0, 1, 2, 3, 4], "they see 5 to 9"
 
 
 def test_tiles_cover_each_pair_of_a_row_and_a_head() -> None:
@@ -37,8 +79,8 @@ def test_tiles_cover_each_pair_of_a_row_and_a_head() -> None:
 def test_rows_of_decodes_and_of_chunks_make_two_lists() -> None:
     lists = WorkLists(pages_of([5, 3, 9, 4], [1, 1, 3, 1]))
     assert lists.decodes == 2, "one that comes after a chunk is not counted"
-    spans = lists.spans(4, 2)
-    assert rows_of(spans.pieces, spans.total, 4) == [[0, 0, 5, 0], [0, 0, 5, 1], [1, 1, 3, 0]]
+    spans = lists.spans(4, 2, 2).own
+    assert rows_of(spans.pieces, spans.total, 5) == [[0, 1, 0, 5, 0], [1, 1, 0, 5, 1], [2, 1, 1, 3, 0]]
     tiles = lists.tiles(2, 8, 2)
     assert rows_of(tiles.pieces, tiles.total, 5) == [[0, 3, 2, 7, 0], [3, 1, 3, 4, 0]], (
         "rows from the third on"
@@ -48,15 +90,16 @@ def test_rows_of_decodes_and_of_chunks_make_two_lists() -> None:
 def test_a_short_list_is_no_other_kernel_than_a_long_one() -> None:
     """MLX passes inputs of fewer than 8 elements as constants: the same text is compiled once more."""
     lists = WorkLists(pages_of([1], [1]))
-    spans = lists.spans(4, 1)
-    assert min(spans.pieces.size, spans.firsts.size, lists.tiles(1, 8).pieces.size) == 8
+    spans = lists.spans(4, 1, 2)
+    lengths = {array.size for array in (*spans.own[:2], *spans.shared[:2], spans.order, spans.firsts)}
+    assert lengths == {8} and lists.tiles(1, 8).pieces.size == 8
 
 
 def test_a_list_is_made_once() -> None:
-    lists = WorkLists(pages_of([9], [2]))
-    assert lists.spans(4, 2) is lists.spans(4, 2)
+    lists = WorkLists(pages_of([9], [1]))
+    assert lists.spans(4, 1, 2) is lists.spans(4, 1, 2)
     assert lists.tiles(3, 8) is lists.tiles(3, 8)
-    assert lists.spans(8, 2).total < lists.spans(4, 2).total, "another span, another list"
+    assert lists.spans(8, 1, 2).own.total < lists.spans(4, 1, 2).own.total, "another span, another list"
     assert lists.tiles(9, 8).total > lists.tiles(3, 8).total, "other heads, another list"
 
 

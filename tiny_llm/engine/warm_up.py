@@ -35,8 +35,10 @@ def warm_up(model: Model, cache: PagedCache, most_blocks: int) -> None:
 
 
 def _plans(block_size: int) -> Iterator[Plan]:
-    """Steps of one sequence, all of whose logits are wanted."""
+    """Steps of one sequence, all of whose logits are wanted, and one of two that begin alike."""
     for start, count in [*((0, tokens) for tokens in TOKENS), (LONG, 1)]:
         blocks = -(-(start + count) // block_size)
         item = PlanItem(0, array("i", [0] * count), start, array("i", range(blocks)), count)
         yield Plan([item], blocks, [], [], [])
+    other = item._replace(seq_id=1, block_table=array("i", [*range(blocks - 1), blocks]))
+    yield Plan([item, other], blocks + 1, [], [], [])

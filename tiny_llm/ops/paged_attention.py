@@ -24,9 +24,10 @@ from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.rope import rope_ref
-from tiny_llm.ops.work_lists import WorkLists
+from tiny_llm.ops.work_lists import SpanPieces, WorkLists
 
 _FLOATS = 32 * 1024 // 4  # that a threadgroup's memory holds
+_SUMS = 48  # floats of results that a thread holds for rows that share a span, beyond those of one row
 _SPAN = 128  # tokens of a context that one threadgroup sees, at most
 
 
@@ -206,37 +207,59 @@ def _after(pool: Pool, read: mx.array) -> Pool:
 
 
 def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
-    """A threadgroup a query row, key/value head and span of the row's context. And that it was read."""
-    (T, H, D), (_, K, _, S) = q.shape, pool[0].shape
-    G, span = H // K, _span(S)
-    parts = _parts(G, D)
-    pieces, firsts, count = work.spans(span, T)
-    # Where a context is longer than a span, a row's parts are float32 and a second kernel merges them.
-    split = count > T
-    out_dtype = mx.float32 if split else q.dtype
-    out_shape = (count, H, D + 2) if split else q.shape
-    out, read = kernel("paged_attention")(
-        inputs=_inputs(q, pool, work, pieces, scale),
-        template=[
-            *(("T", q.dtype), ("P", pool[0].dtype), ("OUT", out_dtype), ("D", D), ("S", S), ("K", K)),
-            *(("G", G), ("PARTS", parts), ("SPAN", span), ("SPLIT", split)),
-        ],
-        grid=(32 * parts, K, count),
-        threadgroup=(32 * parts, 1, 1),
-        output_shapes=[out_shape, ()],
-        output_dtypes=[out_dtype, mx.int32],
-    )
+    """A threadgroup a key/value head, span, and row or rows that share it. And that it was read."""
+    (T, H, D), S = q.shape, pool[0].shape[3]
+    spans = work.spans(_span(S), T, S)
+    # Where a row has several spans, its parts are float32 and a second kernel merges them.
+    split = spans.shared.places + spans.own.places > T
+    out, read = _some_rows(q, pool, work, spans.own, scale, split)
     if not split:
         return out, read
-    (merged,) = kernel("paged_attention_merge", "paged_attention")(
-        inputs=[out, firsts],
+    shared = out
+    if spans.shared.total:
+        shared, _ = _some_rows(q, pool, work, spans.shared, scale, split)
+    merged, read = kernel("paged_attention_merge", "paged_attention")(
+        inputs=[shared, out, scalar(spans.shared.places), spans.order, spans.firsts, read],
         template=[("T", q.dtype), ("H", H), ("D", D)],
         grid=(32, H, T),
         threadgroup=(32, 4, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[q.dtype],
+        output_shapes=[q.shape, ()],
+        output_dtypes=[q.dtype, mx.int32],
     )
     return merged, read
+
+
+def _some_rows(
+    q: mx.array, pool: Pool, work: WorkLists, spans: SpanPieces, scale: float, split: bool
+) -> tuple[mx.array, mx.array]:
+    """What each place of ``spans`` gets."""
+    (_, H, D), (_, K, _, S) = q.shape, pool[0].shape
+    G = H // K
+    parts = _parts(G, D)
+    each, sides = _side_by_side(G, D) if spans.places > spans.total else (1, 1)
+    dtype = mx.float32 if split else q.dtype
+    out, read = kernel("paged_attention")(
+        inputs=_inputs(q, pool, work, [spans.rows, spans.pieces], scale),
+        template=[
+            *(("T", q.dtype), ("P", pool[0].dtype), ("OUT", dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
+            *(("R", each), ("SIDES", sides), ("PARTS", parts), ("SPAN", _span(S)), ("SPLIT", split)),
+        ],
+        grid=(32 * parts * sides, K, spans.total),
+        threadgroup=(32 * parts * sides, 1, 1),
+        output_shapes=[(spans.places, H, D + 2) if split else q.shape, ()],
+        output_dtypes=[dtype, mx.int32],
+    )
+    return out, read
+
+
+def _side_by_side(group: int, dim: int) -> tuple[int, int]:
+    """Rows of a shared span that a simdgroup takes at a time, and how many simdgroups do so for each part.
+
+    Sums are held in registers, and vectors in a threadgroup's memory.
+    """
+    each = max(1, min(4, _SUMS // (group * -(-dim // 32))))
+    vectors = each * group * (dim + 2 * _parts(group, dim))
+    return each, 2 if 2 * vectors <= _FLOATS else 1
 
 
 def _tiles(
@@ -252,7 +275,7 @@ def _tiles(
     tile = 2 if D <= 128 else 1  # matrices of 8 pairs; what two of them hold at a larger D does not fit
     pieces, count = work.tiles(G, 8 * tile, first)
     out, read = kernel("paged_attention_tile")(
-        inputs=_inputs(q, pool, work, pieces, scale),
+        inputs=_inputs(q, pool, work, [pieces], scale),
         template=[
             *(("T", q.dtype), ("P", pool[0].dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
@@ -265,12 +288,12 @@ def _tiles(
     return out, read
 
 
-def _inputs(q: mx.array, pool: Pool, work: WorkLists, pieces: mx.array, scale: float) -> list[mx.array]:
+def _inputs(q: mx.array, pool: Pool, work: WorkLists, pieces: list[mx.array], scale: float) -> list[mx.array]:
     tables = work.pages.block_tables
     arrays, written = parted(pool)
     scales = arrays[2:] or arrays  # of floats nobody reads them
     numbers = scalar(tables.shape[1]), scalar(scale)
-    return [q, *arrays[:2], *scales, tables, pieces, *numbers, *(written or [scalar(0)])]
+    return [q, *arrays[:2], *scales, tables, *pieces, *numbers, *(written or [scalar(0)])]
 
 
 def tile_fits(size: int, dim: int) -> bool:

@@ -6,8 +6,9 @@ Owns how a batch's rows are cut into pieces of work. Knows no kernel and no laye
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Iterator
 from itertools import pairwise, takewhile
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -15,17 +16,36 @@ from tiny_llm.data import Pages
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroups
 
 Places = tuple[mx.array, mx.array] | tuple[slice, slice]
+SpanRow = tuple[int, int, int]
+"""A row, its sequence, and the tokens that it sees."""
+MOST_ROWS = 16
+"""Of a shared span in one piece of work: more are cut into several, as a GPU wants many pieces."""
 
 
-class SpanWork(NamedTuple):
-    """``total`` ``pieces``, each the row, its sequence, the tokens that it sees and a span of them; int32.
+class SpanPieces(NamedTuple):
+    """``total`` ``pieces``, each of five numbers as kernels/metal/paged_attention.metal has them; int32.
 
-    ``firsts`` has each row's first piece, and where the last one's end.
+    Its first place in ``rows``, how many of these it has, a sequence, the tokens that are seen, and the span.
+    There are ``places`` rows in all.
     """
 
     pieces: mx.array
-    firsts: mx.array
+    rows: mx.array
     total: int
+    places: int
+
+
+class SpanWork(NamedTuple):
+    """Spans that several rows ``shared`` are read once for them; behind these each row has its ``own``.
+
+    ``order`` has each row's places in the order of its spans, those in ``own.rows`` numbered behind those in
+    ``shared.rows``; ``firsts`` has where each row begins in it, and where the last one ends.
+    """
+
+    shared: SpanPieces
+    own: SpanPieces
+    order: mx.array
+    firsts: mx.array
 
 
 class TileWork(NamedTuple):
@@ -47,7 +67,7 @@ class WorkLists:
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
-        self._by_span: dict[tuple[int, int], SpanWork] = {}
+        self._by_span: dict[tuple[int, int, int], SpanWork] = {}
         self._by_tile: dict[tuple[int, int, int], TileWork] = {}
         self._known: list[tuple[int, int, int, int]] | None = None
         self._by_sizes: dict[LayerSizes, ReadGroups] = {}
@@ -75,11 +95,18 @@ class WorkLists:
         """How many of the first sequences have one new row each; a step has its decodes first."""
         return sum(1 for _ in takewhile(lambda one: one[2] - one[1] == 1, self._sequences()))
 
-    def spans(self, size: int, rows: int) -> SpanWork:
+    def spans(self, size: int, rows: int, block_size: int) -> SpanWork:
         """The work of the first ``rows`` rows, cut into spans of ``size`` tokens of their contexts."""
-        if (size, rows) not in self._by_span:
-            self._by_span[size, rows] = _spans(self._sequences(), size, rows)
-        return self._by_span[size, rows]
+        key = size, rows, block_size
+        if key not in self._by_span:
+            known = [
+                (row, sequence, length - (end - row) + 1)
+                for sequence, start, end, length in self._sequences()
+                for row in range(start, min(end, rows))
+            ]
+            groups = _groups(known, self.pages.block_tables, size, block_size)
+            self._by_span[key] = _spans(known, groups, size)
+        return self._by_span[key]
 
     def tiles(self, group: int, pairs: int, first: int = 0) -> TileWork:
         """A piece of work for every ``pairs`` of a row and one of the ``group`` heads that share a key head.
@@ -99,17 +126,53 @@ class WorkLists:
         return self._known
 
 
-def _spans(sequences: list[tuple[int, int, int, int]], size: int, rows: int) -> SpanWork:
-    work, firsts = array("i"), array("i", [0])
-    for sequence, start, end, length in sequences:
-        for row in range(start, min(end, rows)):
-            seen = length - (end - row) + 1
-            spans = -(-seen // size)
-            pieces = array("i", [row, sequence, seen, 0]) * spans
-            pieces[3::4] = array("i", range(spans))
-            work.extend(pieces)
-            firsts.append(len(work) // 4)
-    return SpanWork(_padded(work), _padded(firsts), total=firsts[-1])
+def _groups(
+    rows: list[SpanRow], tables: mx.array, size: int, block_size: int
+) -> Iterator[tuple[int, list[SpanRow]]]:
+    """Spans, each with two rows or more that have the same blocks there and before; none is a row's last."""
+    blocks, row_bytes = memoryview(cast(Any, tables)).tobytes(), tables.shape[1] * tables.itemsize
+    span_bytes = size // block_size * tables.itemsize
+    groups, span = [rows], 0
+    while groups:
+        parted: list[list[SpanRow]] = []
+        for group in groups:
+            alike: dict[bytes, list[SpanRow]] = {}
+            for row, sequence, seen in group:
+                if (span + 1) * size < seen:
+                    at = sequence * row_bytes + span * span_bytes
+                    alike.setdefault(blocks[at : at + span_bytes], []).append((row, sequence, seen))
+            parted += [same for same in alike.values() if len(same) > 1]
+        yield from ((span, group) for group in parted)
+        groups, span = parted, span + 1
+
+
+def _spans(rows: list[SpanRow], groups: Iterable[tuple[int, list[SpanRow]]], size: int) -> SpanWork:
+    places = {row: array("i") for row, _, _ in rows}
+    shared, shared_rows = array("i"), array("i")
+    for span, group in groups:
+        for begin in range(0, len(group), MOST_ROWS):
+            some = group[begin : begin + MOST_ROWS]
+            shared.extend([len(shared_rows), len(some), *some[0][1:], span])
+            for row, _, _ in some:
+                places[row].append(len(shared_rows))
+                shared_rows.append(row)
+    own, own_rows = array("i"), array("i")
+    order, firsts = array("i"), array("i", [0])
+    for row, sequence, seen in rows:
+        known, spans = len(places[row]), -(-seen // size)
+        numbers = array("i", range(len(own_rows), len(own_rows) + spans - known))
+        pieces = array("i", [0, 1, sequence, seen, 0]) * len(numbers)
+        pieces[::5], pieces[4::5] = numbers, array("i", range(known, spans))
+        own.extend(pieces)
+        own_rows.extend([row] * len(numbers))
+        order.extend(places[row])
+        order.extend(len(shared_rows) + number for number in numbers)
+        firsts.append(len(order))
+    return SpanWork(_pieces(shared, shared_rows), _pieces(own, own_rows), _padded(order), _padded(firsts))
+
+
+def _pieces(work: array[int], rows: array[int]) -> SpanPieces:
+    return SpanPieces(_padded(work), _padded(rows), len(work) // 5, len(rows))
 
 
 def _tiles(sequences: list[tuple[int, int, int, int]], group: int, pairs: int, first: int) -> TileWork:

@@ -300,6 +300,11 @@ def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
         lambda: _attended(s, lens[:1]),
         lambda: _attended(s, lens[:1], decoded=3),
     )
+    yield Check(
+        "sequences that begin alike and one of them alone",
+        lambda: _attended(s, 2 * lens[:1], alike=True),
+        lambda: 2 * _attended(s, lens[:1]),
+    )
     for rows in sizes.rows:
         yield _attention_speed(s, rows, sizes.context)
 
@@ -323,10 +328,13 @@ def _kept(s: Shapes, x: mx.array) -> mx.array:
     return (steps * scales.astype(mx.float32)[..., None]).astype(x.dtype)
 
 
-def _attended(s: Shapes, lens: Sequence[int], decoded: int = 1) -> list[mx.array]:
-    """What each sequence gets [T, H, D]: the last tokens, ``decoded`` of them, each in a call of its own."""
+def _attended(s: Shapes, lens: Sequence[int], decoded: int = 1, *, alike: bool = False) -> list[mx.array]:
+    """What each sequence gets [T, H, D]: the last tokens, ``decoded`` of them, each in a call of its own.
+
+    ``alike``: all are the first one, and then read its whole blocks.
+    """
     tables = _tables(lens, s.block_size)
-    tokens = [_qkv(s, length, b) for b, length in enumerate(lens)]
+    tokens = [_qkv(s, length, 0 if alike else b) for b, length in enumerate(lens)]
     pool = _pool(s, lens)
     outs: list[list[mx.array]] = [[] for _ in lens]
     for left in range(decoded, -1, -1):
@@ -338,6 +346,8 @@ def _attended(s: Shapes, lens: Sequence[int], decoded: int = 1) -> list[mx.array
         q, k, v = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
         out, pool = paged_attention(q, k, v, pool, _pages(tables, starts, ends, s.block_size))
         mx.eval(out, *pool)
+        whole = (lens[0] - decoded) // s.block_size if alike else 0
+        tables = [tables[0][:whole] + table[whole:] for table in tables]
         at = 0
         for own, start, end in zip(outs, starts, ends, strict=True):
             own.append(out[at : at + end - start])
