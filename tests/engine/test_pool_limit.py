@@ -5,18 +5,20 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from tiny_llm import LLM, SamplingParams
+from tests.engine.test_paging import resident_bytes
+from tiny_llm import LLM, Completion, SamplingParams
 from tiny_llm.engine import pool_limit, settings
 from tiny_llm.engine.pool_limit import PoolLimit
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.settings import EngineSettings, Speculation
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv import paged
-from tiny_llm.memory import available_memory_bytes, narrowest_limit
+from tiny_llm.memory import available_memory_bytes, give_back_memory, narrowest_limit
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import read_config
 from tiny_llm.ops.kv_pool import Pool
@@ -82,6 +84,58 @@ def test_the_first_slab_is_allowed_and_a_step_gets_a_quarter_at_most(memory: dic
     memory["free"] = 0
     assert PoolLimit(200, 8, BLOCK, 10**9, Clock()).blocks(0) == 8
     assert PoolLimit(3, 8, BLOCK, 10**9, Clock()).blocks(0) == 3
+
+
+def test_the_limit_falls_below_what_there_is_when_others_take_what_is_left_for_a_step(
+    memory: dict[str, int],
+) -> None:
+    limit = PoolLimit(200, 8, BLOCK, 10 * BLOCK, Clock())
+    memory["free"] = 4 * BLOCK
+    assert limit.blocks(40) == 34 and limit.blocks(200) == 194
+    memory["free"] = 9 * BLOCK
+    assert limit.blocks(200) == 194 and limit.blocks(200, again=True) == 199, "no time has passed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("speculate", ["off", "draft"])
+def test_memory_goes_back_while_those_run_whose_blocks_lie_at_the_end(
+    demo: Path, tmp_path: Path, speculate: Speculation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts and two answers that go on when those have ended, and others take the memory."""
+    params = SamplingParams(max_tokens=120, ignore_eos=True, n=2, temperature=1.0, seed=3)
+    with LLM(demo, draft="demo-draft", kv_dtype="float32", kv_disk=tmp_path) as llm:
+        expected = [answer.token_ids for answer in llm.generate([[3] * 40], params)]
+        settings = EngineSettings(kv_blocks=1024, slab_blocks=16, speculate=speculate)
+        engine = llm.with_engine(settings).engine
+        blocks, done = engine.scheduler.blocks, list[Completion]()
+
+        def step() -> None:
+            done.extend(chunk.completion for _, chunk in engine.step() if chunk.completion)
+
+        for number in range(12):
+            engine.add([number + 5] * 900, SamplingParams(max_tokens=2, ignore_eos=True))
+        engine.add([3] * 40, params)
+        while len(done) < 12:
+            step()
+        tables = [table for _, table in engine.scheduler.running()]
+        assert len(tables) == 2 and min(max(table.blocks) for table in tables) > 600
+        give_back_memory()
+        before, capacity = resident_bytes(), blocks.capacity
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_limit, "available_memory_bytes", lambda: 0)
+            while len(done) < 14:
+                step()
+                engine.scheduler.check_integrity()
+        assert blocks.capacity == 16 and [answer.token_ids for answer in done[12:]] == expected
+        while (disk := engine.stats().disk) and disk.blocks < 600:
+            time.sleep(0.01)
+        give_back_memory()
+        given_back = engine.block_bytes * (capacity - blocks.capacity)
+        left = 2**21 * len(engine.cache.arrays())  # a huge page each
+        assert before - resident_bytes() > 0.8 * given_back - left > 20_000_000
+        (again,) = llm.with_engine(settings).generate([[5] * 900], SamplingParams(max_tokens=2))
+        assert again.cached_tokens == 896, "what left the pool went to disk"
 
 
 def test_requests_wait_for_memory_and_only_what_can_never_run_is_refused(

@@ -100,6 +100,25 @@ def test_the_pool_grows_by_slabs_and_gives_them_back() -> None:
     manager.check_integrity([])
 
 
+def test_a_used_block_at_the_end_moves_to_the_front_and_all_who_hold_it_know() -> None:
+    manager, pool = BlockManager(SIZE, 12, slab=2), Pool()
+    first = filled(manager, pool, [1] * 30)
+    last = list(range(2, 12))
+    table = filled(manager, pool, last)
+    child = manager.fork(table, 10)
+    manager.free(first)
+    assert manager.capacity == 12 and min(table.blocks) == 8
+    manager.shrink([table, child])
+    assert manager.capacity == 4 and child.blocks == table.blocks
+    pool.move(manager.drain())
+    for one in (table, child):
+        pool.check(one.blocks, "", last, 10)
+    manager.check_integrity([table, child])
+    manager.free(table, last, 10)
+    again = manager.table()
+    assert manager.allocate(again, [*last, 1]) == 10, "it is found where it lies now"
+
+
 def test_running_requests_share_a_prefix_and_the_last_token_is_always_computed() -> None:
     manager, pool = BlockManager(SIZE, 10), Pool()
     prompt = list(range(2 * SIZE))
@@ -228,7 +247,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.manager = BlockManager(
             SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching, store=self.pool
         )
-        self.limit = limit
+        self.limit, self.slab = limit, slab
         self.held: list[Held] = []
         self.unused_since: dict[int, int] = {}  # cached blocks that no table holds
         self.full: dict[int, tuple[str, list[int]]] = {}  # cached blocks that are full: salt, all tokens
@@ -370,13 +389,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.manager.set_limit(most)
         self.limit = max(min(most, self.manager.allowed_blocks), self.manager.capacity)
 
-    @rule()
-    def shrink(self) -> None:
-        before = self.manager.available
-        self.manager.shrink()
+    @rule(limit=strategies.integers(0, 16))
+    def shrink(self, limit: int) -> None:
+        before, capacity = self.manager.available, self.manager.capacity
+        self.manager.shrink((one.table for one in self.held), limit)
         assert self.manager.available == before, "what was given back can be had again"
-        highest = max((block for one in self.held for block in one.table.blocks), default=-1)
-        assert self.manager.capacity > highest
+        least = max(limit, len({block for one in self.held for block in one.table.blocks}))
+        assert self.manager.capacity == min(capacity, -(-least // self.slab) * self.slab)
+        for old, new in self.manager._moves.copies:
+            if old in self.full:
+                self.full[new] = self.full.pop(old)
         self.unused_since = {b: t for b, t in self.unused_since.items() if b < self.manager.capacity}
 
     def _pick(self, pick: int, *, here: bool) -> Held | None:

@@ -56,6 +56,24 @@ def test_a_step_takes_no_second_pool(where: str, rows: int) -> None:
             assert more < POOL / 4, f"step {number} took {more} bytes more; the keys are {POOL}"
 
 
+def test_a_pool_that_grows_or_shrinks_is_in_memory_twice_for_a_layer_only(where: str) -> None:
+    """It was there twice as a whole while it grew."""
+    layers = 8
+    with backend.use(where):
+        before, last = mx.get_active_memory(), 0
+        pages = PagedCache(KvFormat(layers, K, D, S, mx.float32), max_blocks=BLOCKS)
+        for blocks, copies in ((BLOCKS // 2, []), (BLOCKS, []), (BLOCKS // 4, [(BLOCKS - 1, 5)])):
+            mx.reset_peak_memory()
+            pages.prepare(Plan([], blocks, [], copies, []))
+            mx.eval(step(pages, 0, layers=layers))
+            mx.synchronize()
+            now, most = mx.get_active_memory() - before, mx.get_peak_memory() - before
+            held, copied = (2 * layers * POOL * count / BLOCKS for count in (blocks, max(blocks, last)))
+            assert abs(now - held) < POOL / 4, f"{blocks} blocks take {now} bytes; it is {held}"
+            assert most < copied + 3 * POOL, f"{most} bytes on the way to {blocks} blocks; it was {last}"
+            last = blocks
+
+
 @pytest.mark.parametrize("waits", [True, False], ids=["each step waited for", "a step ahead"])
 def test_moves_take_no_second_pool(where: str, waits: bool) -> None:
     """A copy to the host that nobody has evaluated held the pool, so that the step wrote another one."""

@@ -36,9 +36,9 @@ BLOCKS, HOST = 7, 24
 ROWS = 4099
 """Different ones, for more tokens than there are at a time."""
 RUNS = max(4, int(os.environ.get("TINY_LLM_FUZZ") or 0) // 100)
-STEPS = 60
+STEPS = 80
 EVENTS = {"saved", "loaded", "copied", "swapped-out", "swapped-in", "swap", "recompute", "found", "ahead"}
-EVENTS |= {"for-nothing", "forked", "right", "wrong", "ended", "cancelled", "lost", "rested"}
+EVENTS |= {"for-nothing", "forked", "right", "wrong", "ended", "cancelled", "lost", "rested", "moved"}
 
 
 class Fuzz:
@@ -56,7 +56,7 @@ class Fuzz:
             max_num_seqs=most,
             max_num_batched_tokens=most + chance.randint(1, 60),
             max_step_ms=inf,
-            preemption=chance.choice(("swap", "swap", "recompute")),
+            preemption=chance.choice(("swap", "recompute")),
         )
         blocks = BlockManager(S, BLOCKS, slab=chance.randint(1, 5), host_blocks=host, store=store)
         self.store = store
@@ -194,9 +194,21 @@ class Fuzz:
             self.scheduler.blocks.shrink()
             self.cache.clear()
             self.seen["lost"] += 1
+        if self.chance.random() < 0.1 and self.ahead is None:
+            self.shrink()
         if not len(self.scheduler):
             self.ahead = None
             self.rest()
+
+    def shrink(self) -> None:
+        """Memory goes, and comes back; used blocks at the pool's end move to the front."""
+        blocks = self.scheduler.blocks
+        blocks.set_limit(self.chance.randint(1, BLOCKS))
+        plan = self.scheduler.shrink()
+        self.cache.save(plan.save)
+        self.cache.prepare(plan)
+        self.seen["moved"] += len(plan.copies)
+        blocks.set_limit(BLOCKS)
 
     def rest(self) -> None:
         """What is cached goes to disk, and the pool goes."""

@@ -73,7 +73,6 @@ class Model:
 
     def move(self, plan: Plan) -> None:
         self.slots += [None] * (plan.num_blocks * SIZE - len(self.slots))
-        del self.slots[plan.num_blocks * SIZE :]
         for pairs, source, target in (
             (plan.swap_out, self.slots, self.host),
             (plan.copies, self.slots, self.slots),
@@ -85,6 +84,7 @@ class Model:
                 assert source is not target or old not in written, "what one copy writes, another reads"
                 written.add(new)
                 target[new * SIZE : (new + 1) * SIZE] = source[old * SIZE : (old + 1) * SIZE]
+        del self.slots[plan.num_blocks * SIZE :]
 
     def spoil(self, item: PlanItem) -> None:
         """What a step writes for a sequence that has ended in the meantime."""

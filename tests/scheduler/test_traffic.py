@@ -163,7 +163,8 @@ class Traffic(RuleBasedStateMachine):
         elif pick < 80:
             self._pass_time(seconds)
         elif pick < 86:
-            self.scheduler.blocks.shrink()
+            if self.ahead is None:
+                self.model.move(self.scheduler.shrink())
         elif pick < 96:
             blocks = self.scheduler.blocks
             blocks.set_limit(int(seconds / 20 * blocks.allowed_blocks))

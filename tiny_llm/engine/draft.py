@@ -109,7 +109,6 @@ class DraftModel:
         All sequences guess their next token together, and each one's guess is what it goes on from. A guess
         is drawn as its answer draws: by its noise, its penalties, its form.
         """
-        self._follow(plan)
         self.was_behind = False
         asked = [item for item in plan.items if item.tokens[-1] == GUESS]
         if not asked:
@@ -143,7 +142,7 @@ class DraftModel:
             ],
         )
 
-    def _follow(self, plan: Plan) -> None:
+    def follow(self, plan: Plan) -> None:
         """Move what the plan moves; what it writes is unread, and what lay behind that is no one's."""
         self.cache.prepare(plan)
         read, host = self._read, self._read_on_host
@@ -159,6 +158,7 @@ class DraftModel:
         for item in plan.items:
             for block, first in self._reach(item):
                 read[block] = min(read[block], max(0, item.start - first))
+        del read[plan.num_blocks :]
 
     def _reach(self, item: PlanItem) -> Iterator[tuple[int, int]]:
         """The blocks that the item's tokens go to, each with the position of its first token."""

@@ -244,12 +244,12 @@ class Engine:
             self.runner.clear()
         give_back_memory()
 
-    def keep_cached(self) -> None:
-        """Let the store have what the prefix cache holds, before that is lost."""
-        unsaved = self.scheduler.blocks.unsaved()
+    def keep_cached(self, first: int = 0, *, wait: bool = True) -> None:
+        """Let the store have what the prefix cache holds from block ``first`` on, before that is lost."""
+        unsaved = self.scheduler.blocks.unsaved(first)
         for start in range(0, len(unsaved), _KEPT_AT_ONCE):
             self.cache.save(unsaved[start : start + _KEPT_AT_ONCE])
-            self._write_saved(wait=True)
+            self._write_saved(wait=wait)
 
     def _write_saved(self, *, wait: bool = False) -> None:
         for content, data in self.cache.saved():
@@ -280,11 +280,25 @@ class Engine:
         return events
 
     def _limit_pool(self) -> list[Event]:
-        """Let the pool grow as far as memory is there; end those for whom that is too little even alone."""
+        """Fit the pool to the memory that is there; end those for whom that is too little even alone."""
         blocks = self.scheduler.blocks
         blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
+        if blocks.is_too_large and self._ahead is None:  # no step takes memory at the moment
+            blocks.set_limit(self._pool_limit.blocks(blocks.capacity, again=True))
+            self._shrink_pool()
         why = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
         return self._ended(self.scheduler.refuse(), why)
+
+    def _shrink_pool(self) -> None:
+        """Give back what the pool has above its limit. What is cached there may go to the store."""
+        blocks = self.scheduler.blocks
+        self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
+        plan = self.scheduler.shrink()
+        try:
+            self.runner.move(plan)
+        except Exception as error:
+            self._failed(plan, error)
+        blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
         """Start the step that the scheduler plans; None if there is nothing to do."""

@@ -37,22 +37,21 @@ class PoolLimit:
         self._asked: tuple[int, float] | None = None  # the capacity then, and when that was
         self._limit = most
 
-    def blocks(self, capacity: int) -> int:
-        """How many blocks there may be; ``capacity`` there are. Never fewer than that."""
+    def blocks(self, capacity: int, *, again: bool = False) -> int:
+        """How many blocks there may be; ``capacity`` there are. Fewer, where others need the memory."""
         now = self._clock()
-        if self._asked is None or self._asked[0] != capacity or now - self._asked[1] >= _ASK_EVERY_S:
+        if again or self._asked is None or self._asked[0] != capacity or now - self._asked[1] >= _ASK_EVERY_S:
             self._asked = capacity, now
             self._limit = self._fitting(capacity)
         return self._limit
 
     def _fitting(self, capacity: int) -> int:
-        if capacity >= self._most:
-            return self._most
         more = self._room()
-        if more < self._slab:  # before the pool stands still, what is kept for later goes
+        # Before the pool stands still or shrinks, what is kept for later goes.
+        if more < min(self._slab, self._most - capacity):
             give_back_memory()
             more = self._room()
         return min(self._most, max(capacity + more, self._slab))
 
     def _room(self) -> int:
-        return max(0, available_memory_bytes() - self._reserve) // self._block_bytes
+        return (available_memory_bytes() - self._reserve) // self._block_bytes

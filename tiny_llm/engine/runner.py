@@ -71,6 +71,7 @@ class Runner:
         batch = InFlightBatch(plan, [], is_usual=not (plan.load or plan.joins))  # which takes its own time
         try:
             with use(self.kernels.backend, self.kernels.ours):
+                self.move(plan)
                 batch.plan = within_forms(plan, sharing)
                 if self.draft is not None:
                     batch.plan = self.draft.guessed(batch.plan, sharing)
@@ -92,9 +93,6 @@ class Runner:
         """
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self._make_room(batch.tokens.size, batch.logit_rows.size)
-        self.cache.save(plan.save)
-        self.cache.prepare(plan)
-        self.cache.load(plan.load)
         if plan.joins:
             assert self._inv_freq is not None, "keys can be turned"
             self.cache.join(plan.joins, self._inv_freq)
@@ -116,6 +114,15 @@ class Runner:
         if tokens != self._tokens and need + mx.get_cache_memory() > self._most:
             mx.clear_cache()
         self._tokens = tokens
+
+    def move(self, plan: Plan) -> None:
+        """Do to the pages what comes before a step."""
+        with use(self.kernels.backend, self.kernels.ours):
+            if self.draft is not None:
+                self.draft.follow(plan)
+            self.cache.save(plan.save)
+            self.cache.prepare(plan)
+            self.cache.load(plan.load)
 
     def warm_up(self, most_blocks: int) -> None:
         """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""

@@ -98,7 +98,7 @@ class BlockManager:
                 raise ConfigError(f"{name} is {given}, but must be at least 1.")
         self.block_size = block_size
         self.allowed_blocks = max_blocks
-        self.max_blocks = max_blocks  # of these, what memory is there for: see set_limit
+        self.limit = self.max_blocks = max_blocks  # of these, what memory is there for: see set_limit
         self.prefix = PrefixCache() if prefix_cache else None
         self._slab = slab
         self.store = store if prefix_cache else None
@@ -129,6 +129,11 @@ class BlockManager:
     def available(self) -> int:
         """Blocks that could be handed out: free, cached, or still to grow."""
         return len(self._free) + len(self._cached) + self.max_blocks - len(self._refs)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the pool is above its limit, and there is something to give back."""
+        return self.capacity_within(self.limit) < self.capacity
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold ``tokens`` tokens."""
@@ -276,8 +281,9 @@ class BlockManager:
             self.prefix.miss_tokens += misses
 
     def set_limit(self, max_blocks: int) -> None:
-        """There may be ``max_blocks`` from now on, as memory comes and goes; those that are there stay."""
-        self.max_blocks = max(min(max_blocks, self.allowed_blocks), self.capacity)
+        """There may be ``max_blocks`` from now on, as memory comes and goes. Those that are there stay."""
+        self.limit = min(max_blocks, self.allowed_blocks)
+        self.max_blocks = max(self.limit, self.capacity)
 
     def drain(self) -> Moves:
         """What is to be done to the arrays since last asked, before anything else is written to them.
@@ -295,14 +301,38 @@ class BlockManager:
         self._refs.extend([0] * (new - old))
         self._free[:0] = array("i", reversed(range(old, new)))  # lowest first, so that slabs can go
 
-    def shrink(self) -> None:
-        """Give back the slabs at the pool's end of which no block is used; what they cached is forgotten."""
-        used = max((block for block, refs in enumerate(self._refs) if refs), default=-1)
-        capacity = min(-(-(used + 1) // self._slab) * self._slab, len(self._refs))
+    def capacity_within(self, limit: int) -> int:
+        """The capacity that ``shrink`` to ``limit`` would leave: whole slabs, with room for what is used."""
+        used = self.capacity - len(self._cached) - len(self._free)
+        return min(-(-max(used, limit) // self._slab) * self._slab, self.capacity)
+
+    def shrink(self, tables: Iterable[BlockTable] = (), limit: int = 0) -> None:
+        """Give back slabs at the pool's end, down to ``limit`` blocks or what is used.
+
+        What they cached is forgotten. What is used there moves to the front, and ``tables``, which are all
+        that there are, say so.
+        """
+        capacity = self.capacity_within(limit)
         for block in [block for block in self._cached if block >= capacity]:
             self._forget(block)
         self._free = array("i", (block for block in self._free if block < capacity))
+        moved = {block: self._moved(block) for block in range(capacity, len(self._refs)) if self._refs[block]}
+        self._moves.copies.extend(moved.items())
+        for table in tables if moved else ():
+            table.blocks = array("i", [moved.get(block, block) for block in table.blocks])
         del self._refs[capacity:]
+
+    def _moved(self, block: int) -> int:
+        """Where a used block lies from now on: in a free place, or in that of the oldest cached block."""
+        if not self._free:
+            self._evict(next(iter(self._cached)))
+        place = self._free.pop()
+        self._refs[place] = self._refs[block]
+        if self.prefix is not None and block in self.prefix:
+            self.prefix.move(block, place)
+        if block in self._kept_out:
+            self._kept_out ^= {block, place}
+        return place
 
     def clear(self) -> None:
         """Forget what is cached: the arrays were lost. No table may hold a block."""
@@ -403,9 +433,10 @@ class BlockManager:
         self._refs[block] = 1
         return block
 
-    def unsaved(self) -> list[tuple[int, bytes]]:
-        """The cached blocks that the store is to have and has not, with what they hold."""
-        return [(block, held) for block in self._cached if (held := self._to_be_saved(block))]
+    def unsaved(self, first: int = 0) -> list[tuple[int, bytes]]:
+        """The cached blocks from ``first`` on that the store is to have and has not, with what they hold."""
+        cached = [block for block in self._cached if block >= first]
+        return [(block, held) for block in cached if (held := self._to_be_saved(block))]
 
     def _to_be_saved(self, block: int) -> bytes:
         """What a registered block holds, if that is for the store and not there; else nothing."""

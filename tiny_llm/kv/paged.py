@@ -32,6 +32,7 @@ class PagedCache:
         self._max_blocks = max_blocks
         self._host_blocks = host_blocks
         self._layers: list[Pool] = []
+        self._blocks = 0  # that the plans have of them
         self._host: list[Pool] = []
         self._saved: list[tuple[list[bytes], list[mx.array]]] = []
         self._work: WorkLists | None = None  # of the step under way, the same for all layers
@@ -54,15 +55,16 @@ class PagedCache:
 
     def clear(self) -> None:
         """Let go of all arrays, after a step that failed half way."""
-        self._layers, self._host, self._saved = [], [], []
+        self._layers, self._host, self._saved, self._blocks = [], [], [], 0
 
     def prepare(self, plan: Plan) -> None:
-        """Grow to the plan's blocks, then swap out, copy and swap in as it says.
+        """Grow to the plan's blocks, then swap out, copy and swap in as it says, and shrink to its blocks.
 
         The moves are done, or under way ahead of all that follows, when this returns: the next to write
         the pool writes it where it lies, and waits for nobody who only means to read it.
         """
-        self._layers = self._sized(self._layers, plan.num_blocks, self._max_blocks)
+        if plan.num_blocks > self._blocks:
+            self._layers = self._sized(self._layers, plan.num_blocks, self._max_blocks)
         if plan.swap_out:
             most = 1 + max(slot for _, slot in plan.swap_out)
             self._host = self._sized(self._host, self._host_room(most), self._host_blocks)
@@ -71,6 +73,9 @@ class PagedCache:
             _move(self._layers, self._layers, plan.copies)
         if plan.swap_in:
             _move(self._host, self._layers, plan.swap_in)
+        if plan.num_blocks < self._blocks:
+            self._shrink(plan.num_blocks)
+        self._blocks = plan.num_blocks
 
     def save(self, leaving: Sequence[tuple[int, bytes]]) -> None:
         """Take what these blocks hold, before another is told to write them, for ``saved``."""
@@ -127,6 +132,14 @@ class PagedCache:
         out, self._layers[layer] = paged_attention(q, k, v, self._layers[layer], batch.pages, self._work)
         return out
 
+    def _shrink(self, blocks: int) -> None:
+        """Copy what stays, a layer at a time, and let the rest go: of an array, no part can."""
+        kept = mx.array([(block, block) for block in range(blocks)], mx.int32)
+        for layer, pool in enumerate(self._layers):
+            smaller = self.format.empty_pool(blocks, self._max_blocks)
+            self._layers[layer] = copy_blocks(pool, smaller, kept)
+            mx.eval(*self._layers[layer])
+
     def _host_room(self, blocks: int) -> int:
         """Blocks that the host is to have for ``blocks``: at least doubled, so that growing is rare."""
         has = _blocks(self._host)
@@ -137,7 +150,9 @@ class PagedCache:
             return [self.format.empty_pool(blocks, most) for _ in range(self.format.num_layers)]
         if _blocks(pools) >= blocks:
             return pools
-        return [resize_pool(pool, blocks) for pool in pools]
+        for layer, pool in enumerate(pools):  # each is let go before the next one grows
+            pools[layer] = resize_pool(pool, blocks)
+        return pools
 
 
 def _blocks(pools: list[Pool]) -> int:

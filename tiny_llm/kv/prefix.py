@@ -94,6 +94,12 @@ class PrefixCache:
         held = self._contents[block]
         return (len(held) - 2 * DIGEST) // _ITEM if held.startswith(_NAMELESS) else 0
 
+    def move(self, block: int, place: int) -> None:
+        """What ``block`` holds lies in ``place`` now."""
+        content = self._contents[block]
+        self.forget(block)
+        self.add(place, content)
+
     def forget(self, block: int) -> None:
         """``block`` is about to hold something else."""
         content = self._contents.pop(block)

@@ -155,6 +155,8 @@ class Scheduler:
             return None
         if self.speculation is not None and self._expects_drafts(plan, self.speculation):
             return None
+        if self.blocks.is_too_large:  # it shrinks when nothing is under way
+            return None
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         ends = [(self._entries[item.seq_id].table, item.start + 1) for _, item in going_on]
         growing = [(table, end) for table, end in ends if end >= table.writable]
@@ -228,6 +230,14 @@ class Scheduler:
         self.pins.clear()
         self.blocks.clear()
         return [output for output in failed if output]
+
+    def shrink(self) -> Plan:
+        """Let the pool have no more blocks than its limit, or than are used; what a plan without items moves.
+
+        It is to be carried out at once, while no other plan is.
+        """
+        self.blocks.shrink((entry.table for entry in self._entries.values()), self.blocks.limit)
+        return Plan([], self.blocks.capacity, **self.blocks.drain()._asdict())
 
     def usage(self) -> Usage:
         """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
