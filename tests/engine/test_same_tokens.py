@@ -18,8 +18,10 @@ from tiny_llm.decoding import decide
 from tiny_llm.decoding.decide import Decision
 from tiny_llm.decoding.grammar import regex_grammar, schema_grammar
 from tiny_llm.engine import engine as engine_module
-from tiny_llm.engine.settings import EngineSettings
+from tiny_llm.engine.pool_limit import PoolLimit
+from tiny_llm.engine.settings import EngineSettings, Speculation
 from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.kv.disk import BlockStore
 from tiny_llm.sampling_params import Constraint
 from tiny_llm.scheduler import drafts
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -288,6 +290,34 @@ def test_traffic_changes_no_token_where_int8_is_kept(demo: Path, name: str) -> N
     llm = LLM(demo, draft="demo-draft", kv_dtype="int8")
     asks = traffic(llm, seed=8, count=10)
     assert together(llm, SETTINGS[name], asks) == alone(llm, asks)
+
+
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+@pytest.mark.parametrize("speculate", ["ngram", "draft"])
+def test_traffic_changes_no_token_where_memory_comes_and_goes(
+    demo: Path, tmp_path: Path, kept: str, speculate: Speculation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is used moves to the pool's front; what is cached goes to disk, and is found there."""
+    chance, moved, real = random.Random(5), list[int](), BlockManager._moved
+
+    def noted(self: BlockManager, block: int) -> int:
+        moved.append(block)
+        return real(self, block)
+
+    def by_chance(self: PoolLimit, capacity: int, *, again: bool = False) -> int:
+        return chance.choice((TINY, 512))
+
+    settings = replace(SETTINGS["slabs"], speculate=speculate)
+    with LLM(demo, draft="demo-draft", kv_dtype=kept, kv_disk=tmp_path) as llm:
+        asks = traffic(llm, seed=9, count=12, searches=0.25)
+        expected = alone(llm, asks)
+        monkeypatch.setattr(BlockManager, "_moved", noted)
+        monkeypatch.setattr(PoolLimit, "blocks", by_chance)
+        monkeypatch.setattr(BlockStore, "worth_reading", lambda self, computed_ms, within_ms: 512)
+        for _ in range(2):
+            assert together(llm, settings, asks) == expected
+        disk = llm.engine.stats().disk
+    assert len(moved) > 20 and disk and disk.read > 4, (len(moved), disk)
 
 
 def test_64_others_change_no_token(llm: LLM) -> None:
