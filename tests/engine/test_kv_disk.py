@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.disk import DiskUsage
+from tiny_llm.server.prometheus import exposition
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0)
 PROMPT = list(range(5, 105))
@@ -94,6 +96,26 @@ def test_what_is_not_to_be_kept_is_not(demo: Path, tmp_path: Path) -> None:
         scored = SamplingParams(max_tokens=1, prompt_logprobs=1)
         llm.generate([PROMPT[::-1]], scored)  # found again, it would have no logits
     assert usage_after(demo, tmp_path).blocks == 2
+
+
+def test_usage_says_what_is_cached_and_what_is_on_disk(demo: Path, tmp_path: Path) -> None:
+    with LLM(demo, kv_disk=tmp_path) as llm:
+        assert llm.memory.endswith(" · 0.00 GB of them on disk")
+        llm.generate([PROMPT], PARAMS)
+        cached = llm.engine.stats().blocks.cached
+        assert cached == BLOCKS + 1 and "tiny_llm_kv_disk_kept_blocks" in (told := metrics(llm))
+        assert f'kv_cache_cached_blocks{{model_name="m"}} {float(cached)}' in told
+        llm.engine.rest()
+        while usage(llm).blocks < BLOCKS:
+            time.sleep(0.001)
+        told = metrics(llm)
+        assert 'kv_cache_cached_blocks{model_name="m"} 0.0' in told
+        assert f'kv_disk_kept_blocks{{model_name="m"}} {float(BLOCKS)}' in told
+        assert f'kv_disk_bytes{{model_name="m"}} {float(usage(llm).bytes)}' in told
+
+
+def metrics(llm: LLM) -> str:
+    return exposition(llm.engine.stats(), "m", 0).decode()
 
 
 def test_keys_share_nothing_on_disk_either(demo: Path, tmp_path: Path) -> None:

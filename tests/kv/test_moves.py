@@ -204,7 +204,7 @@ class Fuzz:
         """Memory goes, and comes back; used blocks at the pool's end move to the front."""
         blocks = self.scheduler.blocks
         blocks.set_limit(self.chance.randint(1, BLOCKS))
-        plan = self.scheduler.shrink()
+        plan = self.scheduler.shrink(blocks.limit)
         self.cache.save(plan.save)
         self.cache.prepare(plan)
         self.seen["moved"] += len(plan.copies)

@@ -164,7 +164,7 @@ class Traffic(RuleBasedStateMachine):
             self._pass_time(seconds)
         elif pick < 86:
             if self.ahead is None:
-                self.model.move(self.scheduler.shrink())
+                self.model.move(self.scheduler.shrink(0))
         elif pick < 96:
             blocks = self.scheduler.blocks
             blocks.set_limit(int(seconds / 20 * blocks.allowed_blocks))

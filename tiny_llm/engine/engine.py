@@ -239,9 +239,8 @@ class Engine:
         assert not self._requests, "requests are waiting or running"
         self._ahead = None
         self.keep_cached()
-        self.scheduler.blocks.shrink()
-        if not self.scheduler.pins.tables:
-            self.runner.clear()
+        plan = self.scheduler.shrink(0)
+        self.runner.move(plan) if self.scheduler.pins.tables else self.runner.clear()
         give_back_memory()
 
     def keep_cached(self, first: int = 0, *, wait: bool = True) -> None:
@@ -281,24 +280,15 @@ class Engine:
 
     def _limit_pool(self) -> list[Event]:
         """Fit the pool to the memory that is there; end those for whom that is too little even alone."""
-        blocks = self.scheduler.blocks
-        blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
-        if blocks.is_too_large and self._ahead is None:  # no step takes memory at the moment
-            blocks.set_limit(self._pool_limit.blocks(blocks.capacity, again=True))
-            self._shrink_pool()
+        blocks, ask = self.scheduler.blocks, self._pool_limit.blocks
+        blocks.set_limit(ask(blocks.capacity))
+        if blocks.capacity_within(blocks.limit) < blocks.capacity and self._ahead is None:
+            blocks.set_limit(ask(blocks.capacity, again=True))  # now that no step takes memory
+            self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
+            self.runner.move(self.scheduler.shrink(blocks.limit))
+            blocks.set_limit(ask(blocks.capacity))
         why = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
         return self._ended(self.scheduler.refuse(), why)
-
-    def _shrink_pool(self) -> None:
-        """Give back what the pool has above its limit. What is cached there may go to the store."""
-        blocks = self.scheduler.blocks
-        self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
-        plan = self.scheduler.shrink()
-        try:
-            self.runner.move(plan)
-        except Exception as error:
-            self._failed(plan, error)
-        blocks.set_limit(self._pool_limit.blocks(blocks.capacity))
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
         """Start the step that the scheduler plans; None if there is nothing to do."""

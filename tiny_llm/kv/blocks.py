@@ -130,11 +130,6 @@ class BlockManager:
         """Blocks that could be handed out: free, cached, or still to grow."""
         return len(self._free) + len(self._cached) + self.max_blocks - len(self._refs)
 
-    @property
-    def is_too_large(self) -> bool:
-        """Whether the pool is above its limit, and there is something to give back."""
-        return self.capacity_within(self.limit) < self.capacity
-
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold ``tokens`` tokens."""
         return -(-tokens // self.block_size)
@@ -309,8 +304,7 @@ class BlockManager:
     def shrink(self, tables: Iterable[BlockTable] = (), limit: int = 0) -> None:
         """Give back slabs at the pool's end, down to ``limit`` blocks or what is used.
 
-        What they cached is forgotten. What is used there moves to the front, and ``tables``, which are all
-        that there are, say so.
+        What they cached is forgotten; what is used there moves to the front. ``tables`` are all there are.
         """
         capacity = self.capacity_within(limit)
         for block in [block for block in self._cached if block >= capacity]:

@@ -155,8 +155,8 @@ class Scheduler:
             return None
         if self.speculation is not None and self._expects_drafts(plan, self.speculation):
             return None
-        if self.blocks.is_too_large:  # it shrinks when nothing is under way
-            return None
+        if self.blocks.capacity_within(self.blocks.limit) < self.blocks.capacity:
+            return None  # the pool is to shrink while nothing is under way
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         ends = [(self._entries[item.seq_id].table, item.start + 1) for _, item in going_on]
         growing = [(table, end) for table, end in ends if end >= table.writable]
@@ -231,12 +231,10 @@ class Scheduler:
         self.blocks.clear()
         return [output for output in failed if output]
 
-    def shrink(self) -> Plan:
-        """Let the pool have no more blocks than its limit, or than are used; what a plan without items moves.
-
-        It is to be carried out at once, while no other plan is.
-        """
-        self.blocks.shrink((entry.table for entry in self._entries.values()), self.blocks.limit)
+    def shrink(self, limit: int) -> Plan:
+        """Shrink the pool; the plan, which has no items, is to be carried out at once and alone."""
+        tables = [entry.table for entry in self._entries.values()]
+        self.blocks.shrink([*tables, *self.pins.tables], limit)
         return Plan([], self.blocks.capacity, **self.blocks.drain()._asdict())
 
     def usage(self) -> Usage:

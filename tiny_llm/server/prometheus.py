@@ -54,6 +54,7 @@ class _Figures:
         yield gauge("kv_cache_cached_blocks", "KV blocks kept for prefixes to come.", blocks.cached)
         if stats.disk is not None:
             yield gauge("kv_disk_bytes", "Bytes of KV blocks on disk.", stats.disk.bytes)
+            yield gauge("kv_disk_kept_blocks", "KV blocks on disk.", stats.disk.blocks)
         told = "1: an answer's tokens do not depend on what else is running."
         yield gauge("same_tokens", told, stats.same_tokens)
         ours = {op: op in stats.ops_on_ours for op in OPS}
