@@ -204,7 +204,8 @@ class Fuzz:
         """Memory goes, and comes back; used blocks at the pool's end move to the front."""
         blocks = self.scheduler.blocks
         blocks.set_limit(self.chance.randint(1, BLOCKS))
-        plan = self.scheduler.shrink(blocks.limit)
+        blocks.shrink(self.scheduler.tables(), blocks.limit)
+        plan = Plan([], blocks.capacity, **blocks.drain()._asdict())
         self.cache.save(plan.save)
         self.cache.prepare(plan)
         self.seen["moved"] += len(plan.copies)

@@ -164,7 +164,9 @@ class Traffic(RuleBasedStateMachine):
             self._pass_time(seconds)
         elif pick < 86:
             if self.ahead is None:
-                self.model.move(self.scheduler.shrink(0))
+                blocks = self.scheduler.blocks
+                blocks.shrink(self.scheduler.tables())
+                self.model.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
         elif pick < 96:
             blocks = self.scheduler.blocks
             blocks.set_limit(int(seconds / 20 * blocks.allowed_blocks))

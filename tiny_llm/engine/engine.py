@@ -239,8 +239,7 @@ class Engine:
         assert not self._requests, "requests are waiting or running"
         self._ahead = None
         self.keep_cached()
-        plan = self.scheduler.shrink(0)
-        self.runner.move(plan) if self.scheduler.pins.tables else self.runner.clear()
+        self._shrink_pool(0)
         give_back_memory()
 
     def keep_cached(self, first: int = 0, *, wait: bool = True) -> None:
@@ -285,10 +284,15 @@ class Engine:
         if blocks.capacity_within(blocks.limit) < blocks.capacity and self._ahead is None:
             blocks.set_limit(ask(blocks.capacity, again=True))  # now that no step takes memory
             self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
-            self.runner.move(self.scheduler.shrink(blocks.limit))
+            self._shrink_pool(blocks.limit)
             blocks.set_limit(ask(blocks.capacity))
         why = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
         return self._ended(self.scheduler.refuse(), why)
+
+    def _shrink_pool(self, limit: int) -> None:
+        blocks = self.scheduler.blocks
+        blocks.shrink(self.scheduler.tables(), limit)
+        self.runner.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
 
     def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
         """Start the step that the scheduler plans; None if there is nothing to do."""
@@ -311,6 +315,9 @@ class Engine:
         """Start the step after one under way, if it is known but for the tokens that are being drawn."""
         plan, rows = batch.plan, batch.rows
         if batch.drawing is None or not self.settings.async_scheduling:
+            return None
+        blocks = self.scheduler.blocks
+        if blocks.capacity_within(blocks.limit) < blocks.capacity:  # it shrinks when no step is under way
             return None
         one_each = len(rows) == len(plan.items)  # else several answers begin from one prompt, or it goes on
         if not one_each or any(row.answer.needs_last_token for row in rows):

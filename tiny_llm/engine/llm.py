@@ -198,8 +198,6 @@ class LLM:
         )
         if swap := settings.host_blocks * block_bytes:
             told += f" · {swap / 1e9:.2f} GB to swap to"
-        if self._store is not None:
-            told += f" · {self._store.usage.bytes / 1e9:.2f} GB of them on disk"
         if settings.speculate == "off" and not self.kernels.same_tokens:
             told += " · no guesses, with which tokens might be others here (--speculate ngram)"
         return told

@@ -73,7 +73,9 @@ class PagedCache:
             _move(self._layers, self._layers, plan.copies)
         if plan.swap_in:
             _move(self._host, self._layers, plan.swap_in)
-        if plan.num_blocks < self._blocks:
+        if not plan.num_blocks:
+            self.clear()
+        elif plan.num_blocks < self._blocks:
             self._shrink(plan.num_blocks)
         self._blocks = plan.num_blocks
 

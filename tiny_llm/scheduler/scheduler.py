@@ -155,8 +155,6 @@ class Scheduler:
             return None
         if self.speculation is not None and self._expects_drafts(plan, self.speculation):
             return None
-        if self.blocks.capacity_within(self.blocks.limit) < self.blocks.capacity:
-            return None  # the pool is to shrink while nothing is under way
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         ends = [(self._entries[item.seq_id].table, item.start + 1) for _, item in going_on]
         growing = [(table, end) for table, end in ends if end >= table.writable]
@@ -231,11 +229,9 @@ class Scheduler:
         self.blocks.clear()
         return [output for output in failed if output]
 
-    def shrink(self, limit: int) -> Plan:
-        """Shrink the pool; the plan, which has no items, is to be carried out at once and alone."""
-        tables = [entry.table for entry in self._entries.values()]
-        self.blocks.shrink([*tables, *self.pins.tables], limit)
-        return Plan([], self.blocks.capacity, **self.blocks.drain()._asdict())
+    def tables(self) -> list[BlockTable]:
+        """All that hold blocks, pinned ones too."""
+        return [*(entry.table for entry in self._entries.values()), *self.pins.tables]
 
     def usage(self) -> Usage:
         """The pool's accounts. Looks at every running sequence: for a display, not for a step."""
@@ -252,8 +248,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that nothing is lost or held twice. Looks at everything."""
-        tables = [entry.table for entry in self._entries.values()]
-        self.blocks.check_integrity([*tables, *self.pins.tables])
+        self.blocks.check_integrity(self.tables())
         parked = sum(entry.held for entry in self._entries.values() if entry.seq.status == "waiting")
         assert self.num_waiting == len(self._waiting) + parked
         assert self._answers == sum(entry.answers for entry in self._entries.values())
@@ -424,10 +419,7 @@ class Scheduler:
         return True
 
     def _give_way(self, entry: Place, step: StepPlan) -> None:
-        """Take a running sequence's blocks; it goes on later, from the host or from its tokens.
-
-        One that is held is in no queue until it may go on.
-        """
+        """Take a running sequence's blocks; it goes on later, from the host or from its tokens."""
         seq = entry.seq
         # One that ran alone leaves a plan without items, which nobody carries out, its moves neither.
         others_run = any(not other.held for other in self._running.items if other is not entry)
@@ -443,7 +435,7 @@ class Scheduler:
         step.preempted.append((seq.id, swapped))
         self._running.remove(entry.rank)
         seq.status = "waiting"
-        if not entry.held:
+        if not entry.held:  # else it is in no queue until it may go on
             self._wait(entry)
 
     def _is_swap_better(self, computed: int) -> bool:
