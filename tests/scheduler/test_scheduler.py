@@ -423,12 +423,13 @@ def test_who_waited_for_a_block_to_spare_starts_alone_though_no_more_are_there()
     assert shape(step(scheduler)) == [(1, 40, 1)]
 
 
-def test_who_outgrows_the_pool_alone_is_not_swapped_out_by_a_plan_without_items() -> None:
+def test_who_outgrows_the_pool_alone_goes_to_the_host_and_is_refused() -> None:
+    """By a plan without items, which is carried out all the same."""
     blocks = BlockManager(SIZE, 12, slab=1, host_blocks=12)
     scheduler = Scheduler(blocks, SchedulerSettings(preemption="swap"))
     scheduler.add(request(0, length=8, most=16))
     step(scheduler)
     scheduler.blocks.set_limit(2)
     plan = scheduler.schedule()
-    assert plan.items == plan.swap_out == [] and plan.preempted == [(0, False)]
-    assert scheduler.refuse() == [Output(0, "error")]
+    assert plan.items == [] and plan.preempted == [(0, True)] and len(plan.swap_out) == 2
+    assert scheduler.refuse() == [Output(0, "error")] and scheduler.usage().host_used == 0

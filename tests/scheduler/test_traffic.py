@@ -283,14 +283,15 @@ class Traffic(RuleBasedStateMachine):
         assert sum(len(item.tokens) for item in plan.items) <= self.settings.max_num_batched_tokens
         assert len(running) == self.scheduler.num_running <= self.settings.max_num_seqs
         if not plan.items:  # whoever ran alone had to go, as memory did: it will be refused
-            assert not self.live or (plan.preempted and not running and not plan.swap_out)
+            assert not self.live or (plan.preempted and not running)
         self._check_items(plan)
         self._check_time(plan)
         decoded = {item.seq_id for item in plan.items[: plan.decodes]}
+        began_anew = waiting | {seq_id for seq_id, _ in plan.preempted}
         due = {
             seq.id
             for seq in running
-            if seq.id not in waiting and len(seq.tokens) - seq.num_computed_tokens == 1
+            if seq.id not in began_anew and len(seq.tokens) - seq.num_computed_tokens == 1
         }
         assert due == decoded, "each sequence that may decode does so in every step"
         if running := [seq for seq in running if not self._is_held(seq)]:
@@ -399,7 +400,10 @@ class Traffic(RuleBasedStateMachine):
     def _drop_group(self, seq_id: int) -> None:
         """One of a group has ended by accident: so do the others."""
         if group := self.groups.pop(seq_id, None):
-            self._end_members([member for member in group.members if member in self.groups])
+            members = [member for member in group.members if member in self.groups]
+            self._end_members([member for member in members if member in self.live])
+            for member in members:  # some have ended by the same accident
+                self.groups.pop(member, None)
 
     def _advance(
         self, seq: Sequence, seq_id: int, state: int, forks: tuple[Advance, ...] = (), *, made: int = 0

@@ -302,7 +302,11 @@ class Engine:
             if not request.started_s:
                 self._note_start(request, item.seq_id)
         clock.lap("schedule")
-        return self.runner.launch(plan, self._drawing, None, clock.lap) if plan.items else None
+        if plan.items:
+            return self.runner.launch(plan, self._drawing, None, clock.lap)
+        if plan.preempted:  # all had to go, some of them to the host
+            self.runner.move(plan)
+        return None
 
     def _note_start(self, request: Request, seq_id: int) -> None:
         sequence = self.scheduler.sequence(seq_id)
@@ -431,14 +435,10 @@ class Engine:
         request.left -= 1
         if not request.left:
             del self._requests[request.id]
-            self._settle(request)
+            self.contexts.leave(request.contexts)
+            if request.pin is not None:
+                self.contexts.settle(request.pin)
         return request.completion(answer, reason, now)
-
-    def _settle(self, request: Request) -> None:
-        """A request has ended: so has what it held of contexts, and perhaps one is there now."""
-        self.contexts.leave(request.contexts)
-        if request.pin is not None:
-            self.contexts.settle(request.pin)
 
     def _look_after_contexts(self) -> list[Event]:
         """Those whose time is up go; who waits for one that could not be computed ends."""

@@ -313,12 +313,13 @@ class Scheduler:
     def _add_drafts(self, step: StepPlan, decoding: list[Place], speculation: Speculation) -> None:
         """Let decodes check as many guesses as are expected to pay; nobody makes room for them."""
         worth = Worth(self.speed, step.decodes, step.decode_context)
+        kept = int(len(self) > len(decoding))  # of the tokens, for whoever catches up
         for index, entry in enumerate(decoding):
             if entry.answers > 1:  # they part at the token that is drawn now
                 continue
             seq, start = entry.seq, entry.seq.num_computed_tokens
             left = seq.prompt_len + seq.params.max_tokens - 1 - len(seq.tokens)  # the last is not computed
-            draft = speculation.draft(seq, entry.acceptance, worth, min(left, step.tokens))
+            draft = speculation.draft(seq, entry.acceptance, worth, min(left, step.tokens - kept))
             end = len(seq.tokens) + len(draft)
             if draft and (end <= entry.table.writable or self.blocks.reserve(entry.table, start, end)):
                 tokens = seq.tokens[start:] + draft
@@ -421,12 +422,8 @@ class Scheduler:
     def _give_way(self, entry: Place, step: StepPlan) -> None:
         """Take a running sequence's blocks; it goes on later, from the host or from its tokens."""
         seq = entry.seq
-        # One that ran alone leaves a plan without items, which nobody carries out, its moves neither.
-        others_run = any(not other.held for other in self._running.items if other is not entry)
-        swapped = (
-            others_run
-            and self._is_swap_better(seq.num_computed_tokens)
-            and self.blocks.swap_out(entry.table, seq.num_computed_tokens)
+        swapped = self._is_swap_better(seq.num_computed_tokens) and self.blocks.swap_out(
+            entry.table, seq.num_computed_tokens
         )
         if not swapped:
             self.blocks.free(entry.table, seq.tokens, seq.num_computed_tokens)
