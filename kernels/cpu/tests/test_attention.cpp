@@ -185,20 +185,20 @@ TEST(attention_bits_are_a_rows_own) {
         const Case whole{{600}, {600}, heads, 2, dim, 32, type, {5}};
         const Inputs whole_in = inputs_of(whole);
         const size_t row = heads * dim;
-        for (auto [context, fresh] : {std::pair{600, 1}, {600, 2}, {600, 37}, {600, 344}, {512, 512}, {513, 1}, {257, 3}, {40, 7}})
-            for (auto [size, many] : {std::pair{16, 1}, {32, 2}, {64, 3}, {16, 64}}) {
-                const Case c{{300, context, 1, 90}, {4, fresh, 1, 9}, heads, 2, dim, size, type, {1, 5, 2, 3}, uint32_t(many)};
-                const Inputs in = inputs_of(c);
-                on_each_isa([&] {
-                    set_num_threads(1);
-                    const auto want = Pool(whole, whole_in).run();
+        on_each_isa([&, type = type, dim = dim, heads = heads] {
+            set_num_threads(1);
+            const auto want = Pool(whole, whole_in).run();
+            for (auto [context, fresh] : {std::pair{600, 1}, {600, 2}, {600, 37}, {600, 344}, {512, 512}, {513, 1}, {257, 3}, {40, 7}})
+                for (auto [size, many] : {std::pair{16, 1}, {32, 2}, {64, 3}, {16, 64}}) {
+                    const Case c{{300, context, 1, 90}, {4, fresh, 1, 9}, heads, 2, dim, size, type, {1, 5, 2, 3}, uint32_t(many)};
+                    const Inputs in = inputs_of(c);
                     set_num_threads(many);
                     const auto got = Pool(c, in).run();
                     CHECK(!std::memcmp(&got[4 * row], &want[(context - fresh) * row], fresh * row * 4),
                           "context %d, %d rows, S %d, %d threads, dim %d, type %d", context, fresh, int(size), many,
                           int(dim), int(type));
-                });
-            }
+                }
+        });
     }
     set_num_threads(threads);
 }
