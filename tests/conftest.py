@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings
 
 import tiny_llm
-from tiny_llm.ops.backend import VARIABLE, use, works
+from tiny_llm.ops.backend import VARIABLE, cpu, set_threads, use, works
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +82,15 @@ def _off(got: mx.array, expected: mx.array) -> float:
     assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
     got, expected = got.astype(mx.float32), expected.astype(mx.float32)
     return mx.max(mx.abs(got - expected)).item() / (mx.max(mx.abs(expected)).item() or 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """A test that sets how many threads the kernels use, 300 say, leaves the process as it was."""
+    before = cpu.num_threads() if works() else None
+    yield
+    if before is not None and cpu.num_threads() != before:
+        set_threads(before)
 
 
 @pytest.fixture(scope="session")
