@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Unpack
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.layers.named import Weights
-from tiny_llm.models.checkpoint import DummyCheckpoint
-from tiny_llm.weights.assemble import Finish, Progress
+from tiny_llm.models.checkpoint import DummyCheckpoint, Reading
 from tiny_llm.weights.names import config_of
 
 STRIDE = 7919
@@ -56,16 +56,10 @@ class ForetoldCheckpoint(DummyCheckpoint):
     def __init__(self, shape: str) -> None:
         self.config = ModelConfig.from_hf(foretold_facts(shape))
 
-    def tensors(
-        self,
-        *,
-        dtype: mx.Dtype | None,
-        quantize: Quantization | None,
-        finish: Finish,
-        progress: Progress | None = None,
-    ) -> Weights:
+    def tensors(self, **how: Unpack[Reading]) -> Weights:
         """Noise, with what a layer adds made little, and the head made of the embedding."""
-        noise = super().tensors(dtype=dtype, quantize=quantize, finish=lambda weight: weight)
+        finish = how["finish"]
+        noise = super().tensors(dtype=how["dtype"], quantize=how["quantize"], finish=lambda weight: weight)
         embedding = _scaled(noise["model.embed_tokens.weight"], self.config.hidden_size**0.5)
         ends = ("o_proj.weight", "down_proj.weight")
         little = {name: _scaled(weight, LITTLE) for name, weight in noise.items() if name.endswith(ends)}

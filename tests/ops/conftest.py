@@ -1,16 +1,29 @@
-"""What the ops' tests share: an assertion that names the likely mistake, and the golden activations."""
+"""What the ops' tests share: where Metal's run, an assertion that names the mistake, golden activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from tiny_llm.metalsim.build import why_not
+from tiny_llm.ops.backend import use
+
 AssertClose = Callable[..., None]
 Off = Callable[[mx.array, mx.array], float]
+GPUS = ["metal"] if mx.metal.is_available() else []
 Golden = Callable[[str], dict[str, mx.array]]
+
+
+@pytest.fixture(params=["metalsim", *GPUS])
+def where(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every op of a test that uses this runs as Metal: simulated, and on a GPU if there is one."""
+    if request.param == "metalsim" and (reason := why_not()):
+        pytest.skip(reason)
+    with use(request.param) as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

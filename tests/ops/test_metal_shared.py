@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 
 import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages
-from tiny_llm.metalsim.build import why_not
-from tiny_llm.ops import backend, metal
+from tiny_llm.ops import metal
 from tiny_llm.ops.kv_pool import KvFormat, Pool, settled
 from tiny_llm.ops.paged_attention import kv_write, paged_attention, paged_attention_ref
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("where")]
 
 Off = Callable[[mx.array, mx.array], float]
 S = 16
-GPUS = ["metal"] if mx.metal.is_available() else []
 # One rounding of the result, and in float32 what another order of a sum makes.
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True, params=["metalsim", *GPUS])
-def where(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every op of this file runs as Metal: simulated, and on a GPU if there is one."""
-    if request.param == "metalsim" and (reason := why_not()):
-        pytest.skip(reason)
-    with backend.use(request.param) as name:
-        yield name
 
 
 def normal(*shape: int, seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:

@@ -14,7 +14,6 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages, QuantizedTensor
-from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.run import Traffic
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops import paged_attention as attention
@@ -27,7 +26,7 @@ from tiny_llm.ops.quantized_matmul_metal import matmul_tiles_keep_bits
 from tiny_llm.ops.swiglu import swiglu
 from tiny_llm.ops.work_lists import WorkLists
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("where")]
 
 Off = Callable[[mx.array, mx.array], float]
 FULL = os.environ.get("TINY_LLM_METAL_GRID") == "full"
@@ -36,16 +35,6 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # One rounding of the result, and in float32 what another order of a sum makes.
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 FORMATS = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
-GPUS = ["metal"] if mx.metal.is_available() else []
-
-
-@pytest.fixture(autouse=True, params=["metalsim", *GPUS])
-def where(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every op of this file runs as Metal: simulated, and on a GPU if there is one."""
-    if request.param == "metalsim" and (reason := why_not()):
-        pytest.skip(reason)
-    with backend.use(request.param) as name:
-        yield name
 
 
 def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
