@@ -93,9 +93,6 @@ class Runner:
         """
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self._make_room(batch.tokens.size, batch.logit_rows.size)
-        if plan.joins:
-            assert self._inv_freq is not None, "keys can be turned"
-            self.cache.join(plan.joins, self._inv_freq)
         lap("build")
         logits = self.model(batch, self.cache)
         lap("forward")
@@ -123,6 +120,9 @@ class Runner:
             self.cache.save(plan.save)
             self.cache.prepare(plan)
             self.cache.load(plan.load)
+            if plan.joins:
+                assert self._inv_freq is not None, "keys can be turned"
+                self.cache.join(plan.joins, self._inv_freq)
 
     def warm_up(self, most_blocks: int) -> None:
         """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
