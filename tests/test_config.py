@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_llm.config import ModelConfig, Quantization, RopeScaling
-from tiny_llm.config_families import FAMILIES, Family
 from tiny_llm.errors import ConfigError
+from tiny_llm.families.built_in import FAMILIES
+from tiny_llm.families.family import Family
 from tiny_llm.models.registry import load_config
 
 QWEN2 = {
@@ -321,7 +322,7 @@ def test_load_config_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_family_of_ones_own() -> None:
-    config = ModelConfig.from_hf(QWEN2 | {"model_type": "mine"}, Family(qk_norm=True))
+    config = ModelConfig.from_hf(QWEN2 | {"model_type": "mine"}, Family(facts={"qk_norm": True}))
     assert config == replace(read(QWEN2), model_type="mine", qk_norm=True, attention_bias=False)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.config_families import FAMILIES
 from tiny_llm.errors import ConfigError
+from tiny_llm.families.built_in import FAMILIES
 
 Fields = dict[str, Any]
 FILE = Path(__file__).resolve().parent / "golden" / "config_defaults.json"

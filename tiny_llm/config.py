@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tiny_llm.config_families import Family, built_in_family, refuse_unsupported
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.errors import ConfigError
+from tiny_llm.families.built_in import built_in_family
+from tiny_llm.families.family import Family
+from tiny_llm.families.unsupported import refuse_unsupported
 
 QUANTIZED_BITS = (2, 3, 4, 6, 8)
 QUANTIZED_GROUPS = (32, 64, 128)
@@ -79,17 +81,17 @@ class ModelFacts:
     dtype: str  # what floats are stored in: one of DTYPES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(ModelFacts):
-    """The facts that shape a decoder."""
+    """The facts that shape a decoder. What is left out is as LLaMA has it."""
 
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    attention_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, object], family: Family | None = None) -> ModelConfig:
@@ -102,36 +104,38 @@ class ModelConfig(ModelFacts):
         """
         model_type = Fields(raw).text("model_type")
         family = family or built_in_family(model_type)
-        fields = Fields({**family.defaults, **raw})
+        refuse_unsupported(raw, family.reads)
+        given = {**family.defaults, **raw}
+        facts = {**family.facts, **family.read(Fields(given))}
+        fields = Fields({**given, **{ours: given.get(name) for ours, name in family.names.items()}, **facts})
         layers = fields.whole("num_hidden_layers", most=10_000)
         positions = fields.whole("max_position_embeddings")
-        refuse_unsupported(raw)
         _refuse_sliding_window(fields, family, layers, positions)
         hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
         theta, scaling = _rope(fields)
         attention_bias = fields.flag("attention_bias", False)
-        return cls(
-            model_type=model_type,
-            vocab_size=fields.whole("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=fields.whole("intermediate_size"),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=_num_kv_heads(fields, heads),
-            head_dim=_head_dim(fields, hidden, heads),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=positions,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            attention_bias=_fixed_or(family.attention_bias, attention_bias),
-            output_bias=_fixed_or(family.output_bias, attention_bias),
-            mlp_bias=_fixed_or(family.mlp_bias, fields.flag("mlp_bias", False)),
-            qk_norm=family.qk_norm,
-            eos_token_ids=fields.token_ids("eos_token_id"),
-            quantization=read_quantization(fields),
-            dtype=read_dtype(fields),
-        )
+        shared: dict[str, Any] = {
+            "model_type": model_type,
+            "vocab_size": fields.whole("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": fields.whole("intermediate_size"),
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": _num_kv_heads(fields, heads),
+            "head_dim": _head_dim(fields, hidden, heads),
+            "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
+            "attention_bias": attention_bias,
+            "output_bias": attention_bias,
+            "mlp_bias": fields.flag("mlp_bias", False),
+            "eos_token_ids": fields.token_ids("eos_token_id"),
+            "quantization": read_quantization(fields),
+            "dtype": read_dtype(fields),
+        }
+        return cls(**{**shared, **facts})
 
 
 def load_end_ids(folder: Path) -> tuple[int, ...]:
@@ -141,10 +145,6 @@ def load_end_ids(folder: Path) -> tuple[int, ...]:
     """
     path = folder / "generation_config.json"
     return read_file(path, lambda raw: Fields(raw).token_ids("eos_token_id")) if path.is_file() else ()
-
-
-def _fixed_or(fixed: bool | None, declared: bool) -> bool:
-    return declared if fixed is None else fixed
 
 
 def _refuse_sliding_window(fields: Fields, family: Family, layers: int, positions: int) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 import mlx.core as mx
 from tiny_llm.config import ModelConfig
-from tiny_llm.config_families import Family
+from tiny_llm.families.family import Family
 from tiny_llm.models.registry import Architecture
 
 @dataclass(frozen=True)

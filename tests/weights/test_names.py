@@ -7,8 +7,8 @@ import math
 import pytest
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.config_families import FAMILIES
 from tiny_llm.errors import ConfigError
+from tiny_llm.families.built_in import FAMILIES
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.weights.names import SHORT_NAMES, config_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict, Unpack
 
@@ -98,12 +98,14 @@ class FolderCheckpoint:
 
     def tensors(self, **how: Unpack[Reading]) -> Weights:
         """Of the safetensors files: see ``load_weights``."""
+        architecture = find(self.config.model_type)
         return load_weights(
             self._folder,
             expected_tensors(self.config),
             quantization=self.config.quantization,
             quantizable=quantizable_tensors(self.config),
-            unread=find(self.config.model_type).unread,
+            unread=architecture.unread,
+            places=partial(architecture.stored, self.config),
             **how,
         )
 

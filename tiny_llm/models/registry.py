@@ -1,14 +1,15 @@
-"""model_type -> architecture. The built-in families share the decoder; installed plug-ins add others.
+"""model_type -> architecture. Families share the decoder; installed plug-ins add others.
 
 A plug-in is a Python distribution whose entry point in the group ``tiny_llm.models``
-has a model_type as its name and an ``Architecture`` as its value. Nothing is ever
-imported from a model's own folder.
+has a model_type as its name and as its value an ``Architecture``, or a ``Family`` of the
+decoder. Nothing is ever imported from a model's own folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,10 +17,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, ModelFacts
-from tiny_llm.config_families import FAMILIES, built_in_family
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import ConfigError
+from tiny_llm.families.built_in import FAMILIES, built_in_family
+from tiny_llm.families.family import Family, Places, as_wanted
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 
@@ -45,7 +47,8 @@ class Architecture(Generic[Config]):
     ``read_config`` takes config.json's fields and raises ConfigError. ``shapes`` names every tensor of a
     checkpoint, in its unquantized shape. ``packed``: it gives its matrices to nothing but layers, so that
     they may come packed for the CPU kernels. ``unread`` are ends of names that some checkpoints have and
-    that follow from the config: they are passed by.
+    that follow from the config: they are passed by. ``stored`` says where tensors lie in a checkpoint that
+    has these names, if not as they are wanted.
     """
 
     read_config: Callable[[Mapping[str, object]], Config]
@@ -53,23 +56,28 @@ class Architecture(Generic[Config]):
     build: Callable[[Config, Weights], Model]
     packed: bool = False
     unread: Collection[str] = ()
+    stored: Callable[[Config, Collection[str]], Places] = as_wanted
 
 
-DECODER = Architecture(
-    ModelConfig.from_hf, Decoder.shapes, Decoder.take, packed=True, unread=(".rotary_emb.inv_freq",)
-)
+def decoder_of(family: Family) -> Architecture[ModelConfig]:
+    """The decoder, shaped by a family's config.json and with its tensors where the family says."""
+    read = partial(ModelConfig.from_hf, family=family)
+    unread = (".rotary_emb.inv_freq", *family.unread)
+    return Architecture(read, Decoder.shapes, Decoder.take, True, unread, family.stored)
 
 
 def find(model_type: str) -> Architecture[Any]:
     """Return the built-in or installed architecture. Raises ConfigError, with near names, without one."""
-    if model_type not in FAMILIES:
-        for plugin in entry_points(group=PLUGIN_GROUP, name=model_type):
-            architecture = plugin.load()
-            if not isinstance(architecture, Architecture):
-                raise ConfigError(f"plug-in {plugin.value} is {architecture!r}, expected an Architecture.")
-            return architecture
-    built_in_family(model_type)  # raises for what is neither
-    return DECODER
+    if model_type in FAMILIES:
+        return decoder_of(FAMILIES[model_type])
+    for plugin in entry_points(group=PLUGIN_GROUP, name=model_type):
+        found = plugin.load()
+        if isinstance(found, Family):
+            return decoder_of(found)
+        if not isinstance(found, Architecture):
+            raise ConfigError(f"plug-in {plugin.value} is {found!r}, expected an Architecture or a Family.")
+        return found
+    return decoder_of(built_in_family(model_type))  # raises: it is neither
 
 
 def read_config(raw: Mapping[str, object]) -> ModelFacts:

@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
-from tiny_llm.weights.quantize import joined, quantize_matrix
+from tiny_llm.families.family import AS_WANTED, Stored
+from tiny_llm.weights.quantize import combined, joined, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
 from tiny_llm.weights.shards import StoredTensor
 
@@ -32,19 +33,22 @@ Finish = Callable[[Matrix], Matrix]
 class Entry:
     """One entry of the result: the tensors that it is made of, and how.
 
-    One tensor, quantized now where ``quantize`` says so; or packed values, scales and biases that are
-    ``stored_as`` a format.
+    Each of ``parts`` is one stored tensor or several to be stacked: floats, quantized now where ``quantize``
+    says so; or packed values, scales and biases that are ``stored_as`` a format. ``place`` says which of
+    their rows, in which order.
     """
 
     name: str
-    parts: Sequence[StoredTensor]
+    parts: Sequence[Sequence[StoredTensor]]
     stored_as: Quantization | None
     quantize: Quantization | None
+    place: Stored = AS_WANTED
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
-        return sum(part.info.nbytes for part in self.parts)
+        """Bytes to be read."""
+        tensors = [tensor for part in self.parts for tensor in part]
+        return sum(_bytes(tensor, rows) for tensor in tensors for rows in _blocks(self, tensor))
 
 
 def assemble(
@@ -54,13 +58,14 @@ def assemble(
     done, total = 0, sum(entry.nbytes for entry in entries)
     entries = sorted(entries, key=lambda entry: _place(entry, total))
     with ExitStack() as stack:
-        paths = {part.path for entry in entries for part in entry.parts}
+        paths = {tensor.path for entry in entries for part in entry.parts for tensor in part}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
         pieces = (
-            Piece(files[part.path], part.info, rows)
+            Piece(files[tensor.path], tensor.info, rows)
             for entry in entries
             for part in entry.parts
-            for rows in _blocks(entry)
+            for tensor in part
+            for rows in _blocks(entry, tensor)
         )
         arrays = (_cast(array, dtype) for array in read_ahead(pieces))
         for entry in entries:
@@ -74,29 +79,61 @@ def _place(entry: Entry, total: int) -> tuple[int, Path, int]:
     """Large ones first: their source is then in memory while little else is. The others as they lie on
     disk, which is read fastest from one end to the other.
     """
-    first = entry.parts[0]
+    first = entry.parts[0][0]
     large = entry.nbytes > total * LARGE_PART
     return -entry.nbytes if large else 0, first.path, first.info.start
 
 
-def _blocks(entry: Entry) -> list[range] | list[None]:
-    """The rows to read at a time: all, or few where no more of a float matrix shall be in memory."""
-    if entry.quantize is None:
+def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
+    """The rows to read at a time: all that are wanted, or few where no more of a float matrix shall be in
+    memory; None is the whole tensor, of which rows may be taken later.
+    """
+    wanted, shape = entry.place.rows, tensor.info.shape
+    if entry.place.transposed or len(shape) > 2 or (wanted is None and entry.quantize is None):
         return [None]
-    rows = entry.parts[0].info.shape[0]
-    count = max(1, rows * BLOCK_BYTES // max(entry.nbytes, 1))
-    return [range(start, min(start + count, rows)) for start in range(0, rows, count)]
+    first, end = wanted or (0, shape[0])
+    if entry.quantize is None:
+        return [range(first, end)]
+    count = max(1, shape[0] * BLOCK_BYTES // max(tensor.info.nbytes, 1))
+    return [range(start, min(start + count, end)) for start in range(first, end, count)]
+
+
+def _bytes(tensor: StoredTensor, rows: range | None) -> int:
+    return tensor.info.nbytes if rows is None else tensor.info.nbytes * len(rows) // tensor.info.shape[0]
 
 
 def _made(entry: Entry, arrays: Iterator[mx.array]) -> Matrix:
     """Take the entry's arrays and make it, evaluated, so that its sources can go."""
-    if entry.quantize is not None:
-        return joined([quantize_matrix(next(arrays), entry.quantize) for _ in _blocks(entry)])
-    parts = [next(arrays) for _ in entry.parts]
-    mx.eval(parts)
-    if entry.stored_as is None:
-        return parts[0]
-    return QuantizedTensor(parts[0], parts[1], parts[2], entry.stored_as.group_size, entry.stored_as.bits)
+    parts = [stacked([_wanted(entry, tensor, arrays) for tensor in part]) for part in entry.parts]
+    whole = parts[0]
+    if entry.stored_as is not None:
+        packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
+        whole = QuantizedTensor(packed, scales, biases, entry.stored_as.group_size, entry.stored_as.bits)
+    order, plus = entry.place.order, entry.place.plus
+    if order:
+        whole = combined([whole], lambda arrays: _ordered(arrays[0], order))
+    return combined([whole], lambda arrays: arrays[0].astype(mx.float32) + plus) if plus else whole
+
+
+def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> Matrix:
+    """What the entry takes of one stored tensor, evaluated."""
+    place = entry.place
+    blocks: list[Matrix] = []
+    for read in _blocks(entry, tensor):
+        array = next(arrays)
+        if place.transposed and array.ndim == 2:
+            array = mx.contiguous(array.T)
+        if place.rows is not None and read is None:
+            array = mx.take(array, mx.arange(*place.rows), axis=-2 if array.ndim > 1 else 0)
+        mx.eval(array)
+        blocks.append(array if entry.quantize is None else quantize_matrix(array, entry.quantize))
+    return joined(blocks)
+
+
+def _ordered(array: mx.array, order: Sequence[int]) -> mx.array:
+    """Of each ``len(order)`` rows number i is what was number ``order[i]``."""
+    heads = array.reshape(-1, len(order), *array.shape[1:])
+    return heads[:, mx.array(list(order))].reshape(array.shape)
 
 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

@@ -6,7 +6,7 @@ caller says which names and shapes it wants. Never unpickles, never runs a check
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
+from tiny_llm.families.family import Places, Stored, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
 from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names, part_shapes
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
@@ -34,12 +35,16 @@ class _Want:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One entry of the result: the tensors that it is made of, and how."""
+    """One entry of the result: the tensors that it is made of, and how.
+
+    Each of ``parts`` is what is wanted of one stored tensor, or of several to be stacked.
+    """
 
     name: str
-    parts: dict[str, _Want]
+    parts: list[dict[str, _Want]]
     stored_as: Quantization | None
     quantize: Quantization | None
+    place: Stored
 
 
 def load_weights(
@@ -51,6 +56,7 @@ def load_weights(
     quantize: Quantization | None,
     quantizable: Collection[str],
     unread: Collection[str] = (),
+    places: Callable[[Collection[str]], Places] = lambda names: {},
     finish: Finish = lambda weight: weight,
     progress: Progress | None = None,
 ) -> dict[str, Matrix]:
@@ -59,7 +65,8 @@ def load_weights(
     ``dtype``: what floats become (None: as stored). ``quantization``: how the checkpoint is
     quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
     the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
-    ``unread``: ends of names that may be there and are not wanted.
+    ``unread``: ends of names that may be there and are not wanted. ``places``: where modules lie that do
+    not lie as they are wanted, given all stored names.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
@@ -74,14 +81,23 @@ def load_weights(
             "Leave that option out, or give the unquantized model."
         )
     stored = stored_tensors(folder)
+    where = places(stored)
     jobs = [
-        _job(name, shape, stored, quantization, quantize, quantizable) for name, shape in expected.items()
+        _job(name, shape, where, stored, quantization, quantize, quantizable)
+        for name, shape in expected.items()
     ]
     problems = list(_problems(jobs, stored, expected, tuple(unread)))
     if problems:
         raise WeightError(_report(folder, problems))
     entries = [
-        Entry(job.name, [stored[part] for part in job.parts], job.stored_as, job.quantize) for job in jobs
+        Entry(
+            job.name,
+            [[stored[n] for n in part] for part in job.parts],
+            job.stored_as,
+            job.quantize,
+            job.place,
+        )
+        for job in jobs
     ]
     weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected}
@@ -90,21 +106,40 @@ def load_weights(
 def _job(
     name: str,
     shape: tuple[int, ...],
+    places: Places,
     stored: Mapping[str, StoredTensor],
     quantization: Quantization | None,
     quantize: Quantization | None,
     quantizable: Collection[str],
 ) -> _Job:
     """A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it."""
-    names = part_names(name)
-    stored_as = format_of(name, quantization) if name in quantizable else None
-    is_packed = name in stored and stored[name].info.dtype in PACKED
-    if stored_as is not None and (is_packed or names[1] in stored or is_explicit(name, quantization)):
-        shapes = part_shapes(shape, stored_as)
-        wants = [_Want(shapes[0], PACKED), _Want(shapes[1], FLOATS), _Want(shapes[2], FLOATS)]
-        return _Job(name, dict(zip(names, wants, strict=True)), stored_as, None)
+    module, dot, kind = name.rpartition(".")
+    place = place_of(module, places)
+    names = [part_names(f"{module}{dot}{kind}") for module in place.modules]
+    first, scales, _ = names[0]
+    shape = _stored_shape(shape, place)
+    stored_as = format_of(first, quantization) if name in quantizable else None
+    is_packed = first in stored and stored[first].info.dtype in PACKED
+    if stored_as is not None and (is_packed or scales in stored or is_explicit(first, quantization)):
+        wants = zip(part_shapes(shape, stored_as), (PACKED, FLOATS, FLOATS), strict=True)
+        parts = [
+            dict.fromkeys(same, _Want(*want))
+            for same, want in zip(zip(*names, strict=True), wants, strict=True)
+        ]
+        return _Job(name, parts, stored_as, None, place)
     target = format_of(name, quantize) if name in quantizable else None
-    return _Job(name, {name: _Want(shape, FLOATS)}, None, target and fit_group(shape[-1], target))
+    target = target and fit_group(shape[-1], target)
+    if place.transposed and len(shape) == 2:
+        shape = shape[::-1]
+    want = dict.fromkeys((first for first, _, _ in names), _Want(shape, FLOATS))
+    return _Job(name, [want], None, target, place)
+
+
+def _stored_shape(shape: tuple[int, ...], place: Stored) -> tuple[int, ...]:
+    """The shape of what a tensor is taken of: of one of those that are stacked, and of all its rows."""
+    shape = shape[1:] if len(place.modules) > 1 else shape
+    axis = max(len(shape) - 2, 0)
+    return (*shape[:axis], place.of, *shape[axis + 1 :]) if place.rows else shape
 
 
 def _problems(
@@ -113,7 +148,7 @@ def _problems(
     expected: Mapping[str, tuple[int, ...]],
     unread: tuple[str, ...],
 ) -> Iterator[str]:
-    wanted = {name: want for job in jobs for name, want in job.parts.items()}
+    wanted = {name: want for job in jobs for part in job.parts for name, want in part.items()}
     missing = [name for name in wanted if name not in stored]
     left_over = [name for name in stored if name not in wanted and not name.endswith(unread)]
     extra = [name for name in left_over if not _is_tied_head(name, stored, expected)]

@@ -8,12 +8,12 @@ from the low bits up in uint32 words (mlx.core.quantize).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from tiny_llm.config import QUANTIZED_GROUPS, Quantization
-from tiny_llm.data import QuantizedTensor
+from tiny_llm.data import Matrix, QuantizedTensor
 
 Shape = tuple[int, ...]
 
@@ -62,12 +62,25 @@ def quantize_matrix(matrix: mx.array, quantization: Quantization) -> QuantizedTe
     return QuantizedTensor(*parts, group_size, bits)
 
 
-def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Put blocks of rows of one matrix under each other again."""
-    if len(parts) == 1:
-        return parts[0]
+def combined(parts: Sequence[Matrix], how: Callable[[list[mx.array]], mx.array]) -> Matrix:
+    """Return the matrix each of whose arrays ``how`` makes of theirs, evaluated, so that they can go."""
+    first = parts[0]
+    if not isinstance(first, QuantizedTensor):
+        whole = how([part for part in parts if isinstance(part, mx.array)])
+        mx.eval(whole)
+        return whole
     packed, scales, biases = (
-        mx.concatenate([getattr(part, name) for part in parts]) for name in ("packed", "scales", "biases")
+        how([getattr(part, x) for part in parts]) for x in ("packed", "scales", "biases")
     )
     mx.eval(packed, scales, biases)
-    return QuantizedTensor(packed, scales, biases, parts[0].group_size, parts[0].bits)
+    return QuantizedTensor(packed, scales, biases, first.group_size, first.bits)
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """Put blocks of rows of one matrix under each other again."""
+    return parts[0] if len(parts) == 1 else combined(parts, mx.concatenate)
+
+
+def stacked(parts: Sequence[Matrix]) -> Matrix:
+    """Put matrices behind each other, along a new first axis; one stays as it is."""
+    return parts[0] if len(parts) == 1 else combined(parts, mx.stack)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.config_families import Family
 from tiny_llm.config_fields import Fields
+from tiny_llm.families.family import Family
 from tiny_llm.layers.attention import Attention
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.linear import Linear

@@ -1,0 +1,23 @@
+"""Owns which families come with us, by the ``model_type`` of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tiny_llm.errors import ConfigError, did_you_mean
+from tiny_llm.families.family import Family
+from tiny_llm.families.llama import LLAMA
+from tiny_llm.families.mistral import MISTRAL
+from tiny_llm.families.qwen import QWEN2, QWEN3
+
+FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+
+
+def built_in_family(model_type: str) -> Family:
+    """Return the family of ``model_type``. Raises ConfigError, with near names, for one that is unknown."""
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}, "
+            f"or one that an installed plug-in adds.{did_you_mean(model_type, FAMILIES)}"
+        )
+    return FAMILIES[model_type]
