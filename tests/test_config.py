@@ -178,23 +178,20 @@ def test_options_that_change_nothing_load(base: dict[str, object], changes: dict
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 4096}, "attention within a window"),
-        (
-            QWEN2,
-            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0},
-            "within a window",
-        ),
         (
             QWEN2,
             {"layer_types": ["full_attention"] * 23 + ["sliding_attention"], "sliding_window": 4096},
-            "sliding_window is 4096",
+            "use_sliding_window is False, expected true, since layer_types has 'sliding_attention'",
+        ),
+        (
+            MISTRAL,
+            {"layer_types": ["sliding_attention"] * 16},
+            "sliding_window is missing, expected a window",
         ),
         (QWEN2, {"layer_types": ["linear_attention"] * 24}, "expected 24 times 'full_attention'"),
         (QWEN2, {"layer_types": ["full_attention"] * 3}, "expected 24 times 'full_attention'"),
         (QWEN2, {"layer_types": "full_attention"}, "expected 24 times 'full_attention'"),
-        (MISTRAL, {"sliding_window": 4096}, "sliding_window is 4096 with a context of 131072"),
         (MISTRAL, {"sliding_window": "wide"}, "sliding_window is 'wide'"),
-        (LLAMA, {"sliding_window": 4096}, "sliding_window is 4096"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type is 'dynamic'"),
         (
@@ -272,8 +269,18 @@ def test_refused(base: dict[str, object], changes: dict[str, object], message: s
 
 
 def test_mistral_slides_unless_it_says_otherwise() -> None:
-    with pytest.raises(ConfigError, match="sliding_window is 4096"):
-        ModelConfig.from_hf(without(MISTRAL, "sliding_window"))
+    assert ModelConfig.from_hf(without(MISTRAL, "sliding_window")).windows == (4096,) * 16
+    assert read(MISTRAL, sliding_window=1000).windows == (1000,) * 16
+    assert read(MISTRAL).windows == read(MISTRAL, sliding_window=131072).windows == ()
+
+
+def test_which_layers_have_a_window() -> None:
+    on = {"use_sliding_window": True, "sliding_window": 4096}
+    assert read(QWEN2, **on).windows == (0,) * 21 + (4096,) * 3, "from max_window_layers on"
+    assert read(QWEN2, **on, max_window_layers=0).windows == (4096,) * 24
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"] + ["full_attention"] * 21
+    assert read(QWEN2, **on, layer_types=kinds).windows == (4096, 0, 4096) + (0,) * 21, "layer_types decide"
+    assert read(QWEN2, **on | {"use_sliding_window": False}).windows == ()
 
 
 # Quantized checkpoints

@@ -79,6 +79,8 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]  # tokens that end an answer
     quantization: Quantization | None  # how matrices are packed on disk
     dtype: str  # what floats are stored in: one of DTYPES
+    # Of each layer, how many of the last tokens a token sees, itself included; 0: all. () where all see all.
+    windows: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,6 @@ class ModelConfig(ModelFacts):
         fields = Fields({**given, **{ours: given.get(name) for ours, name in family.names.items()}, **facts})
         layers = fields.whole("num_hidden_layers", most=10_000)
         positions = fields.whole("max_position_embeddings")
-        _refuse_sliding_window(fields, family, layers, positions)
         hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
         theta, scaling = _rope(fields)
         attention_bias = fields.flag("attention_bias", False)
@@ -134,6 +135,7 @@ class ModelConfig(ModelFacts):
             "eos_token_ids": fields.token_ids("eos_token_id"),
             "quantization": read_quantization(fields),
             "dtype": read_dtype(fields),
+            "windows": _windows(fields, family, layers, positions),
         }
         return cls(**{**shared, **facts})
 
@@ -147,24 +149,26 @@ def load_end_ids(folder: Path) -> tuple[int, ...]:
     return read_file(path, lambda raw: Fields(raw).token_ids("eos_token_id")) if path.is_file() else ()
 
 
-def _refuse_sliding_window(fields: Fields, family: Family, layers: int, positions: int) -> None:
-    """Refuse a window that hides keys: shorter than the context, on a layer that uses it."""
-    kinds = fields.get("layer_types") or ["full_attention"] * layers
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
-        raise fields.wrong("layer_types", f"{layers} times 'full_attention'")
-    window = fields.get("sliding_window")
-    slides = window is not None
+def _windows(fields: Fields, family: Family, layers: int, positions: int) -> tuple[int, ...]:
+    """Each layer's window: which have one, and whether any hides a key of a context of ``positions``."""
+    window, first = 0, 0
     if family.window_needs_switch:
-        full_layers = fields.whole("max_window_layers", layers, least=0)
-        switched = fields.flag("use_sliding_window", False)
-        slides = slides and switched and full_layers < layers and not fields.get("layer_types")
-    slides = slides or "sliding_attention" in kinds
-    if slides and not (isinstance(window, int) and window >= positions):
-        raise ConfigError(
-            f"sliding_window is {window!r} with a context of {positions}: attention within a window "
-            "is not supported. Use a checkpoint whose layers attend to the whole context."
-        )
+        first = fields.whole("max_window_layers", layers, least=0)
+    is_on = not family.window_needs_switch or fields.flag("use_sliding_window", False)
+    if is_on and fields.get("sliding_window") is not None:
+        window = fields.whole("sliding_window")
+    slides = [bool(window) and layer >= first for layer in range(layers)]
+    if kinds := fields.get("layer_types"):
+        names = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in names for kind in kinds):
+            raise fields.wrong("layer_types", f"{layers} times 'full_attention' or 'sliding_attention'")
+        slides = [kind == "sliding_attention" for kind in kinds]
+        if any(slides) and not window:
+            missing = ("sliding_window", "a window") if is_on else ("use_sliding_window", "true")
+            raise fields.wrong(missing[0], f"{missing[1]}, since layer_types has 'sliding_attention'")
+    if window >= positions or not any(slides):
+        return ()
+    return tuple(window if slides[layer] else 0 for layer in range(layers))
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:

@@ -180,8 +180,13 @@ class Batch:
 class KVCache(Protocol):
     """What attention needs of a cache: keep this step's K and V, attend over all so far."""
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
-        """Return attention's output [T, H, D] for q [T, H, D] and new k, v [T, K, D]."""
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
+    ) -> mx.array:
+        """Return attention's output [T, H, D] for q [T, H, D] and new k, v [T, K, D].
+
+        A row sees the last ``window`` tokens up to itself; 0: all of them.
+        """
 
 
 Status = Literal["waiting", "running", "finished"]

@@ -8,7 +8,7 @@ case, from the repository's root:
 Weights are rounded to the dtype that they are saved in, then everything is computed in float32, on
 fixed seeds. Each folder has the checkpoint and activations.safetensors:
 
-    tokens, positions [T]        the input; every token attends to those before it
+    tokens, positions [T]        the input; every token attends to those before it, in its layer's window
     hidden.0 .. hidden.L [T, E]  the embedding, then each layer's output (before the last norm)
     logits [T, V]
     layer0.attention [T, E]      the first layer's attention, after o_proj
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 LENGTH = 7
@@ -105,6 +106,14 @@ CASES = (
     Case("llama_bias", "llama", sizes(96, 32, 32, 4, 2) | {"attention_bias": True, "mlp_bias": True} | TIED),
     Case("llama_odd", "llama", sizes(61, 25, 19, 5, 1) | {"head_dim": 6}, dtype=torch.float32),
     Case("mistral", "mistral", sizes(64, 32, 32, 4, 2) | {"sliding_window": None}),
+    Case("mistral_window", "mistral", sizes(60, 36, 20, 6, 2) | {"sliding_window": 3, "head_dim": 10}),
+    Case(
+        "qwen2_window",
+        "qwen2",
+        sizes(60, 24, 20, 3, 1, layers=3)
+        | {"sliding_window": 2, "use_sliding_window": True, "max_window_layers": 1}
+        | TIED,
+    ),
 )
 
 
@@ -172,18 +181,32 @@ def activations(model: PreTrainedModel, case: Case, seed: int) -> dict[str, torc
 def _forward(
     model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor
 ) -> dict[str, torch.Tensor]:
+    mask = _masks(model, tokens)
     hidden: list[torch.Tensor] = []
     hooks = [model.model.embed_tokens.register_forward_hook(lambda *a: hidden.append(a[-1][0]))]
     for layer in model.model.layers:
         hooks.append(layer.register_forward_hook(lambda *a: hidden.append(_first(a[-1])[0])))
-    # A mask of its own, since transformers reads a jump in the positions as a new sequence.
-    size = tokens.shape[1]
-    mask = torch.full((size, size), -torch.inf).triu(1)[None, None]
     with torch.no_grad():
         logits = model(tokens, attention_mask=mask, position_ids=positions[None], use_cache=False).logits[0]
     for hook in hooks:
         hook.remove()
     return {**{f"hidden.{i}": h for i, h in enumerate(hidden)}, "logits": logits}
+
+
+def _masks(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Made without the positions, since transformers reads a jump in these as a new sequence."""
+    size = tokens.shape[1]
+    full = torch.full((size, size), -torch.inf).triu(1)[None, None]
+    if getattr(model.config, "sliding_window", None) is None:
+        return full
+    slides = create_sliding_window_causal_mask(
+        model.config,
+        inputs_embeds=model.model.embed_tokens(tokens),
+        attention_mask=None,
+        past_key_values=None,
+    )
+    by_kind = {"full_attention": full, "sliding_attention": slides}
+    return by_kind if getattr(model.config, "layer_types", None) else slides
 
 
 def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -36,12 +36,14 @@ class Watching(NoCache):
 
     rows: dict[int, mx.array]
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
+    ) -> mx.array:
         """Attend as NoCache does."""
         heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
         keys = mx.repeat(k, heads // kv_heads, axis=1)
         self.rows[layer] = softmax(mx.sum(q[-1] * keys, axis=-1).T * dim**-0.5)
-        return super().attend(layer, q, k, v, batch)
+        return super().attend(layer, q, k, v, batch, window=window)
 
 
 @dataclass(frozen=True)

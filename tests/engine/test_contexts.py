@@ -30,7 +30,9 @@ class Apart:
 
     groups: mx.array  # [T], -1 for the prompt
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
+    ) -> mx.array:
         rows, each = q.shape[0], q.shape[1] // k.shape[1]
         k, v = (mx.repeat(x, each, axis=1).astype(mx.float32) for x in (k, v))
         scores = mx.einsum("qhd,khd->hqk", q.astype(mx.float32), k) * q.shape[-1] ** -0.5

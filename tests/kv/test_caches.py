@@ -113,6 +113,19 @@ def test_truncate_mends_a_step_that_failed_between_layers() -> None:
     assert difference(got, attention(q[2:], k, v, scale=SCALE, offset=2)) < 1e-5
 
 
+@pytest.mark.parametrize("chunks", [(9,), (1,) * 9, (4, 5), (1, 7, 1)])
+def test_dense_in_chunks_with_a_window(chunks: tuple[int, ...]) -> None:
+    q, k, v = rows(9)
+    cache, outs, start = DenseCache(1), [], 0
+    for size in chunks:
+        part = slice(start, start + size)
+        outs.append(cache.attend(0, q[part], k[part], v[part], batch_of(size), window=4))
+        start += size
+    whole = NoCache().attend(0, q, k, v, batch_of(9), window=4)
+    assert difference(mx.concatenate(outs), whole) < 1e-5
+    assert difference(NoCache().attend(0, q, k, v, batch_of(9)), whole) > 0.1
+
+
 @pytest.mark.chapter("2.1")
 def test_our_own_mistakes_are_caught() -> None:
     with pytest.raises(AssertionError, match="holds one sequence, got 2"):

@@ -23,6 +23,8 @@ CASES = (
     "llama_bias",
     "llama_odd",
     "mistral",
+    "mistral_window",
+    "qwen2_window",
 )
 MakeBatch = Callable[..., Batch]
 Greedy = Callable[[Model, Sequence[int], int], list[int]]

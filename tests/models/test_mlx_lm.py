@@ -66,6 +66,8 @@ def assert_same(make_batch, greedy, off) -> Callable[..., None]:
 
 @pytest.mark.slow
 def test_same_greedy_tokens(folder: Path, tmp_path: Path, assert_same) -> None:
+    if folder.name.endswith("_window"):
+        pytest.skip("mlx-lm reads no window of these families")
     copy = respelled(folder, tmp_path / folder.name)
     assert_same(peer(copy)[0], copy)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.ops.attention import attention, causal_mask
-from tiny_llm.ops.backend import use
+from tiny_llm.ops.backend import use, works
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 
 
 def by_loops(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, grouped: bool = True
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, grouped: bool = True, window: int = 0
 ) -> mx.array:
     """The definition, one query head at a time; ungrouped takes KV head h % K, a common mistake."""
     T, H, _ = q.shape
@@ -24,11 +24,12 @@ def by_loops(
     rows = []
     for t in range(T):
         heads = []
+        seen = slice(max(0, offset + t + 1 - window) if window else 0, offset + t + 1)
         for h in range(H):
             g = h // (H // K) if grouped else h % K
-            scores = mx.sum(q[t, h] * k[: offset + t + 1, g], axis=-1) * scale
+            scores = mx.sum(q[t, h] * k[seen, g], axis=-1) * scale
             weights = mx.exp(scores - mx.max(scores))
-            heads.append(mx.sum((weights / mx.sum(weights))[:, None] * v[: offset + t + 1, g], axis=0))
+            heads.append(mx.sum((weights / mx.sum(weights))[:, None] * v[seen, g], axis=0))
         rows.append(mx.stack(heads))
     return mx.stack(rows)
 
@@ -118,6 +119,24 @@ def test_the_future_changes_nothing() -> None:
     before = attention(q, k, v, scale=0.35, offset=0)[:3]
     k[3], v[3] = mx.full((2, 8), 100.0), mx.full((2, 8), -100.0)
     assert mx.array_equal(attention(q, k, v, scale=0.35, offset=0)[:3], before), "a row saw a later key"
+
+
+@pytest.mark.parametrize("backend", ["ref", "cpu", "mlx"])
+@pytest.mark.parametrize("window", [1, 3, 8, 9, 20])
+@pytest.mark.parametrize(("rows", "offset"), [(9, 0), (4, 5), (1, 8), (1, 2)])
+def test_a_row_sees_its_window(assert_close, backend: str, window: int, rows: int, offset: int) -> None:
+    if backend == "cpu" and not works():
+        pytest.skip("the CPU kernels were not built: no C++ compiler")
+    q, k, v = normal(rows, 4, 8), normal(offset + rows, 2, 8, seed=1), normal(offset + rows, 2, 8, seed=2)
+    told = {"scale": 0.35, "offset": offset}
+    mistakes = {
+        "the_window_is_ignored": by_loops(q, k, v, **told),
+        "the_window_is_one_too_wide": by_loops(q, k, v, **told, window=window + 1),
+    }
+    with use(backend):
+        got = attention(q, k, v, **told, window=window)
+    hides = {name: value for name, value in mistakes.items() if window < offset + rows}
+    assert_close(got, by_loops(q, k, v, **told, window=window), **hides)
 
 
 @pytest.mark.chapter("1.3")

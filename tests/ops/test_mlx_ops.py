@@ -132,11 +132,11 @@ class Step:
         shape = (1 + len(blocks), size, K, D)
         self.pool: Pool = normal(*shape, seed=7, dtype=dtype), normal(*shape, seed=8, dtype=dtype)
 
-    def expected(self) -> tuple[mx.array, Pool]:
+    def expected(self, window: int = 0) -> tuple[mx.array, Pool]:
         """By ``ref``, whose pools lie otherwise."""
         keys, values = self.pool
         pool = mx.contiguous(keys.transpose(0, 2, 3, 1)), mx.contiguous(values.swapaxes(1, 2))
-        out, (keys, values) = paged_attention_ref(self.q, self.k, self.v, pool, self.pages, D**-0.5)
+        out, (keys, values) = paged_attention_ref(self.q, self.k, self.v, pool, self.pages, D**-0.5, window)
         return out, (keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2))
 
 
@@ -156,15 +156,16 @@ BATCHES = {
 }
 
 
+@pytest.mark.parametrize("window", [0, 1, 18, 33])
 @pytest.mark.parametrize("order", ["consecutive", "shuffled"])
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("case", BATCHES)
 def test_paged_attention(
-    case: str, size: int, order: str, dtype: mx.Dtype, same: Callable[..., None]
+    case: str, size: int, order: str, window: int, dtype: mx.Dtype, same: Callable[..., None]
 ) -> None:
     step = Step(*BATCHES[case], size, dtype, order)
-    expected, pool = step.expected()
-    out, written = paged_attention(step.q, step.k, step.v, step.pool, step.pages)
+    expected, pool = step.expected(window)
+    out, written = paged_attention(step.q, step.k, step.v, step.pool, step.pages, window=window)
     same(out, expected)
     for got, kept in zip(written, pool, strict=True):
         assert mx.array_equal(got, kept), "other places were written"

@@ -44,16 +44,20 @@ class DenseCache:
         assert 0 <= length <= self.length, f"cannot truncate {self.length} tokens to {length}"
         self._lengths = [length] * len(self._lengths)
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
+    ) -> mx.array:
         """Append k, v [T, K, D] to the layer and return q's attention [T, H, D] over all it now holds."""
         assert len(batch.query_start_loc) == 2, (
             f"DenseCache holds one sequence, got {len(batch.query_start_loc) - 1}"
         )
         if active() == "cpu" or (self._dtype is not None and self._dtype == mx.int8):
-            return self._attend_pool(layer, q, k, v, batch)
-        return self.attend_arrays(layer, q, k, v)
+            return self._attend_pool(layer, q, k, v, batch, window)
+        return self.attend_arrays(layer, q, k, v, window=window)
 
-    def attend_arrays(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def attend_arrays(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, *, window: int = 0
+    ) -> mx.array:
         """Append k, v [T, K, D] to the layer's arrays; return q's attention [T, H, D] over all they hold.
 
         The rows' positions begin at what the layer has held so far. Attention computes in q's dtype.
@@ -63,12 +67,14 @@ class DenseCache:
         keys = self._keys[layer] = written(self._keys[layer], self._kept(k), start, end)
         values = self._values[layer] = written(self._values[layer], self._kept(v), start, end)
         seen = [kept[:end].astype(q.dtype) for kept in (keys, values)]
-        return attention(q, *seen, scale=q.shape[-1] ** -0.5, offset=start)
+        return attention(q, *seen, scale=q.shape[-1] ** -0.5, offset=start, window=window)
 
     def _kept(self, new: mx.array) -> mx.array:
         return new if self._dtype is None else new.astype(self._dtype)
 
-    def _attend_pool(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+    def _attend_pool(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, window: int
+    ) -> mx.array:
         end = self._lengths[layer] = self._lengths[layer] + q.shape[0]
         pool = self._pools[layer]
         blocks = -(-capacity(end) // _BLOCK_SIZE)
@@ -79,7 +85,7 @@ class DenseCache:
             pool = resize_pool(pool, blocks)
         if self._pages is None or self._pages[0] is not batch:
             self._pages = batch, _in_order(end - q.shape[0], end)
-        out, self._pools[layer] = paged_attention(q, k, v, pool, self._pages[1])
+        out, self._pools[layer] = paged_attention(q, k, v, pool, self._pages[1], window=window)
         return out
 
 

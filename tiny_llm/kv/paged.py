@@ -126,12 +126,15 @@ class PagedCache:
             pools.append(tuple(arrays))
         return pools
 
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+    def attend(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
+    ) -> mx.array:
         """Write k, v [T, K, D] to their slots; return q's attention [T, H, D] over its sequence so far."""
         assert batch.pages is not None, "a paged cache needs the batch's pages"
         if self._work is None or self._work.pages is not batch.pages:
             self._work = WorkLists(batch.pages)
-        out, self._layers[layer] = paged_attention(q, k, v, self._layers[layer], batch.pages, self._work)
+        pool = self._layers[layer]
+        out, self._layers[layer] = paged_attention(q, k, v, pool, batch.pages, self._work, window=window)
         return out
 
     def _shrink(self, blocks: int) -> None:

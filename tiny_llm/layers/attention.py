@@ -18,10 +18,11 @@ from tiny_llm.ops.rope import rope_periods, rope_qk
 class Attention:
     """x [T, E] to [T, E]. ``inv_freq`` [D/2]; ``q_norm`` and ``k_norm`` (Qwen3) normalise each head.
 
-    ``periods`` are ``rope_periods`` of the frequencies.
+    ``periods`` are ``rope_periods`` of the frequencies. ``window``: how many tokens a row sees; 0: all.
     """
 
     layer: int
+    window: int
     head_dim: int
     inv_freq: mx.array
     periods: mx.array | None
@@ -58,11 +59,17 @@ class Attention:
         o = Linear.take(weights, f"{prefix}.o_proj", bias=config.output_bias)
         q_norm = RMSNorm.take(weights, f"{prefix}.q_norm", eps) if config.qk_norm else None
         k_norm = RMSNorm.take(weights, f"{prefix}.k_norm", eps) if config.qk_norm else None
-        return cls(layer, config.head_dim, inv_freq, rope_periods(inv_freq), q, k, v, o, q_norm, k_norm)
+        window = config.windows[layer] if config.windows else 0
+        periods = rope_periods(inv_freq)
+        return cls(layer, window, config.head_dim, inv_freq, periods, q, k, v, o, q_norm, k_norm)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
         q, k, v = self.heads(x, batch.positions)
-        return self.o_proj(kv.attend(self.layer, q, k, v, batch))
+        return self.o_proj(self.attend(q, k, v, batch, kv))
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, batch: Batch, kv: KVCache) -> mx.array:
+        """What the cache's attention gives, [T, H, D]."""
+        return kv.attend(self.layer, q, k, v, batch, window=self.window)
 
     def heads(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """What attends: q [T, H, D] and k [T, K, D], normed and rotated, and v [T, K, D]."""

@@ -42,10 +42,11 @@ class Replay:
         """Logits [R, V], as the model gives them."""
         if not self._between or not 0 < batch.tokens.size <= MOST_TOKENS:
             return self._model(batch, kv)
+        attentions = [layer.self_attn for layer in self._model.layers]
         x, q, k, v = self._begin(batch.tokens, batch.positions)
         for layer, between in enumerate(self._between):
-            x, q, k, v = between(x, kv.attend(layer, q, k, v, batch), batch.positions)
-        return self._end(x, kv.attend(len(self._between), q, k, v, batch), batch.logit_rows)
+            x, q, k, v = between(x, attentions[layer].attend(q, k, v, batch, kv), batch.positions)
+        return self._end(x, attentions[-1].attend(q, k, v, batch, kv), batch.logit_rows)
 
 
 def _begin(model: Decoder, tokens: mx.array, positions: mx.array) -> tuple[mx.array, ...]:

@@ -43,23 +43,53 @@ def attention_ref(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset
     return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
-    """Attention of q [T, H, D], at positions from ``offset``, over k, v [S, K, D]; see ``attention_ref``."""
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, window: int = 0
+) -> mx.array:
+    """Attention of q [T, H, D], at positions from ``offset``, over k, v [S, K, D]; see ``attention_ref``.
+
+    A row sees the last ``window`` tokens up to itself; 0: all of them.
+    """
     _check(q, k, v, offset)
-    if on_cpu("attention", q, k, v):
+    if on_cpu("attention", q, k, v) and not window:
         return _attention_cpu(q, k, v, scale, offset)
     if on_mlx() and q.size:
-        return attention_mlx(q, k, v, scale=scale, offset=offset)
-    return attention_ref(q, k, v, scale=scale, offset=offset)
+        return attention_mlx(q, k, v, scale=scale, offset=offset, window=window)
+    return windowed_ref(q, k, v, scale=scale, offset=offset, window=window)
 
 
-def attention_mlx(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+def windowed_ref(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, window: int
+) -> mx.array:
+    """``attention_ref`` of rows that see the last ``window`` tokens up to themselves, which are cut out."""
+    whole = max(0, min(window - offset, q.shape[0])) if window else q.shape[0]  # rows that see all
+    outs = [attention_ref(q[:whole], k, v, scale=scale, offset=offset)] if whole or not q.size else []
+    for row in range(whole, q.shape[0]):
+        seen = slice(offset + row + 1 - window, offset + row + 1)
+        outs.append(attention_ref(q[row : row + 1], k[seen], v[seen], scale=scale, offset=window - 1))
+    return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+
+
+def attention_mlx(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, window: int = 0
+) -> mx.array:
     """By MLX's kernel, where the last query stands at the last key that is given."""
     T = q.shape[0]
-    queries, keys, values = (x.swapaxes(0, 1)[None] for x in (q, k[: offset + T], v[: offset + T]))
-    mask = "causal" if T > 1 else None
+    first = max(0, offset + 1 - window) if window else 0  # what no row sees is left out
+    queries, keys, values = (
+        x.swapaxes(0, 1)[None] for x in (q, k[first : offset + T], v[first : offset + T])
+    )
+    mask: str | mx.array | None = "causal" if T > 1 else None
+    if T > 1 and 0 < window < offset + T:
+        mask = window_mask(T, keys.shape[2], window)
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     return out[0].swapaxes(0, 1).astype(q.dtype)
+
+
+def window_mask(T: int, S: int, window: int) -> mx.array:
+    """Bool [T, S]: whether query t, at position ``S - T + t``, sees key s: one of its last ``window``."""
+    behind = mx.arange(S - T, S)[:, None] - mx.arange(S)[None, :]
+    return (behind >= 0) & (behind < window)
 
 
 def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int) -> mx.array:

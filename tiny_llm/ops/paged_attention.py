@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from tiny_llm.data import Pages
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops.attention import attention_ref
+from tiny_llm.ops.attention import windowed_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
 from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
@@ -32,16 +32,24 @@ _SPAN = 128  # tokens of a context that one threadgroup sees, at most
 
 
 def paged_attention(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, work: WorkLists | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    pool: Pool,
+    pages: Pages,
+    work: WorkLists | None = None,
+    *,
+    window: int = 0,
 ) -> tuple[mx.array, Pool]:
     """Write k, v [T, K, D] to ``pages.slot_mapping``, then attend: return out [T, H, D] and the pool.
 
     Query row t of sequence b stands at position ``context_lens[b] - query_start_loc[b + 1] + t`` and sees
-    its own sequence up to there. ``work`` is of these pages, and the same in all layers of a step; None:
-    made here. See ``paged_attention_ref``.
+    its own sequence up to there, the last ``window`` tokens of it; 0: all. Blocks that no row sees are not
+    read. ``work`` is of these pages, and the same in all layers of a step; None: made here. See
+    ``paged_attention_ref``.
     """
     scale = q.shape[-1] ** -0.5
-    if on_cpu("paged_attention", q, k, v):
+    if on_cpu("paged_attention", q, k, v) and not window:
         out, written = cpu.attend(
             q,
             k,
@@ -58,11 +66,11 @@ def paged_attention(
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
-    if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]):
+    if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]) and not window:
         return _metal(q, k, v, pool, work or WorkLists(pages), scale)
     if is_token_major() and pool[0].dtype != mx.int8:
-        return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale)
-    return paged_attention_ref(q, k, v, pool, pages, scale)
+        return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale, window)
+    return paged_attention_ref(q, k, v, pool, pages, scale, window)
 
 
 def kv_write(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Pool:
@@ -140,7 +148,7 @@ def _write_in_place(pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> Po
 
 
 def paged_attention_mlx(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float, window: int = 0
 ) -> tuple[mx.array, Pool]:
     """By MLX's attention, over pools [N, S, K, D]: a call for each of ``WorkLists.reads``."""
     keys, values = pool
@@ -149,7 +157,7 @@ def paged_attention_mlx(
     values[at] = v.astype(values.dtype)
     size, kv_heads, dim = keys.shape[1:]
     reads = work.reads(
-        LayerSizes(size, q.shape[1], kv_heads, kv_heads * dim * (keys.itemsize + values.itemsize))
+        LayerSizes(size, q.shape[1], kv_heads, kv_heads * dim * (keys.itemsize + values.itemsize), window)
     )
     outs = [_attend_group(q, keys, values, group, scale) for group in reads.groups]
     out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
@@ -345,9 +353,9 @@ def _fits(group: int, dim: int) -> bool:
 
 
 def paged_attention_ref(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, scale: float, window: int = 0
 ) -> tuple[mx.array, Pool]:
-    """The mathematics: gather each sequence's blocks into one array, and attend as ever.
+    """The mathematics: gather each sequence's blocks that are seen into one array, and attend as ever.
 
     New keys and values are written first, and read back as they are kept: of int8, what was rounded is the
     same for a row whether it came with others or alone.
@@ -359,13 +367,15 @@ def paged_attention_ref(
     outs = []
     for b, (start, end) in enumerate(pairwise(starts)):
         length, offset = lens[b], lens[b] - (end - start)
-        table = pages.block_tables[b, : -(-length // size)]
+        unseen = max(0, offset + 1 - window) // size if window else 0  # blocks
+        table = pages.block_tables[b, unseen : -(-length // size)]
+        length, offset = length - unseen * size, offset - unseen * size
         own_k, own_v = _tokens(keys[table].swapaxes(2, 3)), _tokens(values[table])
         if scales:
             factors = [_tokens(one[table][..., None]).astype(mx.float32) for one in scales]
             own_k, own_v = own_k * factors[0], own_v * factors[1]
         own_k, own_v = own_k[:length].astype(q.dtype), own_v[:length].astype(q.dtype)
-        outs.append(attention_ref(q[start:end], own_k, own_v, scale=scale, offset=offset))
+        outs.append(windowed_ref(q[start:end], own_k, own_v, scale=scale, offset=offset, window=window))
     return mx.concatenate(outs), pool
 
 
