@@ -251,7 +251,7 @@ def test_options_that_change_nothing_load(base: dict[str, object], changes: dict
         (LLAMA, {"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype is 'int8', expected one of float32, bfloat16, float16"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq'"),
-        (LLAMA, {"quantization": {"bits": 5, "group_size": 64}}, "5 bits in groups of 64"),
+        (LLAMA, {"quantization": {"bits": 7, "group_size": 64}}, "7 bits in groups of 64"),
         (LLAMA, {"quantization": {"bits": 4, "group_size": 16}}, "4 bits in groups of 16"),
         (LLAMA, {"quantization": {"bits": 4}}, "quantization.group_size is missing"),
         (

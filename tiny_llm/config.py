@@ -18,7 +18,7 @@ from tiny_llm.families.built_in import built_in_family
 from tiny_llm.families.family import Family
 from tiny_llm.families.unsupported import refuse_unsupported
 
-QUANTIZED_BITS = (2, 3, 4, 6, 8)
+QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 QUANTIZED_GROUPS = (32, 64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,14 +28,16 @@ class RopeScaling:
     """How RoPE's frequencies are stretched for contexts beyond the trained one.
 
     "linear" divides every frequency by ``factor``. "llama3" divides only the slow
-    ones, by the other three fields; they are 0 for "linear".
+    ones, by the other three fields; they are 0 for "linear". "factors" divides each by its own of
+    ``factors``, as GGUF files have it.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "factors"]
     factor: float
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: int = 0
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,7 @@ _ROPE_FIELDS = frozenset(
         "rope_type",
         "rope_theta",
         "factor",
+        "factors",
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
@@ -211,6 +214,8 @@ def _rope_scaling(section: Fields) -> RopeScaling | None:
         return None
     if kind == "linear":
         return RopeScaling("linear", section.number("factor"))
+    if kind == "factors":
+        return RopeScaling("factors", 1.0, factors=section.numbers("factors"))
     if kind != "llama3":
         raise section.wrong(name, "'default', 'linear' or 'llama3'")
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")

@@ -93,6 +93,13 @@ class Fields:
             raise self.wrong(name, "a positive number")
         return float(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, "a list of positive numbers")
+        return tuple(Fields({name: number}, self._inside).number(name) for number in value)
+
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them, as a tuple; () where it is absent."""
         value = self.get(name)

@@ -14,7 +14,13 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 
 ModelOption = Annotated[
-    str, option("Model", "A short name (see `models`), a hub id, or a folder.", "--model", "-m")
+    str,
+    option(
+        "Model",
+        "A short name (see `models`), a hub id (:Q4_K_M: a GGUF file of it), a folder or file.",
+        "--model",
+        "-m",
+    ),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_large(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".pth"))
+    return name.endswith((".safetensors", ".bin", ".pth", ".gguf"))
 
 
 def _etag(name: str, data: bytes) -> str:

@@ -200,3 +200,49 @@ def test_a_repository_without_safetensors_is_refused(hub, child):
     answer = child.resolve(REPO)
     assert answer["error"] == "WeightError" and "safetensors" in answer["message"]
     assert "pytorch_model.bin" not in hub.asked_files()
+
+
+def gguf_repo() -> dict[str, bytes]:
+    names = ("tiny-Q4_K_M.gguf", "tiny-q8_0.gguf", "tiny-BF16.gguf", "mmproj-BF16.gguf", "README.md")
+    return {name: name.encode() * 1000 for name in names}
+
+
+def test_a_gguf_file_by_its_name_or_its_type(hub, child):
+    """One file of many; what is on disk is found again by either, without the network."""
+    hub.repos[REPO] = gguf_repo()
+    for wanted, name in (
+        ("Q4_K_M", "tiny-Q4_K_M.gguf"),
+        ("q4_k_m", "tiny-Q4_K_M.gguf"),
+        ("tiny-q8_0.gguf", "tiny-q8_0.gguf"),
+    ):
+        path = Path(child.resolve(f"{REPO}:{wanted}")["folder"])
+        assert path.name == name and path.read_bytes() == hub.repos[REPO][name]
+    assert hub.asked_files() == {"tiny-Q4_K_M.gguf", "tiny-q8_0.gguf"}
+    asked = len(hub.requests)
+    assert child.resolve(f"{REPO}:Q8_0", offline=True)["folder"].endswith("tiny-q8_0.gguf")
+    assert hub.requests[asked:] == []
+    answer = child.resolve(f"{REPO}:BF16", offline=True)
+    assert "ada/tiny:BF16 is not on disk" in answer["message"]
+    assert "ada/tiny:tiny-q8_0.gguf" in answer["message"], "what is there is named"
+
+
+def test_a_gguf_file_that_is_not_one(hub, child):
+    hub.repos[REPO] = gguf_repo()
+    assert (
+        "has no GGUF file of the name or type 'Q5_0'. There are: mmproj-"
+        in child.resolve(f"{REPO}:Q5_0")["message"]
+    )
+    several = child.resolve(f"{REPO}:BF16")["message"]
+    assert "several GGUF files" in several and "mmproj-BF16.gguf, tiny-BF16.gguf." in several
+    assert "It has GGUF files, for example ada/tiny:tiny-" in child.resolve(REPO)["message"]
+    assert "organization/name:file.gguf" in child.resolve(f"{REPO}/tiny-BF16.gguf")["message"]
+    assert child.resolve(f"{REPO}:")["error"] == "ConfigError"
+    assert child.resolve("ada/none:Q4_0")["message"].startswith("The hub has no model ada/none")
+
+
+def test_a_gguf_file_that_stopped_goes_on(hub, child):
+    hub.repos[REPO] = gguf_repo()
+    hub.damage = True
+    assert "arrived damaged" in child.resolve(f"{REPO}:Q4_K_M")["message"]
+    hub.damage = False
+    assert child.resolve(f"{REPO}:Q4_K_M")["folder"].endswith("tiny-Q4_K_M.gguf")

@@ -22,7 +22,7 @@ from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.paged import PagedCache
-from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
+from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
 from tiny_llm.models.loading import kv_dtype, load_model
 from tiny_llm.models.registry import Model
 from tiny_llm.proving.record import Shapes
@@ -55,7 +55,7 @@ def which_draft(
 def open_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: bool) -> Checkpoint:
     """The draft model, not loaded yet. Raises ConfigError if its tokens are not the ``target``'s."""
     if isinstance(draft, (str, Path)):
-        draft = FolderCheckpoint(resolve(str(draft), offline=offline))
+        draft = open_checkpoint(resolve(str(draft), offline=offline))
     if not draft.tokenizer.has_tokens_of(target.tokenizer):
         raise ConfigError(
             "The draft model's tokens are not the model's: with another vocabulary its guesses mean other "

@@ -28,7 +28,7 @@ from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import PLACE, ChatPrompts, with_place
 from tiny_llm.messages.message import with_messages
-from tiny_llm.models.checkpoint import Checkpoint, FolderCheckpoint
+from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
 from tiny_llm.models.loading import kv_dtype as dtype_of_kv
 from tiny_llm.models.registry import Model
@@ -113,7 +113,7 @@ class LLM:
         self.backend = choose(backend) if backend else active()
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
-            model = FolderCheckpoint(resolve(str(model), offline=offline))
+            model = open_checkpoint(resolve(str(model), offline=offline))
         self.tokenizer = model.tokenizer
         self._chat_prompts = ChatPrompts(self.tokenizer)
         check_options(dtype, quantize, activations, kv_dtype)

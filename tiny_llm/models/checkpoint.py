@@ -1,5 +1,5 @@
 """A checkpoint: config, tensors, tokenizer with its chat template, end ids. A folder is one kind of it,
-random weights are another.
+a GGUF file another, random weights a third.
 
 Owns where each of these comes from. Refuses to know what is made of them.
 """
@@ -17,13 +17,18 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig, ModelFacts, Quantization, load_end_ids
 from tiny_llm.layers.named import Weights
 from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors
+from tiny_llm.ops.backend import active
+from tiny_llm.tokenizer.gguf import end_ids, read_metadata
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.download import GGUF
 from tiny_llm.weights.dummy import dummy_weights
+from tiny_llm.weights.gguf.facts import UNREAD, places
+from tiny_llm.weights.gguf.header import GgufHeader, read_gguf
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
-from tiny_llm.weights.shards import weights_digest
+from tiny_llm.weights.shards import StoredTensor, weights_digest
 
 MLX_DTYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -108,6 +113,57 @@ class FolderCheckpoint:
             places=partial(architecture.stored, self.config),
             **how,
         )
+
+
+class GgufCheckpoint:
+    """A GGUF file: all parts are in its header, the tensors behind it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _header(self) -> GgufHeader:
+        return read_gguf(self._path)
+
+    @cached_property
+    def config(self) -> ModelFacts:
+        """Of the metadata and the tensors' types."""
+        return load_config(self._path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the metadata."""
+        return Tokenizer(read_metadata(self._header.metadata))
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Those that the metadata names, and control tokens that are known to be such."""
+        return end_ids(self._header.metadata)
+
+    def digest(self) -> bytes:
+        """Of the file."""
+        with self._path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    def tensors(self, **how: Unpack[Reading]) -> Weights:
+        """Of the file, floats by default as they are stored; but MLX wants one dtype for all of them."""
+        if active() != "cpu":
+            how["dtype"] = how["dtype"] or MLX_DTYPES[self.config.dtype]
+        return load_weights(
+            self._path,
+            expected_tensors(self.config),
+            quantization=self.config.quantization,
+            quantizable=quantizable_tensors(self.config),
+            unread=UNREAD,
+            places=lambda names: places(self._header, self.config.head_dim),
+            stored={name: StoredTensor(self._path, info) for name, info in self._header.tensors.items()},
+            **how,
+        )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that lies at ``path``: a GGUF file, or a folder."""
+    return GgufCheckpoint(path) if path.suffix == GGUF else FolderCheckpoint(path)
 
 
 class DummyCheckpoint:

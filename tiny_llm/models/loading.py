@@ -15,7 +15,7 @@ import mlx.core as mx
 from tiny_llm.config import DTYPES, ModelFacts, Quantization
 from tiny_llm.data import Matrix
 from tiny_llm.errors import ConfigError
-from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, DummyCheckpoint, FolderCheckpoint
+from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, DummyCheckpoint, open_checkpoint
 from tiny_llm.models.registry import Model, build, find
 from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
@@ -35,7 +35,7 @@ def load_model(
     activations: str = "int8",
     progress: Progress | None = None,
 ) -> Model:
-    """Load the model of a checkpoint, or of a folder that is one, for the backend in use.
+    """Load the model of a checkpoint, or of a folder or GGUF file that is one, for the backend in use.
 
     ``dtype`` "float32", "bfloat16" or "float16" is what to keep weights in; backend "cpu" computes in
     float32 whatever they are. None is as the checkpoint stores them, but float32 for backend "ref" on a
@@ -47,7 +47,7 @@ def load_model(
     Raises ConfigError for a config or an option that cannot be used, WeightError for
     tensors that do not fit the config.
     """
-    checkpoint = FolderCheckpoint(source) if isinstance(source, Path) else source
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     config = checkpoint.config
     check_options(dtype, quantize, activations)
     packed = find(config.model_type).packed

@@ -24,6 +24,7 @@ from tiny_llm.families.built_in import FAMILIES, built_in_family
 from tiny_llm.families.family import Family, Places, as_wanted
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
+from tiny_llm.weights.gguf.facts import read_facts
 
 PLUGIN_GROUP = "tiny_llm.models"
 Config = TypeVar("Config", bound=ModelFacts)
@@ -87,7 +88,9 @@ def read_config(raw: Mapping[str, object]) -> ModelFacts:
 
 
 def load_config(path: Path) -> ModelFacts:
-    """``read_config`` of a folder's config.json, or of that file itself; errors name it."""
+    """``read_config`` of a folder's config.json, of that file itself, or of a GGUF file; errors name it."""
+    if path.suffix == ".gguf":
+        return read_facts(path, read_config)
     return read_file(path if path.is_file() else path / "config.json", read_config)
 
 

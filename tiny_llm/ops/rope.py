@@ -20,7 +20,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     Computed in Python's float64, since an error here grows with the position.
     """
     frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if scaling is not None:
+    if scaling is not None and scaling.factors:
+        frequencies = [one / factor for one, factor in zip(frequencies, scaling.factors, strict=True)]
+    elif scaling is not None:
         frequencies = [_scaled(frequency, scaling) for frequency in frequencies]
     return mx.array(frequencies, dtype=mx.float32)
 

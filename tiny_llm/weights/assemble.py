@@ -16,6 +16,7 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.families.family import AS_WANTED, Stored
+from tiny_llm.weights.gguf.blocks import BITS, unpack
 from tiny_llm.weights.quantize import combined, joined, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
 from tiny_llm.weights.shards import StoredTensor
@@ -34,8 +35,8 @@ class Entry:
     """One entry of the result: the tensors that it is made of, and how.
 
     Each of ``parts`` is one stored tensor or several to be stacked: floats, quantized now where ``quantize``
-    says so; or packed values, scales and biases that are ``stored_as`` a format. ``place`` says which of
-    their rows, in which order.
+    says so, or GGUF's blocks; or packed values, scales and biases that are ``stored_as`` a format. ``place``
+    says which of their rows, in which order.
     """
 
     name: str
@@ -69,7 +70,7 @@ def assemble(
         )
         arrays = (_cast(array, dtype) for array in read_ahead(pieces))
         for entry in entries:
-            yield entry.name, finish(_made(entry, arrays))
+            yield entry.name, finish(_of_dtype(_made(entry, arrays), dtype))
             done += entry.nbytes
             if progress is not None:
                 progress(done, total)
@@ -85,14 +86,15 @@ def _place(entry: Entry, total: int) -> tuple[int, Path, int]:
 
 
 def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
-    """The rows to read at a time: all that are wanted, or few where no more of a float matrix shall be in
-    memory; None is the whole tensor, of which rows may be taken later.
+    """The rows to read at a time: all that are wanted, or few where no more of what they are made of shall
+    be in memory; None is the whole tensor, of which rows may be taken later.
     """
     wanted, shape = entry.place.rows, tensor.info.shape
-    if entry.place.transposed or len(shape) > 2 or (wanted is None and entry.quantize is None):
+    as_it_is = entry.quantize is None and tensor.info.dtype not in BITS
+    if entry.place.transposed or len(shape) > 2 or (wanted is None and as_it_is):
         return [None]
     first, end = wanted or (0, shape[0])
-    if entry.quantize is None:
+    if as_it_is:
         return [range(first, end)]
     count = max(1, shape[0] * BLOCK_BYTES // max(tensor.info.nbytes, 1))
     return [range(start, min(start + count, end)) for start in range(first, end, count)]
@@ -126,7 +128,10 @@ def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> M
         if place.rows is not None and read is None:
             array = mx.take(array, mx.arange(*place.rows), axis=-2 if array.ndim > 1 else 0)
         mx.eval(array)
-        blocks.append(array if entry.quantize is None else quantize_matrix(array, entry.quantize))
+        if tensor.info.dtype in BITS:
+            blocks.append(unpack(tensor.info.dtype, array))
+        else:
+            blocks.append(array if entry.quantize is None else quantize_matrix(array, entry.quantize))
     return joined(blocks)
 
 
@@ -134,6 +139,13 @@ def _ordered(array: mx.array, order: Sequence[int]) -> mx.array:
     """Of each ``len(order)`` rows number i is what was number ``order[i]``."""
     heads = array.reshape(-1, len(order), *array.shape[1:])
     return heads[:, mx.array(list(order))].reshape(array.shape)
+
+
+def _of_dtype(matrix: Matrix, dtype: mx.Dtype | None) -> Matrix:
+    """A packed matrix with its scales and biases cast, too, where they were made here."""
+    if dtype is None or not isinstance(matrix, QuantizedTensor) or matrix.scales.dtype == dtype:
+        return matrix
+    return combined([matrix], lambda arrays: _cast(arrays[0], dtype))
 
 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

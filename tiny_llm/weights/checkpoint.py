@@ -17,6 +17,7 @@ from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
 from tiny_llm.families.family import Places, Stored, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
+from tiny_llm.weights.gguf.blocks import BITS
 from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names, part_shapes
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
@@ -57,6 +58,7 @@ def load_weights(
     quantizable: Collection[str],
     unread: Collection[str] = (),
     places: Callable[[Collection[str]], Places] = lambda names: {},
+    stored: Mapping[str, StoredTensor] | None = None,
     finish: Finish = lambda weight: weight,
     progress: Progress | None = None,
 ) -> dict[str, Matrix]:
@@ -66,7 +68,7 @@ def load_weights(
     quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
     the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
     ``unread``: ends of names that may be there and are not wanted. ``places``: where modules lie that do
-    not lie as they are wanted, given all stored names.
+    not lie as they are wanted, given all stored names. ``stored`` None: the tensors of the folder.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
 
@@ -80,7 +82,7 @@ def load_weights(
             f"{folder} is quantized already, to {quantization.bits} bits: it cannot be quantized again. "
             "Leave that option out, or give the unquantized model."
         )
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder) if stored is None else stored
     where = places(stored)
     jobs = [
         _job(name, shape, where, stored, quantization, quantize, quantizable)
@@ -131,7 +133,9 @@ def _job(
     target = target and fit_group(shape[-1], target)
     if place.transposed and len(shape) == 2:
         shape = shape[::-1]
-    want = dict.fromkeys((first for first, _, _ in names), _Want(shape, FLOATS))
+    kind = stored[first].info.dtype if first in stored and name in quantizable else ""
+    dtypes = (*FLOATS, kind) if kind in BITS else FLOATS
+    want = dict.fromkeys((first for first, _, _ in names), _Want(shape, dtypes))
     return _Job(name, [want], None, target, place)
 
 
@@ -197,8 +201,8 @@ def _is_tied_head(
 
 def _report(folder: Path, problems: list[str]) -> str:
     if len(problems) == 1:
-        return f"The weights in {folder} do not fit its config.json: {problems[0]}"
+        return f"The weights in {folder} do not fit its config: {problems[0]}"
     shown = problems[:SHOWN_PROBLEMS]
     more = len(problems) - len(shown)
-    lines = [f"The weights in {folder} do not fit its config.json, {len(problems)} problems:", *shown]
+    lines = [f"The weights in {folder} do not fit its config, {len(problems)} problems:", *shown]
     return "\n  ".join(lines + ([f"and {more} more"] if more else []))

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from io import BufferedRandom
@@ -43,6 +43,8 @@ ALLOWED = (
     "*.safetensors.index.json",
 )
 IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
+GGUF = ".gguf"
+SHOWN_FILES = 20
 LAST = "config.json"  # once it is there, so is the rest
 SHA256 = re.compile("[0-9a-f]{64}")
 PARTIAL = ".tiny_llm.incomplete"
@@ -56,9 +58,39 @@ def download(repo_id: str) -> Path:
     file arrives damaged, and whatever huggingface_hub raises.
     """
     info = huggingface_hub.model_info(repo_id, files_metadata=True)
-    wanted = {file.rfilename: file.lfs for file in info.siblings or [] if _is_wanted(file.rfilename)}
+    wanted = [file.rfilename for file in info.siblings or [] if _is_wanted(file.rfilename)]
     if LAST not in wanted:
-        raise WeightError(f"{repo_id} on the hub has no {LAST}, so it is not a model that can be loaded.")
+        ggufs = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(GGUF)]
+        hint = f" It has GGUF files, for example {repo_id}:{ggufs[0]}." if ggufs else ""
+        raise WeightError(
+            f"{repo_id} on the hub has no {LAST}, so it is not a model that can be loaded.{hint}"
+        )
+    folder = _bring(repo_id, info, sorted(wanted, key=lambda name: name == LAST)).parent
+    _remember_missing(folder, set(OPTIONAL).difference(wanted))
+    return folder
+
+
+def download_gguf(repo_id: str, wanted: str) -> Path:
+    """Download a GGUF file, as ``named`` finds it, and return where it lies. Raises as ``download`` does."""
+    info = huggingface_hub.model_info(repo_id, files_metadata=True)
+    names = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(GGUF)]
+    found = named(names, wanted)
+    if len(found) != 1:
+        what = "several GGUF files" if found else "no GGUF file"
+        some = ", ".join(sorted(found or names)[:SHOWN_FILES]) or "none"
+        raise WeightError(f"{repo_id} has {what} of the name or type {wanted!r}. There are: {some}.")
+    return _bring(repo_id, info, found)
+
+
+def named(files: Iterable[str], wanted: str) -> list[str]:
+    """The GGUF files of this name, or whose names end with this type: Q4_K_M finds model-q4_k_m.gguf."""
+    ends = tuple(f"{mark}{wanted}{GGUF}".lower() for mark in "-._")
+    return [name for name in files if name == wanted or name.lower().endswith(ends)]
+
+
+def _bring(repo_id: str, info: huggingface_hub.ModelInfo, names: Sequence[str]) -> Path:
+    """Bring these files, in order, and return where the last one lies."""
+    wanted = {file.rfilename: file.lfs for file in info.siblings or [] if file.rfilename in names}
     blobs = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     large = [
@@ -70,11 +102,9 @@ def download(repo_id: str) -> Path:
     for name, sha256, size in large:
         url = huggingface_hub.hf_hub_url(repo_id, name, revision=info.sha)
         _fetch(url, blobs / sha256, sha256, size, name)
-    for name in sorted(wanted, key=lambda name: name == LAST):
+    for name in names:
         path = huggingface_hub.hf_hub_download(repo_id, name)
-    folder = Path(path).parent
-    _remember_missing(folder, set(OPTIONAL) - wanted.keys())
-    return folder
+    return Path(path)
 
 
 def unknown_files(folder: Path) -> set[str]:

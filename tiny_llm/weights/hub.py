@@ -1,4 +1,4 @@
-"""From a model's name to a local folder with its files.
+"""From a model's name to a local folder with its files, or to its GGUF file.
 
 Owns where models come from: the bundled ones, a folder, the Hugging Face cache, the hub. Refuses
 to know what is in the files. A model that is complete on disk needs no network, not even to ask
@@ -11,7 +11,7 @@ import contextlib
 import importlib.resources
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
-from tiny_llm.weights.download import complete, download, unknown_files
+from tiny_llm.weights.download import GGUF, complete, download, download_gguf, named, unknown_files
 from tiny_llm.weights.names import SHORT_NAMES
 from tiny_llm.weights.shards import shard_names
 
@@ -33,11 +33,12 @@ NEEDED_FILES = ("config.json", "tokenizer.json")
 
 
 def resolve(name: str, *, offline: bool = False) -> Path:
-    """Return the local folder of a model, downloading it if that is needed and allowed.
+    """Return the local folder of a model, or its GGUF file, downloading it if that is needed and allowed.
 
-    ``name``: ``demo`` or ``demo-draft`` (bundled), a folder that holds config.json, a short name
-    such as ``qwen2-1.5b``, or a hub id ``organization/name``. ``offline``, or HF_HUB_OFFLINE=1
-    in the environment, forbids the network. An interrupted download goes on where it stopped.
+    ``name``: ``demo`` or ``demo-draft`` (bundled), a folder that holds config.json, a ``.gguf`` file, a short
+    name such as ``qwen2-1.5b``, a hub id ``organization/name``, or a GGUF file there by its name or its type,
+    ``organization/name:Q4_K_M``. ``offline``, or HF_HUB_OFFLINE=1 in the environment, forbids the network. An
+    interrupted download goes on where it stopped.
 
     Raises ConfigError for a name that means nothing, WeightError if the files cannot be had.
     """
@@ -48,9 +49,14 @@ def resolve(name: str, *, offline: bool = False) -> Path:
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"The folder {folder} has no config.json, so it is not a model's folder.")
         return Path(folder)
-    repo_id = _repo_id(name)
-    cached = cached_folder(repo_id)
+    if folder.endswith(GGUF) and os.path.isfile(folder):
+        return Path(folder)
+    repo_id, colon, file = name.partition(":")
+    repo_id = _repo_id(repo_id if colon and file else name)
     is_offline = offline or huggingface_hub.is_offline_mode()
+    if colon:
+        return _gguf(repo_id, file, is_offline)
+    cached = cached_folder(repo_id)
     if cached is not None:
         if not is_offline and unknown_files(cached):
             # Small files that another program did not want; without them the model is usable still.
@@ -58,7 +64,7 @@ def resolve(name: str, *, offline: bool = False) -> Path:
                 complete(repo_id, cached)
         return cached
     if is_offline:
-        raise WeightError(f"{repo_id} is not on disk, and the network is off. {_what_is_here()}")
+        raise _offline(repo_id)
     return _download(repo_id)
 
 
@@ -78,13 +84,32 @@ def models_on_disk() -> list[str]:
     return sorted(repo_id for repo_id in found if REPO_ID.fullmatch(repo_id) and cached_folder(repo_id))
 
 
+def ggufs_on_disk() -> dict[str, Path]:
+    """Return the GGUF files in the Hugging Face cache by name, ``organization/name:file``, sorted."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    found = [path for path in cache.glob(f"models--*--*/snapshots/*/*{GGUF}") if path.is_file()]
+    repos = [path.parents[2].name.removeprefix("models--").replace("--", "/", 1) for path in found]
+    return dict(sorted((f"{repo_id}:{path.name}", path) for repo_id, path in zip(repos, found, strict=True)))
+
+
+def _gguf(repo_id: str, wanted: str, is_offline: bool) -> Path:
+    here = ggufs_on_disk()
+    files = [name.partition(":")[2] for name in here if name.startswith(f"{repo_id}:")]
+    if len(found := named(files, wanted)) == 1:
+        return here[f"{repo_id}:{found[0]}"]
+    if is_offline:
+        raise _offline(f"{repo_id}:{wanted}")
+    return _asked(repo_id, lambda: download_gguf(repo_id, wanted))
+
+
 def _repo_id(name: str) -> str:
     if name.lower() in SHORT_NAMES:
         return SHORT_NAMES[name.lower()].repo_id
     if os.path.exists(os.path.expanduser(name)):
         raise ConfigError(f"{name} is a file, but a model is a folder. Give the folder that holds it.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConfigError(f"There is no folder {name}.")
+        hint = " A file on the hub is organization/name:file.gguf." if name.endswith(GGUF) else ""
+        raise ConfigError(f"There is no {'file' if hint else 'folder'} {name}.{hint}")
     if not REPO_ID.fullmatch(name):
         hint = did_you_mean(name, [*BUNDLED, *SHORT_NAMES])
         raise ConfigError(
@@ -102,13 +127,17 @@ def _missing_files(folder: Path) -> list[str]:
         return [*missing, "model.safetensors"]
 
 
-def _download(repo_id: str) -> Path:
+def _asked(repo_id: str, download: Callable[[], Path]) -> Path:
     try:
-        folder = download(repo_id)
+        return download()
     except WeightError:
         raise
     except Exception as error:  # the client's network errors share no public base; all end the download
         raise _explain(repo_id, error) from error
+
+
+def _download(repo_id: str) -> Path:
+    folder = _asked(repo_id, lambda: download(repo_id))
     missing = _missing_files(folder)
     if missing:
         raise WeightError(
@@ -116,6 +145,10 @@ def _download(repo_id: str) -> Path:
             "Look for a repository of the same model with safetensors and tokenizer.json."
         )
     return folder
+
+
+def _offline(name: str) -> WeightError:
+    return WeightError(f"{name} is not on disk, and the network is off. {_what_is_here()}")
 
 
 def _explain(repo_id: str, error: Exception) -> TinyLLMError:
@@ -144,4 +177,4 @@ def _explain(repo_id: str, error: Exception) -> TinyLLMError:
 
 
 def _what_is_here() -> str:
-    return f"On disk: {', '.join(['demo (bundled)', *models_on_disk()])}."
+    return f"On disk: {', '.join(['demo (bundled)', *models_on_disk(), *ggufs_on_disk()])}."

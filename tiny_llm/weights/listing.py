@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tiny_llm.weights.hub import BUNDLED, cached_folder, resolve
+from tiny_llm.weights.hub import BUNDLED, cached_folder, ggufs_on_disk, resolve
 from tiny_llm.weights.names import SHORT_NAMES
 
 
@@ -18,3 +18,5 @@ def listing() -> Iterator[tuple[str, str, str, str, str]]:
         here = "yes" if cached_folder(model.repo_id) else "no"
         size = f"{model.download_bytes / 1e9:.1f} GB"
         yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
+    for name, path in ggufs_on_disk().items():
+        yield "", name, "", f"{path.stat().st_size / 1e9:.1f} GB", "yes"

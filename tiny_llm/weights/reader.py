@@ -29,7 +29,10 @@ AHEAD_BYTES = 2**27
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor of an open file, or only ``rows`` of its first axis; its dtype is one of DTYPES."""
+    """A tensor of an open file, or only ``rows`` of its first axis.
+
+    If its dtype is none of DTYPES, it comes as its bytes: uint8, with a row's in place of its columns.
+    """
 
     file: FileIO
     info: TensorInfo
@@ -38,7 +41,15 @@ class Piece:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what is read."""
-        return self.info.shape if self.rows is None else (len(self.rows), *self.info.shape[1:])
+        shape = self.info.shape
+        if self.info.dtype not in DTYPES:
+            shape = (*shape[:-1], self.info.nbytes // math.prod(shape[:-1]))
+        return shape if self.rows is None else (len(self.rows), *shape[1:])
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of what is read."""
+        return DTYPES.get(self.info.dtype, mx.uint8)
 
     @property
     def start(self) -> int:
@@ -68,7 +79,8 @@ def read_ahead(pieces: Iterable[Piece]) -> Iterator[mx.array]:
 
 
 def _room(piece: Piece) -> mx.array:
-    words = mx.zeros(math.prod(piece.shape), mx.uint16 if DTYPES[piece.info.dtype].size == 2 else mx.uint32)
+    word = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[piece.dtype.size]
+    words = mx.zeros(math.prod(piece.shape), word)
     mx.eval(words)
     return words
 
@@ -104,4 +116,4 @@ def _fill(piece: Piece, words: mx.array) -> None:
 
 def _finished(piece: Piece, words: mx.array, reading: Future[None]) -> mx.array:
     reading.result()
-    return words.view(DTYPES[piece.info.dtype]).reshape(piece.shape)
+    return words.view(piece.dtype).reshape(piece.shape)

@@ -135,5 +135,8 @@ def _inside(folder: Path, file_name: str) -> Path:
 
 
 def _other_formats(folder: Path) -> str:
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f" There is {ggufs[0].name}: give that file itself as the model."
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
     return f" Found {others[0]}, a format that is not read: convert it to safetensors." if others else ""
