@@ -28,6 +28,7 @@ def sample(
 
 class Matrix:
     data: mx.array
+    count: int
     rows: int
     columns: int
     shape: tuple[int, int]
@@ -50,6 +51,16 @@ def quantized_rows(
     x: mx.array, words: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array: ...
 def embedding(tokens: mx.array, weight: Matrix) -> mx.array: ...
+def experts(
+    x: mx.array,
+    logits: mx.array,
+    correction: mx.array | None,
+    per_row: int,
+    normalised: bool,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+) -> mx.array: ...
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array: ...
 def rope_qk(
     q: mx.array,

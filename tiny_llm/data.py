@@ -130,7 +130,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A matrix [out, in] in MLX's affine format: ``w = scale * q + bias`` a group.
+    """A matrix [out, in] in MLX's affine format: ``w = scale * q + bias`` a group. Or a stack of them.
 
     ``packed`` uint32 [out, in * bits / 32]; ``scales`` and ``biases`` [out, in / group_size].
     """
@@ -143,7 +143,7 @@ class QuantizedTensor:
 
 
 Matrix: TypeAlias = "mx.array | QuantizedTensor | PackedMatrix"
-"""A matrix [out, in]: plain, in MLX's affine format, or in the layout of our own kernels (opaque here)."""
+"""A matrix [out, in] or a stack [N, out, in]: plain, in MLX's affine format, or as our kernels have it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ namespace tiny_llm::TINY_ISA {
 
 enum class Order : uint8_t { words, rows, floats };
 
+constexpr int kPartsSlot = 3;
+
 struct Block {
     const int32_t* words;
     const float* values;
@@ -33,9 +35,11 @@ struct Activations {
     float* scales;
     float* sums;
     Order order;
+    int64_t* starts;       // of parts: the first row of each block, and where the last one ends
+    int64_t* part_blocks;  // the same of each part's blocks
 
     // The first row of block b. One row's work is so little that divisions show: they take 20 ns on older machines.
-    int64_t begin(int64_t b) const { return b == 0 ? 0 : b == blocks ? rows : rows * b / blocks; }
+    int64_t begin(int64_t b) const { return starts ? starts[b] : b == 0 ? 0 : b == blocks ? rows : rows * b / blocks; }
     Block block(int64_t b) const {
         const int64_t first = begin(b), at = first * columns, part = first * groups;
         const int count = (int)(begin(b + 1) - first);
@@ -109,9 +113,9 @@ static inline void interleave(const T* from, int count, int rows, T* to) {
 }
 
 // Group g of all rows of a block: `group` inputs each.
-static inline void read_group(const float* x, const Activations& a, const Block& to, int64_t g, int group) {
+static inline void read_group(const Linear& all, const Activations& a, const Block& to, int64_t g, int group) {
     for (int r = 0; r < to.rows; ++r) {
-        const float* from = x + (to.first + r) * a.columns + g * group;
+        const float* from = all.x + source_of(all, to.first + r) * a.columns + g * group;
         const int64_t at = g * group * to.rows, part = g * to.rows + r;
         if (a.order == Order::floats) {
             vf total = {};
@@ -131,11 +135,28 @@ static inline void read_group(const float* x, const Activations& a, const Block&
     }
 }
 
-// Reads all rows of x for matrices of this group size, in blocks of at most `most` rows. The result lies in this
+// No block has rows of two parts.
+static inline void cut_parts(const Linear& all, Activations& a, int most) {
+    a.starts = (int64_t*)scratch(kPartsSlot, (all.rows + all.part_count + 2) * sizeof(int64_t));
+    a.part_blocks = a.starts + all.rows + 1;
+    a.blocks = 0;
+    for (int64_t p = 0; p < all.part_count; ++p) {
+        const Part& part = all.parts[p];
+        const int64_t count = (part.rows + most - 1) / most;
+        a.part_blocks[p] = a.blocks;
+        for (int64_t b = 0; b < count; ++b) a.starts[a.blocks++] = part.first + part.rows * b / count;
+    }
+    a.part_blocks[all.part_count] = a.blocks;
+    a.starts[a.blocks] = all.rows;
+}
+
+// Reads all rows of x for matrices like the first one, in blocks of at most `most` rows. The result lies in this
 // thread's scratch.
-static inline Activations read_activations(const float* x, int64_t rows, int64_t columns, int group, Order order,
-                                           int most) {
-    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, order};
+static inline Activations read_activations(const Linear& all, Order order, int most) {
+    const int64_t rows = all.rows, columns = all.matrices[0].columns;
+    const int group = all.matrices[0].group_size;
+    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, order, nullptr, nullptr};
+    if (all.parts) cut_parts(all, a, most);
     const size_t bytes = (size_t)(rows * columns * (order == Order::floats ? 4 : 1) + 63) / 64 * 64;
     a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * rows * a.groups);
     a.scales = (float*)(a.values + bytes);
@@ -146,7 +167,7 @@ static inline Activations read_activations(const float* x, int64_t rows, int64_t
         for (int64_t b = begin / a.groups; b * a.groups < end; ++b) {
             const int64_t first = b * a.groups, past = end - first < a.groups ? end - first : a.groups;
             const Block block = a.block(b);
-            for (int64_t g = begin > first ? begin - first : 0; g < past; ++g) read_group(x, a, block, g, group);
+            for (int64_t g = begin > first ? begin - first : 0; g < past; ++g) read_group(all, a, block, g, group);
         }
     });
     return a;

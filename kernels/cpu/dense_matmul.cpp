@@ -93,21 +93,22 @@ struct Blocks {
     int64_t begin(int64_t block) const { return rows * block / count; }
 };
 
-void pack_rows(const float* x, int64_t inputs, int64_t rows, float* out) {
+void pack_rows(const Linear& a, int64_t first, int64_t inputs, int64_t rows, float* out) {
+    const float* x[kRows];
+    for (int64_t r = 0; r < rows; ++r) x[r] = a.x + source_of(a, first + r) * inputs;
     for (int64_t k = 0; k < inputs; ++k)
-        for (int64_t r = 0; r < rows; ++r) *out++ = x[r * inputs + k];
+        for (int64_t r = 0; r < rows; ++r) *out++ = x[r][k];
 }
 
 Blocks pack_blocks(const Linear& a, int64_t first_row, int64_t rows) {
     const int64_t inputs = a.matrices[0].columns;
-    const float* x = a.x + first_row * inputs;
-    Blocks blocks{first_row, rows, inputs, (rows + kRows - 1) / kRows, x};
+    Blocks blocks{first_row, rows, inputs, (rows + kRows - 1) / kRows, a.x + source_of(a, first_row) * inputs};
     if (rows == 1) return blocks;  // one row is packed as it lies
     float* packed = static_cast<float*>(scratch(kScratchSlot, rows * inputs * sizeof(float)));
     parallel_for(blocks.count, 1 + 65536 / (kRows * (inputs + 1)), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
             const int64_t row = blocks.begin(block);
-            pack_rows(x + row * inputs, inputs, blocks.begin(block + 1) - row, packed + row * inputs);
+            pack_rows(a, first_row + row, inputs, blocks.begin(block + 1) - row, packed + row * inputs);
         }
     });
     blocks.packed = packed;
@@ -118,12 +119,12 @@ Blocks pack_blocks(const Linear& a, int64_t first_row, int64_t rows) {
 struct Pair {
     const Linear& a;
     int matrix;
-    int64_t tile;
+    int64_t tile, expert;
 
     int count() const { return a.gated || tile + 1 < tiles(a.matrices[matrix]) ? 2 : 1; }
     const char* weights(int i) const {
         const Matrix& m = a.matrices[a.gated ? i : matrix];
-        return m.data + tile_bytes(m) * (a.gated ? tile : tile + i);
+        return m.data + tile_bytes(m) * (expert * tiles(m) + (a.gated ? tile : tile + i));
     }
     void write(Sums& sums, int64_t row, int rows) const {
         if (a.gated) return finish_tile(a, 0, tile, row, rows, sums.at[0][0], sums.at[1][0]);
@@ -161,14 +162,14 @@ int64_t count_pairs(const Linear& a) {
     return count;
 }
 
-Pair find_pair(const Linear& a, int64_t number) {
+Pair find_pair(const Linear& a, int64_t number, int64_t expert) {
     int matrix = 0;
     while (number >= pairs_in(a, matrix)) number -= pairs_in(a, matrix++);
-    return {a, matrix, a.gated ? number : 2 * number};
+    return {a, matrix, a.gated ? number : 2 * number, expert};
 }
 
 // Every thread gets some work even where there are few tiles: then the row blocks are shared out too.
-void run_chunk(const Linear& a, int64_t first_row, int64_t rows) {
+void run_chunk(const Linear& a, int64_t first_row, int64_t rows, int64_t expert) {
     const int64_t count = count_pairs(a), wanted = 4 * num_threads();
     if (count == 0) return;
     const Blocks blocks = pack_blocks(a, first_row, rows);
@@ -178,7 +179,7 @@ void run_chunk(const Linear& a, int64_t first_row, int64_t rows) {
     parallel_for(count * splits, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t part = i % splits, from = blocks.count * part / splits;
-            run_pair(find_pair(a, i / splits), blocks, from, blocks.count * (part + 1) / splits);
+            run_pair(find_pair(a, i / splits, expert), blocks, from, blocks.count * (part + 1) / splits);
         }
     });
 }
@@ -186,10 +187,14 @@ void run_chunk(const Linear& a, int64_t first_row, int64_t rows) {
 }  // namespace
 
 void dense_matmul(const Linear& a) {
-    const int64_t chunks = (a.rows + kChunk - 1) / kChunk;
-    for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t row = a.rows * i / chunks;
-        run_chunk(a, row, a.rows * (i + 1) / chunks - row);
+    const Part all{0, a.rows, 0};
+    for (int64_t p = 0; p < (a.parts ? a.part_count : 1); ++p) {
+        const Part& part = a.parts ? a.parts[p] : all;
+        const int64_t chunks = (part.rows + kChunk - 1) / kChunk;
+        for (int64_t i = 0; i < chunks; ++i) {
+            const int64_t row = part.rows * i / chunks;
+            run_chunk(a, part.first + row, part.rows * (i + 1) / chunks - row, part.expert);
+        }
     }
 }
 

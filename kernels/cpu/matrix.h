@@ -30,10 +30,16 @@ struct Matrix {
     Kind scales;            // of a quantized matrix's scales and biases: f32, bf16 or f16
     int group_size;         // 32, 64 or 128; 0 where dense
     bool exact;             // activations stay float32, also where quantized
+    int64_t count = 1;      // of such matrices, behind each other: experts
+};
+
+// Rows of x that meet one expert of each matrix.
+struct Part {
+    int64_t first, rows, expert;
 };
 
 // out[i] = x W_i^T + bias_i for each i; or, gated, out[0] = silu(x W_0^T + bias_0) * (x W_1^T + bias_1).
-// All matrices have I columns; all are dense, or all quantized with one group size and `exact`.
+// All matrices have I columns; all are dense, or all quantized with one group size and `exact`. Parts have no biases.
 struct Linear {
     const float* x;              // [T, I]
     int64_t rows;                // T
@@ -42,6 +48,9 @@ struct Linear {
     const float* const* biases;  // [count], each [O_i] or null
     float* const* out;           // [count], each [T, O_i]; [1] when gated
     bool gated;
+    const Part* parts = nullptr;      // [part_count], all rows in order; null: all meet number 0
+    int64_t part_count = 0;
+    const int32_t* source = nullptr;  // [T], which row of x is row r; null: r itself
 };
 
 inline bool is_quantized(Kind kind) { return kind == Kind::q4 || kind == Kind::q8; }
@@ -49,6 +58,7 @@ inline int bits_of(Kind kind) {
     return kind == Kind::q4 ? 4 : kind == Kind::q8 ? 8 : kind == Kind::f32 ? 32 : 16;
 }
 inline int64_t tiles(const Matrix& m) { return (m.rows + kTile - 1) / kTile; }
+inline int64_t source_of(const Linear& a, int64_t row) { return a.source ? a.source[row] : row; }
 
 // Of a quantized matrix.
 inline int64_t group_bytes(const Matrix& m) {

@@ -71,8 +71,7 @@ void multiply_rows(const char* tile, const Groups& groups, const Block& x, float
     }
 }
 
-void multiply_tile(const Matrix& m, const Groups& groups, int64_t index, const Block& x, float* out) {
-    const char* tile = m.data + index * groups.count * groups.bytes;
+void multiply_tile(const Matrix& m, const Groups& groups, const char* tile, const Block& x, float* out) {
     if (m.exact && m.kind == Kind::q4) return multiply_rows<Kind::q4, true, kExactRows>(tile, groups, x, out);
     if (m.exact) return multiply_rows<Kind::q8, true, kExactRows>(tile, groups, x, out);
     if (m.kind == Kind::q4) return multiply_rows<Kind::q4, false, kMostRows>(tile, groups, x, out);
@@ -80,13 +79,15 @@ void multiply_tile(const Matrix& m, const Groups& groups, int64_t index, const B
 }
 
 // Tile `index` of matrix `at` (with its up tile, if gated) times blocks [begin, end) of x.
-void run_tile(const Linear& a, int at, int64_t index, const Activations& x, int64_t begin, int64_t end) {
+void run_tile(const Linear& a, int at, int64_t expert, int64_t index, const Activations& x, int64_t begin, int64_t end) {
     float tile[kMostRows * kTile], other[kMostRows * kTile];
-    const Groups groups = groups_of(a.matrices[at], x.groups), up = groups_of(a.matrices[a.gated ? 1 : at], x.groups);
+    const Matrix &m = a.matrices[at], &other_m = a.matrices[a.gated ? 1 : at];
+    const Groups groups = groups_of(m, x.groups), up = groups_of(other_m, x.groups);
+    const char *from = tile_of(m, expert, index), *up_from = tile_of(other_m, expert, index);
     for (int64_t b = begin; b < end; ++b) {
         const Block block = x.block(b);
-        multiply_tile(a.matrices[at], groups, index, block, tile);
-        if (a.gated) multiply_tile(a.matrices[1], up, index, block, other);
+        multiply_tile(m, groups, from, block, tile);
+        if (a.gated) multiply_tile(other_m, up, up_from, block, other);
         finish_tile(a, at, index, block.first, block.rows, tile, other);
     }
 }
@@ -97,11 +98,13 @@ void quantized_matmul(const Linear& a) {
     const Matrix& m = a.matrices[0];
     if (a.rows == 0) return;
 #if defined(__AVX512VNNI__)
-    if (isa() == Isa::amx && a.rows >= kRowsForTiles && !m.exact) return amx::tile_matmul(a);
+    const int64_t together = a.parts ? a.rows / a.part_count : a.rows;  // rows that meet a weight
+    if (isa() == Isa::amx && together >= kRowsForTiles && !m.exact) return amx::tile_matmul(a);
 #endif
-    const Activations x = read_activations(a.x, a.rows, m.columns, m.group_size, m.exact ? Order::floats : Order::words,
-                                           m.exact ? kExactRows : kMostRows);
-    for_each_tile(a, x, [&](int at, int64_t index, int64_t begin, int64_t end) { run_tile(a, at, index, x, begin, end); });
+    const Activations x = read_activations(a, m.exact ? Order::floats : Order::words, m.exact ? kExactRows : kMostRows);
+    for_each_tile(a, x, [&](int at, int64_t expert, int64_t index, int64_t begin, int64_t end) {
+        run_tile(a, at, expert, index, x, begin, end);
+    });
 }
 
 }  // namespace tiny_llm::TINY_ISA

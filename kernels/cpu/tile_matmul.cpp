@@ -35,9 +35,9 @@ const char* widen(const char* tile, const Groups& groups, int slot) {
     return all;
 }
 
-Weights weights_of(const Matrix& m, int64_t index, int64_t count, int slot) {
+Weights weights_of(const Matrix& m, int64_t expert, int64_t index, int64_t count, int slot) {
     const Groups groups = groups_of(m, count);
-    const char* tile = m.data + index * groups.count * groups.bytes;
+    const char* tile = tile_of(m, expert, index);
     if (m.kind == Kind::q4) return {widen(tile, groups, slot), int64_t(groups.size) * kTile, tile, groups};
     return {tile + groups.lines(), groups.bytes, tile, groups};
 }
@@ -77,12 +77,11 @@ void multiply(const Weights& w, const Block& x, float* y) {
 
 void tile_matmul(const Linear& a) {
     if (a.rows == 0) return;
-    const Matrix& m = a.matrices[0];
-    const Activations x = read_activations(a.x, a.rows, m.columns, m.group_size, Order::rows, kMostTileRows);
-    for_each_tile(a, x, [&](int at, int64_t index, int64_t begin, int64_t end) {
+    const Activations x = read_activations(a, Order::rows, kMostTileRows);
+    for_each_tile(a, x, [&](int at, int64_t expert, int64_t index, int64_t begin, int64_t end) {
         alignas(64) float tile[kMostTileRows * kTile], other[kMostTileRows * kTile];
-        const Weights weights = weights_of(a.matrices[at], index, x.groups, kWeightSlot);
-        const Weights up = a.gated ? weights_of(a.matrices[1], index, x.groups, kUpSlot) : Weights{};
+        const Weights weights = weights_of(a.matrices[at], expert, index, x.groups, kWeightSlot);
+        const Weights up = a.gated ? weights_of(a.matrices[1], expert, index, x.groups, kUpSlot) : Weights{};
         for (int64_t b = begin; b < end; ++b) {
             const Block block = x.block(b);
             multiply(weights, block, tile);

@@ -1,4 +1,4 @@
-"""A matrix into the layout of the kernels in use. Owns which arrays become what; refuses to know files."""
+"""A matrix or a stack of them into the layout of the kernels in use. Owns what becomes what; no files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack(weight: Matrix, *, exact: bool) -> Matrix:
         return cpu.pack_quantized(*parts, weight.group_size, weight.bits, exact)
     if not isinstance(weight, mx.array):
         return weight
-    if weight.ndim == 2:
+    if weight.ndim > 1:
         return cpu.pack_dense(weight)
     wide = weight.astype(mx.float32)
     mx.eval(wide)

@@ -28,6 +28,7 @@ void check(const char* op, const mx::array& x, const std::vector<PackedMatrix>& 
         throw std::invalid_argument(std::string("[") + op + "] expected as many biases (or None) as matrices, at least one");
     for (size_t i = 0; i < matrices.size(); ++i) {
         const Matrix& m = matrices[i].layout;
+        expect(m.count == 1, op, "a matrix, not a stack of them", matrices[i].data);
         expect(m.columns == columns, op, [&] { return "x of " + std::to_string(m.columns) + " columns"; }, x);
         if (biases[i])
             expect(biases[i]->dtype() == mx::float32 && biases[i]->shape() == mx::Shape{static_cast<int>(m.rows)}, op,
@@ -113,7 +114,11 @@ mx::array gated(const mx::array& x, const PackedMatrix& gate, const PackedMatrix
     return multiply("gated", x, {gate, up}, {gate_bias, up_bias}, true)[0];
 }
 
-const uint8_t* bytes_of(const mx::array& a) { return a.data<uint8_t>(); }
+// Number i of a stack of `count`.
+const uint8_t* bytes_of(const mx::array& a, int64_t i, int64_t count) { return a.data<uint8_t>() + a.nbytes() / count * i; }
+char* room_of(const PackedMatrix& m, int64_t i) {
+    return const_cast<char*>(m.layout.data) + i * tiles(m.layout) * tile_bytes(m.layout);
+}
 
 mx::array ready(const mx::array& a) {
     mx::array row_order = mx::contiguous(a, false, mx::Device::cpu);
@@ -124,36 +129,43 @@ mx::array ready(const mx::array& a) {
 PackedMatrix quantized(const mx::array& packed, const mx::array& scales, const mx::array& biases, int group_size,
                        int bits, bool exact) {
     const char* op = "pack_quantized";
-    expect(packed.ndim() == 2 && packed.dtype() == mx::uint32, op, "packed uint32 [O, words]", packed);
+    const bool is_stack = packed.ndim() == 3;
+    expect((is_stack || packed.ndim() == 2) && packed.dtype() == mx::uint32, op, "packed uint32 [O, words] or [N, O, words]",
+           packed);
     if (bits < 2 || bits > 8 || bits == 7)
         throw std::invalid_argument("[pack_quantized] expected 2, 3, 4, 5, 6 or 8 bits, got " + std::to_string(bits));
     if (group_size != 32 && group_size != 64 && group_size != 128)
         throw std::invalid_argument("[pack_quantized] expected groups of 32, 64 or 128, got " + std::to_string(group_size));
-    const int64_t columns = int64_t{packed.shape(1)} * 32 / bits;
-    const mx::Shape groups{packed.shape(0), static_cast<int>(columns / group_size)};
+    const int64_t columns = int64_t{packed.shape(-1)} * 32 / bits, count = is_stack ? packed.shape(0) : 1;
+    mx::Shape groups = packed.shape();
+    groups.back() = static_cast<int>(columns / group_size);
     const std::string group = std::to_string(group_size);
-    expect(packed.size() > 0 && packed.shape(1) * 32 % bits == 0 && columns % group_size == 0, op,
+    expect(packed.size() > 0 && packed.shape(-1) * 32 % bits == 0 && columns % group_size == 0, op,
            "rows, and columns a multiple of the group of " + group + " at " + std::to_string(bits) + " bits", packed);
-    const std::string numbers = "scales and biases of one dtype, [" + std::to_string(groups[0]) + ", " +
-                                std::to_string(groups[1]) + "]";
+    const std::string numbers = "scales and biases of one dtype, [" + std::to_string(packed.shape(-2)) + ", " +
+                                std::to_string(groups.back()) + "]" + (is_stack ? " each" : "");
     expect(scales.shape() == groups, op, numbers, scales);
     expect(biases.shape() == groups && biases.dtype() == scales.dtype(), op, numbers, biases);
-    Matrix matrix{nullptr, packed.shape(0), columns, bits <= 4 ? Kind::q4 : Kind::q8, kind_of(op, scales), group_size, exact};
+    const Matrix matrix{nullptr, packed.shape(-2), columns, bits <= 4 ? Kind::q4 : Kind::q8, kind_of(op, scales), group_size, exact, count};
     PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
     const mx::array p = ready(packed), s = ready(scales), b = ready(biases);
     nb::gil_scoped_release release;
-    pack_quantized({bytes_of(p), bytes_of(s), bytes_of(b), bits}, result.layout, reinterpret_cast<uint8_t*>(const_cast<char*>(result.layout.data)));
+    for (int64_t i = 0; i < count; ++i)
+        pack_quantized({bytes_of(p, i, count), bytes_of(s, i, count), bytes_of(b, i, count), bits}, result.layout,
+                       reinterpret_cast<uint8_t*>(room_of(result, i)));
     return result;
 }
 
 PackedMatrix dense(const mx::array& weight) {
-    expect(weight.ndim() == 2 && weight.size() > 0, "pack_dense", "a weight [O, I]", weight);
+    const bool is_stack = weight.ndim() == 3;
+    expect((is_stack || weight.ndim() == 2) && weight.size() > 0, "pack_dense", "a weight [O, I] or [N, O, I]", weight);
     const Kind kind = kind_of("pack_dense", weight);
-    const Matrix matrix{nullptr, weight.shape(0), weight.shape(1), kind, kind, 0, true};
+    const int64_t count = is_stack ? weight.shape(0) : 1;
+    const Matrix matrix{nullptr, weight.shape(-2), weight.shape(-1), kind, kind, 0, true, count};
     PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
     const mx::array source = ready(weight);
     nb::gil_scoped_release release;
-    pack_dense(source.data<char>(), result.layout, const_cast<char*>(result.layout.data));
+    for (int64_t i = 0; i < count; ++i) pack_dense(bytes_of(source, i, count), result.layout, room_of(result, i));
     return result;
 }
 

@@ -37,8 +37,9 @@ mx::array arena_array(mx::Shape shape, mx::Dtype dtype, int64_t bytes, Block (*a
 
 PackedMatrix make_matrix(Matrix layout, int64_t bytes_of_tile) {
     // Two axes, because one of more than 2^31 bytes has no room in a shape.
-    const mx::Shape shape{static_cast<int>(tiles(layout)), static_cast<int>(bytes_of_tile)};
-    mx::array data = arena_array(shape, mx::uint8, tiles(layout) * bytes_of_tile, allocate_weights);
+    const int64_t all = layout.count * tiles(layout);
+    const mx::Shape shape{static_cast<int>(all), static_cast<int>(bytes_of_tile)};
+    mx::array data = arena_array(shape, mx::uint8, all * bytes_of_tile, allocate_weights);
     layout.data = data.data<char>();
     return {std::move(data), layout};
 }
@@ -52,10 +53,11 @@ Kind kind_of(const char* op, const mx::array& a) {
 
 void bind_matrix(nb::module_& m) {
     const auto self = nb::rv_policy::copy;
-    nb::class_<PackedMatrix>(m, "Matrix", "A weight [O, I] in the kernels' layout.")
+    nb::class_<PackedMatrix>(m, "Matrix", "A weight [O, I] in the kernels' layout, or `count` of them.")
         .def_prop_ro("data", [](const PackedMatrix& p) { return p.data; }, self, "Its bytes, uint8.")
         .def_prop_ro("rows", [](const PackedMatrix& p) { return p.layout.rows; })
         .def_prop_ro("columns", [](const PackedMatrix& p) { return p.layout.columns; })
+        .def_prop_ro("count", [](const PackedMatrix& p) { return p.layout.count; })
         .def_prop_ro("shape", [](const PackedMatrix& p) { return std::pair(p.layout.rows, p.layout.columns); })
         .def_prop_ro("bits", [](const PackedMatrix& p) { return bits_of(p.layout.kind); }, "Of a stored weight.")
         .def_prop_ro("group_size", [](const PackedMatrix& p) { return p.layout.group_size; }, "0 if dense.")

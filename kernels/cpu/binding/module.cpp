@@ -71,6 +71,7 @@ NB_MODULE(_cpu, m) {
     bind_linear(m);  // first: other signatures name its class
     bind_argmax(m);
     bind_embedding(m);
+    bind_experts(m);
     bind_attention(m);
     bind_pages(m);
     bind_logprobs(m);

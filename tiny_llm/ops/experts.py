@@ -1,0 +1,120 @@
+"""Mixtures of experts: to which of N gated MLPs each token goes, and what they make of it (Shazeer 2017).
+
+Letters: ``T`` tokens, ``N`` experts, ``k`` of them a token, ``E`` the width of x, ``F`` of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.data import Matrix, QuantizedTensor
+from tiny_llm.metrics import fallbacks
+from tiny_llm.ops.backend import active, cpu, on_mlx
+from tiny_llm.ops.swiglu import swiglu, swiglu_ref
+
+SORTED_FROM = 64  # pairs of a token and an expert; MLX reads an expert's weights once where they are sorted
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token's experts are chosen and weighed.
+
+    ``normalised``: the weights of the k add up to 1. ``correction`` [N] is added to the probabilities by
+    which experts are chosen, not to those by which they are weighed (ERNIE 4.5).
+    """
+
+    per_token: int
+    normalised: bool
+    correction: mx.array | None = None
+
+
+def route_ref(logits: mx.array, routing: Routing) -> tuple[mx.array, mx.array]:
+    """Return the experts of each row [T, k], the best first, and their weights, float32; logits [T, N].
+
+    Of equals the one of the lower index is better. A weight is the softmax of all N in float32.
+    """
+    shares = mx.softmax(logits.astype(mx.float32), axis=-1)
+    score = shares if routing.correction is None else shares + routing.correction
+    chosen = mx.argsort(-score, axis=-1)[:, : routing.per_token]  # MLX sorts stably
+    weights = mx.take_along_axis(shares, chosen, axis=-1)
+    if routing.normalised:
+        weights = weights / mx.maximum(weights.sum(axis=-1, keepdims=True), 1e-12)
+    return chosen, weights
+
+
+def experts_ref(
+    x: mx.array, chosen: mx.array, weights: mx.array, gate: Matrix, up: Matrix, down: Matrix
+) -> mx.array:
+    """Return ``sum_r weights[r] * down_e(silu(gate_e(x)) * up_e(x))`` with ``e = chosen[r]``; x [T, E].
+
+    ``chosen`` and ``weights`` [T, k] are ``route_ref``'s; gate and up [N, F, E], down [N, E, F]. The sum is
+    in float32.
+    """
+    inputs = x[:, None, None, :]
+    hidden = swiglu_ref(_gathered(inputs, gate, chosen), _gathered(inputs, up, chosen))
+    return _weighed(_gathered(hidden, down, chosen), weights, x.dtype)
+
+
+def experts(
+    x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix, down: Matrix
+) -> mx.array:
+    """Send each row of x [T, E] to its experts by the router's logits [T, N]; see the two ``_ref``."""
+    arrays = (mx.array, QuantizedTensor)
+    if not isinstance(gate, arrays) and not isinstance(up, arrays) and not isinstance(down, arrays):
+        how = routing.correction, routing.per_token, routing.normalised
+        return cpu.experts(x, logits, *how, gate, up, down)
+    if active() == "cpu":  # its kernel reads packed matrices only
+        fallbacks().add("experts")
+    if not x.size:
+        return x
+    chosen, weights = route_ref(logits, routing)
+    make = experts_mlx if on_mlx() else experts_ref
+    return make(x, chosen, weights, gate, up, down)
+
+
+def experts_mlx(
+    x: mx.array, chosen: mx.array, weights: mx.array, gate: Matrix, up: Matrix, down: Matrix
+) -> mx.array:
+    """In x's dtype by MLX's gathered products, many rows sorted by expert; MLX's kernels sum in float32."""
+    T, k = chosen.shape
+    if T * k < SORTED_FROM:
+        inputs = x[:, None, None, :]
+        hidden = swiglu(_product(inputs, gate, chosen), _product(inputs, up, chosen))
+        return _weighed(_product(hidden, down, chosen), weights, x.dtype)
+    order = mx.argsort(chosen.flatten())
+    inputs, sorted_by = x[order // k][:, None, :], chosen.flatten()[order]
+    hidden = swiglu(_product(inputs, gate, sorted_by, True), _product(inputs, up, sorted_by, True))
+    y = _product(hidden, down, sorted_by, True)[mx.argsort(order)]
+    return _weighed(y.reshape(T, k, 1, -1), weights, x.dtype)
+
+
+def _gathered(x: mx.array, weight: Matrix, chosen: mx.array) -> mx.array:
+    """Rows x [T, 1 or k, 1, I] times the experts chosen for them; in float32, as MLX's CPU needs it."""
+    if isinstance(weight, QuantizedTensor):
+        scales, biases = (a.astype(mx.float32) for a in (weight.scales, weight.biases))
+        weight = QuantizedTensor(weight.packed, scales, biases, weight.group_size, weight.bits)
+    return _product(x.astype(mx.float32), weight, chosen).astype(x.dtype)
+
+
+def _product(x: mx.array, weight: Matrix, chosen: mx.array, is_sorted: bool = False) -> mx.array:
+    if isinstance(weight, QuantizedTensor):
+        return mx.gather_qmm(
+            x,
+            weight.packed,
+            weight.scales,
+            weight.biases,
+            rhs_indices=chosen,
+            transpose=True,
+            group_size=weight.group_size,
+            bits=weight.bits,
+            sorted_indices=is_sorted,
+        ).astype(x.dtype)
+    assert isinstance(weight, mx.array)
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=chosen, sorted_indices=is_sorted)
+
+
+def _weighed(y: mx.array, weights: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The k outputs y [T, k, 1, E] of each row, weighed and added up, the best first."""
+    return (y.squeeze(2) * weights[..., None]).sum(axis=1).astype(dtype)
