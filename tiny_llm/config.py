@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import built_in_family
+from tiny_llm.families.expert_facts import ExpertFacts
 from tiny_llm.families.family import Family
 from tiny_llm.families.unsupported import refuse_unsupported
 
@@ -96,6 +97,7 @@ class ModelConfig(ModelFacts):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: ExpertFacts | None = None
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, object], family: Family | None = None) -> ModelConfig:

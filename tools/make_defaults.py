@@ -34,13 +34,17 @@ SIZES = {
 HEAD = {"head_dim": 16}
 BIASED = {"attention_bias": True}
 SWITCHED = {"use_sliding_window": True, "sliding_window": 1024}
+MIXED = {"num_experts": 12, "num_experts_per_tok": 3, "norm_topk_prob": True}
+SPARSE = MIXED | {"moe_intermediate_size": 48}
 BASES = {
     "llama": [SIZES | HEAD | BIASED | {"mlp_bias": True}],
     "mistral": [SIZES | HEAD | {"sliding_window": None}, SIZES | {"sliding_window": 1024}],
     "qwen2": [SIZES | SWITCHED | {"max_window_layers": layers} for layers in (1, 2)],
     "qwen3": [SIZES | HEAD | BIASED | SWITCHED | {"max_window_layers": layers} for layers in (1, 2)],
+    "qwen2_moe": [SIZES | SPARSE],
+    "qwen3_moe": [SIZES | BIASED | SPARSE],
 }
-KEPT = (*SIZES, "head_dim", "attention_bias", "mlp_bias")
+KEPT = (*SIZES, *SPARSE, "head_dim", "attention_bias", "mlp_bias")
 
 
 def facts(model_type: str, fields: dict[str, object]) -> dict[str, object]:

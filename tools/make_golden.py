@@ -114,6 +114,28 @@ CASES = (
         | {"sliding_window": 2, "use_sliding_window": True, "max_window_layers": 1}
         | TIED,
     ),
+    Case(
+        "qwen2_moe",
+        "qwen2_moe",
+        sizes(83, 32, 44, 4, 2)
+        | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"shared_expert_intermediate_size": 24},
+    ),
+    Case(
+        "qwen3_moe",
+        "qwen3_moe",
+        sizes(66, 64, 36, 2, 1)
+        | {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+        | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    Case("olmoe", "olmoe", sizes(71, 32, 24, 4, 2) | {"num_experts": 6, "num_experts_per_tok": 2}),
+    Case(
+        "ernie4_5_moe",
+        "ernie4_5_moe",
+        sizes(75, 32, 40, 4, 2, layers=3)
+        | {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 20, "moe_num_shared_experts": 2},
+        rope={"rope_type": "default", "rope_theta": 500_000.0},
+    ),
 )
 
 
@@ -133,7 +155,8 @@ def make_model(case: Case, seed: int) -> PreTrainedModel:
             if weight.ndim == 1:
                 value = 1 + 0.2 * noise if "norm" in name else 0.3 * noise
             else:
-                value = noise * (0.5 if "embed" in name else 1.5 / math.sqrt(weight.shape[1]))
+                small = 0.5 if "embed" in name else 0.1 if "correction" in name else None
+                value = noise * (small or 1.5 / math.sqrt(weight.shape[-1]))
             weight.copy_(value.to(case.dtype))
     return model
 

@@ -25,6 +25,8 @@ CASES = (
     "mistral",
     "mistral_window",
     "qwen2_window",
+    "qwen2_moe",
+    "qwen3_moe",
 )
 MakeBatch = Callable[..., Batch]
 Greedy = Callable[[Model, Sequence[int], int], list[int]]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def respelled(folder: Path, copy: Path) -> Path:
-    """A copy whose config has RoPE as transformers 4 spells it: mlx-lm's LLaMA and Qwen2 read no other."""
+    """A copy whose config has RoPE and experts as transformers 4 spells them: mlx-lm reads no other."""
     shutil.copytree(folder, copy)
     path = copy / "config.json"
     config = json.loads(path.read_text())
@@ -29,6 +29,8 @@ def respelled(folder: Path, copy: Path) -> Path:
     if rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
     path.write_text(json.dumps(config))
     return copy
 
@@ -79,7 +81,8 @@ def test_same_greedy_tokens_of_a_real_model(stories260k: Path, assert_same) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "group_size"), [("qwen2_tied", 64), ("qwen2_tied", 32), ("qwen3", 32), ("llama_bias", 32)]
+    ("case", "group_size"),
+    [("qwen2_tied", 64), ("qwen2_tied", 32), ("qwen3", 32), ("llama_bias", 32), ("qwen3_moe", 32)],
 )
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_same_greedy_tokens_quantized_by_mlx_lm(

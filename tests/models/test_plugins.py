@@ -136,7 +136,7 @@ def test_experts_that_are_all_alike_are_one_mlp(
         for name in ("gate_proj", "up_proj", "down_proj"):
             weight = tensors.pop(f"{prefix}.{name}.weight")
             tensors |= {f"{prefix}.experts.{i}.{name}.weight": weight for i in range(4)}
-        tensors[f"{prefix}.gate.weight"] = mx.random.normal((4, 64))
+        tensors[f"{prefix}.router.weight"] = mx.random.normal((4, 64))
     mx.save_safetensors(str(experts / "model.safetensors"), tensors, {"format": "pt"})
     options = {"dtype": "float32", "activations": "exact"}
     plain, mixed = (

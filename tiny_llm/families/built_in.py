@@ -9,8 +9,16 @@ from tiny_llm.families.family import Family
 from tiny_llm.families.llama import LLAMA
 from tiny_llm.families.mistral import MISTRAL
 from tiny_llm.families.qwen import QWEN2, QWEN3
+from tiny_llm.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
-FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
 
 
 def built_in_family(model_type: str) -> Family:

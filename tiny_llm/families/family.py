@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from tiny_llm.config_fields import Fields
+from tiny_llm.families.expert_facts import ExpertFacts
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -39,15 +40,20 @@ class DecoderSizes(Protocol):
     def head_dim(self) -> int:
         """D."""
 
+    @property
+    def experts(self) -> ExpertFacts | None:
+        """Of layers that have some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """Where the tensors of one module lie in a checkpoint, if not as they are wanted.
 
     ``modules`` are the names there; a first ``{}`` in them stands for the layer. Several are stacked along a
-    new first axis; none is the module's own name. The weight may be ``transposed``, [in, out]. Then ``rows``
-    from one to before another are taken of the ``of`` that lie there. Last, of each ``len(order)`` rows
-    number ``i`` is what lies at ``order[i]``, and ``plus`` is added in float32, which the result then is.
+    new first axis; none is the module's own name. ``bare``: the weight is called as the module is, without
+    ".weight". It may be ``transposed``, [in, out]. Then ``rows`` from one to before another are taken of the
+    ``of`` that lie there. Last, of each ``len(order)`` rows number ``i`` is what lies at ``order[i]``, and
+    ``plus`` is added in float32, which the result then is.
     """
 
     modules: tuple[str, ...] = ()
@@ -56,6 +62,7 @@ class Stored:
     of: int = 0
     order: tuple[int, ...] = ()
     plus: float = 0.0
+    bare: bool = False
 
 
 AS_WANTED = Stored()
@@ -68,7 +75,7 @@ def nothing(fields: Fields) -> Mapping[str, object]:
     return {}
 
 
-def as_wanted(sizes: DecoderSizes, names: Collection[str]) -> Places:
+def as_wanted(sizes: object, names: Collection[str]) -> Places:
     """Places of a family whose tensors lie as they are wanted."""
     return {}
 

@@ -31,6 +31,7 @@ _RESULT_CHANGING: Mapping[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1,),
     "pruned_heads": ({}, []),
     "quantize_activations": (False,),
+    "qkv_bias": (True,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),

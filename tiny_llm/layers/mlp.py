@@ -13,16 +13,16 @@ from tiny_llm.layers.named import Shapes, Weights, under
 
 @dataclass(frozen=True, slots=True)
 class MLP:
-    """``down(silu(gate(x)) * up(x))``: x [T, E] to [T, E] through F = intermediate_size."""
+    """``down(silu(gate(x)) * up(x))``: x [T, E] to [T, E] through F."""
 
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
 
     @staticmethod
-    def shapes(config: ModelConfig) -> Shapes:
-        """The tensors that ``take`` reads, without their prefix."""
-        E, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def shapes(config: ModelConfig, width: int | None = None) -> Shapes:
+        """The tensors that ``take`` reads, without their prefix; F is ``width``, else intermediate_size."""
+        E, F, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
         return {
             **under("gate_proj", Linear.shapes(E, F, bias=bias)),
             **under("up_proj", Linear.shapes(E, F, bias=bias)),

@@ -14,6 +14,7 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.layers.attention import Attention
 from tiny_llm.layers.embedding import Embedding
+from tiny_llm.layers.experts import Experts
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP
 from tiny_llm.layers.named import Shapes, Weights, under
@@ -21,9 +22,23 @@ from tiny_llm.layers.norm import RMSNorm
 from tiny_llm.ops.rope import rope_frequencies
 
 
+def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
+    facts = config.experts
+    if facts is not None and layer in facts.layers:
+        return Experts.shapes(config, facts)
+    return MLP.shapes(config, None if facts is None else facts.dense_width)
+
+
+def _take_mlp(weights: Weights, prefix: str, config: ModelConfig, layer: int) -> MLP | Experts:
+    facts = config.experts
+    if facts is not None and layer in facts.layers:
+        return Experts.take(weights, prefix, config, facts)
+    return MLP.take(weights, prefix, config)
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Attention, then MLP, each of them on the normed input and added to it (pre-norm residual).
+    """Attention, then MLP or experts, each on the normed input and added to it (pre-norm residual).
 
     What is to be added waits for the norm that reads the sum next, so that one kernel does both.
     """
@@ -31,16 +46,16 @@ class DecoderLayer:
     input_layernorm: RMSNorm
     self_attn: Attention
     post_attention_layernorm: RMSNorm
-    mlp: MLP
+    mlp: MLP | Experts
 
     @staticmethod
-    def shapes(config: ModelConfig) -> Shapes:
+    def shapes(config: ModelConfig, layer: int = 0) -> Shapes:
         """The tensors that ``take`` reads, without their prefix."""
         return {
             "input_layernorm.weight": (config.hidden_size,),
             **under("self_attn", Attention.shapes(config)),
             "post_attention_layernorm.weight": (config.hidden_size,),
-            **under("mlp", MLP.shapes(config)),
+            **under("mlp", _mlp_shapes(config, layer)),
         }
 
     @classmethod
@@ -51,7 +66,7 @@ class DecoderLayer:
             RMSNorm.take(weights, f"{prefix}.input_layernorm", eps),
             Attention.take(weights, f"{prefix}.self_attn", config, layer, inv_freq),
             RMSNorm.take(weights, f"{prefix}.post_attention_layernorm", eps),
-            MLP.take(weights, f"{prefix}.mlp", config),
+            _take_mlp(weights, f"{prefix}.mlp", config, layer),
         )
 
     def __call__(
@@ -84,7 +99,7 @@ class Decoder:
         V, E = config.vocab_size, config.hidden_size
         shapes: Shapes = {"model.embed_tokens.weight": (V, E)}
         for layer in range(config.num_layers):
-            shapes |= under(f"model.layers.{layer}", DecoderLayer.shapes(config))
+            shapes |= under(f"model.layers.{layer}", DecoderLayer.shapes(config, layer))
         shapes["model.norm.weight"] = (E,)
         return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, E)}
 

@@ -51,7 +51,7 @@ def weights_bytes(
         if len(shape) == 1:
             total += tensor_bytes(shape, vector_bytes)
             continue
-        format = format_of(name, config.quantization) or (quantize and fit_group(shape[-1], quantize))
+        format = format_of(name, config.quantization) or fit_group(name, shape[-1], quantize)
         total += tensor_bytes(shape, matrix_bytes, format)
     return total
 

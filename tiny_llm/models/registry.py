@@ -100,8 +100,8 @@ def expected_tensors(config: ModelFacts) -> Shapes:
 
 
 def quantizable_tensors(config: ModelFacts) -> frozenset[str]:
-    """Names of the matrices, which may be quantized: linear maps and the embedding."""
-    return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) == 2)
+    """Names of the matrices, which may be quantized: linear maps, stacks of them, and the embedding."""
+    return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) > 1)
 
 
 def build(config: ModelFacts, weights: Weights) -> Model:

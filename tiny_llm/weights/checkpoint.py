@@ -117,7 +117,7 @@ def _job(
     """A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it."""
     module, dot, kind = name.rpartition(".")
     place = place_of(module, places)
-    names = [part_names(f"{module}{dot}{kind}") for module in place.modules]
+    names = [part_names(module if place.bare else f"{module}{dot}{kind}") for module in place.modules]
     first, scales, _ = names[0]
     shape = _stored_shape(shape, place)
     stored_as = format_of(first, quantization) if name in quantizable else None
@@ -130,7 +130,7 @@ def _job(
         ]
         return _Job(name, parts, stored_as, None, place)
     target = format_of(name, quantize) if name in quantizable else None
-    target = target and fit_group(shape[-1], target)
+    target = fit_group(name, shape[-1], target)
     if place.transposed and len(shape) == 2:
         shape = shape[::-1]
     kind = stored[first].info.dtype if first in stored and name in quantizable else ""

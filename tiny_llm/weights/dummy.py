@@ -39,7 +39,7 @@ def dummy_weights(
     weights: dict[str, Matrix] = {}
     for name, shape in shapes.items():
         columns = shape[-1]
-        format = fit_group(columns, quantize) if quantize is not None and name in quantizable else None
+        format = fit_group(name, columns, quantize) if name in quantizable else None
         if format is not None:
             weights[name] = finish(_quantized(bits, shape, format, dtype))
         elif len(shape) == 1:

@@ -93,6 +93,17 @@ _QWEN3 = _facts(
     rope_scaling=None,
     sliding_window=None,
 )
+_QWEN2_MOE = _facts(
+    _QWEN,
+    **{"model_type": "qwen2_moe", "max_position_embeddings": 8192, "sliding_window": 32768},
+    **{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False},
+    **{"shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1},
+)
+_QWEN3_MOE = _facts(
+    _QWEN3,
+    **{"model_type": "qwen3_moe", "mlp_only_layers": [], "decoder_sparse_step": 1},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+)
 _LLAMA = _facts(_COMMON, model_type="llama", attention_bias=False, rms_norm_eps=1e-5, rope_scaling=None)
 _LLAMA3 = _facts(
     _LLAMA,
@@ -152,6 +163,10 @@ SHORT_NAMES: Mapping[str, ShortName] = {
     "qwen3-8b": _row("Qwen/Qwen3-8B", 8_190_735_360, _QWEN3, (4096, 12288, 36, 32, 8)),
     "qwen3-14b": _row("Qwen/Qwen3-14B", 14_768_307_200, _QWEN3, (5120, 17408, 40, 40, 8)),
     "qwen3-32b": _row("Qwen/Qwen3-32B", 32_762_123_264, _QWEN3, (5120, 25600, 64, 64, 8)),
+    "qwen1.5-moe-a2.7b": _row(
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat", 14_315_784_192, _QWEN2_MOE, (2048, 5632, 24, 16, 16)
+    ),
+    "qwen3-30b-a3b": _row("Qwen/Qwen3-30B-A3B", 30_532_122_624, _QWEN3_MOE, (2048, 6144, 48, 32, 4)),
     "llama-3-8b": _row("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _LLAMA3, _LLAMA_8B),
     "llama-3.1-8b": _row("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _LLAMA31, _LLAMA_8B),
     "llama-3.2-1b": _row(

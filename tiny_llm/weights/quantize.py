@@ -16,6 +16,8 @@ from tiny_llm.config import QUANTIZED_GROUPS, Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 
 Shape = tuple[int, ...]
+ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
+"""Ends of names of small matrices that choose and weigh experts: loading does not round them."""
 
 
 def part_names(name: str) -> tuple[str, str, str]:
@@ -43,11 +45,13 @@ def format_of(name: str, quantization: Quantization | None) -> Quantization | No
     return quantization.overrides.get(name.removesuffix(".weight"), quantization)
 
 
-def fit_group(columns: int, quantization: Quantization) -> Quantization | None:
+def fit_group(name: str, columns: int, quantization: Quantization | None) -> Quantization | None:
     """Return ``quantization`` with the largest group that divides ``columns``, at most the one wanted.
 
-    None if none does: such a matrix stays as it is.
+    None if none does: such a matrix stays as it is, and so does one of ROUTERS.
     """
+    if quantization is None or name.endswith(ROUTERS):
+        return None
     for group_size in sorted(QUANTIZED_GROUPS, reverse=True):
         if group_size <= quantization.group_size and columns % group_size == 0:
             return Quantization(quantization.bits, group_size)

@@ -56,7 +56,7 @@ class Experts:
 
     @staticmethod
     def shapes(config: MoeConfig) -> Shapes:
-        found = under("gate", Linear.shapes(config.hidden_size, config.num_experts, bias=False))
+        found = under("router", Linear.shapes(config.hidden_size, config.num_experts, bias=False))
         for i in range(config.num_experts):
             found |= under(f"experts.{i}", MLP.shapes(config.of_an_expert))
         return found
@@ -65,7 +65,7 @@ class Experts:
     def take(cls, weights: Weights, prefix: str, config: MoeConfig) -> Experts:
         names = [f"{prefix}.experts.{i}" for i in range(config.num_experts)]
         experts = tuple(MLP.take(weights, name, config.of_an_expert) for name in names)
-        return cls(Linear.take(weights, f"{prefix}.gate", bias=False), experts, config.experts_per_token)
+        return cls(Linear.take(weights, f"{prefix}.router", bias=False), experts, config.experts_per_token)
 
     def __call__(self, x: mx.array) -> mx.array:
         scores = self.router(x).astype(mx.float32)

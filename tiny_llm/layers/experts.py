@@ -1,0 +1,75 @@
+"""A mixture of experts in the place of an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tiny_llm.config import ModelConfig
+from tiny_llm.data import Matrix
+from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.mlp import MLP
+from tiny_llm.layers.named import Shapes, Weights, matrix, under, vector
+from tiny_llm.ops.experts import Routing, experts
+
+_KINDS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """x [T, E] to [T, E]: by k of N experts, which a router chooses, and perhaps by one that all go through.
+
+    Tensors are named as mlx-lm does it: an expert a row of ``switch_mlp.gate_proj.weight`` [N, F, E].
+    """
+
+    router: Linear
+    routing: Routing
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
+    shared: MLP | None
+    shared_gate: Linear | None
+
+    @staticmethod
+    def shapes(config: ModelConfig, facts: ExpertFacts) -> Shapes:
+        """The tensors that ``take`` reads, without their prefix."""
+        N, E, F = facts.count, config.hidden_size, facts.width
+        shapes: Shapes = {
+            "gate.weight": (N, E),
+            "switch_mlp.gate_proj.weight": (N, F, E),
+            "switch_mlp.up_proj.weight": (N, F, E),
+            "switch_mlp.down_proj.weight": (N, E, F),
+        }
+        if facts.corrected:
+            shapes["gate.e_score_correction_bias"] = (N,)
+        if facts.shared_width:
+            shapes |= under("shared_expert", MLP.shapes(config, facts.shared_width))
+        if facts.shared_gated:
+            shapes["shared_expert_gate.weight"] = (1, E)
+        return shapes
+
+    @classmethod
+    def take(cls, weights: Weights, prefix: str, config: ModelConfig, facts: ExpertFacts) -> Experts:
+        """Pick the tensors below ``prefix``. Raises WeightError for one that is missing."""
+        gate, up, down = (matrix(weights, f"{prefix}.switch_mlp.{kind}_proj.weight") for kind in _KINDS)
+        corrected, gated = facts.corrected, facts.shared_gated
+        correction = vector(weights, f"{prefix}.gate.e_score_correction_bias") if corrected else None
+        return cls(
+            Linear.take(weights, f"{prefix}.gate", bias=False),
+            Routing(facts.per_token, facts.normalised, correction),
+            gate,
+            up,
+            down,
+            MLP.take(weights, f"{prefix}.shared_expert", config) if facts.shared_width else None,
+            Linear.take(weights, f"{prefix}.shared_expert_gate", bias=False) if gated else None,
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        logits = self.router(x.astype(mx.float32))
+        y = experts(x, logits, self.routing, self.gate_proj, self.up_proj, self.down_proj)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else mx.sigmoid(self.shared_gate(x)) * shared)
