@@ -96,7 +96,20 @@ class ModelConfig(ModelFacts):
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["", "head", "whole"] = ""  # of queries and keys: each head, or all as one vector
+    norm: Literal["rms", "layer"] = "rms"
+    norm_before: bool = True  # attention and the MLP take the normed input
+    norm_after: bool = False  # what they add is normed
+    wide_norm: bool = False  # a norm's weight, too, is multiplied in float32
+    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    learned_positions: bool = False  # a table of them, and no RoPE
+    rotary_dim: int = 0  # entries of a head that RoPE turns; 0: all
+    rope_interleaved: bool = False  # RoPE turns neighbours, not halves
+    no_rope_layers: tuple[int, ...] = ()
+    query_scale: float = 1.0  # on top of 1 / sqrt(head_dim)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and the MLP add
+    logit_scale: float = 1.0
     experts: ExpertFacts | None = None
 
     @classmethod

@@ -36,7 +36,18 @@ BIASED = {"attention_bias": True}
 SWITCHED = {"use_sliding_window": True, "sliding_window": 1024}
 MIXED = {"num_experts": 12, "num_experts_per_tok": 3, "norm_topk_prob": True}
 SPARSE = MIXED | {"moe_intermediate_size": 48}
+GPT2 = {
+    "vocab_size": 1000,
+    "n_embd": 576,
+    "n_layer": 2,
+    "n_head": 48,
+    "n_positions": 8192,
+    "layer_norm_epsilon": 1e-6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 7,
+}
 BASES = {
+    "gpt2": [GPT2],
     "llama": [SIZES | HEAD | BIASED | {"mlp_bias": True}],
     "mistral": [SIZES | HEAD | {"sliding_window": None}, SIZES | {"sliding_window": 1024}],
     "qwen2": [SIZES | SWITCHED | {"max_window_layers": layers} for layers in (1, 2)],
@@ -53,8 +64,10 @@ def facts(model_type: str, fields: dict[str, object]) -> dict[str, object]:
         config = transformers.AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # whatever it is, the file cannot be used there
         return {"refused": type(error).__name__}
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10_000.0, "rope_type": "default"}
     found = {name: getattr(config, name) for name in KEPT if name != "rope_theta" and hasattr(config, name)}
+    if hasattr(config, "layer_norm_epsilon"):
+        found["rms_norm_eps"] = config.layer_norm_epsilon
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     window = getattr(config, "sliding_window", None) if slides else None

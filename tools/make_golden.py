@@ -3,15 +3,16 @@
 Needs the ``tools`` extra (torch, transformers 5); tests need neither. Run it again, after adding a
 case, from the repository's root:
 
-    python tools/make_golden.py            # or: python tools/make_golden.py --out other/folder
+    python tools/make_golden.py --only NEW_CASE    # all of them without --only; --out other/folder
 
 Weights are rounded to the dtype that they are saved in, then everything is computed in float32, on
 fixed seeds. Each folder has the checkpoint and activations.safetensors:
 
     tokens, positions [T]        the input; every token attends to those before it, in its layer's window
-    hidden.0 .. hidden.L [T, E]  the embedding, then each layer's output (before the last norm)
+    hidden.0 .. hidden.L [T, E]  what the first layer takes, then each layer's output (before the last norm)
     logits [T, V]
-    layer0.attention [T, E]      the first layer's attention, after o_proj
+    greedy [12]                  the likeliest tokens after the first 4, one after the other
+    layer0.attention [T, E]      what the first layer's attention adds: after o_proj, its norm and its scale
     layer0.*                     in detailed cases also norm, q, k, v [T, heads, D] (projected, normed if
                                  the model does so, not rotated), q_rotated, k_rotated, attended (before
                                  o_proj), mlp_in, mlp
@@ -23,6 +24,7 @@ and those of SEARCHED also beams.json: beam searches, with what ``generate(num_b
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -31,11 +33,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 LENGTH = 7
+PROMPT, ANSWER = 4, 12
 GAP_POSITIONS = (5, 6, 7, 40, 41, 97, 98)
 
 
@@ -50,7 +54,10 @@ class Case:
     max_shard_size: str = "1GB"
     as_transformers_4: bool = False
     detailed: bool = False
-    rope: dict[str, object] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
+    norm_after: bool = False
+    rope: dict[str, object] | None = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0}
+    )
 
 
 def sizes(
@@ -136,6 +143,12 @@ CASES = (
         | {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 20, "moe_num_shared_experts": 2},
         rope={"rope_type": "default", "rope_theta": 500_000.0},
     ),
+    Case(
+        "gpt2",
+        "gpt2",
+        {"vocab_size": 71, "n_embd": 40, "n_layer": 2, "n_head": 5, "n_positions": 128, "n_inner": 72},
+        rope=None,
+    ),
 )
 
 
@@ -144,19 +157,22 @@ SEARCHED = ("qwen2_tied", "qwen3", "llama")
 
 def make_model(case: Case, seed: int) -> PreTrainedModel:
     """Return the case's model, float32, with weights large enough that every part shows in the logits."""
-    config = AutoConfig.for_model(
-        case.model_type, **case.config, rope_parameters=dict(case.rope), bos_token_id=1, eos_token_id=2
-    )
+    rope = {} if case.rope is None else {"rope_parameters": copy.deepcopy(case.rope)}
+    config = AutoConfig.for_model(case.model_type, **case.config, **rope, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=random)
             if weight.ndim == 1:
-                value = 1 + 0.2 * noise if "norm" in name else 0.3 * noise
+                is_norm = "norm" in name or (".ln_" in name and name.endswith("weight"))
+                value = 1 + 0.2 * noise if is_norm else 0.3 * noise
             else:
-                small = 0.5 if "embed" in name else 0.1 if "correction" in name else None
-                value = noise * (small or 1.5 / math.sqrt(weight.shape[-1]))
+                turned = weight.ndim == 2 and ".c_" in name  # GPT-2's Conv1D is [in, out]
+                inputs = weight.shape[0 if turned else -1]
+                is_table = any(part in name for part in ("embed", "wte", "wpe"))
+                small = 0.5 if is_table else 0.1 if "correction" in name else None
+                value = noise * (small or 1.5 / math.sqrt(inputs))
             weight.copy_(value.to(case.dtype))
     return model
 
@@ -186,7 +202,7 @@ def activations(model: PreTrainedModel, case: Case, seed: int) -> dict[str, torc
     tokens = torch.randint(0, int(str(case.config["vocab_size"])), (1, LENGTH), generator=random)
     positions = torch.arange(LENGTH)
     seen: dict[str, torch.Tensor] = {}
-    hooks = _watch_first_layer(model, seen)
+    hooks = _watch_first_layer(model, case, seen)
     outs = _forward(model, tokens, positions)
     for hook in hooks:
         hook.remove()
@@ -198,7 +214,22 @@ def activations(model: PreTrainedModel, case: Case, seed: int) -> dict[str, torc
         **_first_layer(model, case, seen, positions),
         "gap.positions": gap.int(),
         "gap.logits": _forward(model, tokens, gap)["logits"],
+        "greedy": _greedy(model, tokens[:, :PROMPT]),
     }
+
+
+def _greedy(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    """By whole forward passes: ``generate`` would stop at end tokens."""
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(ANSWER):
+            following = model(tokens, use_cache=False).logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, following], dim=1)
+    return tokens[0, PROMPT:].int()
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
 
 
 def _forward(
@@ -206,8 +237,9 @@ def _forward(
 ) -> dict[str, torch.Tensor]:
     mask = _masks(model, tokens)
     hidden: list[torch.Tensor] = []
-    hooks = [model.model.embed_tokens.register_forward_hook(lambda *a: hidden.append(a[-1][0]))]
-    for layer in model.model.layers:
+    layers = _layers(model)
+    hooks = [layers[0].register_forward_pre_hook(lambda _module, inputs: hidden.append(inputs[0][0]))]
+    for layer in layers:
         hooks.append(layer.register_forward_hook(lambda *a: hidden.append(_first(a[-1])[0])))
     with torch.no_grad():
         logits = model(tokens, attention_mask=mask, position_ids=positions[None], use_cache=False).logits[0]
@@ -237,11 +269,11 @@ def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def _watch_first_layer(
-    model: PreTrainedModel, seen: dict[str, torch.Tensor]
+    model: PreTrainedModel, case: Case, seen: dict[str, torch.Tensor]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Record outputs of the first layer's modules; a norm of q or k replaces the projection it follows."""
-    layer = model.model.layers[0]
-    attention = layer.self_attn
+    layer = _layers(model)[0]
+    attention = layer.attn if model.config.model_type == "gpt2" else layer.self_attn
     head_dim = attention.head_dim
 
     def keep(name: str, heads: bool = False):  # type: ignore[no-untyped-def]
@@ -251,6 +283,9 @@ def _watch_first_layer(
 
         return hook
 
+    if not case.detailed:
+        last = layer.post_attention_layernorm if case.norm_after else attention
+        return [last.register_forward_hook(keep("attention"))]
     watched = [
         layer.input_layernorm.register_forward_hook(keep("norm")),
         attention.q_proj.register_forward_hook(keep("q", heads=True)),
@@ -273,7 +308,8 @@ def _first_layer(
     model: PreTrainedModel, case: Case, seen: dict[str, torch.Tensor], positions: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     if not case.detailed:
-        return {"layer0.attention": seen["attention"]}
+        scale = getattr(model.config, "residual_multiplier", 1.0)
+        return {"layer0.attention": scale * seen["attention"]}
     q, k = (seen[name].transpose(0, 1)[None] for name in ("q", "k"))
     q, k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(q, positions[None]))
     seen = seen | {"q_rotated": q[0].transpose(0, 1), "k_rotated": k[0].transpose(0, 1)}
@@ -356,10 +392,13 @@ def main() -> None:
     """Make every case below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"))
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="*", default=[case.name for case in CASES], metavar="CASE")
+    asked = parser.parse_args()
     torch.set_num_threads(1)  # several would only wait for each other
     for seed, case in enumerate(CASES):
-        folder = out / case.name
+        if case.name not in asked.only:
+            continue
+        folder = asked.out / case.name
         folder.mkdir(parents=True, exist_ok=True)
         model = make_model(case, seed)
         tensors = {name: value.contiguous().clone() for name, value in activations(model, case, seed).items()}

@@ -57,7 +57,7 @@ def test_attention_as_transformers(model: Golden, off) -> None:
     got = off(model.attention(model.config), expected)
     mistakes = {
         "rope scaling ignored": replace(model.config, rope_scaling=None),
-        "q and k are not normed": replace(model.config, qk_norm=False),
+        "q and k are not normed": replace(model.config, qk_norm=""),
         "q, k and v lack their biases": replace(model.config, attention_bias=False),
     }
     for mistake, config in mistakes.items():
@@ -70,7 +70,7 @@ def test_attention_as_transformers(model: Golden, off) -> None:
 
 @pytest.mark.chapter("1.5")
 def test_a_tied_head_is_the_embedding(model: Golden, off) -> None:
-    embed = Embedding.take(model.weights, "model.embed_tokens")
+    embed = Embedding.take(model.weights, model.config)
     hidden = embed(model.seen["tokens"])
     assert mx.array_equal(hidden, model.seen["hidden.0"])
     table = model.weights["model.embed_tokens.weight"]

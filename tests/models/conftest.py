@@ -27,6 +27,7 @@ CASES = (
     "qwen2_window",
     "qwen2_moe",
     "qwen3_moe",
+    "gpt2",
 )
 MakeBatch = Callable[..., Batch]
 Greedy = Callable[[Model, Sequence[int], int], list[int]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.loading import load_model
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use, works
 
 pytestmark = [pytest.mark.chapter("1.5"), pytest.mark.usefixtures("backend")]
+Greedy = Callable[[Model, Sequence[int], int], list[int]]
 TOLERANCE = 1e-4  # relative to the largest value; on a CPU we are within 2e-6
 
 
@@ -55,7 +57,9 @@ def test_every_case_is_tested(golden: Path, cases: tuple[str, ...]) -> None:
 def test_layer_by_layer(model: Decoder, seen: dict[str, mx.array], off) -> None:
     """The first layer that differs is named, since every later one then differs too."""
     batch, cache = batch_at(seen), NoCache()
-    assert off(model.embed_tokens(batch.tokens), seen["hidden.0"]) < TOLERANCE, "the embedding differs"
+    assert off(model.embed_tokens(batch.tokens, batch.positions), seen["hidden.0"]) < TOLERANCE, (
+        "the embedding differs"
+    )
     first = model.layers[0]
     attention = first.self_attn(first.input_layernorm(seen["hidden.0"]), batch, cache)
     assert off(attention, seen["layer0.attention"]) < TOLERANCE, "attention of layer 0 differs"
@@ -72,6 +76,14 @@ def test_logits(model: Decoder, seen: dict[str, mx.array], off) -> None:
     assert logits.dtype == mx.float32
     error = off(logits, seen["logits"])
     assert error < TOLERANCE, f"off by {error:.2g} of the largest logit; see which layer differs first"
+
+
+def test_greedy_ids(model: Decoder, seen: dict[str, mx.array], greedy: Greedy) -> None:
+    if "greedy" not in seen:
+        pytest.skip("made before these were")
+    wanted: list[int] = seen["greedy"].tolist()  # type: ignore[assignment]
+    prompt: list[int] = seen["tokens"][:4].tolist()  # type: ignore[assignment]
+    assert greedy(model, prompt, len(wanted)) == wanted
 
 
 def test_positions_with_an_offset_and_gaps(model: Decoder, seen: dict[str, mx.array], off) -> None:

@@ -70,6 +70,8 @@ def assert_same(make_batch, greedy, off) -> Callable[..., None]:
 def test_same_greedy_tokens(folder: Path, tmp_path: Path, assert_same) -> None:
     if folder.name.endswith("_window"):
         pytest.skip("mlx-lm reads no window of these families")
+    if folder.name == "gpt2":
+        pytest.skip("mlx-lm reads no GPT-2 with transformers' prefix")
     copy = respelled(folder, tmp_path / folder.name)
     assert_same(peer(copy)[0], copy)
 

@@ -22,7 +22,7 @@ from tiny_llm.planning.memory import plan_memory
 pytestmark = pytest.mark.usefixtures("installed")
 HERE = Path(__file__).resolve().parent / "plugins"
 GPT2 = {
-    "model_type": "gpt2",
+    "model_type": "tiny_gpt2",
     "vocab_size": 2048,
     "n_embd": 32,
     "n_layer": 2,
@@ -59,7 +59,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = site / "more_models-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: more-models\nVersion: 1.0\n")
-    entries = "gpt2 = gpt2_plugin:GPT_2\ntiny_moe = moe_plugin:TINY_MOE\n"
+    entries = "tiny_gpt2 = gpt2_plugin:GPT_2\ntiny_moe = moe_plugin:TINY_MOE\n"
     (info / "entry_points.txt").write_text(f"[tiny_llm.models]\n{entries}")
     monkeypatch.syspath_prepend(str(site))
 

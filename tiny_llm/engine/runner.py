@@ -6,6 +6,7 @@ Knows no request and no text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -54,14 +55,14 @@ class Runner:
         cache: PagedCache,
         kernels: Kernels,
         draft: DraftModel | None = None,
-        inv_freq: mx.array | None = None,
+        inv_freq: Sequence[mx.array] | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.kernels = kernels
         self.draft = draft
         self._tokens, self._most = 0, BUFFER_POOL_BYTES
-        self._inv_freq = inv_freq  # by which keys are turned to another position
+        self._inv_freq = inv_freq  # by which each layer's keys are turned to another position
 
     def launch(self, plan: Plan, sharing: Sharing, drawn: mx.array | None, lap: Lap) -> InFlightBatch:
         """Start a step: from its plan to tokens that are being drawn for its answers.

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 from tiny_llm.errors import ConfigError, did_you_mean
 from tiny_llm.families.family import Family
+from tiny_llm.families.gpt2 import GPT2
 from tiny_llm.families.llama import LLAMA
 from tiny_llm.families.mistral import MISTRAL
 from tiny_llm.families.qwen import QWEN2, QWEN3
 from tiny_llm.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "qwen2": QWEN2,

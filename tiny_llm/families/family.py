@@ -133,3 +133,9 @@ def place_of(module: str, places: Places) -> Stored:
     place = places.get(_LAYER.sub("{}", module, count=1), AS_WANTED)
     names = tuple(name.replace("{}", number, 1) for name in place.modules)
     return replace(place, modules=names or (module,))
+
+
+def in_order(places: Places, order: tuple[int, ...]) -> Places:
+    """The same with ``order`` within each head of what makes queries and keys."""
+    names = [f"model.layers.{{}}.self_attn.{part}" for part in ("q_proj", "k_proj", "q_norm", "k_norm")]
+    return {**places, **{name: replace(places.get(name, AS_WANTED), order=order) for name in names if order}}

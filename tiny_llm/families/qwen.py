@@ -14,4 +14,4 @@ QWEN2 = Family(
     facts={"attention_bias": True, "output_bias": False, "mlp_bias": False},
     window_needs_switch=True,
 )
-QWEN3 = Family(_QWEN3, facts={"mlp_bias": False, "qk_norm": True}, window_needs_switch=True)
+QWEN3 = Family(_QWEN3, facts={"mlp_bias": False, "qk_norm": "head"}, window_needs_switch=True)

@@ -105,12 +105,12 @@ class PagedCache:
             rows = mx.array(together).reshape(len(coming), -1)  # type: ignore[arg-type]  # as above
             _move(self._pools_of(rows), self._layers, [(i, block) for i, (_, block) in enumerate(coming)])
 
-    def join(self, joins: Sequence[Join], inv_freq: mx.array) -> None:
-        """Move rows as the joins say, keys turned by the rotation of ``inv_freq`` [D / 2]."""
+    def join(self, joins: Sequence[Join], inv_freq: Sequence[mx.array]) -> None:
+        """Move rows as the joins say; each layer's keys are turned by its ``inv_freq`` [D / 2]."""
         for blocks, *rows in joins:
             slots, turns = (mx.array(memoryview(one)) for one in rows)  # type: ignore[arg-type]  # as above
             for layer, pool in enumerate(self._layers):
-                moved = moved_blocks(pool, self.format, slots, turns, inv_freq)
+                moved = moved_blocks(pool, self.format, slots, turns, inv_freq[layer])
                 pairs = mx.array(list(enumerate(blocks)), mx.int32)
                 self._layers[layer] = copy_blocks(moved, pool, pairs)
                 mx.eval(*self._layers[layer])  # a layer at a time, so that only one is in memory twice

@@ -10,58 +10,69 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.layers.linear import Linear, heads_of
 from tiny_llm.layers.named import Shapes, Weights, under
-from tiny_llm.layers.norm import RMSNorm
+from tiny_llm.layers.norm import RMSNorm, take_rms_norm
+from tiny_llm.layers.output import OutputMap, output_shapes, take_output
 from tiny_llm.ops.rope import rope_periods, rope_qk
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """x [T, E] to [T, E]. ``inv_freq`` [D/2]; ``q_norm`` and ``k_norm`` (Qwen3) normalise each head.
+    """x [T, E] to [T, E]. ``inv_freq`` [D/2], or None where nothing is turned (GPT-2).
 
-    ``periods`` are ``rope_periods`` of the frequencies. ``window``: how many tokens a row sees; 0: all.
+    ``q_norm`` and ``k_norm`` normalise each head (Qwen3), or all heads as one vector (OLMo-2).
+    ``periods`` are ``rope_periods`` of the frequencies. ``query_scale`` multiplies queries, a number or one
+    an entry [D], on top of what attention scales them by. ``window``: how many tokens a row sees; 0: all.
     """
 
     layer: int
     window: int
     head_dim: int
-    inv_freq: mx.array
+    inv_freq: mx.array | None
     periods: mx.array | None
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
-    o_proj: Linear
+    o_proj: OutputMap
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
+    query_scale: float | mx.array = 1.0
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:
         """The tensors that ``take`` reads, without their prefix."""
         E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         wide, narrow = config.num_heads * D, config.num_kv_heads * D
-        norms: Shapes = {"q_norm.weight": (D,), "k_norm.weight": (D,)} if config.qk_norm else {}
+        normed = (wide, narrow) if config.qk_norm == "whole" else (D, D)
+        norms: Shapes = {"q_norm.weight": normed[:1], "k_norm.weight": normed[1:]} if config.qk_norm else {}
         return {
             **under("q_proj", Linear.shapes(E, wide, bias=bias)),
             **under("k_proj", Linear.shapes(E, narrow, bias=bias)),
             **under("v_proj", Linear.shapes(E, narrow, bias=bias)),
-            **under("o_proj", Linear.shapes(wide, E, bias=config.output_bias)),
+            **output_shapes(config, "o_proj", wide, bias=config.output_bias),
             **norms,
         }
 
     @classmethod
     def take(
-        cls, weights: Weights, prefix: str, config: ModelConfig, layer: int, inv_freq: mx.array
+        cls,
+        weights: Weights,
+        prefix: str,
+        config: ModelConfig,
+        layer: int,
+        inv_freq: mx.array | None,
+        query_scale: float | mx.array = 1.0,
     ) -> Attention:
         """Pick the maps and norms below ``prefix``. Raises WeightError for a tensor that is missing."""
-        bias, eps = config.attention_bias, config.rms_norm_eps
+        bias = config.attention_bias
         q = Linear.take(weights, f"{prefix}.q_proj", bias=bias)
         k = Linear.take(weights, f"{prefix}.k_proj", bias=bias)
         v = Linear.take(weights, f"{prefix}.v_proj", bias=bias)
-        o = Linear.take(weights, f"{prefix}.o_proj", bias=config.output_bias)
-        q_norm = RMSNorm.take(weights, f"{prefix}.q_norm", eps) if config.qk_norm else None
-        k_norm = RMSNorm.take(weights, f"{prefix}.k_norm", eps) if config.qk_norm else None
+        o = take_output(weights, prefix, "o_proj", config, bias=config.output_bias)
+        q_norm = take_rms_norm(weights, f"{prefix}.q_norm", config) if config.qk_norm else None
+        k_norm = take_rms_norm(weights, f"{prefix}.k_norm", config) if config.qk_norm else None
+        periods = None if inv_freq is None else rope_periods(inv_freq)
         window = config.windows[layer] if config.windows else 0
-        periods = rope_periods(inv_freq)
-        return cls(layer, window, config.head_dim, inv_freq, periods, q, k, v, o, q_norm, k_norm)
+        return cls(layer, window, config.head_dim, inv_freq, periods, q, k, v, o, q_norm, k_norm, query_scale)
 
     def __call__(self, x: mx.array, batch: Batch, kv: KVCache) -> mx.array:
         q, k, v = self.heads(x, batch.positions)
@@ -74,9 +85,24 @@ class Attention:
     def heads(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """What attends: q [T, H, D] and k [T, K, D], normed and rotated, and v [T, K, D]."""
         q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
+        shape = (x.shape[0], -1, self.head_dim)
         norms: tuple[mx.array | None, mx.array | None] = (None, None)
         eps = 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
-        q, k = rope_qk(q, k, positions, self.inv_freq, *norms, eps, self.periods)
-        return q, k, v.reshape(v.shape[0], -1, self.head_dim)
+            eps, weight = self.q_norm.eps, self.q_norm.weight
+            if weight.size == self.head_dim and weight.dtype == x.dtype:  # in one kernel with the rotation
+                norms = weight, self.k_norm.weight
+            else:
+                q, k = (_normed(y, norm).reshape(shape) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if self.inv_freq is None:
+            q, k = q.reshape(shape), k.reshape(shape)
+        else:
+            q, k = rope_qk(q, k, positions, self.inv_freq, *norms, eps, self.periods)
+        if not isinstance(self.query_scale, float) or self.query_scale != 1:
+            q = (q * self.query_scale).astype(q.dtype)
+        return q, k, v.reshape(shape)
+
+
+def _normed(heads: mx.array, norm: RMSNorm) -> mx.array:
+    """Each of as many as there are in heads [T, ...]: a head, or all of them together."""
+    return norm(heads.reshape(heads.shape[0], -1, norm.weight.size))

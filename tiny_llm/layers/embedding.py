@@ -1,4 +1,4 @@
-"""The token table: ids to vectors, and vectors to logits where the head is tied to it."""
+"""The token table: ids to vectors, perhaps with their places', and vectors to logits of a tied head."""
 
 from __future__ import annotations
 
@@ -6,26 +6,50 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from tiny_llm.config import ModelConfig
 from tiny_llm.data import Matrix
 from tiny_llm.layers.linear import Linear
-from tiny_llm.layers.named import Weights, matrix
+from tiny_llm.layers.named import Shapes, Weights, matrix
 from tiny_llm.ops.embedding import embedding
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A table [V, E] of one vector a token id, in whatever format."""
+    """A table [V, E] of one vector a token id, in whatever format, which is multiplied by ``scale``.
+
+    Where places are learned (GPT-2), ``places`` [P, E] is a table of one vector each, to be added; a place
+    beyond it, where a draft model may come with its guesses, has the last one's.
+    """
 
     weight: Matrix
+    scale: float = 1.0
+    places: Matrix | None = None
+    last_place: int = 0
+
+    @staticmethod
+    def shapes(config: ModelConfig) -> Shapes:
+        """The tensors that ``take`` reads."""
+        E, P = config.hidden_size, config.max_position_embeddings
+        tokens: Shapes = {"model.embed_tokens.weight": (config.vocab_size, E)}
+        return tokens | {"model.embed_positions.weight": (P, E)} if config.learned_positions else tokens
 
     @classmethod
-    def take(cls, weights: Weights, prefix: str) -> Embedding:
-        """Pick ``prefix``.weight. Raises WeightError when it is missing."""
-        return cls(matrix(weights, f"{prefix}.weight"))
+    def take(cls, weights: Weights, config: ModelConfig) -> Embedding:
+        """Pick the tables. Raises WeightError for one that is missing."""
+        table, scale = matrix(weights, "model.embed_tokens.weight"), config.embedding_scale
+        if not config.learned_positions:
+            return cls(table, scale)
+        places = matrix(weights, "model.embed_positions.weight")
+        return cls(table, scale, places, config.max_position_embeddings - 1)
 
-    def __call__(self, tokens: mx.array) -> mx.array:
-        """Return the vectors [T, E] of tokens [T]."""
-        return embedding(tokens, self.weight)
+    def __call__(self, tokens: mx.array, positions: mx.array | None = None) -> mx.array:
+        """Return the vectors [T, E] of tokens [T] at positions [T], which matter where they are learned."""
+        x = embedding(tokens, self.weight)
+        x = x if self.scale == 1 else x * self.scale
+        if self.places is None:
+            return x
+        assert positions is not None, "places are learned"
+        return x + embedding(mx.minimum(positions, self.last_place), self.places)
 
     def as_head(self) -> Linear:
         """The same table as a map from hidden [R, E] to logits [R, V]."""

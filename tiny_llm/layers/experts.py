@@ -10,7 +10,7 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.data import Matrix
 from tiny_llm.families.expert_facts import ExpertFacts
 from tiny_llm.layers.linear import Linear
-from tiny_llm.layers.mlp import MLP
+from tiny_llm.layers.mlp import MLP, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, matrix, under, vector
 from tiny_llm.ops.experts import Routing, experts
 
@@ -29,7 +29,7 @@ class Experts:
     gate_proj: Matrix
     up_proj: Matrix
     down_proj: Matrix
-    shared: MLP | None
+    shared: MLP | GeluMLP | None
     shared_gate: Linear | None
 
     @staticmethod

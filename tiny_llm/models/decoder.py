@@ -1,4 +1,4 @@
-"""The decoder of LLaMA, Mistral, Qwen2 and Qwen3: one class, shaped by its config's facts.
+"""The decoder of all families: one class, shaped by its config's facts.
 
 Owns the wiring and the Hugging Face tensor names. Knows no cache, no checkpoint
 file and no tokenizer.
@@ -16,10 +16,11 @@ from tiny_llm.layers.attention import Attention
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.experts import Experts
 from tiny_llm.layers.linear import Linear
-from tiny_llm.layers.mlp import MLP
+from tiny_llm.layers.mlp import MLP, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, under
-from tiny_llm.layers.norm import RMSNorm
-from tiny_llm.ops.rope import rope_frequencies
+from tiny_llm.layers.norm import NoNorm, Norm, norm_shapes, take_norm
+from tiny_llm.layers.output import FinishedLinear, OutputMap
+from tiny_llm.models.rotation import Rotation, rotations
 
 
 def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
@@ -29,7 +30,7 @@ def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
     return MLP.shapes(config, None if facts is None else facts.dense_width)
 
 
-def _take_mlp(weights: Weights, prefix: str, config: ModelConfig, layer: int) -> MLP | Experts:
+def _take_mlp(weights: Weights, prefix: str, config: ModelConfig, layer: int) -> MLP | GeluMLP | Experts:
     facts = config.experts
     if facts is not None and layer in facts.layers:
         return Experts.take(weights, prefix, config, facts)
@@ -43,31 +44,32 @@ class DecoderLayer:
     What is to be added waits for the norm that reads the sum next, so that one kernel does both.
     """
 
-    input_layernorm: RMSNorm
+    input_layernorm: Norm
     self_attn: Attention
-    post_attention_layernorm: RMSNorm
-    mlp: MLP | Experts
+    post_attention_layernorm: Norm
+    mlp: MLP | GeluMLP | Experts
 
     @staticmethod
     def shapes(config: ModelConfig, layer: int = 0) -> Shapes:
         """The tensors that ``take`` reads, without their prefix."""
+        norm = norm_shapes(config) if config.norm_before else {}
         return {
-            "input_layernorm.weight": (config.hidden_size,),
+            **under("input_layernorm", norm),
             **under("self_attn", Attention.shapes(config)),
-            "post_attention_layernorm.weight": (config.hidden_size,),
+            **under("post_attention_layernorm", norm),
             **under("mlp", _mlp_shapes(config, layer)),
         }
 
     @classmethod
-    def take(cls, weights: Weights, config: ModelConfig, layer: int, inv_freq: mx.array) -> DecoderLayer:
+    def take(cls, weights: Weights, config: ModelConfig, layer: int, rotation: Rotation) -> DecoderLayer:
         """Pick layer ``layer``'s tensors. Raises WeightError for one that is missing."""
-        prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
-        return cls(
-            RMSNorm.take(weights, f"{prefix}.input_layernorm", eps),
-            Attention.take(weights, f"{prefix}.self_attn", config, layer, inv_freq),
-            RMSNorm.take(weights, f"{prefix}.post_attention_layernorm", eps),
-            _take_mlp(weights, f"{prefix}.mlp", config, layer),
-        )
+        prefix = f"model.layers.{layer}"
+        norms = [
+            take_norm(weights, f"{prefix}.{name}", config) if config.norm_before else NoNorm()
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        attention = Attention.take(weights, f"{prefix}.self_attn", config, layer, *rotation)
+        return cls(norms[0], attention, norms[1], _take_mlp(weights, f"{prefix}.mlp", config, layer))
 
     def __call__(
         self, x: mx.array, residual: mx.array | None, batch: Batch, kv: KVCache
@@ -85,38 +87,39 @@ class Decoder:
     config: ModelConfig
     embed_tokens: Embedding
     layers: tuple[DecoderLayer, ...]
-    norm: RMSNorm
-    lm_head: Linear
+    norm: Norm
+    lm_head: OutputMap
 
     @property
-    def inv_freq(self) -> mx.array:
-        """By what keys are turned a position, [D/2]."""
-        return self.layers[0].self_attn.inv_freq
+    def inv_freq(self) -> list[mx.array] | None:
+        """By what each layer's keys are turned a position, [D/2]; None where they cannot be (GPT-2)."""
+        turned = [layer.self_attn.inv_freq for layer in self.layers]
+        return None if self.config.learned_positions else [one for one in turned if one is not None]
 
     @staticmethod
     def shapes(config: ModelConfig) -> Shapes:
         """Every tensor of a checkpoint by its Hugging Face name, in its unquantized shape."""
         V, E = config.vocab_size, config.hidden_size
-        shapes: Shapes = {"model.embed_tokens.weight": (V, E)}
+        shapes = Embedding.shapes(config)
         for layer in range(config.num_layers):
             shapes |= under(f"model.layers.{layer}", DecoderLayer.shapes(config, layer))
-        shapes["model.norm.weight"] = (E,)
+        shapes |= under("model.norm", norm_shapes(config))
         return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, E)}
 
     @classmethod
     def take(cls, config: ModelConfig, weights: Weights) -> Decoder:
         """Pick the tensors that ``shapes`` names. Raises WeightError for one that is missing."""
-        # One array for all layers: the frequencies are the model's, and no tensor of the checkpoint.
-        inv_freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        embed = Embedding.take(weights, "model.embed_tokens")
-        layers = tuple(DecoderLayer.take(weights, config, i, inv_freq) for i in range(config.num_layers))
-        norm = RMSNorm.take(weights, "model.norm", config.rms_norm_eps)
+        embed = Embedding.take(weights, config)
+        turns = enumerate(rotations(config))
+        layers = tuple(DecoderLayer.take(weights, config, i, rotation) for i, rotation in turns)
+        norm = take_norm(weights, "model.norm", config)
         tied = config.tie_word_embeddings
         head = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
-        return cls(config, embed, layers, norm, head)
+        scale = config.logit_scale
+        return cls(config, embed, layers, norm, head if scale == 1 else FinishedLinear(head, None, scale))
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
-        x, residual = self.embed_tokens(batch.tokens), None
+        x, residual = self.embed_tokens(batch.tokens, batch.positions), None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
         if residual is not None:

@@ -21,9 +21,10 @@ from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import FAMILIES, built_in_family
-from tiny_llm.families.family import Family, Places, as_wanted
+from tiny_llm.families.family import Family, Places, as_wanted, in_order
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
+from tiny_llm.models.rotation import head_order
 from tiny_llm.weights.gguf.facts import read_facts
 
 PLUGIN_GROUP = "tiny_llm.models"
@@ -64,7 +65,11 @@ def decoder_of(family: Family) -> Architecture[ModelConfig]:
     """The decoder, shaped by a family's config.json and with its tensors where the family says."""
     read = partial(ModelConfig.from_hf, family=family)
     unread = (".rotary_emb.inv_freq", *family.unread)
-    return Architecture(read, Decoder.shapes, Decoder.take, True, unread, family.stored)
+
+    def stored(config: ModelConfig, names: Collection[str]) -> Places:
+        return in_order(family.stored(config, names), head_order(config))
+
+    return Architecture(read, Decoder.shapes, Decoder.take, True, unread, stored)
 
 
 def find(model_type: str) -> Architecture[Any]:

@@ -51,7 +51,7 @@ class Replay:
 
 def _begin(model: Decoder, tokens: mx.array, positions: mx.array) -> tuple[mx.array, ...]:
     """The first layer's x and, for its attention, q, k and v."""
-    x, normed = model.layers[0].input_layernorm.after(model.embed_tokens(tokens), None)
+    x, normed = model.layers[0].input_layernorm.after(model.embed_tokens(tokens, positions), None)
     return x, *model.layers[0].self_attn.heads(normed, positions)
 
 

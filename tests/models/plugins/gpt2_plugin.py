@@ -26,7 +26,7 @@ class GPT2Config:
     layer_norm_epsilon: float
     eos_token_ids: tuple[int, ...]
     dtype: str
-    model_type: str = "gpt2"
+    model_type: str = "tiny_gpt2"
     tie_word_embeddings: bool = True
     quantization: None = None
 

@@ -95,7 +95,7 @@ def build(config: MoeConfig, weights: Weights) -> Decoder:
         experts = Experts.take(weights, f"{prefix}.mlp", config)
         norms = RMSNorm.take(weights, before, eps), RMSNorm.take(weights, after, eps)
         layers.append(DecoderLayer(norms[0], attention, norms[1], experts))  # type: ignore[arg-type]
-    embed = Embedding.take(weights, "model.embed_tokens")
+    embed = Embedding.take(weights, config)
     norm = RMSNorm.take(weights, "model.norm", config.rms_norm_eps)
     return Decoder(config, embed, tuple(layers), norm, embed.as_head())
 
