@@ -9,17 +9,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tiny_llm.config import ModelFacts
+from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.engine.settings import usual_block_size
-from tiny_llm.errors import ConfigError
+from tiny_llm.errors import ConfigError, WeightError
+from tiny_llm.memory import available_memory_bytes
 from tiny_llm.models.loading import check_options, kv_dtype
 from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, active, choose, use
 from tiny_llm.options import BackendOption, DebugOption, DtypeOption, QuantizeOption, command_app, option
 from tiny_llm.planning.compatibility import OPS, fallen_back
-from tiny_llm.planning.memory import find_config
+from tiny_llm.planning.memory import find_config, plan_memory
+from tiny_llm.planning.memory_report import heading, roofs, verdict
+from tiny_llm.planning.speed import FORMAT, measure_machine, predict
+from tiny_llm.planning.unusual import unusual
 from tiny_llm.proving.choice import choose as choose_kernels
 from tiny_llm.proving.record import Proof, Shapes, machine, records
 from tiny_llm.proving.trial import Limits, proved
+from tiny_llm.weights.hub import resolve
 
 app = command_app()
 
@@ -39,11 +44,14 @@ def doctor(
 ) -> None:
     """Say which backends this machine has, and which of our GPU kernels proved right and fast on it.
 
-    With --model: which kernels its shapes get and what falls back; on a GPU they are tried if they were not.
+    With --model: which kernels its shapes get and what falls back (on a GPU they are tried if they were
+    not), what is unusual in its files, what memory it takes, and how fast it can be here.
     """
     console = Console(highlight=False)
     if model is not None:
-        return _of_a_model(console, find_config(model), choose(backend), dtype, quantize)
+        _kernels(console, find_config(model), choose(backend), dtype, quantize)
+        with use(backend):
+            return _forecast(console, model, dtype, quantize)
     about = machine(active())
     console.print(f"device    {about['device']}, {about['system']}", soft_wrap=True)
     console.print(f"MLX       {about['mlx']}, kernels {about['kernels']}", soft_wrap=True)
@@ -59,7 +67,7 @@ def doctor(
         console.print(table(record.backend, record.shapes, record.read()))
 
 
-def _of_a_model(
+def _kernels(
     console: Console, config: ModelFacts, backend: str, dtype: str | None, quantize: int | None
 ) -> None:
     check_options(dtype, quantize)
@@ -81,6 +89,27 @@ def _of_a_model(
         fell = without.get(op)
         made.add_row(op, Text("plain MLX: no kernel for these arrays", "yellow") if fell else runs)
     console.print(made)
+
+
+def _forecast(console: Console, model: str, dtype: str | None, quantize: int | None) -> None:
+    """What is unusual in the model's files where they are on disk, its memory, its speed."""
+    try:
+        lines = list(unusual(resolve(model, offline=True))) or ["nothing"]
+    except WeightError:
+        lines = ["its weights are not on disk, so they were not looked at"]
+    plan = plan_memory(model, available=available_memory_bytes(), dtype=dtype, quantize=quantize)
+    config = find_config(model)
+    format = config.quantization or (Quantization(quantize, FORMAT.group_size) if quantize else None)
+    machine = measure_machine(rounds=3, format=format)
+    speed = predict(config, machine, quantize=format, prompt=plan.context, answer=1)
+    told = [
+        ("unusual", *lines),
+        ("memory", heading(plan), verdict(plan)[0]),
+        ("speed", roofs(machine, speed)),
+    ]
+    for name, *rows in told:
+        for row, text in enumerate(rows):
+            console.print(f"{'' if row else name:<9} {text}", soft_wrap=True)
 
 
 def _state(name: str) -> str:

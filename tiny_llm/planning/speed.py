@@ -49,18 +49,20 @@ class Speed:
     decode: float
 
 
-def measure_machine(rounds: int = 5) -> Machine:
-    """Measure this machine, on the backend in use: medians of ``rounds``. Takes seconds."""
+def measure_machine(rounds: int = 5, format: Quantization | None = FORMAT) -> Machine:
+    """Measure this machine with matrices of ``format`` (None: bfloat16), on the backend in use: medians of
+    ``rounds``. Takes seconds.
+    """
     shapes = {f"{i}.weight": SHAPE for i in range(MATRICES)}
     tensors = dummy_weights(
         shapes,
         dtype=mx.bfloat16,
-        quantize=FORMAT,
+        quantize=format,
         quantizable=shapes,
         finish=lambda weight: pack(weight, exact=False),
     )
     weights = list(tensors.values())
-    size, entries = tensor_bytes(SHAPE, 2, FORMAT), SHAPE[0] * SHAPE[1]
+    size, entries = tensor_bytes(SHAPE, 2, format), SHAPE[0] * SHAPE[1]
     read = _seconds(lambda: _products(weights, 1), rounds)
     product = _seconds(lambda: _products(weights[:2], ROWS), rounds)
     attend = _seconds(_attention, rounds)
@@ -71,7 +73,13 @@ def measure_machine(rounds: int = 5) -> Machine:
 
 
 def predict(
-    config: ModelFacts, machine: Machine, *, quantize: Quantization, prompt: int, answer: int, batch: int = 1
+    config: ModelFacts,
+    machine: Machine,
+    *,
+    quantize: Quantization | None,
+    prompt: int,
+    answer: int,
+    batch: int = 1,
 ) -> Speed:
     """Tokens a second: of one ``prompt`` at once, then of ``batch`` answers together, in their middle."""
     kv = kv_token_bytes(config, 2)
