@@ -39,7 +39,7 @@ def unusual(folder: Path) -> Iterator[str]:
         yield "no end token: answers end at max_tokens, or at a stop string."
     if tokenizer.vocab_size > config.vocab_size:
         more = tokenizer.vocab_size - config.vocab_size
-        yield f"{more:,} tokens of the tokenizer are beyond the model's {config.vocab_size:,}: they are refused."
+        yield f"{more:,} tokens of the tokenizer are beyond the model's {config.vocab_size:,}."
 
 
 def largest_norm(folder: Path) -> tuple[str, float]:
