@@ -72,7 +72,8 @@ def test_what_has_no_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cells(doctor("--model", "qwen2-0.5b", "--quantize", "8", "--backend", "cpu"))
     assert whole == [[op, "our C++ kernel"] for op in OPS]
     # As for an architecture that gives its matrices to others than layers.
-    monkeypatch.setattr(registry, "DECODER", replace(registry.DECODER, packed=False))
+    decoder_of = registry.decoder_of
+    monkeypatch.setattr(registry, "decoder_of", lambda family: replace(decoder_of(family), packed=False))
     rows = dict(cells(doctor("--model", "qwen2-0.5b", "--quantize", "8", "--backend", "cpu")))
     assert rows["linear"] == "plain MLX: no kernel for these arrays"
     assert rows["paged_attention"] == "our C++ kernel"
