@@ -50,5 +50,7 @@ def largest_norm(folder: Path) -> tuple[str, float]:
     for name in norms:
         with stored[name].path.open("rb", buffering=0) as file:
             (weight,) = read_ahead([Piece(file, stored[name].info)])
-        most = max(most, (name, float(mx.abs(weight).max().item())), key=lambda found: found[1])
+        largest = mx.abs(weight.astype(mx.float32)).max().item()
+        assert isinstance(largest, float)
+        most = max(most, (name, largest), key=lambda found: found[1])
     return most
