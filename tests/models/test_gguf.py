@@ -17,6 +17,9 @@ from tiny_llm.models.checkpoint import FolderCheckpoint, GgufCheckpoint
 from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import load_config
 from tiny_llm.ops.backend import use, works
+from tiny_llm.weights.checkpoint import load_weights
+from tiny_llm.weights.gguf.header import read_gguf
+from tiny_llm.weights.shards import StoredTensor
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -249,3 +252,37 @@ def test_the_command_line_takes_a_file(demo: Path, tmp_path: Path) -> None:
             cwd=ROOT,
         )
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+def test_a_large_matrix_is_unpacked_a_part_at_a_time(tmp_path: Path, ref: None) -> None:
+    """16 MB of blocks, 18 MB as ours: what is made on the way, ten times as large, never is there at once."""
+    columns, rows = 4096, 7168
+    number = gguf.GGMLQuantizationType.Q4_0
+    raw = np.zeros((rows, columns // 32 * 18), np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("a.weight", raw, raw_shape=raw.shape, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stored = {
+        "a.weight": StoredTensor(tmp_path / "x.gguf", read_gguf(tmp_path / "x.gguf").tensors["a.weight"])
+    }
+    mx.reset_peak_memory()
+    before, seen = mx.get_active_memory(), []
+    how = {
+        "dtype": None,
+        "quantization": None,
+        "quantize": None,
+        "quantizable": ["a.weight"],
+        "stored": stored,
+    }
+    loaded = load_weights(
+        tmp_path, {"a.weight": (rows, columns)}, progress=lambda *at: seen.append(at), **how
+    )
+    matrix = loaded["a.weight"]
+    assert isinstance(matrix, QuantizedTensor)
+    result = matrix.packed.nbytes + matrix.scales.nbytes + matrix.biases.nbytes
+    peak = mx.get_peak_memory() - before
+    assert peak < 2.2 * result + 20e6, f"{peak / 1e6:.0f} MB for a result of {result / 1e6:.0f}"
+    assert seen == [(raw.nbytes, raw.nbytes)]

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, ModelFacts, Quantization, load_end_ids
 from tiny_llm.layers.named import Weights
-from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors
+from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors, read_config
 from tiny_llm.ops.backend import active
 from tiny_llm.tokenizer.gguf import end_ids, read_metadata
 from tiny_llm.tokenizer.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.download import GGUF
 from tiny_llm.weights.dummy import dummy_weights
-from tiny_llm.weights.gguf.facts import UNREAD, places
+from tiny_llm.weights.gguf.facts import UNREAD, places, read_facts
 from tiny_llm.weights.gguf.header import GgufHeader, read_gguf
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
@@ -128,7 +128,7 @@ class GgufCheckpoint:
     @cached_property
     def config(self) -> ModelFacts:
         """Of the metadata and the tensors' types."""
-        return load_config(self._path)
+        return read_facts(self._header, read_config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

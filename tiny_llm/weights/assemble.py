@@ -25,6 +25,8 @@ LARGE_PART = 1 / 20
 """From this part of all weights on, it matters to memory when an entry is read."""
 BLOCK_BYTES = 2**23
 """As much of a float matrix is read at a time where it is to be quantized."""
+UNPACK_BYTES = 2**20
+"""And as much of GGUF's blocks: what is made of them on the way is ten times as large, and stays in caches."""
 
 Progress = Callable[[int, int], None]
 Finish = Callable[[Matrix], Matrix]
@@ -90,13 +92,15 @@ def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     be in memory; None is the whole tensor, of which rows may be taken later.
     """
     wanted, shape = entry.place.rows, tensor.info.shape
-    as_it_is = entry.quantize is None and tensor.info.dtype not in BITS
+    in_blocks = tensor.info.dtype in BITS
+    as_it_is = entry.quantize is None and not in_blocks
     if entry.place.transposed or len(shape) > 2 or (wanted is None and as_it_is):
         return [None]
     first, end = wanted or (0, shape[0])
     if as_it_is:
         return [range(first, end)]
-    count = max(1, shape[0] * BLOCK_BYTES // max(tensor.info.nbytes, 1))
+    at_once = UNPACK_BYTES if in_blocks else BLOCK_BYTES
+    count = max(1, shape[0] * at_once // max(tensor.info.nbytes, 1))
     return [range(start, min(start + count, end)) for start in range(first, end, count)]
 
 

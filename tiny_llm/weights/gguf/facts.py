@@ -9,14 +9,13 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 from tiny_llm.config_fields import Fields
 from tiny_llm.errors import ConfigError, did_you_mean
 from tiny_llm.families.family import Places, Stored
 from tiny_llm.weights.gguf.blocks import BITS, GROUP
-from tiny_llm.weights.gguf.header import GgufHeader, read_gguf
+from tiny_llm.weights.gguf.header import GgufHeader
 
 _T = TypeVar("_T")
 MODEL_TYPES: Mapping[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -41,12 +40,12 @@ _NEIGHBOURS = ("llama",)  # architectures whose RoPE turns neighbours: q and k l
 UNREAD = ("rope_freqs.weight",)  # by the model: it is a fact
 
 
-def read_facts(path: Path, read: Callable[[Mapping[str, object]], _T]) -> _T:
+def read_facts(header: GgufHeader, read: Callable[[Mapping[str, object]], _T]) -> _T:
     """Return what ``read`` makes of a file's ``config_fields``. Raises ConfigError that names the file."""
     try:
-        return read(config_fields(read_gguf(path)))
+        return read(config_fields(header))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{header.path}: {error}") from None
 
 
 def config_fields(header: GgufHeader) -> dict[str, object]:
