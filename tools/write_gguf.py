@@ -9,6 +9,7 @@ keys are put into the order that llama.cpp wants, as its converter does.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ ARCHITECTURES: Mapping[str, gguf.MODEL_ARCH] = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
 
 
@@ -37,20 +40,36 @@ def write_gguf(folder: Path, path: Path, kind: str = "F16", pre: str = "qwen2") 
     _add_facts(writer, config)
     if (folder / "tokenizer.json").exists():
         add_tokenizer(writer, folder, pre)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for file in sorted(folder.glob("model*.safetensors")):
-        for name, array in mx.load(str(file)).items():
-            stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if stored == "output.weight" and config.get("tie_word_embeddings"):
-                continue
-            _add_tensor(
-                writer, stored, _ordered(name, np.array(array.astype(mx.float32)), arch, config), kind
-            )
+    names, common = (
+        gguf.get_tensor_name_map(a, config["num_hidden_layers"]) for a in (arch, ARCHITECTURES["llama"])
+    )
+    for name, array in _stacked(_tensors_of(folder)).items():
+        found = (some.get_name(name, try_suffixes=(".weight", ".bias")) for some in (names, common))
+        stored = next(one for one in found if one is not None)
+        if stored == "output.weight" and config.get("tie_word_embeddings"):
+            continue
+        kept = "F32" if ".ffn_gate_inp" in stored else kind
+        _add_tensor(writer, stored, _ordered(name, array, arch, config), kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """A folder's tensors as float32."""
+    files = [mx.load(str(file)) for file in sorted(folder.glob("model*.safetensors"))]
+    return {name: np.array(array.astype(mx.float32)) for file in files for name, array in file.items()}
+
+
+def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts of a layer in one tensor; the weight of a shared one as a vector."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name in sorted(tensors):  # which is the order of their numbers where they are few
+        stacks.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(tensors[name])
+    whole = {name: np.stack(arrays) if ".experts." in name else arrays[0] for name, arrays in stacks.items()}
+    return {name: array[0] if "shared_expert_gate" in name else array for name, array in whole.items()}
 
 
 def _ordered(name: str, array: np.ndarray, arch: gguf.MODEL_ARCH, config: Mapping[str, Any]) -> np.ndarray:
@@ -87,6 +106,14 @@ def _add_facts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    if config.get("sliding_window") and config["model_type"] == "mistral":
+        writer.add_sliding_window(config["sliding_window"])
+    if "num_experts_per_tok" in config:
+        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if config.get("shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     kind = rope.get("rope_type") or rope.get("type")
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

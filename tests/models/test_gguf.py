@@ -25,9 +25,17 @@ gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
 from write_gguf import write_gguf  # noqa: E402
 
+from tests.models.conftest import CASES  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+
+@pytest.fixture(scope="module", params=[case for case in CASES if case != "qwen2_window"])
+def folder(golden: Path, request: pytest.FixtureRequest) -> Path:
+    """Each golden model, but the one of whose window a file says nothing."""
+    return golden / str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +193,7 @@ def changed(path: Path, *pairs: tuple[bytes, bytes]) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        (b"qwen2", b"qwen9", "general.architecture is 'qwen9', expected one of llama, qwen2, qwen3"),
+        (b"qwen2", b"qwen9", "general.architecture is 'qwen9', expected one of llama, "),
         (b"qwen2.block_count", b"qwen2.block_counX", "qwen2.block_count is missing"),
         (b"qwen2.rope.dimension_count", b"qwen2.rope.dimension_counX", ""),
         (
@@ -286,3 +294,17 @@ def test_a_large_matrix_is_unpacked_a_part_at_a_time(tmp_path: Path, ref: None) 
     peak = mx.get_peak_memory() - before
     assert peak < 2.2 * result + 20e6, f"{peak / 1e6:.0f} MB for a result of {result / 1e6:.0f}"
     assert seen == [(raw.nbytes, raw.nbytes)]
+
+
+def test_packed_experts_are_read_one_by_one(
+    golden: Path, tmp_path: Path, backend: str, make_batch, off
+) -> None:
+    folder = golden / "qwen2_moe"
+    path = write_gguf(folder, tmp_path / "x.gguf", "Q8_0")
+    experts = GgufCheckpoint(path).tensors(dtype=None, quantize=None, finish=lambda weight: weight)
+    packed = experts["model.layers.1.mlp.switch_mlp.up_proj.weight"]
+    assert isinstance(packed, QuantizedTensor) and packed.packed.shape == (5, 20, 8)
+    source = FolderCheckpoint(folder).tensors(dtype=mx.float32, quantize=None, finish=lambda weight: weight)
+    assert off(wide(packed), source["model.layers.1.mlp.switch_mlp.up_proj.weight"]) < 0.005
+    logits = [load_model(one, activations="exact")(make_batch(PROMPT), NoCache()) for one in (path, folder)]
+    assert off(*logits) < 0.1

@@ -24,11 +24,11 @@ from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.download import GGUF
 from tiny_llm.weights.dummy import dummy_weights
-from tiny_llm.weights.gguf.facts import UNREAD, places, read_facts
+from tiny_llm.weights.gguf.facts import UNREAD, places, read_facts, stored_tensors
 from tiny_llm.weights.gguf.header import GgufHeader, read_gguf
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
-from tiny_llm.weights.shards import StoredTensor, weights_digest
+from tiny_llm.weights.shards import weights_digest
 
 MLX_DTYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -155,8 +155,8 @@ class GgufCheckpoint:
             quantization=self.config.quantization,
             quantizable=quantizable_tensors(self.config),
             unread=UNREAD,
-            places=lambda names: places(self._header, self.config.head_dim),
-            stored={name: StoredTensor(self._path, info) for name, info in self._header.tensors.items()},
+            places=lambda names: places(self._header, self.config),
+            stored=stored_tensors(self._header),
             **how,
         )
 

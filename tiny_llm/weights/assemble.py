@@ -26,7 +26,7 @@ LARGE_PART = 1 / 20
 BLOCK_BYTES = 2**23
 """As much of a float matrix is read at a time where it is to be quantized."""
 UNPACK_BYTES = 2**20
-"""And as much of GGUF's blocks: what is made of them on the way is ten times as large, and stays in caches."""
+"""And as much of GGUF's blocks: what is made of them on the way is ten times as large."""
 
 Progress = Callable[[int, int], None]
 Finish = Callable[[Matrix], Matrix]
@@ -94,7 +94,7 @@ def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     wanted, shape = entry.place.rows, tensor.info.shape
     in_blocks = tensor.info.dtype in BITS
     as_it_is = entry.quantize is None and not in_blocks
-    if entry.place.transposed or len(shape) > 2 or (wanted is None and as_it_is):
+    if entry.place.transposed or (len(shape) > 2 and not in_blocks) or (wanted is None and as_it_is):
         return [None]
     first, end = wanted or (0, shape[0])
     if as_it_is:

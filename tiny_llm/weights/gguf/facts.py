@@ -9,17 +9,37 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
+from tiny_llm.config import ModelFacts
 from tiny_llm.config_fields import Fields
 from tiny_llm.errors import ConfigError, did_you_mean
+from tiny_llm.families.built_in import built_in_family
 from tiny_llm.families.family import Places, Stored
 from tiny_llm.weights.gguf.blocks import BITS, GROUP
 from tiny_llm.weights.gguf.header import GgufHeader
+from tiny_llm.weights.shards import StoredTensor
 
 _T = TypeVar("_T")
-MODEL_TYPES: Mapping[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""What config.json calls each architecture. "llama" is Mistral's, too."""
+
+
+class _Kind(NamedTuple):
+    """An architecture: config.json's word for it, what no key says, and whether its RoPE turns neighbours."""
+
+    model_type: str
+    facts: Mapping[str, object] = {}
+    neighbours: bool = False
+    epsilon: str = "attention.layer_norm_rms_epsilon"
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "llama": _Kind("llama", neighbours=True),  # Mistral's, too
+    "qwen2": _Kind("qwen2"),
+    "qwen2moe": _Kind("qwen2_moe", {"norm_topk_prob": False}),
+    "qwen3": _Kind("qwen3"),
+    "qwen3moe": _Kind("qwen3_moe", {"norm_topk_prob": True}),
+}
 _MODULES: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -35,8 +55,15 @@ _MODULES: Mapping[str, str] = {
     "ffn_gate": "model.layers.{}.mlp.gate_proj",
     "ffn_up": "model.layers.{}.mlp.up_proj",
     "ffn_down": "model.layers.{}.mlp.down_proj",
+    "ffn_gate_inp": "model.layers.{}.mlp.gate",
+    "ffn_gate_exps": "model.layers.{}.mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "model.layers.{}.mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "model.layers.{}.mlp.switch_mlp.down_proj",
+    "ffn_gate_inp_shexp": "model.layers.{}.mlp.shared_expert_gate",
+    "ffn_gate_shexp": "model.layers.{}.mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "model.layers.{}.mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "model.layers.{}.mlp.shared_expert.down_proj",
 }
-_NEIGHBOURS = ("llama",)  # architectures whose RoPE turns neighbours: q and k lie in that order
 UNREAD = ("rope_freqs.weight",)  # by the model: it is a fact
 
 
@@ -54,58 +81,87 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
     Raises ConfigError for an architecture that is not read, and for a key that is missing or of a wrong type.
     """
     fields = Fields(header.metadata)
-    kind = fields.text("general.architecture")
-    if kind not in MODEL_TYPES:
+    name = fields.text("general.architecture")
+    if name not in _KINDS:
         raise ConfigError(
-            f"general.architecture is {kind!r}, expected one of {', '.join(MODEL_TYPES)}."
-            f"{did_you_mean(kind, MODEL_TYPES)}"
+            f"general.architecture is {name!r}, expected one of {', '.join(_KINDS)}."
+            f"{did_you_mean(name, _KINDS)}"
         )
     if fields.whole("split.count", 1) > 1:
         raise ConfigError(
             "The model is split over several files, of which one is given. Join them by llama.cpp's "
             "`llama-gguf-split --merge`, or take a file that is whole."
         )
-    own = Fields({key.removeprefix(f"{kind}."): value for key, value in header.metadata.items()}, kind)
-    heads = own.whole("attention.head_count")
-    head_dim = own.whole("attention.key_length", own.whole("embedding_length") // heads)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if own.whole(name, head_dim) != head_dim:
-            raise own.wrong(name, f"the size of a head, {head_dim}")
-    vocabulary = header.tensors.get("token_embd.weight")
-    return {
-        "model_type": MODEL_TYPES[kind],
-        "vocab_size": vocabulary.shape[0] if vocabulary else None,
-        "hidden_size": own.whole("embedding_length"),
+    own = Fields({key.removeprefix(f"{name}."): value for key, value in header.metadata.items()}, name)
+    kind, tensors = _KINDS[name], header.tensors
+    hidden, heads = own.whole("embedding_length"), own.whole("attention.head_count")
+    head_dim = own.whole("attention.key_length", hidden // heads)
+    for size in ("attention.value_length", "rope.dimension_count"):
+        if own.whole(size, head_dim) != head_dim:
+            raise own.wrong(size, f"the size of a head, {head_dim}")
+    read = {
+        "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None,
+        "hidden_size": hidden,
         "num_hidden_layers": own.whole("block_count"),
         "intermediate_size": own.whole("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": own.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": own.whole("context_length"),
-        "rms_norm_eps": own.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": own.number(kind.epsilon),
         "rope_parameters": _rope(header, own, head_dim),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
-        "sliding_window": None,
+        "sliding_window": own.get("attention.sliding_window"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "dtype": _dtype(header),
         "quantization": _quantization(header),
+        **(_experts(header, own) if own.get("expert_count") else {}),
+        **kind.facts,
+    }
+    names = built_in_family(kind.model_type).names
+    return {
+        "model_type": kind.model_type,
+        **{names.get(field, field): value for field, value in read.items()},
     }
 
 
-def places(header: GgufHeader, head_dim: int) -> Places:
-    """Where the file has what the model wants."""
+def places(header: GgufHeader, config: ModelFacts) -> Places:
+    """Where the file has what the model of this config wants."""
     found = {name: Stored((_stored(module),)) for module, name in _MODULES.items()}
-    if header.metadata["general.architecture"] in _NEIGHBOURS:
-        order = (*range(0, head_dim, 2), *range(1, head_dim, 2))
+    if _KINDS[str(header.metadata["general.architecture"])].neighbours:
+        order = (*range(0, config.head_dim, 2), *range(1, config.head_dim, 2))
         for module in ("attn_q", "attn_k"):
             found[_MODULES[module]] = Stored((_stored(module),), order=order)
     return found
 
 
+def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
+    """The file's tensors. A matrix of one row, which may be stored as a vector, is one."""
+    row = "ffn_gate_inp_shexp.weight"
+    return {
+        name: StoredTensor(
+            header.path, replace(info, shape=(1, info.shape[-1])) if name.endswith(row) else info
+        )
+        for name, info in header.tensors.items()
+    }
+
+
 def _stored(module: str) -> str:
     return f"blk.{{}}.{module}" if "{}" in _MODULES[module] else module
+
+
+def _experts(header: GgufHeader, own: Fields) -> dict[str, object]:
+    layers = range(own.whole("block_count", most=10_000))
+    return {
+        "num_experts": own.whole("expert_count"),
+        "num_experts_per_tok": own.whole("expert_used_count"),
+        "moe_intermediate_size": own.whole("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": own.whole("expert_shared_feed_forward_length", 0, least=0),
+        "mlp_only_layers": [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in header.tensors],
+        "decoder_sparse_step": 1,
+    }
 
 
 def _rope(header: GgufHeader, own: Fields, head_dim: int) -> dict[str, object]:
