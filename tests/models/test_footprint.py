@@ -15,6 +15,7 @@ from tiny_llm.models.footprint import (
     activation_bytes,
     kv_token_bytes,
     parameter_count,
+    read_bytes,
     tensor_bytes,
     training_bytes,
     weights_bytes,
@@ -53,6 +54,25 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     head = config.vocab_size * config.hidden_size
     twice = " (the tied head was counted twice)" if count - head == SHORT_NAMES[name].parameters else ""
     assert count == SHORT_NAMES[name].parameters, twice
+
+
+def test_a_step_reads_the_experts_that_it_meets() -> None:
+    """Of Qwen1.5-MoE's 60 one token meets 4, two tokens meet 4 + 56 * 4 / 60; "A2.7B" counts the table too."""
+    config, everything = ALL["qwen1.5-moe-a2.7b"], 2 * SHORT_NAMES["qwen1.5-moe-a2.7b"].parameters
+    expert, table = 2 * 24 * 3 * 2048 * 1408, 2 * 151_936 * 2048
+    assert weights_bytes(config, 2, 2) == everything
+    assert read_bytes(config, 2, 2, tokens=1) == everything - table - 56 * expert
+    assert read_bytes(config, 2, 2, tokens=2) == pytest.approx(
+        everything - table - (56 - 56 * 4 / 60) * expert
+    )
+    assert (read_bytes(config, 2, 2, tokens=1) + table) / 2e9 == pytest.approx(2.7, abs=0.05)
+    assert config.intermediate_size == 4 * 1408 + 5632, "what a token goes through"
+
+
+def test_an_untied_table_is_not_read() -> None:
+    config = ALL["llama-3-8b"]
+    head = 2 * config.vocab_size * config.hidden_size
+    assert read_bytes(config, 2, 2, tokens=1) == weights_bytes(config, 2, 2) - head
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (6, 64), (8, 64)])

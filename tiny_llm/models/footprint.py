@@ -8,7 +8,8 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from tiny_llm.config import ModelFacts, Quantization
+from tiny_llm.config import ModelConfig, ModelFacts, Quantization
+from tiny_llm.families.expert_facts import ExpertFacts
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.weights.quantize import fit_group, format_of
 
@@ -46,14 +47,46 @@ def weights_bytes(
 
     ``quantize`` is what float matrices are packed into on loading, where a group divides their rows.
     """
-    total = 0
+    return sum(_each_bytes(config, matrix_bytes, vector_bytes, quantize).values())
+
+
+def read_bytes(
+    config: ModelFacts,
+    matrix_bytes: int,
+    vector_bytes: int,
+    quantize: Quantization | None = None,
+    *,
+    tokens: int,
+) -> int:
+    """What a step of ``tokens`` T reads of ``weights_bytes``: no table of tokens, but where it is the head.
+
+    Of N experts it reads ``N (1 - (1 - k / N)^T)``, as many as are met by chance.
+    """
+    each = _each_bytes(config, matrix_bytes, vector_bytes, quantize)
+    if not config.tie_word_embeddings:
+        each.pop("model.embed_tokens.weight", None)
+    if (facts := _experts(config)) is None:
+        return sum(each.values())
+    met = 1 - (1 - facts.per_token / facts.count) ** tokens
+    stacks = sum(size for name, size in each.items() if ".switch_mlp." in name)
+    return sum(each.values()) - round((1 - met) * stacks)
+
+
+def _experts(config: ModelFacts) -> ExpertFacts | None:
+    return config.experts if isinstance(config, ModelConfig) else None
+
+
+def _each_bytes(
+    config: ModelFacts, matrix_bytes: int, vector_bytes: int, quantize: Quantization | None
+) -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for name, shape in expected_tensors(config).items():
         if len(shape) == 1:
-            total += tensor_bytes(shape, vector_bytes)
+            sizes[name] = tensor_bytes(shape, vector_bytes)
             continue
         format = format_of(name, config.quantization) or fit_group(name, shape[-1], quantize)
-        total += tensor_bytes(shape, matrix_bytes, format)
-    return total
+        sizes[name] = tensor_bytes(shape, matrix_bytes, format)
+    return sizes
 
 
 def kv_token_bytes(config: ModelFacts, item_bytes: int) -> int:
@@ -66,10 +99,12 @@ def activation_bytes(config: ModelFacts, tokens: int, rows: int, gathered: int =
 
     ``gathered`` bytes of keys and values attention brings together in a layer, where it reads no pages.
     A layer makes six vectors [T, E] (two sums, two norms, two outputs), queries twice and attention's output
-    [T, H, D], keys twice and values [T, K, D], and the MLP's middle [T, F].
+    [T, H, D], keys twice and values [T, K, D], and the MLP's middle [T, F]; each expert has an output.
     """
     heads = 3 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    layer = 4 * tokens * (6 * config.hidden_size + heads + config.intermediate_size) + gathered
+    facts = _experts(config)
+    vectors = 6 if facts is None else 6 + facts.per_token
+    layer = 4 * tokens * (vectors * config.hidden_size + heads + config.intermediate_size) + gathered
     return min(config.num_layers, LAYERS_AT_ONCE) * layer + 4 * rows * config.vocab_size
 
 

@@ -16,7 +16,7 @@ from tiny_llm.config import ModelFacts, Quantization
 from tiny_llm.data import Batch, Matrix
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.cost import Step, least_seconds, step_of
-from tiny_llm.models.footprint import kv_token_bytes, tensor_bytes, weights_bytes
+from tiny_llm.models.footprint import kv_token_bytes, read_bytes, tensor_bytes
 from tiny_llm.ops.linear import linear
 from tiny_llm.ops.pack import pack
 from tiny_llm.planning.rounds import seconds_of
@@ -83,10 +83,9 @@ def predict(
 ) -> Speed:
     """Tokens a second: of one ``prompt`` at once, then of ``batch`` answers together, in their middle."""
     kv = kv_token_bytes(config, 2)
-    weights = weights_bytes(config, 2, 4, quantize)
-    if not config.tie_word_embeddings:  # of the table of tokens, only rows are read
-        weights -= tensor_bytes((config.vocab_size, config.hidden_size), 2, quantize)
+    weights = read_bytes(config, 2, 4, quantize, tokens=prompt)
     first = machine.seconds(step_of(config, weights, kv, start=0, tokens=prompt))
+    weights = read_bytes(config, 2, 4, quantize, tokens=batch)
     middle = step_of(config, weights, kv, start=prompt + answer // 2, tokens=1, sequences=batch)
     return Speed(prompt / first, batch / machine.seconds(middle))
 
