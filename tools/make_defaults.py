@@ -54,6 +54,7 @@ BASES = {
     "qwen3": [SIZES | HEAD | BIASED | SWITCHED | {"max_window_layers": layers} for layers in (1, 2)],
     "qwen2_moe": [SIZES | SPARSE],
     "qwen3_moe": [SIZES | BIASED | SPARSE],
+    "olmoe": [SIZES | BIASED | MIXED],
 }
 KEPT = (*SIZES, *SPARSE, "head_dim", "attention_bias", "mlp_bias")
 

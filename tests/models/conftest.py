@@ -27,6 +27,7 @@ CASES = (
     "qwen2_window",
     "qwen2_moe",
     "qwen3_moe",
+    "olmoe",
     "gpt2",
 )
 MakeBatch = Callable[..., Batch]

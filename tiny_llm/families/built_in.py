@@ -9,6 +9,7 @@ from tiny_llm.families.family import Family
 from tiny_llm.families.gpt2 import GPT2
 from tiny_llm.families.llama import LLAMA
 from tiny_llm.families.mistral import MISTRAL
+from tiny_llm.families.olmoe import OLMOE
 from tiny_llm.families.qwen import QWEN2, QWEN3
 from tiny_llm.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
@@ -16,6 +17,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "olmoe": OLMOE,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,

@@ -104,6 +104,12 @@ _QWEN3_MOE = _facts(
     **{"model_type": "qwen3_moe", "mlp_only_layers": [], "decoder_sparse_step": 1},
     **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
 )
+_OLMOE = _facts(
+    _COMMON,
+    **{"model_type": "olmoe", "vocab_size": 50304, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    **{"max_position_embeddings": 4096, "eos_token_id": 50279, "clip_qkv": None, "attention_bias": False},
+    **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+)
 _LLAMA = _facts(_COMMON, model_type="llama", attention_bias=False, rms_norm_eps=1e-5, rope_scaling=None)
 _LLAMA3 = _facts(
     _LLAMA,
@@ -167,6 +173,7 @@ SHORT_NAMES: Mapping[str, ShortName] = {
         "Qwen/Qwen1.5-MoE-A2.7B-Chat", 14_315_784_192, _QWEN2_MOE, (2048, 5632, 24, 16, 16)
     ),
     "qwen3-30b-a3b": _row("Qwen/Qwen3-30B-A3B", 30_532_122_624, _QWEN3_MOE, (2048, 6144, 48, 32, 4)),
+    "olmoe-1b-7b": _row("allenai/OLMoE-1B-7B-0924-Instruct", 6_919_161_856, _OLMOE, (2048, 1024, 16, 16, 16)),
     "llama-3-8b": _row("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, _LLAMA3, _LLAMA_8B),
     "llama-3.1-8b": _row("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _LLAMA31, _LLAMA_8B),
     "llama-3.2-1b": _row(

@@ -1,0 +1,42 @@
+"""OLMoE: experts in every layer; all queries are normed as one vector, all keys too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tiny_llm.config_fields import Fields
+from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.families.experts import every, expert_places
+from tiny_llm.families.family import Family, defaults
+
+
+def _read(fields: Fields) -> Mapping[str, object]:
+    count, width = fields.whole("num_experts"), fields.whole("intermediate_size")
+    facts = ExpertFacts(
+        count=count,
+        per_token=fields.whole("num_experts_per_tok", most=count),
+        width=width,
+        layers=every(1, fields.whole("num_hidden_layers")),
+        dense_width=width,
+        normalised=fields.flag("norm_topk_prob", False),
+    )
+    return {"experts": facts, "intermediate_size": facts.active_width}
+
+
+OLMOE = Family(
+    defaults(
+        50_304,
+        2_048,
+        4_096,
+        hidden_size=2_048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        rms_norm_eps=1e-5,
+        num_experts=64,
+        num_experts_per_tok=8,
+    ),
+    facts={"qk_norm": "whole", "mlp_bias": False},
+    read=_read,
+    reads=("num_experts",),
+    stored=expert_places,
+)
