@@ -57,7 +57,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 
 def test_a_step_reads_the_experts_that_it_meets() -> None:
-    """Of Qwen1.5-MoE's 60 one token meets 4, two tokens meet 4 + 56 * 4 / 60; "A2.7B" counts the table too."""
+    """Of Qwen1.5-MoE's 60 one token meets 4, two tokens meet 4 + 56 * 4 / 60. "A2.7B" counts the table."""
     config, everything = ALL["qwen1.5-moe-a2.7b"], 2 * SHORT_NAMES["qwen1.5-moe-a2.7b"].parameters
     expert, table = 2 * 24 * 3 * 2048 * 1408, 2 * 151_936 * 2048
     assert weights_bytes(config, 2, 2) == everything
