@@ -37,6 +37,7 @@ QWEN2 = {
     "eos_token_id": 151645,
     "torch_dtype": "bfloat16",
 }
+GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -250,14 +251,27 @@ def test_options_that_change_nothing_load(base: dict[str, object], changes: dict
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected a token id, or a list"),
         (LLAMA, {"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype is 'int8', expected one of float32, bfloat16, float16"),
-        (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq'"),
+        (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quant_method is 'fp8', expected 'awq' or"),
+        (LLAMA, {"quantization_config": GPTQ | {"bits": 3}}, "3 bits in groups of 128"),
+        (LLAMA, {"quantization_config": GPTQ | {"group_size": -1}}, "group_size is -1"),
+        (LLAMA, {"quantization_config": GPTQ | {"desc_act": True}}, "desc_act is True, expected false"),
+        (
+            LLAMA,
+            {"quantization_config": GPTQ | {"checkpoint_format": "marlin"}},
+            "checkpoint_format is 'marlin'",
+        ),
+        (
+            LLAMA,
+            {"quantization_config": GPTQ | {"quant_method": "awq", "version": "gemv"}},
+            "version is 'gemv'",
+        ),
         (LLAMA, {"quantization": {"bits": 7, "group_size": 64}}, "7 bits in groups of 64"),
         (LLAMA, {"quantization": {"bits": 4, "group_size": 16}}, "4 bits in groups of 16"),
         (LLAMA, {"quantization": {"bits": 4}}, "quantization.group_size is missing"),
         (
             LLAMA,
-            {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
-            "quantization.mode is 'mxfp4'",
+            {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp5"}},
+            "quantization.mode is 'mxfp5'",
         ),
         (LLAMA, {"quantization": {"bits": 4, "group_size": 32, "lm_head": 3}}, "quantization.lm_head is 3"),
     ],

@@ -7,8 +7,8 @@ or how a fact is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,24 +41,46 @@ class RopeScaling:
     factors: tuple[float, ...] = ()
 
 
+_FORMATS: Mapping[str, tuple[Sequence[int], Sequence[int]]] = {
+    "affine": (QUANTIZED_BITS, QUANTIZED_GROUPS),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "awq": ((4,), QUANTIZED_GROUPS),
+    "gptq": ((4,), QUANTIZED_GROUPS),
+}
+"""The bits and groups of each way to quantize that can be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """MLX's affine format: ``bits`` a weight, one scale and bias for each ``group_size`` of a row.
+    """How matrices are packed: ``bits`` a weight, and what scales it once for each ``group_size`` of a row.
 
-    ``overrides`` maps a module's name (``model.layers.0.mlp.up_proj``) to its own format, or to None where
-    the module is not quantized.
+    ``method`` "affine" is MLX's own, with a scale and a bias; the others are only read, and become it or
+    floats. ``overrides`` maps a module's name (``model.layers.0.mlp.up_proj``) to its own format, or to None
+    where the module is not quantized.
     """
 
     bits: int
     group_size: int
     overrides: Mapping[str, Quantization | None] = field(default_factory=dict)
+    method: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.bits not in QUANTIZED_BITS or self.group_size not in QUANTIZED_GROUPS:
+        bits, groups = _FORMATS[self.method]
+        if self.bits not in bits or self.group_size not in groups:
             raise ConfigError(
                 f"quantization has {self.bits!r} bits in groups of {self.group_size!r}, "
-                f"expected bits of {QUANTIZED_BITS} and a group of {QUANTIZED_GROUPS}."
+                f"expected for {self.method!r} bits of {tuple(bits)} and a group of {tuple(groups)}."
             )
+
+    @property
+    def kept(self) -> Quantization | None:
+        """What it becomes when it is read; None: floats of 16 bits."""
+        if self.method in ("mxfp8", "nvfp4"):
+            return None
+        overrides = {name: own and own.kept for name, own in self.overrides.items()}
+        return Quantization(5 if self.method == "mxfp4" else self.bits, self.group_size, overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,17 +288,31 @@ def read_dtype(fields: Fields) -> str:
 
 
 def read_quantization(fields: Fields) -> Quantization | None:
-    """Read MLX's ``quantization``; ``quantization_config`` may be its copy, but not another method's."""
+    """Read MLX's ``quantization``, or ``quantization_config``: its copy, or AWQ's or GPTQ's."""
     foreign = fields.section("quantization_config")
     if foreign is not None and foreign.get("quant_method") is not None:
-        raise foreign.wrong("quant_method", "MLX's affine format. Use an MLX or an unquantized checkpoint")
+        return _awq_or_gptq(foreign)
     section = fields.section("quantization") or foreign
     if section is None:
         return None
     whole = _quantized_format(section)
     modules = section.names() - {"bits", "group_size", "mode"}
     overrides = {name: _override(section, name, whole) for name in modules if section.get(name) is not True}
-    return Quantization(whole.bits, whole.group_size, overrides)
+    return replace(whole, overrides=overrides)
+
+
+def _awq_or_gptq(section: Fields) -> Quantization:
+    method = section.text("quant_method")
+    if method == "awq":
+        if section.text("version", "gemm").lower() != "gemm":
+            raise section.wrong("version", "'gemm', the layout that AWQ checkpoints are shared in")
+    elif method != "gptq":
+        raise section.wrong("quant_method", "'awq' or 'gptq'. Use one of those, an MLX or a float checkpoint")
+    elif section.flag("desc_act", False):
+        raise section.wrong("desc_act", "false: inputs in another order (act-order) are not supported")
+    elif section.text("checkpoint_format", "gptq") != "gptq":
+        raise section.wrong("checkpoint_format", "'gptq', the layout that GPTQ checkpoints are shared in")
+    return Quantization(section.whole("bits"), section.whole("group_size"), method=method)
 
 
 def _override(section: Fields, name: str, whole: Quantization) -> Quantization | None:
@@ -289,7 +325,9 @@ def _override(section: Fields, name: str, whole: Quantization) -> Quantization |
 
 
 def _quantized_format(section: Fields, default: Quantization | None = None) -> Quantization:
-    if section.text("mode", "affine") != "affine":
-        raise section.wrong("mode", "'affine'")
+    mode = section.text("mode", "affine")
+    if mode not in ("affine", "mxfp4", "mxfp8", "nvfp4"):
+        raise section.wrong("mode", "'affine', 'mxfp4', 'mxfp8' or 'nvfp4'")
     bits = section.whole("bits", default.bits if default else None)
-    return Quantization(bits, section.whole("group_size", default.group_size if default else None))
+    group_size = section.whole("group_size", default.group_size if default else None)
+    return Quantization(bits, group_size, method=mode)

@@ -80,11 +80,12 @@ def _each_bytes(
     config: ModelFacts, matrix_bytes: int, vector_bytes: int, quantize: Quantization | None
 ) -> dict[str, int]:
     sizes: dict[str, int] = {}
+    stored = config.quantization and config.quantization.kept
     for name, shape in expected_tensors(config).items():
         if len(shape) == 1:
             sizes[name] = tensor_bytes(shape, vector_bytes)
             continue
-        format = format_of(name, config.quantization) or fit_group(name, shape[-1], quantize)
+        format = format_of(name, stored) or fit_group(name, shape[-1], quantize)
         sizes[name] = tensor_bytes(shape, matrix_bytes, format)
     return sizes
 

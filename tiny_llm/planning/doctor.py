@@ -99,7 +99,9 @@ def _forecast(console: Console, model: str, dtype: str | None, quantize: int | N
         lines = ["its weights are not on disk, so they were not looked at"]
     plan = plan_memory(model, available=available_memory_bytes(), dtype=dtype, quantize=quantize)
     config = find_config(model)
-    format = config.quantization or (Quantization(quantize, FORMAT.group_size) if quantize else None)
+    format = config.quantization.kept if config.quantization else None
+    if quantize:
+        format = Quantization(quantize, FORMAT.group_size)
     speed = f"not measured: backend {active()!r} is there to be compared with"
     if active() not in ("ref", "metalsim"):
         machine = measure_machine(rounds=3, format=format)

@@ -74,7 +74,7 @@ class Shapes:
     @classmethod
     def of(cls, config: ModelFacts, quantize: int | None, dtype: mx.Dtype, block_size: int) -> Shapes:
         """Those of a model loaded with ``quantize`` bits, or as it is stored; it computes in ``dtype``."""
-        stored = config.quantization
+        stored = config.quantization and config.quantization.kept
         bits = stored.bits if stored else quantize or 0
         others = list(stored.overrides.values()) if stored else []
         ours = {f"{one.bits}/{one.group_size}" for one in others if one is not None and one.bits in BITS}

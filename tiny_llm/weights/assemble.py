@@ -16,6 +16,7 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.families.family import AS_WANTED, Stored
+from tiny_llm.weights.foreign import made
 from tiny_llm.weights.gguf.blocks import BITS, unpack
 from tiny_llm.weights.quantize import combined, joined, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
@@ -46,6 +47,11 @@ class Entry:
     stored_as: Quantization | None
     quantize: Quantization | None
     place: Stored = AS_WANTED
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is packed in another way than MLX's affine one."""
+        return self.stored_as is not None and self.stored_as.method != "affine"
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +100,8 @@ def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     wanted, shape = entry.place.rows, tensor.info.shape
     in_blocks = tensor.info.dtype in BITS
     as_it_is = entry.quantize is None and not in_blocks
-    if entry.place.transposed or (len(shape) > 2 and not in_blocks) or (wanted is None and as_it_is):
+    whole = entry.is_foreign or entry.place.transposed or (len(shape) > 2 and not in_blocks)
+    if whole or (wanted is None and as_it_is):
         return [None]
     first, end = wanted or (0, shape[0])
     if as_it_is:
@@ -110,15 +117,31 @@ def _bytes(tensor: StoredTensor, rows: range | None) -> int:
 
 def _made(entry: Entry, arrays: Iterator[mx.array]) -> Matrix:
     """Take the entry's arrays and make it, evaluated, so that its sources can go."""
-    parts = [stacked([_wanted(entry, tensor, arrays) for tensor in part]) for part in entry.parts]
-    whole = parts[0]
-    if entry.stored_as is not None:
-        packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
-        whole = QuantizedTensor(packed, scales, biases, entry.stored_as.group_size, entry.stored_as.bits)
+    whole = _packed(entry, entry.stored_as, arrays) if entry.stored_as else _stacked(entry, arrays, 0)
     order, plus = entry.place.order, entry.place.plus
     if order:
         whole = combined([whole], lambda arrays: _ordered(arrays[0], order))
     return combined([whole], lambda arrays: arrays[0].astype(mx.float32) + plus) if plus else whole
+
+
+def _packed(entry: Entry, format: Quantization, arrays: Iterator[mx.array]) -> Matrix:
+    """What is packed already. In foreign formats rows lie where no row can be read by itself."""
+    if entry.is_foreign:
+        read = [[next(arrays) for _ in part] for part in entry.parts]
+        whole = stacked([made(of_one, format, entry.name) for of_one in zip(*read, strict=True)])
+        rows = entry.place.rows
+        return whole if rows is None else combined([whole], lambda arrays: _rows(arrays[0], rows))
+    parts = [_stacked(entry, arrays, number) for number in range(3)]
+    packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
+    return QuantizedTensor(packed, scales, biases, format.group_size, format.bits)
+
+
+def _stacked(entry: Entry, arrays: Iterator[mx.array], part: int) -> Matrix:
+    return stacked([_wanted(entry, tensor, arrays) for tensor in entry.parts[part]])
+
+
+def _rows(array: mx.array, rows: tuple[int, int]) -> mx.array:
+    return mx.take(array, mx.arange(*rows), axis=-2 if array.ndim > 1 else 0)
 
 
 def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> Matrix:
@@ -130,7 +153,7 @@ def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> M
         if place.transposed and array.ndim == 2:
             array = mx.contiguous(array.T)
         if place.rows is not None and read is None:
-            array = mx.take(array, mx.arange(*place.rows), axis=-2 if array.ndim > 1 else 0)
+            array = _rows(array, place.rows)
         mx.eval(array)
         if tensor.info.dtype in BITS:
             blocks.append(unpack(tensor.info.dtype, array))

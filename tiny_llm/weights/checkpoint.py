@@ -17,21 +17,13 @@ from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
 from tiny_llm.families.family import Places, Stored, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
+from tiny_llm.weights.foreign import FLOATS, Part, parts_of
 from tiny_llm.weights.gguf.blocks import BITS
-from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names, part_shapes
+from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
-FLOATS = ("F32", "BF16", "F16")
 PACKED = ("U32",)
 SHOWN_PROBLEMS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Want:
-    """A tensor that must be on disk."""
-
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +34,7 @@ class _Job:
     """
 
     name: str
-    parts: list[dict[str, _Want]]
+    parts: list[dict[str, Part]]
     stored_as: Quantization | None
     quantize: Quantization | None
     place: Stored
@@ -117,26 +109,24 @@ def _job(
     """A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it."""
     module, dot, kind = name.rpartition(".")
     place = place_of(module, places)
-    names = [part_names(module if place.bare else f"{module}{dot}{kind}") for module in place.modules]
-    first, scales, _ = names[0]
+    names = [module if place.bare else f"{module}{dot}{kind}" for module in place.modules]
+    first = names[0]
     shape = _stored_shape(shape, place)
     stored_as = format_of(first, quantization) if name in quantizable else None
-    is_packed = first in stored and stored[first].info.dtype in PACKED
-    if stored_as is not None and (is_packed or scales in stored or is_explicit(first, quantization)):
-        wants = zip(part_shapes(shape, stored_as), (PACKED, FLOATS, FLOATS), strict=True)
-        parts = [
-            dict.fromkeys(same, _Want(*want))
-            for same, want in zip(zip(*names, strict=True), wants, strict=True)
-        ]
-        return _Job(name, parts, stored_as, None, place)
+    if stored_as is not None:
+        lie = [parts_of(one, shape, stored_as) for one in names]
+        is_packed = first in stored and stored[first].info.dtype in PACKED
+        has_others = any(part.name in stored for part in lie[0] if part.name != first)
+        if is_packed or has_others or is_explicit(first, quantization):
+            parts = [{part.name: part for part in same} for same in zip(*lie, strict=True)]
+            return _Job(name, parts, stored_as, None, place)
     target = format_of(name, quantize) if name in quantizable else None
     target = fit_group(name, shape[-1], target)
     if place.transposed and len(shape) == 2:
         shape = shape[::-1]
     kind = stored[first].info.dtype if first in stored and name in quantizable else ""
     dtypes = (*FLOATS, kind) if kind in BITS else FLOATS
-    want = dict.fromkeys((first for first, _, _ in names), _Want(shape, dtypes))
-    return _Job(name, [want], None, target, place)
+    return _Job(name, [{one: Part(one, shape, dtypes) for one in names}], None, target, place)
 
 
 def _stored_shape(shape: tuple[int, ...], place: Stored) -> tuple[int, ...]:
@@ -171,7 +161,7 @@ def _problems(
         yield f"not expected: {name} {info.dtype} {list(info.shape)} in {stored[name].path.name}"
 
 
-def _misfit(name: str, want: _Want, found: StoredTensor) -> Iterator[str]:
+def _misfit(name: str, want: Part, found: StoredTensor) -> Iterator[str]:
     info = found.info
     if info.dtype not in want.dtypes:
         packed = info.dtype in PACKED

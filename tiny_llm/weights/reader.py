@@ -21,7 +21,9 @@ DTYPES: Mapping[str, mx.Dtype] = {
     "F32": mx.float32,
     "BF16": mx.bfloat16,
     "F16": mx.float16,
+    "U8": mx.uint8,
     "U32": mx.uint32,
+    "I32": mx.int32,
 }
 AHEAD_BYTES = 2**27
 """How much of a file the system is asked to have ready after what is read."""
