@@ -17,8 +17,8 @@ from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.errors import WeightError
 
 FLOATS = ("F32", "BF16", "F16")
-_IN_ORDER = [0, 1, 2, 3, 4, 5, 6, 7]
-_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the eight columns of a word lie in it
+_IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of a word lie in it
 _HALVES = 12  # 2 * 6, the largest of the 4-bit floats, counted in halves
 
 
@@ -99,7 +99,7 @@ def _of_columns(parts: Sequence[mx.array], format: Quantization, name: str) -> Q
     return QuantizedTensor(packed, scale, -scale * zero, format.group_size, 4)
 
 
-def _nibbles(words: mx.array, order: list[int]) -> mx.array:
+def _nibbles(words: mx.array, order: tuple[int, ...]) -> mx.array:
     """Words [n, m] to values [n, m * 8], the k-th of a word from place ``order[k]`` in it."""
     shifts = 4 * mx.array(order, mx.uint32)
     values = (words.view(mx.uint32)[..., None] >> shifts).astype(mx.uint8) & 15
