@@ -71,7 +71,10 @@ def test_answers_end_where_the_model_says_so(demo: Path, tmp_path: Path) -> None
     assert metadata["tokenizer.ggml.eos_token_id"] == 2045
     assert end_ids(metadata) == {2043, 2045}, "<|endoftext|> and <|im_end|>"
     assert end_ids(metadata | {"tokenizer.ggml.eot_token_id": 7}) == {7, 2043, 2045}
-    assert end_ids(metadata | {"tokenizer.ggml.eot_token_id": 10**6}) == {2043, 2045}
+    assert end_ids(metadata | {"tokenizer.ggml.eot_token_id": 10**6, "tokenizer.ggml.eom_token_id": -1}) == {
+        2043,
+        2045,
+    }
 
 
 SPLITS: dict[str, tokenizers.pre_tokenizers.PreTokenizer] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 import tracemalloc
@@ -103,7 +104,8 @@ def test_a_head_that_is_none(tmp_path: Path, head: bytes, what: str) -> None:
     ("key", "what"),
     [
         (text(b"\xff"), "not UTF-8"),
-        (struct.pack("<Q", 2**62), "goes beyond"),
+        (struct.pack("<Q", 1000), "goes beyond"),
+        (struct.pack("<Q", 2**62), f"a text of {2**62} bytes"),
         (pair("a", 13, b""), "a value of type 13"),
         (pair("a", 9, struct.pack("<IQ", 9, 1)), "an array of type 9"),
         (pair("a", 9, struct.pack("<IQ", 0, MAX_ITEMS + 1)), f"an array of {MAX_ITEMS + 1} items"),
@@ -111,7 +113,7 @@ def test_a_head_that_is_none(tmp_path: Path, head: bytes, what: str) -> None:
         (pair("general.alignment", 4, struct.pack("<I", 12)), "its alignment is 12"),
         (pair("general.alignment", 8, text("32")), "its alignment is '32'"),
     ],
-    ids=["utf-8", "length", "type", "nested", "items", "numbers", "alignment", "alignment-text"],
+    ids=["utf-8", "length", "endless", "type", "nested", "items", "numbers", "alignment", "alignment-text"],
 )
 def test_metadata_that_cannot_be(tmp_path: Path, key: bytes, what: str) -> None:
     assert what in refused(write(tmp_path / "x.gguf", keys=[key]))
@@ -142,6 +144,17 @@ def test_the_last_tensor_may_go_without_its_padding(tmp_path: Path) -> None:
     for size in (4, 20, 32):
         header = read_gguf(write(tmp_path / "x.gguf", [("a", [1], F32, 0)], bytes(size)))
         assert header.tensors["a"].nbytes == 4
+
+
+def test_a_large_file_is_not_read_to_find_that_it_is_broken(tmp_path: Path) -> None:
+    """4 GB, nearly all of them a hole, and a text that claims half of it."""
+    path = write(tmp_path / "x.gguf", keys=[struct.pack("<Q", 2**31)])
+    os.truncate(path, 2**32)
+    tracemalloc.start()
+    refused(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -37,13 +37,8 @@ _CUTS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 _NFC = ("qwen2", "deepseek-r1-qwen")  # their tokenizer.json composes characters first
-_WHOLE_WORDS = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "tekken",
-)  # a word that is a token is not merged
+# a word that is a token is not merged
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _ENDS = frozenset(
     {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"}
     | {"<|endoftext|>", "<|end_of_text|>"}
@@ -63,7 +58,7 @@ def read_metadata(metadata: Mapping[str, object]) -> TokenizerFiles:
     if kind not in ("gpt2", "llama"):
         raise fields.wrong("tokenizer.ggml.model", "'gpt2' or 'llama'")
     tokens = _list(metadata, "tokens", str)
-    types = _list(metadata, "token_type", int, len(tokens), _Type.NORMAL)
+    types = _list(metadata, "token_type", int, len(tokens))
     # a converter fills up the vocabulary to the model's rows
     vocab = {t: i for i, t in enumerate(tokens) if types[i] != _Type.UNUSED or t != f"[PAD{i}]"}
     special = {f"{name}_token": tokens[i] for name, i in _ids(fields, len(tokens)).items() if name in _ROLES}
@@ -96,7 +91,7 @@ def read_metadata(metadata: Mapping[str, object]) -> TokenizerFiles:
 def end_ids(metadata: Mapping[str, object]) -> frozenset[int]:
     """Every token that ends an answer: those that the file names, and those that are known to."""
     tokens = _list(metadata, "tokens", str)
-    types = _list(metadata, "token_type", int, len(tokens), _Type.NORMAL)
+    types = _list(metadata, "token_type", int, len(tokens))
     known = {i for i, text in enumerate(tokens) if text in _ENDS and types[i] == _Type.CONTROL}
     named = _ids(Fields(metadata), len(tokens))
     return frozenset(known | {named[role] for role in ("eos", "eot", "eom") if role in named})
@@ -114,20 +109,14 @@ def _ids(fields: Fields, count: int) -> dict[str, int]:
         value = fields.get(f"tokenizer.ggml.{names.get(role, role)}_token_id")
         if isinstance(value, int):
             found[role] = value
-    return {role: at for role, at in found.items() if at < count}
+    return {role: at for role, at in found.items() if 0 <= at < count}
 
 
 def _list(
-    metadata: Mapping[str, object],
-    name: str,
-    kind: type[_T],
-    count: int | None = None,
-    default: _T | None = None,
+    metadata: Mapping[str, object], name: str, kind: type[_T], count: int | None = None
 ) -> Sequence[_T]:
     """An array of the tokenizer's. Raises ConfigError unless it is one of ``count`` items of this kind."""
     value = metadata.get(f"tokenizer.ggml.{name}")
-    if value is None and default is not None and count is not None:
-        return [default] * count
     if not isinstance(value, list) or (count is not None and len(value) != count):
         size = f" of {count} items" if count is not None else ""
         raise ConfigError(

@@ -44,7 +44,8 @@ NUMBERS: Mapping[int, str] = {
 }
 TEXT, ARRAY = 8, 9
 VERSIONS = (2, 3)
-MAX_ITEMS = 2**22  # in all arrays together: the largest vocabularies have some 800,000 tokens and merges
+MAX_ITEMS = 2**21  # in all arrays together: the largest vocabularies have some 800,000 tokens and merges
+MAX_TEXT = 2**24  # bytes: the longest are chat templates
 MAX_DIMS = 4
 
 
@@ -149,8 +150,11 @@ class _HeaderReader:
         return [self._text() for _ in range(count)]
 
     def _text(self) -> str:
+        length = self._whole("Q")
+        if length > MAX_TEXT:
+            raise self._corrupt(f"its header has a text of {length} bytes")
         try:
-            return self._take(self._whole("Q")).decode("utf-8")
+            return self._take(length).decode("utf-8")
         except UnicodeDecodeError:
             raise self._corrupt("its header has a text that is not UTF-8") from None
 
