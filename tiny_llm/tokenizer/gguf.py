@@ -177,10 +177,9 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     longest = max(map(len, scores), default=0)
     if longest > _LONGEST:
         raise ConfigError(f"A token of the file's tokenizer has {longest} characters, over {_LONGEST}.")
-    pairs = [
-        (-score, -at, text[:at], text[at:])
-        for text, score in scores.items()
-        for at in range(1, len(text))
+    return [
+        (text[:at], text[at:])
+        for text in sorted(scores, key=scores.__getitem__, reverse=True)
+        for at in range(len(text) - 1, 0, -1)
         if text[:at] in scores and text[at:] in scores
     ]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
