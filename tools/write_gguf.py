@@ -20,13 +20,17 @@ import mlx.core as mx
 import numpy as np
 
 ARCHITECTURES: Mapping[str, gguf.MODEL_ARCH] = {
+    "gpt2": gguf.MODEL_ARCH.GPT2,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
+GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+GPT2_NAMES |= {"n_inner": "intermediate_size", "n_positions": "max_position_embeddings"}
 
 
 def write_gguf(folder: Path, path: Path, kind: str = "F16", pre: str = "qwen2") -> Path:
@@ -34,7 +38,8 @@ def write_gguf(folder: Path, path: Path, kind: str = "F16", pre: str = "qwen2") 
 
     A tokenizer.json is taken along: ``pre`` is what llama.cpp calls the way in which it cuts words.
     """
-    config = json.loads((folder / "config.json").read_text())
+    given = json.loads((folder / "config.json").read_text())
+    config = {GPT2_NAMES.get(name, name): value for name, value in given.items()}
     arch = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
     _add_facts(writer, config)
@@ -73,8 +78,12 @@ def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _ordered(name: str, array: np.ndarray, arch: gguf.MODEL_ARCH, config: Mapping[str, Any]) -> np.ndarray:
-    """Rows of LLaMA's queries and keys: neighbours turn together, where Hugging Face has halves."""
+    """Rows of LLaMA's queries and keys: neighbours turn together, where Hugging Face has halves. GPT-2's
+    matrices lie transposed there.
+    """
     module = name.split(".")[-2]
+    if module.startswith("c_") and array.ndim > 1:
+        return np.ascontiguousarray(array.T)
     if arch != gguf.MODEL_ARCH.LLAMA or module not in ("q_proj", "k_proj"):
         return array
     queries = config["num_attention_heads"]
@@ -104,14 +113,18 @@ def _add_facts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "layer_norm_epsilon" in config:
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     if config.get("sliding_window") and config["model_type"] == "mistral":
         writer.add_sliding_window(config["sliding_window"])
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         if config.get("shared_expert_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     kind = rope.get("rope_type") or rope.get("type")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiny_llm.weights.shards import StoredTensor
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
-from write_gguf import write_gguf  # noqa: E402
+from write_gguf import ARCHITECTURES, write_gguf  # noqa: E402
 
 from tests.models.conftest import CASES  # noqa: E402
 
@@ -32,9 +33,16 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
-@pytest.fixture(scope="module", params=[case for case in CASES if case != "qwen2_window"])
+def written() -> list[str]:
+    """The golden models of architectures that are written, but one whose window is not said."""
+    files = {case: ROOT / "tests" / "golden" / case / "config.json" for case in CASES}
+    kinds = {case: json.loads(file.read_text())["model_type"] for case, file in files.items()}
+    return [case for case, kind in kinds.items() if kind in ARCHITECTURES and case != "qwen2_window"]
+
+
+@pytest.fixture(scope="module", params=written())
 def folder(golden: Path, request: pytest.FixtureRequest) -> Path:
-    """Each golden model, but the one of whose window a file says nothing."""
+    """Each of them in turn."""
     return golden / str(request.param)
 
 
@@ -193,7 +201,7 @@ def changed(path: Path, *pairs: tuple[bytes, bytes]) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        (b"qwen2", b"qwen9", "general.architecture is 'qwen9', expected one of llama, "),
+        (b"qwen2", b"qwen9", "general.architecture is 'qwen9', expected one of "),
         (b"qwen2.block_count", b"qwen2.block_counX", "qwen2.block_count is missing"),
         (b"qwen2.rope.dimension_count", b"qwen2.rope.dimension_counX", ""),
         (

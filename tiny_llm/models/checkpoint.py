@@ -22,10 +22,9 @@ from tiny_llm.tokenizer.gguf import end_ids, read_metadata
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
 from tiny_llm.weights.checkpoint import load_weights
-from tiny_llm.weights.download import GGUF
 from tiny_llm.weights.dummy import dummy_weights
 from tiny_llm.weights.gguf.facts import UNREAD, places, read_facts, stored_tensors
-from tiny_llm.weights.gguf.header import GgufHeader, read_gguf
+from tiny_llm.weights.gguf.header import GGUF, GgufHeader, read_gguf
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
 from tiny_llm.weights.shards import weights_digest

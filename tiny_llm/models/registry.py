@@ -26,7 +26,7 @@ from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.rotation import head_order
 from tiny_llm.weights.gguf.facts import read_facts
-from tiny_llm.weights.gguf.header import read_gguf
+from tiny_llm.weights.gguf.header import GGUF, read_gguf
 
 PLUGIN_GROUP = "tiny_llm.models"
 Config = TypeVar("Config", bound=ModelFacts)
@@ -95,7 +95,7 @@ def read_config(raw: Mapping[str, object]) -> ModelFacts:
 
 def load_config(path: Path) -> ModelFacts:
     """``read_config`` of a folder's config.json, of that file itself, or of a GGUF file; errors name it."""
-    if path.suffix == ".gguf":
+    if path.suffix == GGUF:
         return read_facts(read_gguf(path), read_config)
     return read_file(path if path.is_file() else path / "config.json", read_config)
 

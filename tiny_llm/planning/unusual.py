@@ -8,20 +8,20 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.models.checkpoint import FolderCheckpoint
+from tiny_llm.models.checkpoint import open_checkpoint
+from tiny_llm.weights.gguf.facts import tensors_at
 from tiny_llm.weights.reader import Piece, read_ahead
-from tiny_llm.weights.shards import stored_tensors
 
 LARGE_NORM = 10.0
 """Norm weights beyond it were trained on purpose, and small errors before them become large ones behind."""
 
 
 def unusual(folder: Path) -> Iterator[str]:
-    """A line for each thing that may surprise whoever runs the model of ``folder``. Reads vectors only.
+    """A line for each thing that may surprise whoever runs the model of a folder or a GGUF file.
 
-    Raises ConfigError or WeightError for what cannot be used at all.
+    Reads vectors only. Raises ConfigError or WeightError for what cannot be used at all.
     """
-    model = FolderCheckpoint(folder)
+    model = open_checkpoint(folder)
     config, tokenizer = model.config, model.tokenizer
     name, most = largest_norm(folder)
     if most > LARGE_NORM:
@@ -44,7 +44,7 @@ def unusual(folder: Path) -> Iterator[str]:
 
 def largest_norm(folder: Path) -> tuple[str, float]:
     """The norm with the largest weight, and that; ("", 0) where no tensor is called one."""
-    stored = stored_tensors(folder)
+    stored = tensors_at(folder)
     norms = sorted(name for name, tensor in stored.items() if "norm" in name and len(tensor.info.shape) == 1)
     most = "", 0.0
     for name in norms:

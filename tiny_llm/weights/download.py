@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from tiny_llm.errors import WeightError
+from tiny_llm.weights.gguf.header import GGUF
 
 if TYPE_CHECKING:  # loaded by the lazy names that are used before them
     import huggingface_hub.file_download
@@ -43,7 +44,6 @@ ALLOWED = (
     "*.safetensors.index.json",
 )
 IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
-GGUF = ".gguf"
 SHOWN_FILES = 20
 LAST = "config.json"  # once it is there, so is the rest
 SHA256 = re.compile("[0-9a-f]{64}")

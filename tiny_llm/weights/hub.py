@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
-from tiny_llm.weights.download import GGUF, complete, download, download_gguf, named, unknown_files
+from tiny_llm.weights.download import complete, download, download_gguf, named, unknown_files
+from tiny_llm.weights.gguf.header import GGUF
 from tiny_llm.weights.names import SHORT_NAMES
 from tiny_llm.weights.shards import shard_names
 

@@ -10,15 +10,17 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tiny_llm.config import ModelFacts
 from tiny_llm.config_fields import Fields
 from tiny_llm.errors import ConfigError, did_you_mean
 from tiny_llm.families.built_in import built_in_family
-from tiny_llm.families.family import Places, Stored
+from tiny_llm.families.family import Places, Stored, fused
+from tiny_llm.weights import shards
 from tiny_llm.weights.gguf.blocks import BITS, GROUP
-from tiny_llm.weights.gguf.header import GgufHeader
+from tiny_llm.weights.gguf.header import GGUF, GgufHeader, read_gguf
 from tiny_llm.weights.shards import StoredTensor
 
 _T = TypeVar("_T")
@@ -34,7 +36,9 @@ class _Kind(NamedTuple):
 
 
 _KINDS: Mapping[str, _Kind] = {
+    "gpt2": _Kind("gpt2", epsilon="attention.layer_norm_epsilon"),
     "llama": _Kind("llama", neighbours=True),  # Mistral's, too
+    "olmoe": _Kind("olmoe", {"norm_topk_prob": False}),
     "qwen2": _Kind("qwen2"),
     "qwen2moe": _Kind("qwen2_moe", {"norm_topk_prob": False}),
     "qwen3": _Kind("qwen3"),
@@ -42,6 +46,7 @@ _KINDS: Mapping[str, _Kind] = {
 }
 _MODULES: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
+    "position_embd": "model.embed_positions",
     "output_norm": "model.norm",
     "output": "lm_head",
     "attn_norm": "model.layers.{}.input_layernorm",
@@ -104,6 +109,7 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
         "hidden_size": hidden,
         "num_hidden_layers": own.whole("block_count"),
         "intermediate_size": own.whole("feed_forward_length"),
+        "n_inner": own.whole("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": own.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -111,6 +117,8 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
         "rms_norm_eps": own.number(kind.epsilon),
         "rope_parameters": _rope(header, own, head_dim),
         "sliding_window": own.get("attention.sliding_window"),
+        "clip_qkv": own.get("attention.clamp_kqv"),
+        "final_logit_softcapping": own.get("final_logit_softcapping"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -134,6 +142,10 @@ def places(header: GgufHeader, config: ModelFacts) -> Places:
         order = (*range(0, config.head_dim, 2), *range(1, config.head_dim, 2))
         for module in ("attn_q", "attn_k"):
             found[_MODULES[module]] = Stored((_stored(module),), order=order)
+    if "blk.0.attn_qkv.weight" in header.tensors:
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        rows = zip(("attn_q", "attn_k", "attn_v"), (queries, keys, keys), strict=True)
+        found |= fused("blk.{}.attn_qkv", [(_MODULES[module], count) for module, count in rows])
     return found
 
 
@@ -148,6 +160,11 @@ def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
     }
 
 
+def tensors_at(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a GGUF file, or of a folder. Raises WeightError."""
+    return stored_tensors(read_gguf(path)) if path.suffix == GGUF else shards.stored_tensors(path)
+
+
 def _stored(module: str) -> str:
     return f"blk.{{}}.{module}" if "{}" in _MODULES[module] else module
 
@@ -157,7 +174,7 @@ def _experts(header: GgufHeader, own: Fields) -> dict[str, object]:
     return {
         "num_experts": own.whole("expert_count"),
         "num_experts_per_tok": own.whole("expert_used_count"),
-        "moe_intermediate_size": own.whole("expert_feed_forward_length"),
+        "moe_intermediate_size": own.get("expert_feed_forward_length"),
         "shared_expert_intermediate_size": own.whole("expert_shared_feed_forward_length", 0, least=0),
         "mlp_only_layers": [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in header.tensors],
         "decoder_sparse_step": 1,

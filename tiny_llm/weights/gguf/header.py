@@ -43,6 +43,7 @@ NUMBERS: Mapping[int, str] = {
     12: "d",
 }
 TEXT, ARRAY = 8, 9
+GGUF = ".gguf"
 VERSIONS = (2, 3)
 MAX_ITEMS = 2**21  # in all arrays together: the largest vocabularies have some 800,000 tokens and merges
 MAX_TEXT = 2**24  # bytes: the longest are chat templates
