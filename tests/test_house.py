@@ -20,7 +20,7 @@ FLOORS: Sequence[frozenset[str]] = (
     # _cpu: the module that kernels/cpu becomes
     frozenset(
         {"data", "sampling_params", "config", "families", "config_fields", "errors", "metrics"}
-        | {"limits", "memory", "memory_limits", "version", "user_cache", "_cpu"}
+        | {"config_embedding", "limits", "memory", "memory_limits", "version", "user_cache", "_cpu"}
     ),
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),
     frozenset({"ops"}),

@@ -22,6 +22,8 @@ LogitsProcessor: TypeAlias = "Callable[[list[int], mx.array], mx.array]"
 Constraint: TypeAlias = "Callable[[list[int]], bytes]"
 """(the answer's tokens so far) -> a byte for each of V tokens, 0 for those that may not come next."""
 
+Pooling = Literal["last", "mean"]
+"""Which of a text's hidden states become its vector: the last token's, or the mean of all."""
 
 MOST = 2**31
 """Token ids and counts are below it, so that a kernel's integer holds them."""
@@ -209,6 +211,11 @@ class SamplingParams:
             given = getattr(self, name)
             _require(given is None or callable(given), name, given, "a callable")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the model's rows of all of the prompt are wanted: a prefix that is found has none."""
+        return self.prompt_logprobs is not None
+
 
 @dataclass(frozen=True, slots=True)
 class BeamParams(SamplingParams):
@@ -239,6 +246,30 @@ class BeamParams(SamplingParams):
         _require(penalty.allows(self.length_penalty), "length_penalty", self.length_penalty, penalty.expected)
         rule = self.early_stopping
         _require(isinstance(rule, bool) or rule == "never", "early_stopping", rule, 'True, False or "never"')
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams(SamplingParams):
+    """How a text becomes a vector: by the hidden state of its ``last`` token, or the ``mean`` of all.
+
+    Of that the first ``dimensions`` stay, None meaning all, brought to length 1 with ``normalize``.
+    """
+
+    pooling: Pooling = "last"
+    normalize: bool = True
+    dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_tokens", 1)  # of which none is drawn
+        SamplingParams.__post_init__(self)
+        given = self.dimensions
+        is_size = given is None or (type(given) is int and given > 0)
+        _require(is_size, "dimensions", given, "a whole number of at least 1")
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether all hidden states are wanted, and not the last alone."""
+        return self.pooling == "mean"
 
 
 OPTIONS: Mapping[str, Option] = {

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.config import ModelFacts, Quantization
+from tiny_llm.config_embedding import EmbeddingFacts
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError
@@ -26,6 +27,7 @@ class InMemory:
         self.config = config
         self.tokenizer = tokenizer
         self.end_ids = frozenset({2045, 10**9})
+        self.embedding = EmbeddingFacts()
         self._arrays = arrays
 
     def tensors(

@@ -79,6 +79,25 @@ def test_bos_comes_once_where_file_or_config_ask_for_it(
     assert tokenizer.encode("")[:1] == [0] * expected
 
 
+@pytest.mark.parametrize("add_bos", [None, False])
+def test_an_end_that_the_post_processor_adds_stays(
+    small: Backend, folder: Path, add_bos: bool | None
+) -> None:
+    """Qwen3-Embedding's config has add_bos_token false, and its texts lost their end by that."""
+    backend = Backend.from_str(small.to_str())
+    backend.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": None, "eos_token": "<|im_end|>"} | (
+        {} if add_bos is None else {"add_bos_token": add_bos}
+    )
+    write(folder, "tokenizer_config.json", config)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("the fox")[-1] == 0 and tokenizer.encode("the fox").count(0) == 1
+    assert tokenizer.encode("the fox", add_special_tokens=False).count(0) == 0
+
+
 def test_truncation_left_in_the_file_does_not_cut_prompts(small: Backend, folder: Path) -> None:
     backend = Backend.from_str(small.to_str())
     backend.enable_truncation(3)

@@ -27,6 +27,9 @@ def small_repo(folder: Path) -> dict[str, bytes]:
         "pytorch_model.bin": b"\x80\x04pickle",
         "modeling_tiny.py": b"raise SystemExit('ran code of a repository')",
         "README.md": b"# tiny",
+        "modules.json": b"[]",
+        "1_Pooling/config.json": b"{}",
+        "2_Normalize/config.json": b"{}",
         "original/consolidated.00.pth": b"\x80\x04pickle",
         "original/model.safetensors": b"another copy",
         "consolidated.safetensors": b"another copy",
@@ -41,6 +44,8 @@ ALLOWED = {
     "config.json",
     "tokenizer.json",
     "chat_template.jinja",
+    "modules.json",
+    "1_Pooling/config.json",
     "model.safetensors.index.json",
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
@@ -50,7 +55,7 @@ ALLOWED = {
 def test_downloads_what_is_needed_and_nothing_else(hub, child, tmp_path):
     hub.repos[REPO] = small_repo(tmp_path)
     folder = Path(child.resolve(REPO)["folder"])
-    got = {path.name: path.read_bytes() for path in folder.iterdir()}
+    got = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
     assert got == {name: hub.repos[REPO][name] for name in ALLOWED}
     asked = hub.asked_files()
     assert asked == ALLOWED, f"asked for more or less than is needed: {asked ^ ALLOWED}"

@@ -12,9 +12,10 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 
 from tiny_llm.data import Sequence
+from tiny_llm.decoding.pooling import Pool
 from tiny_llm.decoding.stop import StopChecker
 from tiny_llm.sampling.penalties import History, changes_logits, looks_back
-from tiny_llm.sampling_params import BeamParams, Constraint, SamplingParams
+from tiny_llm.sampling_params import BeamParams, Constraint, PoolingParams, SamplingParams
 from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
 
 Logprobs = dict[int, float]
@@ -30,7 +31,7 @@ class Answer:
     before a token is drawn. ``needs_last_token``: what the newest token is changes the next logits, so that
     nothing can be drawn ahead of it. Its last token stands at ``last_position``, if nothing ends it sooner.
     ``prompt_logprobs`` are by position. A beam has a ``score``, and in each step so many
-    ``candidates`` for its next token; others have none.
+    ``candidates`` for its next token; others have none. A text's vector is gathered in its ``pool``.
     ``last_s``: when its newest token came. ``ended``: nothing is drawn for it any more.
     """
 
@@ -55,6 +56,7 @@ class Answer:
     accepted_tokens: int = 0
     candidates: int = 0
     score: float = 0.0
+    pool: Pool | None = None
 
     @classmethod
     def begun(
@@ -89,6 +91,7 @@ class Answer:
             needs_last_token=custom or looks_back(params) or candidates > 0,
             last_position=sequence.prompt_len + params.max_tokens - 1,
             candidates=candidates,
+            pool=Pool(params, sequence.prompt_len) if isinstance(params, PoolingParams) else None,
         )
 
     @property

@@ -18,19 +18,21 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import mlx.core as mx
 
+from tiny_llm.config_embedding import EmbedOptions, TextEmbedding
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.prompts import Prompt
+from tiny_llm.engine.prompts import Prompt, as_list
 from tiny_llm.engine.turn import require_process
 from tiny_llm.errors import TinyLLMError
 from tiny_llm.sampling_params import SamplingParams
 
 REST_S = 600.0
+_TEXTS_AT_ONCE = 64  # of a request's that are to become vectors
 T = TypeVar("T")
 Item = tuple[int, "Chunk | Exception"]
 """What came of a caller's prompt of that number."""
@@ -160,6 +162,36 @@ class AsyncLLM:
         """Answer one prompt whole: ``params.n`` completions."""
         ended = [c.completion async for c in self.stream(prompt, params, **options) if c.completion]
         return sorted(ended, key=lambda completion: completion.index)
+
+    async def embed(
+        self, texts: Prompt | Sequence[Prompt], **how: Unpack[EmbedOptions]
+    ) -> list[TextEmbedding]:
+        """``LLM.embed``, beside whatever else is under way."""
+        llm = self.llm
+        asked = llm.embedding.asked(as_list(texts), llm.config.hidden_size, **how)
+        return [TextEmbedding.of(one) for one in await self.pooled([llm.check(*one) for one in asked])]
+
+    async def pooled(
+        self, asked: Sequence[tuple[list[int], SamplingParams]], **options: Any
+    ) -> list[Completion]:
+        """What came of each text; ``options`` are those of ``Engine.add``. Leaving early cancels the others.
+
+        Some of them at a time, so that who comes later need not wait for all. Raises as ``streams`` does.
+        """
+        ended: dict[int, Completion] = {}
+        left = iter(enumerate(asked))
+
+        async def work() -> None:
+            for number, (ids, params) in left:
+                (ended[number],) = await self.generate(ids, params, **options)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(_TEXTS_AT_ONCE, len(asked))):
+                    group.create_task(work())
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [ended[number] for number in range(len(asked))]
 
     async def call(self, job: Callable[[LLM], T]) -> T:
         """Run ``job`` on the engine's thread between two steps: it sees nothing half done.

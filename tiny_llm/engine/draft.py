@@ -15,9 +15,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from tiny_llm.data import GUESS, Plan, PlanItem, Sequence
+from tiny_llm.data import GUESS, Drafter, Plan, PlanItem, Sequence
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Row, Sharing, changed, with_guesses
+from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
@@ -77,6 +78,13 @@ def load_draft(draft: Checkpoint) -> Model:
 
 def _bits(draft: Checkpoint) -> int | None:
     return None if draft.config.quantization else 8
+
+
+def drafters_of(speculate: Speculation) -> Mapping[str, Drafter]:
+    """Who guesses, by source: none, or whoever the request and the settings name."""
+    if speculate == "off":
+        return {}
+    return {"prediction": predicted_draft, speculate: to_be_guessed if speculate == "draft" else ngram_draft}
 
 
 def to_be_guessed(seq: Sequence, most: int) -> array[int]:

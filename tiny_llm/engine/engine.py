@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
+from math import isfinite
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from tiny_llm.data import Advance, Chunk, Completion, Drafter, EndReason, Output, Plan
+from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.answer import Answer
-from tiny_llm.decoding.decide import Decision, by_sequence
-from tiny_llm.decoding.ngram import ngram_draft, predicted_draft
+from tiny_llm.decoding.decide import NOT_FINITE, Decision, by_sequence
+from tiny_llm.decoding.pooling import PooledRows
 from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt, Joining, NewContext
-from tiny_llm.engine.draft import DraftModel, to_be_guessed
+from tiny_llm.engine.draft import DraftModel, drafters_of
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
@@ -42,7 +43,7 @@ from tiny_llm.models.replay import played
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import KvFormat, may_run_ahead
 from tiny_llm.proving.choice import Kernels
-from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sampling_params import PoolingParams, SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
@@ -87,9 +88,8 @@ class Engine:
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
         draft = draft if settings.speculate == "draft" else None
-        models = [model] if draft is None else [model, draft]
         with use(kernels.backend, kernels.ours):
-            models = [played(one) for one in models]
+            models = [played(one) for one in (model, draft) if one is not None]
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
@@ -108,11 +108,7 @@ class Engine:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
         assert speculate != "draft" or drafting, "somebody must guess"
-        drafters: dict[str, Drafter] = {}
-        if speculate != "off":
-            other = to_be_guessed if drafting else ngram_draft
-            drafters = {"prediction": predicted_draft, speculate: other}
-        self.scheduler = Scheduler(settings.block_manager(store), scheduler, costs, drafters)
+        self.scheduler = Scheduler(settings.block_manager(store), scheduler, costs, drafters_of(speculate))
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
@@ -185,16 +181,16 @@ class Engine:
         keep: bool,
     ) -> int:
         salt, tokens = prompt.salt, prompt.token_ids
-        if len(tokens) >= self._max_context:
+        room = self._max_context - len(tokens) + isinstance(params, PoolingParams)
+        if room <= 0:
             raise ContextError(
                 f"With its contexts the prompt is too long: it has {len(tokens)} tokens, and this model's "
                 f"maximum context length is {self._max_context} tokens, the answer included."
             )
-        limit = min(params.max_tokens, self._max_context - len(tokens))
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        own = replace(params, max_tokens=limit, seed=seed)
+        own = replace(params, max_tokens=min(params.max_tokens, room), seed=seed)
         number = next(self._numbers)
-        if params.prompt_logprobs is not None:  # a prefix that is found would have no logits
+        if params.reads_prompt:
             if prompt.parts:
                 raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
             salt, keep = f"{salt}/{number}", False
@@ -231,8 +227,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return []
-        outputs = [self.scheduler.cancel(answer.seq_id) for answer in request.answers]
-        return self._ended([output for output in outputs if output])
+        return self._ended([self.scheduler.cancel(answer.seq_id) for answer in request.answers])
 
     def rest(self) -> None:
         """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
@@ -257,8 +252,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
         events = self._ended(self.scheduler.expire(self._clock()))
-        events += self._limit_pool()
-        events += self._look_after_contexts()
+        events += self._limit_pool() + self._look_after_contexts()
         clock = StepClock(self.totals, self._clock)
         was_ahead = self._ahead is not None
         batch, self._ahead = self._ahead or self._launch_next(clock), None
@@ -272,7 +266,7 @@ class Engine:
         # The first of several that run ahead has a part of the next one in its time, the last one too little.
         is_whole = was_ahead == (self._ahead is not None) and batch.is_usual
         self._write_saved()
-        events += self._commit(batch.plan, decisions)
+        events += self._commit(batch.plan, decisions) + self._embedded(batch.pooled)
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)
         return events
@@ -286,8 +280,7 @@ class Engine:
             self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
             self._shrink_pool(blocks.limit)
             blocks.set_limit(ask(blocks.capacity))
-        why = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
-        return self._ended(self.scheduler.refuse(), why)
+        return self._ended(self.scheduler.refuse(), NO_MEMORY.format(blocks.max_blocks, blocks.block_size))
 
     def _shrink_pool(self, limit: int) -> None:
         blocks = self.scheduler.blocks
@@ -321,10 +314,9 @@ class Engine:
         if batch.drawing is None or not self.settings.async_scheduling:
             return None
         blocks = self.scheduler.blocks
-        if blocks.capacity_within(blocks.limit) < blocks.capacity:  # it shrinks when no step is under way
-            return None
+        shrinks = blocks.capacity_within(blocks.limit) < blocks.capacity  # when no step is under way
         one_each = len(rows) == len(plan.items)  # else several answers begin from one prompt, or it goes on
-        if not one_each or any(row.answer.needs_last_token for row in rows):
+        if shrinks or not one_each or any(row.answer.needs_last_token for row in rows):
             return None
         leaving = {row.answer.seq_id for row in rows if row.position == row.answer.last_position}
         following = self.scheduler.follow(plan, leaving)
@@ -370,6 +362,16 @@ class Engine:
             events.append(Event(answer.request_id, chunk))
         if not len(self.scheduler):
             self._ahead = None  # all of its sequences have ended
+        return events
+
+    def _embedded(self, pooled: Iterable[PooledRows]) -> list[Event]:
+        """The texts that have been read to their ends are over: their vectors are there."""
+        events: list[Event] = []
+        for one in pooled:
+            if one.pool.is_whole:
+                error = None if all(map(isfinite, one.pool.vector())) else NOT_FINITE
+                output = self.scheduler.cancel(one.seq_id, "error" if error else "stop")
+                events += self._ended([output], error)
         return events
 
     def _take(self, decision: Decision, begun: Advance, now: float, chunks: dict[int, Chunk]) -> Advance:
@@ -446,10 +448,10 @@ class Engine:
         events: list[Event] = []
         while self.contexts.broken:
             context = self.contexts.broken.pop()
-            users = [one for one in self._requests.values() if context in one.contexts]
-            ended = [self.scheduler.cancel(one.answers[0].seq_id, "error") for one in users]
+            users = [one.answers[0] for one in self._requests.values() if context in one.contexts]
+            ended = [self.scheduler.cancel(one.seq_id, "error") for one in users]
             what = f"The context {context.name!r} could not be computed."
-            events += self._ended([output for output in ended if output], what)
+            events += self._ended(ended, what)
         return events
 
     def _count(self, plan: Plan, clock: StepClock, is_whole: bool) -> None:
@@ -461,20 +463,18 @@ class Engine:
             now = self._clock()
             self.trace.step(plan, now - ms / 1e3, now)
             if plan.drafted and self.scheduler.speculation is not None:
-                self.trace.count("guesses", now, self.scheduler.speculation.drafted)
-                self.trace.count("right guesses", now, self.scheduler.speculation.accepted)
+                self.trace.guesses(now, self.scheduler.speculation)
 
     def _drawing(self, seq_id: int) -> list[Answer]:
         """The answers that draw from a sequence's rows."""
         answer = self._answers[seq_id]
         return self._requests[answer.request_id].drawing(answer)
 
-    def _ended(self, outputs: Sequence[Output], error: str | None = None) -> list[Event]:
+    def _ended(self, outputs: Sequence[Output | None], error: str | None = None) -> list[Event]:
         """The chunks of sequences that the scheduler ended. One that had not begun ends all its answers."""
-        events: list[Event] = []
-        now = self._clock()
+        events, now = list[Event](), self._clock()
         for output in outputs:
-            if output.seq_id not in self._answers:  # a beam, and its search has ended with another
+            if output is None or output.seq_id not in self._answers:  # a beam, ended with its search
                 continue
             request = self._requests[self._answers[output.seq_id].request_id]
             if request.search is not None:

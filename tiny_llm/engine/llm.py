@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from tiny_llm.config_embedding import EmbedOptions, TextEmbedding
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
@@ -20,15 +21,16 @@ from tiny_llm.engine.contexts import Joined, Joining
 from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.named_contexts import NamedContexts
-from tiny_llm.engine.prompts import ChatOptions, Prompt, as_ids, as_list, for_each
+from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
 from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
-from tiny_llm.errors import ContextError, RequestError, UsageError
+from tiny_llm.errors import RequestError, UsageError
 from tiny_llm.memory import give_back_memory
 from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import PLACE, ChatPrompts, with_place
 from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
+from tiny_llm.models.embedding import require_able
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
 from tiny_llm.models.loading import kv_dtype as dtype_of_kv
 from tiny_llm.models.registry import Model
@@ -36,12 +38,11 @@ from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.proving.record import Shapes
 from tiny_llm.proving.trial import Progress as Trying
 from tiny_llm.proving.trial import kernels_for
-from tiny_llm.sampling_params import BeamParams, SamplingParams, require_known
+from tiny_llm.sampling_params import BeamParams, PoolingParams, SamplingParams, require_known
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.assemble import Progress
 from tiny_llm.weights.hub import resolve
 
-_MOST_LEFT_OUT = 4  # of a text, times what is left of it
 _AHEAD = 64  # requests that wait in the engine; the others wait here, and cost no memory there
 Message = Mapping[str, object]
 
@@ -134,7 +135,7 @@ class LLM:
             self._draft = None if drafting is None else load_draft(drafting)
         self._model = loaded
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
-        self.config = loaded.config
+        self.config, self.embedding = loaded.config, model.embedding
         self.max_context = context_limit(max_context, self.config.max_position_embeddings)
         self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
@@ -294,6 +295,17 @@ class LLM:
                 found[index].append(completion)
         return [sorted(own, key=lambda completion: completion.index) for own in found]
 
+    def embed(self, texts: Prompt | Sequence[Prompt], **how: Unpack[EmbedOptions]) -> list[TextEmbedding]:
+        """A vector for each text (a string, or a list of token ids), all at once; one text may stand alone.
+
+        Pooled as the model's folder says, else the last token's hidden state, at length 1. Before each string
+        stands the ``prompt`` of that name in the folder, or an ``instruction`` as it is. The first
+        ``dimensions`` stay. Raises RequestError before anything runs if any of it is invalid.
+        """
+        asked = self.embedding.asked(as_list(texts), self.config.hidden_size, **how)
+        ended = sorted(self.answers([self.check(*one) for one in asked]), key=lambda one: one[0])
+        return [TextEmbedding.of(completion) for _, completion in ended]
+
     def answers(
         self, requests: Iterable[tuple[list[int], SamplingParams]], **options: Any
     ) -> Iterator[tuple[int, Completion]]:
@@ -429,41 +441,14 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}, but must be a SamplingParams.")
         require_known(params, self.config.vocab_size)
-        if isinstance(prompt, str):
-            self.require_short(len(prompt))
-        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
-        ids = as_ids(tokens, self.config.vocab_size)  # a tokenizer may know more tokens than the model
-        if not ids:
-            raise RequestError("The prompt is empty; give at least one character or token.")
-        if len(ids) >= self.max_context:
-            raise ContextError(f"The prompt is too long: it has {len(ids)} tokens, and {self._most_tokens()}")
-        return ids, params
+        if self._model is not None:  # else it is closed, as is said later
+            require_able(self._model, params)
+        most = self.max_context - (not isinstance(params, PoolingParams))  # a token at least is the answer's
+        return read_prompt(prompt, self.tokenizer, self.config.vocab_size, most, self.max_context), params
 
     def require_short(self, characters: int) -> None:
-        """Raises ContextError for a text that cannot fit, before the work of reading it.
-
-        Normalizing and templates leave out a little of a text, so it may be a few times as long as it can be.
-        """
-        if characters <= _MOST_LEFT_OUT * self.max_context:
-            return  # whatever the tokens' lengths: that is not looked for
-        most = _MOST_LEFT_OUT * self.tokenizer.longest_token * self.max_context
-        if characters > most:
-            raise ContextError(
-                f"The prompt is too long: it has {characters} characters, and {self._most_tokens()}"
-            )
-
-    def _most_tokens(self) -> str:
-        """The context's limit, in words by which clients (litellm, LangChain) know this error."""
-        return (
-            f"this model's maximum context length is {self.max_context} tokens, the answer included; "
-            "shorten the prompt."
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        """Plain text to ids; a BOS that the text writes out is not doubled by the tokenizer's own."""
-        ids = self.tokenizer.encode(text)
-        bos = self.tokenizer.bos_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        """Raises ContextError for a text that cannot fit, before the work of reading it."""
+        require_short(characters, self.tokenizer, self.max_context)
 
     def _begin(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> int:
         with self._open_turn().taken() as engine:

@@ -114,4 +114,5 @@ class Request:
             drafted_tokens=answer.drafted_tokens,
             accepted_tokens=answer.accepted_tokens,
             score=answer.score if self.search else None,
+            embedding=None if answer.pool is None else answer.pool.vector(),
         )

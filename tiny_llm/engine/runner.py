@@ -13,11 +13,13 @@ import mlx.core as mx
 
 from tiny_llm.data import Plan
 from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of, within_forms
+from tiny_llm.decoding.pooling import PooledRows, gather, pooled_rows
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
 from tiny_llm.engine.warm_up import warm_up
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import BUFFER_POOL_BYTES
+from tiny_llm.models.embedding import with_hidden
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import use
@@ -26,7 +28,7 @@ from tiny_llm.proving.choice import Kernels
 
 @dataclass(slots=True)
 class InFlightBatch:
-    """A step under way: ``rows`` says whose each row of its logits is.
+    """A step under way: ``rows`` says whose each row of its logits is, ``pooled`` whose hidden states are.
 
     ``error`` came up while it was prepared, and is raised when its turn comes. ``is_usual`` is whether such
     steps take about as long.
@@ -34,6 +36,7 @@ class InFlightBatch:
 
     plan: Plan
     rows: list[Row]
+    pooled: Sequence[PooledRows] = ()
     drawing: Drawing | None = None
     error: Exception | None = None
     is_usual: bool = True
@@ -43,6 +46,7 @@ class InFlightBatch:
         if self.error is not None:
             raise self.error
         assert self.drawing is not None
+        mx.eval([one.pool.gathered for one in self.pooled])
         return self.drawing.decisions(lap)
 
 
@@ -79,15 +83,19 @@ class Runner:
                     batch.is_usual &= not self.draft.was_behind
                     lap("draft")
                 batch.rows = rows_of(batch.plan, sharing)
-                batch.drawing = draw(self.forward(batch.plan, drawn, lap), batch.rows, lap)
+                batch.pooled = pooled_rows(batch.plan, lambda seq_id: sharing(seq_id)[0].pool)
+                batch.drawing = draw(self.forward(batch.plan, drawn, lap, batch.pooled), batch.rows, lap)
         except Exception as error:
             batch.error = error
         return batch
 
-    def forward(self, plan: Plan, drawn: mx.array | None, lap: Lap) -> mx.array:
+    def forward(
+        self, plan: Plan, drawn: mx.array | None, lap: Lap, pooled: Sequence[PooledRows] = ()
+    ) -> mx.array:
         """Logits [R, V] for the plan's rows, lazily. Its keys and values are kept as they are computed.
 
-        ``drawn`` are the tokens that the step before is drawing, if the plan goes on with them.
+        ``drawn`` are the tokens that the step before is drawing, if the plan goes on with them. What is
+        ``pooled`` gets its hidden states.
 
         Raises ValueError for logits of another shape, which a plug-in's model may give: a token that is
         drawn from them would be an index that nobody checks.
@@ -95,7 +103,12 @@ class Runner:
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self._make_room(batch.tokens.size, batch.logit_rows.size)
         lap("build")
-        logits = self.model(batch, self.cache)
+        if pooled:
+            rows = mx.array([row for one in pooled for row in one.rows], mx.int32)
+            logits, hidden = with_hidden(self.model, batch, self.cache, rows)
+            gather(pooled, hidden)
+        else:
+            logits = self.model(batch, self.cache)
         lap("forward")
         expected = batch.logit_rows.size, self.model.config.vocab_size
         if logits.shape != expected:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_llm.data import Plan
+from tiny_llm.scheduler.drafts import Speculation
 
 _STEPS = 0  # the track of the steps; sequences are numbered from 1
 
@@ -50,8 +51,12 @@ class Trace:
             if moved:
                 self._add(name, _STEPS, began, ended, blocks=len(moved))
 
-    def count(self, name: str, at: float, totals: Mapping[str, int]) -> None:
-        """How much there has been until now of what is counted, each by its name."""
+    def guesses(self, at: float, made: Speculation) -> None:
+        """How many guesses there have been until now, and how many right ones, each by its source."""
+        self._count("guesses", at, made.drafted)
+        self._count("right guesses", at, made.accepted)
+
+    def _count(self, name: str, at: float, totals: Mapping[str, int]) -> None:
         event = {"name": name, "ph": "C", "pid": 1, "tid": _STEPS, "ts": round(at * 1e6, 1)}
         self._events.append({**event, "args": dict(totals)})
 

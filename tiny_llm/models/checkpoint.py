@@ -15,6 +15,7 @@ from typing import NotRequired, Protocol, TypedDict, Unpack
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, ModelFacts, Quantization, load_end_ids
+from tiny_llm.config_embedding import EmbeddingFacts, load_embedding
 from tiny_llm.layers.named import Weights
 from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors, read_config
 from tiny_llm.ops.backend import active
@@ -65,6 +66,10 @@ class Checkpoint(Protocol):
     def end_ids(self) -> frozenset[int]:
         """Every token that is said to end an answer, wherever that is said. It need not be the model's."""
 
+    @property
+    def embedding(self) -> EmbeddingFacts:
+        """How its texts become vectors. Raises ConfigError for a way that is not supported."""
+
     def digest(self) -> bytes:
         """What tells its weights from all others: a digest of their content. Not asked for without need."""
 
@@ -96,6 +101,11 @@ class FolderCheckpoint:
         """
         return self.tokenizer.eos_ids.union(self.config.eos_token_ids, load_end_ids(self._folder))
 
+    @cached_property
+    def embedding(self) -> EmbeddingFacts:
+        """Of sentence-transformers' files."""
+        return load_embedding(self._folder)
+
     def digest(self) -> bytes:
         """Of the files: see ``weights_digest``."""
         return weights_digest(self._folder)
@@ -116,6 +126,8 @@ class FolderCheckpoint:
 
 class GgufCheckpoint:
     """A GGUF file: all parts are in its header, the tensors behind it."""
+
+    embedding = EmbeddingFacts()
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -172,6 +184,7 @@ class DummyCheckpoint:
     """
 
     end_ids: frozenset[int] = frozenset()
+    embedding = EmbeddingFacts()
 
     def __init__(self, name: str) -> None:
         self.config: ModelFacts = ModelConfig.from_hf(config_of(name))

@@ -113,7 +113,7 @@ class Decoder:
         turns = enumerate(rotations(config))
         layers = tuple(DecoderLayer.take(weights, config, i, rotation) for i, rotation in turns)
         norm = take_norm(weights, "model.norm", config)
-        tied = config.tie_word_embeddings
+        tied = config.tie_word_embeddings or "lm_head.weight" not in weights  # else it was saved without one
         head = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
         scale = config.logit_scale
         return cls(config, embed, layers, norm, head if scale == 1 else FinishedLinear(head, None, scale))

@@ -33,7 +33,7 @@ class Replay:
     def __init__(self, model: Decoder) -> None:
         layers = model.layers
         self.config: ModelConfig = model.config
-        self._model = model
+        self.model = model
         self._begin = mx.compile(partial(_begin, model))
         self._between = [mx.compile(partial(_between, *pair)) for pair in pairwise(layers)]
         self._end = mx.compile(partial(_end, model))
@@ -41,8 +41,8 @@ class Replay:
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         """Logits [R, V], as the model gives them."""
         if not self._between or not 0 < batch.tokens.size <= MOST_TOKENS:
-            return self._model(batch, kv)
-        attentions = [layer.self_attn for layer in self._model.layers]
+            return self.model(batch, kv)
+        attentions = [layer.self_attn for layer in self.model.layers]
         x, q, k, v = self._begin(batch.tokens, batch.positions)
         for layer, between in enumerate(self._between):
             x, q, k, v = between(x, attentions[layer].attend(q, k, v, batch, kv), batch.positions)

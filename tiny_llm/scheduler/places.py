@@ -6,6 +6,7 @@ from math import inf
 
 from tiny_llm.data import Join, PlanItem, Sequence
 from tiny_llm.kv.blocks import BlockTable
+from tiny_llm.sampling_params import PoolingParams
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank
 
@@ -14,11 +15,12 @@ class Place:
     """A sequence's place. ``blocked_at``: the blocks available when last there was no room for it.
 
     ``held``: all of it is computed, and its next token depends on sequences that are not as far yet.
+    ``pooled``: nothing is drawn for it, so no logits are wanted.
     ``rank`` never changes, so ageing costs nothing: a level of priority is worth some seconds of
     waiting, which is to say that it makes a request as old as one that came so much earlier.
     """
 
-    __slots__ = ("acceptance", "answers", "blocked_at", "held", "rank", "seq", "table")
+    __slots__ = ("acceptance", "answers", "blocked_at", "held", "pooled", "rank", "seq", "table")
 
     def __init__(self, seq: Sequence, table: BlockTable, ageing_s: float, answers: int) -> None:
         self.seq = seq
@@ -27,6 +29,7 @@ class Place:
         self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
         self.blocked_at = -1
         self.held = False
+        self.pooled = isinstance(seq.params, PoolingParams)
         self.acceptance = Acceptance()
 
 

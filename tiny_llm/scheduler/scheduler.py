@@ -292,7 +292,7 @@ class Scheduler:
             tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
             if len(tokens) > table.writable and not self._make_room(entry, step):
                 break
-            if len(tokens) - start > 1:
+            if len(tokens) - start > 1 or entry.pooled:
                 behind.append(entry)
             else:
                 items.append(PlanItem(seq.id, tokens[start:], start, self._blocks(entry, len(tokens)), 1))
@@ -353,7 +353,7 @@ class Scheduler:
         count = int(min(wanted, step.tokens, within, _MOST_ROWS if scored else wanted))
         if count:
             end = start + count
-            rows = count if scored else int(end == len(seq.tokens))
+            rows = count if scored else int(end == len(seq.tokens) and not entry.pooled)
             blocks = self._blocks(entry, end)
             step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, blocks, rows))
             step.tokens -= count

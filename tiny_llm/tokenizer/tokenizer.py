@@ -48,6 +48,8 @@ class Tokenizer:
         self._special = frozenset(token.content for token in added if token.special) - _MARKS
         ids = {name: self._backend.token_to_id(text) for name, text in files.special_tokens.items()}
         self.bos_id, eos_id = ids.get("bos_token"), ids.get("eos_token")
+        # add_bos_token: false in the config overrules a post-processor that adds a BOS, but no other.
+        self._is_bare = files.add_bos is False and self.bos_id in self._backend.encode("").ids
         self.eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
 
     @classmethod
@@ -191,8 +193,7 @@ class Tokenizer:
         )
 
     def _adds_special(self, asked: bool) -> bool:
-        # add_bos_token: false in the config overrules the post-processor, as in transformers 5
-        return asked and self._add_bos is not False
+        return asked and not self._is_bare
 
     def _with_bos(self, ids: list[int], add: bool) -> list[int]:
         """Put BOS first where the config wants it and the post-processor has not done so."""

@@ -24,6 +24,7 @@ from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
 PACKED = ("U32",)
 SHOWN_PROBLEMS = 8
+_BODY = "model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,9 @@ def load_weights(
             "Leave that option out, or give the unquantized model."
         )
     stored = stored_tensors(folder) if stored is None else stored
+    if is_headless(stored):
+        stored = {f"{_BODY}{name}": tensor for name, tensor in stored.items()}
+        expected = {name: shape for name, shape in expected.items() if name.startswith(_BODY)}
     where = places(stored)
     jobs = [
         _job(name, shape, where, stored, quantization, quantize, quantizable)
@@ -95,6 +99,14 @@ def load_weights(
     ]
     weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected}
+
+
+def is_headless(names: Collection[str]) -> bool:
+    """Whether tensors of such names are a decoder's without its head: of class Qwen3Model, for example.
+
+    Models that embed texts are saved so. What has a head has it beside all else, which then has a prefix.
+    """
+    return "embed_tokens.weight" in names
 
 
 def _job(

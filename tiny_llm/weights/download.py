@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 # A lazy package: 8 ms here, and 0.2 s at the first use of one of its names.
 import huggingface_hub
 
+from tiny_llm.config_embedding import EMBEDDING_FILES
 from tiny_llm.errors import WeightError
 from tiny_llm.weights.gguf.header import GGUF
 
@@ -35,6 +36,7 @@ OPTIONAL = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    *EMBEDDING_FILES,
 )
 ALLOWED = (
     "config.json",
@@ -137,7 +139,8 @@ def _remember_missing(folder: Path, names: set[str]) -> None:
 
 
 def _is_wanted(name: str) -> bool:
-    return any(fnmatch(name, p) for p in ALLOWED) and not any(fnmatch(name, p) for p in IGNORED)
+    is_ignored = name not in OPTIONAL and any(fnmatch(name, pattern) for pattern in IGNORED)
+    return not is_ignored and any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
 def _check_space(folder: Path, needed: int) -> None:
