@@ -134,7 +134,7 @@ clean:
 	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
 	cd kernels/cpu && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt \
 		Makefile *.ninja *.cmake *.a kernel_tests
-	find tiny_llm tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find tiny_llm book tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/run.stamp: $(setup_from) $(retry)
 	@PYTHON='$(PYTHON)' sh tools/setup_env.sh </dev/null

@@ -25,7 +25,7 @@ WITHOUT_MLX = [
     "tiny_llm.options",
     "tiny_llm.cli",
     "tiny_llm.weights.listing",
-    "tiny_llm.course.commands",
+    "book.course.commands",
 ]
 
 

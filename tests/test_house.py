@@ -28,8 +28,10 @@ FLOORS: Sequence[frozenset[str]] = (
     frozenset({"models", "decoding", "scheduler", "proving"}),
     frozenset({"messages", "options"}),
     frozenset({"engine"}),
-    frozenset({"chat", "server", "agent", "course", "planning"}),
+    frozenset({"chat", "server", "agent", "planning"}),
     frozenset({"commands"}),
+    # book/course, which uses the package and is not part of it
+    frozenset({"book"}),
     frozenset({"cli"}),
     # tiny_llm/__init__.py and __main__.py: the doors, opened from outside only
     frozenset({"tiny_llm", "__main__"}),
@@ -63,8 +65,8 @@ class Source:
 
     @property
     def packaged(self) -> bool:
-        """Whether the file is of the package, and not a tool or a test."""
-        return self.path.startswith("tiny_llm/")
+        """Whether the file is of the package or the course's commands, and not a tool or a test."""
+        return self.path.startswith(("tiny_llm/", "book/course/"))
 
 
 Rule = Callable[[Sequence[Source]], Iterator[str]]
@@ -101,10 +103,16 @@ def floor_of(name: str) -> int | None:
     return next((level for level, rooms in enumerate(FLOORS) if name in rooms), None)
 
 
+def room_of(module: str) -> str:
+    """The folder or file directly in tiny_llm that a module lies in; the course's is ``book``."""
+    top, *inner = module.split(".")
+    return inner[0] if inner and top == "tiny_llm" else top
+
+
 def own_modules(source: Source, known: Mapping[str, Source]) -> Iterator[tuple[int, str]]:
     """The line and full name of each of our modules that ``source`` imports."""
     for line, module, names in imported(source):
-        if module.split(".")[0] == "tiny_llm":
+        if module.split(".")[0] in ("tiny_llm", "book"):
             inner = [f"{module}.{name}" for name in names if f"{module}.{name}" in known]
             for target in inner or [module]:
                 yield line, target
@@ -114,13 +122,13 @@ def floors(sources: Sequence[Source]) -> Iterator[str]:
     """Import from lower floors and from one's own folder; floor 0's files may use each other."""
     known = {source.module: source for source in sources}
     for source in filter(lambda s: s.packaged, sources):
-        room = source.module.split(".")[1] if "." in source.module else "tiny_llm"
+        room = room_of(source.module)
         floor = floor_of(room)
         if floor is None:
             yield f"{source.path}:1: tiny_llm/{room} is on no floor; add it to FLOORS and to the design"
             continue
         for line, target in own_modules(source, known):
-            other = target.split(".")[1] if "." in target else "tiny_llm"
+            other = room_of(target)
             level = floor_of(other)
             if other != room and (level is None or level > floor or level == floor > 0):
                 way = "sideways" if level == floor else "up" if level else "outside the house"
@@ -326,6 +334,7 @@ GOOD = {
     "tiny_llm/chat.py": '"""Chat."""\nwith suppress(ImportError):\n  import readline\n',
     "tiny_llm/engine/llm.py": '"""LLM."""\nfrom ..ops.rope import T\nclass LLM:\n    """LLM."""\n',
     "tiny_llm/cli.py": '"""CLI."""\ndef main():\n    """Run."""\n    from tiny_llm.engine import llm\n',
+    "book/course/check.py": '"""Check."""\nfrom tiny_llm.engine import llm\nfrom book.course import merge\n',
     "main.py": "def main():\n    import json\n",
 }
 BODY = '"""Says what it owns."""\n'
@@ -341,6 +350,13 @@ PLANTED: Sequence[tuple[Rule, str, str, str]] = (
         "tiny_llm/errors.py",
         BODY + "def f():\n  from tiny_llm.ops import rope",
         "errors (floor 0) imports",
+    ),
+    (floors, "tiny_llm/kv/x.py", BODY + "from book.course import check", "imports book.course.check: up"),
+    (
+        floors,
+        "book/course/x.py",
+        BODY + "from tiny_llm.cli import main",
+        "book (floor 9) imports tiny_llm.cli",
     ),
     (floors, "tiny_llm/attic/x.py", BODY, "tiny_llm/attic is on no floor"),
     (floors, "tiny_llm/demo/x.py", BODY, "tiny_llm/demo is on no floor"),
@@ -371,6 +387,7 @@ PLANTED: Sequence[tuple[Rule, str, str, str]] = (
     (sizes, "tests/x.py", "x = 1\n" * 501, "x.py:1: 501 lines; at most 500"),
     (sizes, "benchmarks/x.py", "def long():\n" + "    x = 1\n" * 60, "x.py:1: long has 61 lines; at most 60"),
     (docstrings, "tiny_llm/ops/x.py", "x = 1", "x.py:1: the module has no docstring"),
+    (docstrings, "book/course/x.py", "x = 1", "x.py:1: the module has no docstring"),
     (docstrings, "tiny_llm/ops/x.py", BODY + "def rope(): ...", "x.py:2: rope has no docstring"),
     (
         docstrings,

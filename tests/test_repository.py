@@ -72,7 +72,8 @@ def folders_of(names: Sequence[str]) -> set[str]:
 def map_is_right(page: str, names: Sequence[str]) -> Iterator[str]:
     """MAP.md: each tracked entry at the top and each module of the package has its line; none is stale."""
     top = {name.split("/")[0] + ("/" if "/" in name else "") for name in names}
-    modules = {n for n in names if n.startswith("tiny_llm/") and n.endswith(".py") and "/__init__" not in n}
+    ours = [n for n in names if n.startswith(("tiny_llm/", "book/course/"))]
+    modules = {n for n in ours if n.endswith(".py") and "/__init__" not in n}
     yield from tree_is_right("MAP.md", page, top | modules, folders_of(names) | set(names))
 
 
@@ -108,14 +109,14 @@ def undeclared(imports: Set[str], dependencies: Sequence[str]) -> Iterator[str]:
 
 
 def third_party_imports(folder: Path) -> set[str]:
-    """The top-level modules that ``folder``'s files import from elsewhere than the standard library."""
+    """The top-level modules that ``folder`` imports and that are neither ours nor the standard library's."""
     nodes = [n for f in folder.rglob("*.py") for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [
         node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
     ]
     found = {module.split(".")[0] for module in modules}
-    return found - set(sys.stdlib_module_names) - {folder.name}
+    return found - set(sys.stdlib_module_names) - {folder.name, "book"}
 
 
 def test_dependencies_are_what_is_imported() -> None:

@@ -14,8 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if _learner := os.environ.get("TINY_LLM_COURSE"):  # a learner's definitions, before any module loads
-    from tiny_llm.course.overlay import install as _install
-
+    try:
+        from book.course.overlay import install as _install
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "TINY_LLM_COURSE is set, but tiny_llm/ has no book/course/ beside it: it needs a checkout."
+        ) from error
     _install(_learner)
 
 __all__ = [

@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from tiny_llm.errors import TinyLLMError
+from tiny_llm.errors import ConfigError, TinyLLMError
 from tiny_llm.options import command_app
 from tiny_llm.version import __version__
 
@@ -51,7 +52,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "List the short names: hub id, parameters, download size, and whether it is on disk.",
     ),
     "course": (
-        "tiny_llm.course.commands",
+        "book.course.commands",
         "Build this runtime yourself: list, start, check, hint, diff, solution, break.",
     ),
     "memory": (
@@ -94,11 +95,21 @@ def _passing_on(module: str) -> Callable[[typer.Context], None]:
     """A command that passes its arguments on as they are, --help too, to the ``app`` of ``module``."""
 
     def run(context: typer.Context) -> None:
-        command = typer.main.get_command(import_module(module).app)
+        command = typer.main.get_command(_module(module).app)
         with command.make_context(context.command_path, context.args) as inner:
             command.invoke(inner)
 
     return run
+
+
+def _module(name: str) -> ModuleType:
+    """Import ``name``. Raises ConfigError if it is of the course, which is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "book":
+            raise
+        raise ConfigError("The course needs a checkout of tiny_llm; this is none. Run it there.") from error
 
 
 def _app() -> typer.Typer:
@@ -149,9 +160,7 @@ def _run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and goes on
     if "--course" in arguments:
-        from tiny_llm.course.restart import restart_with_learner
-
-        restart_with_learner(arguments)
+        _module("book.course.restart").restart_with_learner(arguments)
     called = Path(sys.argv[0]).name
     name = {"main.py": "python main.py", "__main__.py": "python -m tiny_llm"}.get(called, called)
     command = typer.main.get_command(app)

@@ -18,8 +18,8 @@ from statistics import median
 import mlx.core as mx
 from command_line import parser_of
 
-from tiny_llm.course.manifest import read_manifest
-from tiny_llm.course.workbook import Workbook
+from book.course.manifest import read_manifest
+from book.course.workbook import Workbook
 from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import Forward, generate, generate_without_cache, one_sequence, prefill
 from tiny_llm.kv.dense import DenseCache

@@ -17,8 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 from command_line import parser_of
 
-from tiny_llm.course.native import CPU, build, compiler
-from tiny_llm.course.sections import whole
+from book.course.native import CPU, build, compiler
+from book.course.sections import whole
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.ops.backend import set_threads, use, works
 from tiny_llm.ops.linear import linear

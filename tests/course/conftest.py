@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm.course.manifest import ROOT
-from tiny_llm.course.workbook import Workbook
+from book.course.manifest import ROOT
+from book.course.workbook import Workbook
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

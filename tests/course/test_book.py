@@ -16,8 +16,8 @@ from types import ModuleType
 
 import pytest
 
-from tiny_llm.course.manifest import ROOT, read_manifest
-from tiny_llm.course.workbook import Workbook
+from book.course.manifest import ROOT, read_manifest
+from book.course.workbook import Workbook
 
 BOOK = ROOT / "book"
 SITE = BOOK / "site"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tiny_llm.course import commands
-from tiny_llm.course.commands import app
-from tiny_llm.course.manifest import read_manifest
-from tiny_llm.course.workbook import Workbook
+from book.course import commands
+from book.course.commands import app
+from book.course.manifest import read_manifest
+from book.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
 
 ATTENTION, SOFTMAX = "tiny_llm.ops.attention:attention_ref", "tiny_llm.ops.softmax:softmax_ref"

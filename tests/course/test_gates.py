@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tiny_llm.course.check import run_tests
-from tiny_llm.course.manifest import ROOT, Chapter, Mutant, read_manifest
-from tiny_llm.course.merge import STUB
-from tiny_llm.course.workbook import Workbook, in_parts, module_file
+from book.course.check import run_tests
+from book.course.manifest import ROOT, Chapter, Mutant, read_manifest
+from book.course.merge import STUB
+from book.course.workbook import Workbook, in_parts, module_file
 
 pytestmark = pytest.mark.slow
 

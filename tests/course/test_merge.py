@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tiny_llm.course.excerpt import added, whole
-from tiny_llm.course.merge import functions, is_stub, merged_code
+from book.course.excerpt import added, whole
+from book.course.merge import functions, is_stub, merged_code
 
 REFERENCE = '''"""Reference."""
 from __future__ import annotations

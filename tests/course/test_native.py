@@ -8,12 +8,12 @@ import shutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from tiny_llm.course.check import run_tests
-from tiny_llm.course.commands import app
-from tiny_llm.course.manifest import read_manifest
-from tiny_llm.course.native import build
-from tiny_llm.course.sections import check, definitions, merged, stub, whole
-from tiny_llm.course.workbook import Workbook
+from book.course.check import run_tests
+from book.course.commands import app
+from book.course.manifest import read_manifest
+from book.course.native import build
+from book.course.sections import check, definitions, merged, stub, whole
+from book.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
 
 pytestmark = pytest.mark.slow

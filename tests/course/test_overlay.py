@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tiny_llm.course.workbook import Workbook
+from book.course.manifest import ROOT
+from book.course.workbook import Workbook
 
 OWN = "import mlx.core as mx\n\n\ndef softmax_ref(x):\n    return mx.zeros_like(x) + 42\n"
 SHOW = "import mlx.core as mx; from tiny_llm.ops.softmax import softmax; print(softmax(mx.zeros(1)).item())"
@@ -36,7 +41,7 @@ def test_one_definition_can_be_left_out(run, mine: Path) -> None:
 
 
 def test_too_late_is_an_error(run, mine: Path) -> None:
-    late = "import tiny_llm.data; from tiny_llm.course.overlay import install; install('.')"
+    late = "import tiny_llm.data; from book.course.overlay import install; install('.')"
     assert "must be set before tiny_llm is imported" in run("-c", late).stderr
 
 
@@ -56,3 +61,24 @@ def test_a_learner_chats_with_their_own_code(run, mine: Path) -> None:
 def test_course_without_a_folder_says_what_to_do(run) -> None:
     done = run("main.py", "--course", "nowhere")
     assert done.returncode == 2 and "course start 1.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "learner", "said"),
+    [
+        (("-m", "tiny_llm", "course", "list"), "", "error: The course needs a checkout of tiny_llm"),
+        (("-m", "tiny_llm", "--course", "."), "", "error: The course needs a checkout of tiny_llm"),
+        (("-c", "import tiny_llm"), ".", "ImportError: TINY_LLM_COURSE is set, but"),
+    ],
+    ids=["command", "option", "variable"],
+)
+def test_an_installed_package_says_that_the_course_needs_a_checkout(
+    arguments: tuple[str, ...], learner: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny_llm").symlink_to(ROOT / "tiny_llm")
+    # -S: without site, what is installed is there, and no editable checkout.
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": path, "TINY_LLM_COURSE": learner}
+    command = [sys.executable, "-S", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and done.stderr.strip().splitlines()[-1].startswith(said), done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.course.manifest import ROOT, Chapter, read_manifest
+from book.course.manifest import ROOT, Chapter, read_manifest
 from tiny_llm.ops.attention import attention_ref
 
 BOOK = ROOT / "book"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from book.course.manifest import ROOT, read_manifest
+from book.course.workbook import Workbook
 from tiny_llm.config import Quantization
-from tiny_llm.course.manifest import ROOT, read_manifest
-from tiny_llm.course.workbook import Workbook
 from tiny_llm.models.cost import matrix_flops, step_of
 from tiny_llm.models.footprint import (
     kv_token_bytes,

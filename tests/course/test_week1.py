@@ -10,8 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from book.course.manifest import ROOT, read_manifest
 from tiny_llm.config import ModelConfig
-from tiny_llm.course.manifest import ROOT, read_manifest
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.decoding.generate import generate_without_cache
 from tiny_llm.decoding.stop import find_stop, open_length

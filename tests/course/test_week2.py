@@ -11,8 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from book.course.manifest import ROOT, read_manifest
 from tiny_llm.config import Quantization
-from tiny_llm.course.manifest import ROOT, read_manifest
 from tiny_llm.tokenizer.bpe import BPE
 from tiny_llm.tokenizer.detokenizer import byte_alphabet
 from tiny_llm.weights.quantize import quantize_matrix

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from tiny_llm.course.native import learners
+from book.course.native import learners
 from tiny_llm.data import QuantizedTensor
 
 

@@ -13,8 +13,8 @@ from difflib import unified_diff
 from pathlib import Path
 from typing import Protocol
 
-from tiny_llm.course import excerpt, sections
-from tiny_llm.course.manifest import ROOT, Chapter, Mutant
+from book.course import excerpt, sections
+from book.course.manifest import ROOT, Chapter, Mutant
 from tiny_llm.errors import ConfigError
 
 PROGRESS = ".course.json"

@@ -17,9 +17,9 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
-from tiny_llm.course.manifest import ROOT
-from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
-from tiny_llm.course.sections import merged
+from book.course.manifest import ROOT
+from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from book.course.sections import merged
 from tiny_llm.errors import ConfigError
 from tiny_llm.user_cache import writable
 

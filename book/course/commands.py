@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from tiny_llm.course.check import crash_site, run_tests, to_blame
-from tiny_llm.course.manifest import Chapter, chapter, read_manifest
-from tiny_llm.course.native import build
-from tiny_llm.course.workbook import Workbook, in_parts, module_file, whole
+from book.course.check import crash_site, run_tests, to_blame
+from book.course.manifest import Chapter, chapter, read_manifest
+from book.course.native import build
+from book.course.workbook import Workbook, in_parts, module_file, whole
 from tiny_llm.errors import ConfigError
 
 ChapterArgument = Annotated[str, typer.Argument(metavar="CHAPTER", help="Its number, such as 1.1.")]

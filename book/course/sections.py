@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from tiny_llm.course.merge import STUB
+from book.course.merge import STUB
 from tiny_llm.errors import ConfigError
 
 _SECTION = re.compile(

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from tiny_llm.course.manifest import ROOT, Chapter
-from tiny_llm.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from book.course.manifest import ROOT, Chapter
+from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.errors import ConfigError
 
 _QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")

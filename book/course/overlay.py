@@ -1,7 +1,7 @@
 """Owns the import finder that puts a learner's definitions into the package's modules as they load.
 
 ``TINY_LLM_COURSE=<folder>`` installs it, in child processes too. Knows no chapter. It comes before
-every other module of the package, so it imports the standard library and ``merge`` alone.
+every module of the package, so it imports the standard library and ``merge`` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from tiny_llm.course.merge import merged_code
+from book.course.merge import merged_code
 
 VARIABLE = "TINY_LLM_COURSE"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
@@ -33,7 +33,7 @@ def install(folder: str) -> None:
     root = Path(folder).resolve()
     if not root.is_dir():
         raise ImportError(f"{VARIABLE} is {folder!r}, which is no folder; `course start` makes one.")
-    loaded = [n for n in sys.modules if n.startswith("tiny_llm.") and not n.startswith("tiny_llm.course")]
+    loaded = [name for name in sys.modules if name.startswith("tiny_llm.")]
     if loaded:
         raise ImportError(f"{VARIABLE} must be set before tiny_llm is imported; {loaded[0]} is loaded.")
     os.environ.setdefault("TINY_LLM_BACKEND", "ref")

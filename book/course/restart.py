@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiny_llm.course.native import build
-from tiny_llm.course.overlay import VARIABLE
-from tiny_llm.course.workbook import Workbook
+from book.course.native import build
+from book.course.overlay import VARIABLE
+from book.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 """Owns the merge of two sources of one module: the reference's, and the definitions that a learner wrote.
 
 Works on syntax trees by qualified name (``attention_ref``, ``DenseCache.attend``). Imports the standard
-library alone: it runs before any other module of the package.
+library alone: it runs before any module of the package.
 """
 
 from __future__ import annotations

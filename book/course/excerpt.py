@@ -9,7 +9,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
-from tiny_llm.course.merge import STUB, Function, functions, is_stub
+from book.course.merge import STUB, Function, functions, is_stub
 from tiny_llm.errors import ConfigError
 
 
