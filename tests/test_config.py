@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_llm.config import ModelConfig, Quantization, RopeScaling
+from tiny_llm.config import ModelConfig, Quantization
+from tiny_llm.config_rope import RopeScaling
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import FAMILIES
 from tiny_llm.families.family import Family
@@ -165,6 +166,8 @@ def test_both_spellings_at_once_must_agree() -> None:
         (MISTRAL, {"sliding_window": 131072}),
         (LLAMA, {"attn_logit_softcapping": None, "logits_scaling": 1.0, "num_experts": 0}),
         (LLAMA, {"partial_rotary_factor": 1.0, "rope_interleaved": False, "attention_dropout": 0.1}),
+        (LLAMA, {"rope_scaling": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
+        (MISTRAL, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),  # within the limit it is none
         (LLAMA, {"auto_map": {"AutoModel": "x.Y"}, "some_new_training_option": 3}),
         (LLAMA, {"quantization_config": {}, "pruned_heads": {}, "hidden_act": "swish"}),
     ],
@@ -193,12 +196,17 @@ def test_options_that_change_nothing_load(base: dict[str, object], changes: dict
         (QWEN2, {"layer_types": ["full_attention"] * 3}, "expected 24 times 'full_attention'"),
         (QWEN2, {"layer_types": "full_attention"}, "expected 24 times 'full_attention'"),
         (MISTRAL, {"sliding_window": "wide"}, "sliding_window is 'wide'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
-        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type is 'dynamic'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
         (
             LLAMA,
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-            "rope_scaling.short_factor is",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1}},
+            "rope_scaling.beta_fast is 1, expected a number above beta_slow, which is 1.0",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "mrope", "factor": 4.0}}, "rope_scaling.type is 'mrope'"),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_scaling.short_factor is .* expected 32 numbers, one for each pair that is turned",
         ),
         (LLAMA, {"rope_scaling": {"factor": 4.0}}, "rope_scaling.type is missing"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
@@ -340,6 +348,29 @@ def test_load_config_names_the_file(tmp_path: Path) -> None:
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     path.write_text(json.dumps(LLAMA))
     assert load_config(tmp_path) == read(LLAMA)
+
+
+def test_qwen2_5_with_yarn_has_the_longer_context() -> None:
+    """Its page says to add just this; the limit in its config.json stays what was trained."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(QWEN2, rope_scaling=yarn)
+    assert config.max_position_embeddings == 131072
+    assert config.rope_scaling is not None and config.rope_scaling.kind == "yarn"
+    assert config.rope_scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+
+
+def test_longrope_takes_its_long_factors_where_the_context_is_long() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    scaling = {"type": "longrope", **factors}
+    phi4 = {"model_type": "phi3", "partial_rotary_factor": 0.75, "rope_scaling": scaling}
+    long = ModelConfig.from_hf(phi4 | {"max_position_embeddings": 131072, "num_attention_heads": 24})
+    assert long.rope_scaling is not None and long.rotary_dim == 96
+    assert set(long.rope_scaling.factors) == {2.0}
+    assert long.rope_scaling.attention_factor == pytest.approx(1.1902381)  # sqrt(1 + ln 32 / ln 4096)
+    short = ModelConfig.from_hf(phi4 | {"max_position_embeddings": 4096, "num_attention_heads": 24})
+    assert short.rope_scaling is not None and set(short.rope_scaling.factors) == {1.0}
+    old = ModelConfig.from_hf(phi4 | {"rope_scaling": scaling | {"type": "su"}, "num_attention_heads": 24})
+    assert old == short, "the first files of Phi-3 call it so"
 
 
 def test_a_family_of_ones_own() -> None:

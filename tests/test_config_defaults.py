@@ -6,7 +6,7 @@ tests/golden/config_defaults.json is written by tools/make_defaults.py, from tra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "eos_token_id": "eos_token_ids",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
 }
 OF_EXPERTS = {
     "intermediate_size": "dense_width",
@@ -30,6 +32,12 @@ OF_EXPERTS = {
     "num_experts_per_tok": "per_token",
     "norm_topk_prob": "normalised",
     "moe_intermediate_size": "width",
+}
+
+COMPUTED: Mapping[str, Callable[[ModelConfig], object]] = {
+    "attention_multiplier": lambda config: config.query_scale * config.head_dim**-0.5,
+    "logits_scaling": lambda config: 1 / config.logit_scale,
+    "no_rope_layers": lambda config: [int(i not in config.no_rope_layers) for i in range(config.num_layers)],
 }
 
 
@@ -46,6 +54,8 @@ def expect(fields: Fields, theirs: Mapping[str, Any], about: str) -> None:
             continue
         if config.experts is not None and name in OF_EXPERTS:
             own = getattr(config.experts, OF_EXPERTS[name])
+        elif name in COMPUTED:
+            own = pytest.approx(COMPUTED[name](config))
         else:
             own = getattr(config, OURS.get(name, name))
         if name == "eos_token_id":

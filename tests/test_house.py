@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: Sequence[frozenset[str]] = (
     # _cpu: the module that kernels/cpu becomes
     frozenset(
-        {"data", "sampling_params", "config", "families", "config_fields", "errors", "metrics"}
+        {"data", "sampling_params", "config", "families", "config_fields", "config_rope", "errors", "metrics"}
         | {"config_embedding", "limits", "memory", "memory_limits", "version", "user_cache", "_cpu"}
     ),
     frozenset({"metalsim", "distributed", "tokenizer", "weights"}),

@@ -7,12 +7,14 @@ or how a fact is used.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tiny_llm.config_fields import Fields, read_file
+from tiny_llm.config_rope import RopeScaling, read_rope
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import built_in_family
 from tiny_llm.families.expert_facts import ExpertFacts
@@ -22,23 +24,6 @@ from tiny_llm.families.unsupported import refuse_unsupported
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 QUANTIZED_GROUPS = (32, 64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How RoPE's frequencies are stretched for contexts beyond the trained one.
-
-    "linear" divides every frequency by ``factor``. "llama3" divides only the slow
-    ones, by the other three fields; they are 0 for "linear". "factors" divides each by its own of
-    ``factors``, as GGUF files have it.
-    """
-
-    kind: Literal["linear", "llama3", "factors"]
-    factor: float
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_max_position_embeddings: int = 0
-    factors: tuple[float, ...] = ()
 
 
 _FORMATS: Mapping[str, tuple[Sequence[int], Sequence[int]]] = {
@@ -128,6 +113,8 @@ class ModelConfig(ModelFacts):
     rotary_dim: int = 0  # entries of a head that RoPE turns; 0: all
     rope_interleaved: bool = False  # RoPE turns neighbours, not halves
     no_rope_layers: tuple[int, ...] = ()
+    local_layers: tuple[int, ...] = ()  # whose RoPE has ``local_theta`` and is not scaled
+    local_theta: float = 10_000.0
     query_scale: float = 1.0  # on top of 1 / sqrt(head_dim)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and the MLP add
@@ -152,7 +139,8 @@ class ModelConfig(ModelFacts):
         layers = fields.whole("num_hidden_layers", most=10_000)
         positions = fields.whole("max_position_embeddings")
         hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-        theta, scaling = _rope(fields)
+        head_dim = _head_dim(fields, hidden, heads)
+        partial = "partial_rotary_factor" in family.reads
         attention_bias = fields.flag("attention_bias", False)
         shared: dict[str, Any] = {
             "model_type": model_type,
@@ -162,11 +150,9 @@ class ModelConfig(ModelFacts):
             "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": _num_kv_heads(fields, heads),
-            "head_dim": _head_dim(fields, hidden, heads),
+            "head_dim": head_dim,
             "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": positions,
+            **read_rope(fields, head_dim, positions, partial=partial),
             "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
             "attention_bias": attention_bias,
             "output_bias": attention_bias,
@@ -176,7 +162,8 @@ class ModelConfig(ModelFacts):
             "dtype": read_dtype(fields),
             "windows": _windows(fields, family, layers, positions),
         }
-        return cls(**{**shared, **facts})
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        return cls(**{**shared, **{name: fact for name, fact in facts.items() if name in known}})
 
 
 def load_end_ids(folder: Path) -> tuple[int, ...]:
@@ -208,58 +195,6 @@ def _windows(fields: Fields, family: Family, layers: int, positions: int) -> tup
     if window >= positions or not any(slides):
         return ()
     return tuple(window if slides[layer] else 0 for layer in range(layers))
-
-
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Return theta and scaling, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters``."""
-    sections = [s for s in map(fields.section, ("rope_scaling", "rope_parameters")) if s is not None]
-    scalings = {_rope_scaling(section) for section in sections} or {None}
-    named = [part for part in (fields, *sections) if part.get("rope_theta") is not None]
-    thetas = {part.number("rope_theta") for part in named} or {10_000.0}
-    if len(scalings) > 1 or len(thetas) > 1:
-        raise ConfigError(
-            "rope_theta, rope_scaling and rope_parameters contradict each other. Keep one spelling: "
-            "rope_theta with rope_scaling, or rope_parameters alone."
-        )
-    return thetas.pop(), scalings.pop()
-
-
-_ROPE_FIELDS = frozenset(
-    {
-        "type",
-        "rope_type",
-        "rope_theta",
-        "factor",
-        "factors",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-    }
-)
-
-
-def _rope_scaling(section: Fields) -> RopeScaling | None:
-    unknown = sorted(section.names() - _ROPE_FIELDS)
-    if unknown:
-        raise section.wrong(unknown[0], "only fields of the rope types 'default', 'linear' and 'llama3'")
-    if section.number("partial_rotary_factor", 1.0) != 1.0:
-        raise section.wrong("partial_rotary_factor", "1, since all of a head is rotated")
-    name = "rope_type" if section.get("rope_type") is not None else "type"
-    kind = section.text(name, None if section.get("factor") is not None else "default")
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", section.number("factor"))
-    if kind == "factors":
-        return RopeScaling("factors", 1.0, factors=section.numbers("factors"))
-    if kind != "llama3":
-        raise section.wrong(name, "'default', 'linear' or 'llama3'")
-    low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-    if high <= low:
-        raise section.wrong("high_freq_factor", f"a number above low_freq_factor, which is {low}")
-    original = section.whole("original_max_position_embeddings")
-    return RopeScaling("llama3", section.number("factor"), low, high, original)
 
 
 def _num_kv_heads(fields: Fields, heads: int) -> int:

@@ -46,8 +46,20 @@ GPT2 = {
     "tie_word_embeddings": False,
     "eos_token_id": 7,
 }
+SCALES = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 BASES = {
     "gpt2": [GPT2],
+    "ernie4_5": [SIZES | HEAD | {"use_bias": True}],
+    "gemma3_text": [
+        SIZES
+        | HEAD
+        | {"num_attention_heads": 16, "num_key_value_heads": 2, "sliding_window": 1024}
+        | {"rope_local_base_freq": 5000.0, "query_pre_attn_scalar": 64}
+    ],
+    "granite": [SIZES | BIASED | dict.fromkeys(SCALES, 0.5)],
+    "olmo2": [SIZES | BIASED],
+    "phi3": [SIZES | {"sliding_window": 1024, "partial_rotary_factor": 0.5}],
+    "smollm3": [SIZES | BIASED | {"mlp_bias": True, "no_rope_layer_interval": 2}],
     "llama": [SIZES | HEAD | BIASED | {"mlp_bias": True}],
     "mistral": [SIZES | HEAD | {"sliding_window": None}, SIZES | {"sliding_window": 1024}],
     "qwen2": [SIZES | SWITCHED | {"max_window_layers": layers} for layers in (1, 2)],
@@ -56,7 +68,7 @@ BASES = {
     "qwen3_moe": [SIZES | BIASED | SPARSE],
     "olmoe": [SIZES | BIASED | MIXED],
 }
-KEPT = (*SIZES, *SPARSE, "head_dim", "attention_bias", "mlp_bias")
+KEPT = (*SIZES, *SPARSE, *SCALES, "head_dim", "attention_bias", "mlp_bias", "no_rope_layers")
 
 
 def facts(model_type: str, fields: dict[str, object]) -> dict[str, object]:
@@ -69,9 +81,23 @@ def facts(model_type: str, fields: dict[str, object]) -> dict[str, object]:
     found = {name: getattr(config, name) for name in KEPT if name != "rope_theta" and hasattr(config, name)}
     if hasattr(config, "layer_norm_epsilon"):
         found["rms_norm_eps"] = config.layer_norm_epsilon
+    if "full_attention" in rope:
+        found["local_theta"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if hasattr(config, "query_pre_attn_scalar"):
+        found["attention_multiplier"] = config.query_pre_attn_scalar**-0.5
+    if hasattr(config, "use_bias"):
+        found |= dict.fromkeys(("attention_bias", "mlp_bias"), bool(config.use_bias))
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     window = getattr(config, "sliding_window", None) if slides else None
+    share = rope.get("partial_rotary_factor") or 1.0
+    if share != 1 or "partial_rotary_factor" in rope:
+        found["rotary_dim"] = (
+            int(share * (config.hidden_size // config.num_attention_heads)) if share != 1 else 0
+        )
+    if kinds is not None and slides and window is None:
+        return {"refused": "there is no window"}
     return found | {"rope_theta": rope["rope_theta"], "rope_type": rope["rope_type"], "window": window}
 
 

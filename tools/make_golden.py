@@ -149,6 +149,71 @@ CASES = (
         {"vocab_size": 71, "n_embd": 40, "n_layer": 2, "n_head": 5, "n_positions": 128, "n_inner": 72},
         rope=None,
     ),
+    Case(
+        "ernie4_5",
+        "ernie4_5",
+        sizes(79, 36, 28, 6, 2) | {"head_dim": 10, "use_bias": True} | TIED,
+        rope={"rope_type": "default", "rope_theta": 500_000.0},
+    ),
+    Case(
+        "phi3",
+        "phi3",
+        sizes(68, 48, 36, 3, 1) | {"sliding_window": 4, "pad_token_id": 0},
+        rope={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75},
+    ),
+    Case(
+        "phi3_long",
+        "phi3",
+        sizes(68, 64, 36, 4, 2)
+        | {"original_max_position_embeddings": 3, "pad_token_id": 0}  # small: so its long factors are in use
+        | TIED,
+        rope={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.3, 2.2, 4.5, 9.0, 30.0],
+        },
+    ),
+    Case(
+        "smollm3",
+        "smollm3",
+        sizes(90, 36, 44, 6, 3, layers=3) | {"no_rope_layers": [1, 0, 1], "pad_token_id": 0} | TIED,
+        rope={"rope_type": "default", "rope_theta": 2_000_000.0},
+    ),
+    Case("olmo2", "olmo2", sizes(77, 40, 36, 5, 5), norm_after=True),
+    Case(
+        "granite",
+        "granite",
+        sizes(82, 40, 28, 4, 2)
+        | {"embedding_multiplier": 7.0, "attention_multiplier": 0.2}
+        | {"residual_multiplier": 0.3, "logits_scaling": 2.5, "attention_bias": True}
+        | TIED,
+    ),
+    Case(
+        "gemma3",
+        "gemma3_text",
+        sizes(85, 36, 44, 3, 1, layers=3)
+        | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 3}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+        | TIED,
+        norm_after=True,
+        rope={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+        },
+    ),
+    Case(
+        "qwen2_yarn",
+        "qwen2",
+        sizes(74, 64, 40, 4, 2) | TIED,
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
 )
 
 

@@ -29,6 +29,14 @@ CASES = (
     "qwen3_moe",
     "olmoe",
     "gpt2",
+    "ernie4_5",
+    "phi3",
+    "phi3_long",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "gemma3",
+    "qwen2_yarn",
 )
 MakeBatch = Callable[..., Batch]
 Greedy = Callable[[Model, Sequence[int], int], list[int]]

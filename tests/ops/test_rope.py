@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from tiny_llm.config import RopeScaling
+from tiny_llm.config_rope import RopeScaling
 from tiny_llm.ops.rope import rope, rope_frequencies
 
 pytestmark = pytest.mark.chapter("1.2")

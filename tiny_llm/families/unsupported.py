@@ -40,6 +40,7 @@ _RESULT_CHANGING: Mapping[str, tuple[object, ...]] = {
     "rotary_pct": (1,),
     "scale_depth": (),
     "scale_emb": (1,),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),

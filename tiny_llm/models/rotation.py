@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelConfig, RopeScaling
+from tiny_llm.config import ModelConfig
+from tiny_llm.config_rope import RopeScaling
 from tiny_llm.ops.rope import rope_frequencies
 
 
@@ -22,14 +23,25 @@ def rotations(config: ModelConfig) -> list[Rotation]:
     if config.learned_positions:
         return [Rotation(None, config.query_scale)] * config.num_layers
     turned = _rotation(config, config.rope_theta, config.rope_scaling)
-    none = Rotation(mx.zeros((config.head_dim // 2,)), config.query_scale)
-    return [none if layer in config.no_rope_layers else turned for layer in range(config.num_layers)]
+    local = _rotation(config, config.local_theta, None)
+    still = Rotation(mx.zeros((config.head_dim // 2,)), config.query_scale)
+    others = dict.fromkeys(config.local_layers, local) | dict.fromkeys(config.no_rope_layers, still)
+    return [others.get(layer, turned) for layer in range(config.num_layers)]
 
 
 def _rotation(config: ModelConfig, theta: float, scaling: RopeScaling | None) -> Rotation:
     turned = rope_frequencies(config.rotary_dim or config.head_dim, theta, scaling)
     still = mx.zeros((config.head_dim // 2 - turned.size,))
-    return Rotation(mx.concatenate([turned, still]), config.query_scale)
+    inv_freq = mx.concatenate([turned, still])
+    # Queries and keys are multiplied alike: of both, queries alone bear it, so that keys can be moved.
+    factor = 1.0 if scaling is None else scaling.attention_factor**2
+    scale: float | mx.array = config.query_scale * factor
+    if factor != 1 and still.size:
+        half = mx.concatenate([mx.full(turned.shape, scale), mx.full(still.shape, config.query_scale)])
+        scale = mx.concatenate([half, half])
+        mx.eval(scale)
+    mx.eval(inv_freq)
+    return Rotation(inv_freq, scale)
 
 
 def head_order(config: ModelConfig) -> tuple[int, ...]:

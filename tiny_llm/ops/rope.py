@@ -8,7 +8,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from tiny_llm.config import RopeScaling
+from tiny_llm.config_rope import RopeScaling
 from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.rms_norm import rms_norm_mlx, rms_norm_ref
@@ -20,10 +20,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     Computed in Python's float64, since an error here grows with the position.
     """
     frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if scaling is not None and scaling.factors:
-        frequencies = [one / factor for one, factor in zip(frequencies, scaling.factors, strict=True)]
-    elif scaling is not None:
-        frequencies = [_scaled(frequency, scaling) for frequency in frequencies]
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
     return mx.array(frequencies, dtype=mx.float32)
 
 
@@ -36,14 +34,36 @@ def rope_periods(inv_freq: mx.array) -> mx.array | None:
     return periods
 
 
-def _scaled(frequency: float, scaling: RopeScaling) -> float:
-    """Divide by ``factor``; "llama3" (Llama 3.1) spares pairs that turn often in the trained context."""
+def _scaled(frequencies: list[float], scaling: RopeScaling) -> list[float]:
+    """Divide by ``factor``, or by one for each; "llama3" and "yarn" spare pairs that turn often."""
+    if scaling.factors:
+        return [one / factor for one, factor in zip(frequencies, scaling.factors, strict=True)]
     if scaling.kind == "linear":
-        return frequency / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = min(max(kept, 0.0), 1.0)  # 1: a fast pair, left alone; 0: a slow one, divided
-    return kept * frequency + (1 - kept) * frequency / scaling.factor
+        return [one / scaling.factor for one in frequencies]
+    kept = _kept_llama3 if scaling.kind == "llama3" else _kept_yarn
+    shares = [min(max(share, 0.0), 1.0) for share in kept(frequencies, scaling)]
+    # 1: a fast pair, left alone; 0: a slow one, divided
+    return [s * one + (1 - s) * one / scaling.factor for one, s in zip(frequencies, shares, strict=True)]
+
+
+def _kept_llama3(frequencies: list[float], scaling: RopeScaling) -> list[float]:
+    """By how often a pair turns in the trained context (Llama 3.1)."""
+    trained = scaling.original_max_position_embeddings / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return [(trained * frequency - low) / (high - low) for frequency in frequencies]
+
+
+def _kept_yarn(frequencies: list[float], scaling: RopeScaling) -> list[float]:
+    """By a pair's place between the one that turns often and the one that seldom does (YaRN)."""
+    slower = -math.log(frequencies[1]) if len(frequencies) > 1 else 1.0  # from a pair to the next
+    trained = scaling.original_max_position_embeddings / (2 * math.pi)
+    ends = [
+        math.log(trained / turns) / slower for turns in (scaling.high_freq_factor, scaling.low_freq_factor)
+    ]
+    if scaling.truncate:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], 2 * len(frequencies) - 1)
+    return [1 - (i - first) / (last - first or 0.001) for i in range(len(frequencies))]
 
 
 def rope_ref(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:

@@ -15,25 +15,26 @@ from types import MappingProxyType
 from tiny_llm.errors import ConfigError, did_you_mean
 
 Facts = Mapping[str, object]
-BYTES_A_PARAMETER = 2  # every one of them is published in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class ShortName:
     """A published model: its hub id, its parameters, and config.json's facts.
 
-    ``duplicate_parameters`` counts a tied head that the repository stores once more.
+    ``duplicate_parameters`` counts a tied head that the repository stores once more; nearly all are
+    published in ``bytes_a_parameter`` of 2, as bfloat16.
     """
 
     repo_id: str
     parameters: int
     facts: Facts
     duplicate_parameters: int = 0
+    bytes_a_parameter: int = 2
 
     @property
     def download_bytes(self) -> int:
         """Size of the weight files; the tokenizer adds some 10 MB."""
-        return (self.parameters + self.duplicate_parameters) * BYTES_A_PARAMETER
+        return (self.parameters + self.duplicate_parameters) * self.bytes_a_parameter
 
 
 def config_of(name: str) -> dict[str, object]:
@@ -132,6 +133,62 @@ _MISTRAL = _facts(
     sliding_window=None,
 )
 
+_GPT2 = _facts(model_type="gpt2", vocab_size=50257, n_positions=1024, eos_token_id=50256)
+_ERNIE = _facts(
+    _COMMON,
+    **{"model_type": "ernie4_5", "vocab_size": 103424, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    **{"max_position_embeddings": 131072, "head_dim": 128, "use_bias": False, "eos_token_id": 2},
+)
+_PHI3 = _facts(
+    _COMMON,
+    **{"model_type": "phi3", "vocab_size": 32064, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    **{"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": 2047},
+    **{"rope_scaling": None, "eos_token_id": 32000},
+)
+# The long factors of Phi-4-mini; all short ones are 1.
+_LONG = """1 1.118320672 1.250641126 1.398617824 1.564103225 1.74916897 1.956131817 2.187582649 2.446418898
+2.735880826 3.059592084 3.421605075 3.826451687 4.279200023 4.785517845 5.351743533 5.984965424 6.693110555
+7.485043894 8.370679318 9.36110372 10.4687158 11.70738129 13.09260651 14.64173252 16.37415215 18.31155283
+20.47818807 22.90118105 25.61086418 28.64115884 32.03 32.1 32.13 32.23 32.6 32.61 32.64 32.66 32.7 32.71 32.93
+32.97 33.28 33.49 33.5 44.16 47.77"""
+_LONGROPE: Mapping[str, object] = {
+    "long_factor": [float(one) for one in _LONG.split()],
+    "short_factor": [1.0] * 48,
+}
+_PHI4_MINI = _facts(
+    _PHI3,
+    **{"vocab_size": 200064, "max_position_embeddings": 131072, "sliding_window": 262144},
+    **{"partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", **_LONGROPE}},
+    **{"eos_token_id": 199999},
+)
+_SMOLLM3 = _facts(
+    _COMMON,
+    **{"model_type": "smollm3", "vocab_size": 128256, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0},
+    **{"max_position_embeddings": 65536, "no_rope_layers": [1, 1, 1, 0] * 9, "eos_token_id": 128012},
+)
+_OLMO2 = _facts(
+    _COMMON,
+    **{"model_type": "olmo2", "vocab_size": 100352, "rms_norm_eps": 1e-6, "rope_theta": 500000.0},
+    **{"max_position_embeddings": 4096, "attention_bias": False, "eos_token_id": 100257},
+)
+_GRANITE = _facts(
+    _COMMON,
+    **{"model_type": "granite", "vocab_size": 49159, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0},
+    **{"max_position_embeddings": 131072, "embedding_multiplier": 12.0, "attention_multiplier": 0.015625},
+    **{"residual_multiplier": 0.22, "logits_scaling": 8.0, "eos_token_id": 0},
+)
+_GEMMA3 = _facts(
+    **{"model_type": "gemma3_text", "torch_dtype": "bfloat16", "vocab_size": 262144, "head_dim": 256},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
+    **{"max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256},
+    **{"hidden_activation": "gelu_pytorch_tanh", "eos_token_id": [1, 106]},
+)
+
+
+def _gpt2(repo_id: str, parameters: int, width: int, layers: int, heads: int) -> ShortName:
+    facts = _facts(_GPT2, n_embd=width, n_layer=layers, n_head=heads)
+    return ShortName(repo_id, parameters, facts, bytes_a_parameter=4)
+
 
 def _llama3_long(factor: float) -> Facts:
     """LLaMA 3.1 and later: the context stretched to 128K, and three ids that end an answer."""
@@ -197,4 +254,19 @@ SHORT_NAMES: Mapping[str, ShortName] = {
     "tinyllama-1.1b": _row(
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, _TINYLLAMA, (2048, 5632, 22, 32, 4)
     ),
+    "gpt2": _gpt2("openai-community/gpt2", 124_439_808, 768, 12, 12),
+    "gpt2-xl": _gpt2("openai-community/gpt2-xl", 1_557_611_200, 1600, 48, 25),
+    "ernie-4.5-0.3b": _row("baidu/ERNIE-4.5-0.3B-PT", 360_748_032, _tied(_ERNIE), (1024, 3072, 18, 16, 2)),
+    "phi-3-mini": _row("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552, _PHI3, (3072, 8192, 32, 32, 32)),
+    "phi-4-mini": _row(
+        "microsoft/Phi-4-mini-instruct", 3_836_021_760, _tied(_PHI4_MINI), (3072, 8192, 32, 24, 8)
+    ),
+    "smollm3-3b": _row("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, _tied(_SMOLLM3), (2048, 11008, 36, 16, 4)),
+    "olmo2-1b": _row("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736, _OLMO2, (2048, 8192, 16, 16, 16)),
+    "olmo2-7b": _row("allenai/OLMo-2-1124-7B-Instruct", 7_298_617_344, _OLMO2, (4096, 11008, 32, 32, 32)),
+    "granite-3.3-2b": _row(
+        "ibm-granite/granite-3.3-2b-instruct", 2_533_539_840, _tied(_GRANITE), (2048, 8192, 40, 32, 8)
+    ),
+    "gemma-3-270m": _row("google/gemma-3-270m-it", 268_098_176, _tied(_GEMMA3), (640, 2048, 18, 4, 1)),
+    "gemma-3-1b": _row("google/gemma-3-1b-it", 999_885_952, _tied(_GEMMA3), (1152, 6912, 26, 4, 1)),
 }
