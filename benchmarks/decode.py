@@ -65,7 +65,7 @@ def share_of_bandwidth(sides: Sides, answer: Answer, rows: int) -> float | None:
     rate = answer.best(OURS)
     if ours is None or rate is None or answer.read_gb_s is None:
         return None
-    return float(ours.about["weight_bytes"]) * rate / rows / 1e9 / answer.read_gb_s
+    return float(ours.about["read_bytes"]) * rate / rows / 1e9 / answer.read_gb_s
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def parser(about: str, *, context: int, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--against", default=",".join(PEERS), help="peers, with commas between; '' for none")
     made.add_argument("--peers-only", action="store_true", help="leave our own engine out")
     made.add_argument("--shape", default="qwen2-0.5b", help="short name of a model, whose shapes to use")
+    made.add_argument("--layers", type=int, help="so many of the model's layers, where memory is short")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--context", type=numbers, default=(context,), help="tokens, with commas between")
@@ -77,11 +78,16 @@ def start(options: argparse.Namespace) -> Iterator[Sides]:
             try:
                 worker = Worker(name, _command(name, options.folder), options.threads)
                 stack.enter_context(closing(worker))
-                worker.load(options.shape, config_of(options.shape), options.folder / "models")
+                worker.load(options.shape, _config(options), options.folder / "models")
                 sides.ready.append(worker)
             except (PeerMissing, WorkerError) as error:
                 sides.lose(name, error)
         yield sides
+
+
+def _config(options: argparse.Namespace) -> dict[str, object]:
+    config = config_of(options.shape)
+    return config if options.layers is None else config | {"num_hidden_layers": options.layers}
 
 
 def is_slow(name: str) -> bool:

@@ -11,11 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 from protocol import Config, serve
 
-from tiny_llm.config import ModelConfig
+from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.models.footprint import read_bytes
 from tiny_llm.models.loading import kv_dtype, load_model, weight_bytes
 from tiny_llm.ops.backend import active, isa, set_threads, use
 from tiny_llm.proving.record import Shapes
@@ -24,7 +25,7 @@ from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.hub import resolve
 
-BITS = 4
+BITS, GROUP = 4, 64
 BLOCK = 16
 STRIDE = 7919  # prompts' tokens are this far apart: all over the vocabulary, the same every time
 SPARE = 64  # tokens that the first to begin may be ahead of the last
@@ -51,6 +52,7 @@ class Ours:
         self.about = {
             "version": f"{active()} {isa()}",
             "weight_bytes": weight_bytes(self._model),
+            "read_bytes": read_bytes(checkpoint.config, 2, 4, Quantization(BITS, GROUP), tokens=1),
             "kernels": self._kernels.line,
         }
 

@@ -9,6 +9,7 @@ Where CONFIG has "foretold", its text is known, as measure/foretold.py says.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import gguf
 import numpy as np
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ARCHITECTURES = {"qwen2_moe": "qwen2moe"}  # where llama.cpp's name is another
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale and 32 values of 4 bits
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 Config = Mapping[str, Any]
@@ -46,7 +48,8 @@ def gguf_of(config: Config, folder: str, tokenizer: Path | None = None) -> Path:
 
 
 def _write(path: Path, config: Config, number: Mapping[str, float], tokenizer: Path | None) -> None:
-    writer = gguf.GGUFWriter(str(path), str(config["model_type"]))
+    model_type = str(config["model_type"])
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES.get(model_type, model_type))
     heads, hidden = int(number["num_attention_heads"]), int(number["hidden_size"])
     writer.add_context_length(int(number["max_position_embeddings"]))
     writer.add_embedding_length(hidden)
@@ -57,23 +60,45 @@ def _write(path: Path, config: Config, number: Mapping[str, float], tokenizer: P
     writer.add_rope_freq_base(float(number["rope_theta"]))
     writer.add_layer_norm_rms_eps(float(number["rms_norm_eps"]))
     writer.add_vocab_size(int(number["vocab_size"]))
+    if "num_experts" in number:
+        _write_expert_facts(writer, number)
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:
         given = json.loads((tokenizer / "tokenizer.json").read_text())
         _write_vocabulary(writer, given, int(number["vocab_size"]))
-    _add_tensors(writer, number, config.get("foretold"))
+    _add_tensors(writer, model_type, number, config.get("foretold"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _add_tensors(writer: gguf.GGUFWriter, number: Mapping[str, float], foretold: Config | None) -> None:
-    """Vectors of ones and zeros, random matrices; what is foretold has the moved embedding as its head."""
+def _write_expert_facts(writer: gguf.GGUFWriter, number: Mapping[str, float]) -> None:
+    writer.add_expert_count(int(number["num_experts"]))
+    writer.add_expert_used_count(int(number["num_experts_per_tok"]))
+    writer.add_expert_feed_forward_length(_expert_width(number))
+    if "shared_expert_intermediate_size" in number:
+        writer.add_expert_shared_feed_forward_length(int(number["shared_expert_intermediate_size"]))
+
+
+def _expert_width(number: Mapping[str, float]) -> int:
+    return int(number.get("moe_intermediate_size", number["intermediate_size"]))
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter, model_type: str, number: Mapping[str, float], foretold: Config | None
+) -> None:
+    """Vectors of ones and zeros, random matrices; what is foretold has the moved embedding as its head.
+
+    Routers are float32, as llama.cpp keeps them.
+    """
     rng = np.random.default_rng(0)
     embedding = np.empty(0, np.uint8)
-    for name, shape in _tensors(number):
+    for name, shape in _tensors(model_type, number):
+        if name.endswith("ffn_gate_inp.weight"):
+            writer.add_tensor(name, rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5)
+            continue
         if len(shape) == 1:
             fill = 1.0 if name.endswith("norm.weight") else 0.0
             writer.add_tensor(name, np.full(shape, fill, np.float32))
@@ -81,7 +106,9 @@ def _add_tensors(writer: gguf.GGUFWriter, number: Mapping[str, float], foretold:
         if foretold and name == HEAD:
             matrix = np.roll(embedding, foretold["stride"], axis=0)
         else:
-            matrix = _random_q4(rng, *shape, _deviation(name, shape[1], foretold))
+            rows, columns = math.prod(shape[:-1]), shape[-1]
+            packed = _random_q4(rng, rows, columns, _deviation(name, columns, foretold))
+            matrix = packed.reshape(*shape[:-1], -1)
         if name == EMBEDDING:
             embedding = matrix
         writer.add_tensor(name, matrix, raw_dtype=Q4_0)
@@ -112,24 +139,49 @@ def _write_vocabulary(writer: gguf.GGUFWriter, given: Mapping[str, Any], size: i
     writer.add_eos_token_id(given["added_tokens"][0]["id"])
 
 
-def _tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Qwen2's tensors by their GGUF names, the embedding before the head; one that is tied is not stored."""
-    hidden, middle = int(number["hidden_size"]), int(number["intermediate_size"])
+def _tensors(model_type: str, number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A model's tensors by their GGUF names, the embedding before the head; a tied one is not stored."""
+    hidden = int(number["hidden_size"])
     kv = hidden // int(number["num_attention_heads"]) * int(number["num_key_value_heads"])
     yield EMBEDDING, (int(number["vocab_size"]), hidden)
     for layer in range(int(number["num_hidden_layers"])):
         for name, rows in (("attn_q", hidden), ("attn_k", kv), ("attn_v", kv)):
             yield f"blk.{layer}.{name}.weight", (rows, hidden)
-            yield f"blk.{layer}.{name}.bias", (rows,)
+            if model_type.startswith("qwen2"):
+                yield f"blk.{layer}.{name}.bias", (rows,)
+        if model_type == "olmoe":
+            yield f"blk.{layer}.attn_q_norm.weight", (hidden,)
+            yield f"blk.{layer}.attn_k_norm.weight", (kv,)
         yield f"blk.{layer}.attn_output.weight", (hidden, hidden)
-        yield f"blk.{layer}.ffn_gate.weight", (middle, hidden)
-        yield f"blk.{layer}.ffn_up.weight", (middle, hidden)
-        yield f"blk.{layer}.ffn_down.weight", (hidden, middle)
+        for name, shape in _mlp_tensors(number):
+            yield f"blk.{layer}.{name}.weight", shape
         yield f"blk.{layer}.attn_norm.weight", (hidden,)
         yield f"blk.{layer}.ffn_norm.weight", (hidden,)
     yield "output_norm.weight", (hidden,)
     if not number["tie_word_embeddings"]:
         yield HEAD, (int(number["vocab_size"]), hidden)
+
+
+def _mlp_tensors(number: Mapping[str, float]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of one layer: an MLP, or a router, its experts, and perhaps one that is shared, with its gate."""
+    hidden = int(number["hidden_size"])
+    if "num_experts" not in number:
+        yield from _gated_tensors("", (), hidden, int(number["intermediate_size"]))
+        return
+    count, shared = int(number["num_experts"]), int(number.get("shared_expert_intermediate_size", 0))
+    yield "ffn_gate_inp", (count, hidden)
+    yield from _gated_tensors("_exps", (count,), hidden, _expert_width(number))
+    if shared:
+        yield "ffn_gate_inp_shexp", (hidden,)
+        yield from _gated_tensors("_shexp", (), hidden, shared)
+
+
+def _gated_tensors(
+    kind: str, count: tuple[int, ...], hidden: int, middle: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"ffn_gate{kind}", (*count, middle, hidden)
+    yield f"ffn_up{kind}", (*count, middle, hidden)
+    yield f"ffn_down{kind}", (*count, hidden, middle)
 
 
 def _random_q4(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> np.ndarray:
