@@ -141,3 +141,59 @@ inline T biased(float sum, B bias, int column) {
             out[ulong(row + r) * outputs + column] = static_cast<T>(silu * up);
         }
     }
+
+// kernel quantized_matmul_experts(x, packed, scales, biases, experts, starts, rows, outputs) -> (out)
+    // Rows are sorted by expert, or R is 1. Of each expert's rows every R-th begins a block, and reads its matrix.
+    int lane = int(thread_index_in_simdgroup);
+    int column = int(thread_position_in_grid.y) * 8 + lane / 8;
+    int row = int(thread_position_in_grid.z);
+    int expert = int(experts[row]);
+    if ((row - int(starts[expert])) % R == 0) {
+        int end = row + 1;  // of the block
+        UNROLL for (int r = 1; r < R; r++) {
+            end += end == row + r && end < rows && int(experts[min(end, rows - 1)]) == expert ? 1 : 0;
+        }
+        ulong before = ulong(expert) * ulong(outputs);  // rows of all matrices
+        auto words = packed + before * (I / 32 * BITS);
+        auto own_scales = scales + before * (I / GROUP), own_biases = biases + before * (I / GROUP);
+        int first = min(column, outputs - 1), second = min(column + 4, outputs - 1);
+        float sums[R][2];
+        add_rows<I, BITS, GROUP>(
+            x, row, end, words, words, own_scales, own_scales, own_biases, own_biases, first, second, lane % 8, sums);
+        UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int c = 0; c < 2; c++) {
+                int o = column + c * 4;
+                if (lane % 8 == 0 && row + r < end && o < outputs) {
+                    out[ulong(row + r) * outputs + o] = static_cast<T>(sums[r][c]);
+                }
+            }
+        }
+    }
+
+// kernel quantized_matmul_experts_gated(x, packed_0, scales_0, biases_0, packed_1, scales_1, biases_1, experts, starts, rows, outputs) -> (out)
+    int lane = int(thread_index_in_simdgroup);
+    int column = int(thread_position_in_grid.y) * 4 + lane / 8;
+    int row = int(thread_position_in_grid.z);
+    int expert = int(experts[row]);
+    if ((row - int(starts[expert])) % R == 0) {
+        int end = row + 1;
+        UNROLL for (int r = 1; r < R; r++) {
+            end += end == row + r && end < rows && int(experts[min(end, rows - 1)]) == expert ? 1 : 0;
+        }
+        ulong before = ulong(expert) * ulong(outputs);
+        auto words_0 = packed_0 + before * (I / 32 * BITS), words_1 = packed_1 + before * (I / 32 * BITS);
+        auto own_scales_0 = scales_0 + before * (I / GROUP), own_scales_1 = scales_1 + before * (I / GROUP);
+        auto own_biases_0 = biases_0 + before * (I / GROUP), own_biases_1 = biases_1 + before * (I / GROUP);
+        int inside = min(column, outputs - 1);
+        float sums[R][2];
+        add_rows<I, BITS, GROUP>(
+            x, row, end, words_0, words_1, own_scales_0, own_scales_1, own_biases_0, own_biases_1, inside, inside,
+            lane % 8, sums);
+        UNROLL for (int r = 0; r < R; r++) {
+            if (lane % 8 == 0 && row + r < end && column < outputs) {
+                float gate = static_cast<float>(static_cast<T>(sums[r][0]));
+                T silu = static_cast<T>(gate / (1.0f + metal::precise::exp(-gate)));
+                out[ulong(row + r) * outputs + column] = static_cast<T>(silu * static_cast<T>(sums[r][1]));
+            }
+        }
+    }

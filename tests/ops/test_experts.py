@@ -8,10 +8,12 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Matrix, QuantizedTensor
+from tiny_llm.metalsim.build import why_not
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.experts import Routing, experts, route_ref
 from tiny_llm.ops.linear import linear_ref
+from tiny_llm.ops.metal import watch
 from tiny_llm.ops.pack import pack
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
 from tiny_llm.ops.swiglu import swiglu_ref
@@ -20,11 +22,13 @@ N, K, E, F = 7, 3, 64, 96
 FORMATS = ["float32", "bfloat16", "4 bits", "8 bits"]
 
 
-@pytest.fixture(params=["ref", "cpu", "mlx"])
+@pytest.fixture(params=["ref", "cpu", "mlx", "metalsim"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that has a way of its own."""
     if request.param == "cpu" and not works():
         pytest.skip("the CPU kernels were not built: no C++ compiler")
+    if request.param == "metalsim" and (reason := why_not()):
+        pytest.skip(reason)
     with use(request.param) as name:
         yield name
 
@@ -149,3 +153,29 @@ def test_a_row_of_nan_stays_alone(backend: str) -> None:
     assert mx.all(mx.isnan(got[2])).item()
     rest = mx.array([0, 1, 3, 4, 5])
     assert mx.array_equal(got[rest], clean[rest]).item()
+
+
+def test_metal_reads_an_expert_once_for_four_of_its_rows(where: str) -> None:
+    """40 rows, of which expert 0 has 25, 1 has 14 and 2 has one: 7, 4 and 1 blocks."""
+    if where != "metalsim":
+        pytest.skip("what a GPU reads is not counted")
+    x, _ = drawn(40)
+    experts_of = mx.array([0] * 25 + [1] * 14 + [2])
+    logits = mx.where(experts_of[:, None] == mx.arange(N), 5.0, 0.0)
+    weights = stacks("4 bits")
+    with watch() as seen:
+        mx.eval(experts(x, logits, Routing(1, normalised=False), *weights))
+    gate, up, down = (weight.packed.nbytes // N for weight in weights)
+    (_, first), (_, second) = seen
+    # 8 simdgroups of outputs read different rows; two of them are one threadgroup.
+    assert first.fetched["packed_0"] == 12 * gate and first.fetched["packed_1"] == 12 * up
+    assert second.fetched["packed"] == 12 * down
+
+
+def test_what_metal_has_no_kernel_for_goes_to_mlx(where: str, assert_close) -> None:
+    x, logits = drawn(9)
+    weights, routing = stacks("bfloat16"), Routing(K, normalised=True)
+    with watch() as seen:
+        got = experts(x, logits, routing, *weights)
+    assert {name for name, _ in seen} == {"swiglu"}
+    assert_close(got, by_definition(x, logits, routing, weights), tolerance=2e-5)

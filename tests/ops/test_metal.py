@@ -21,6 +21,7 @@ from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.embedding import embedding, embedding_ref
+from tiny_llm.ops.experts import Routing, experts
 from tiny_llm.ops.kv_pool import KvFormat, Pool, settled
 from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention, paged_attention_ref
@@ -38,8 +39,6 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 Off = Callable[[mx.array, mx.array], float]
 Arrays = tuple[mx.array, ...]
-
-
 GPUS = ["metal"] if mx.metal.is_available() else []
 on_a_gpu_too = pytest.mark.parametrize("as_metal", ["metalsim", *GPUS], indirect=True)
 
@@ -336,11 +335,13 @@ def attended(*case: Any, **kind: Any) -> Arrays:
 
 
 def every_product(x: mx.array) -> Arrays:
-    """Of one matrix, of three at once, of a gated pair; with biases."""
+    """Of one matrix, of three at once, of a gated pair, with biases; and of experts, each row's own."""
     weights = [quantized(8, x.shape[1], 64, 4, x.dtype) for _ in range(3)]
+    stacks = [QuantizedTensor(*mx.quantize(normal(2, 256, 256, dtype=x.dtype), 64, 4), 64, 4)] * 3
     biases = [normal(8, seed=seed, dtype=x.dtype) for seed in range(3)]
     single = linear(x, weights[0], biases[0])
-    return (single, *linears(x, weights, biases), gated(x, *weights[:2], *biases[:2]))
+    mixture = experts(x, x[:, :2], Routing(1, normalised=False), *stacks)
+    return (single, *linears(x, weights, biases), gated(x, *weights[:2], *biases[:2]), mixture)
 
 
 def every_kernel(dtype: mx.Dtype) -> list[mx.array]:

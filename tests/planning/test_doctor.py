@@ -85,6 +85,6 @@ def test_kernels_for_gpus_are_tried_on_the_models_shapes() -> None:
         pytest.skip(reason)
     lines = doctor("--model", "demo", "--quantize", "4", "--backend", "metalsim")
     rows = [row for row in cells(lines) if row[0]]
-    assert [row[0] for row in rows] == list(KERNELS)
+    assert [row[0] for row in rows] == [op for op in KERNELS if op != "experts"]
     assert {row[5] for row in rows} == {"yes"}, lines
     assert any("hidden 256, heads 4/2 x 64" in line for line in lines)

@@ -18,7 +18,8 @@ BODY = "// kernel {}("
 
 @pytest.fixture
 def shapes() -> Shapes:
-    return Shapes(64, 4, 2, 16, 96, 50, 4, 32, "float32", 16)
+    experts = {"experts": 5, "expert_width": 32, "experts_of_a_row": 2}
+    return Shapes(64, 4, 2, 16, 96, 50, 4, 32, "float32", 16, **experts)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import mlx.core as mx
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, cpu, on_mlx
+from tiny_llm.ops.quantized_matmul_metal import expert_products, stacks_of
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 
 SORTED_FROM = 64  # pairs of a token and an expert; MLX reads an expert's weights once where they are sorted
@@ -45,13 +46,14 @@ def route_ref(logits: mx.array, routing: Routing) -> tuple[mx.array, mx.array]:
 
 
 def experts_ref(
-    x: mx.array, chosen: mx.array, weights: mx.array, gate: Matrix, up: Matrix, down: Matrix
+    x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
     """Return ``sum_r weights[r] * down_e(silu(gate_e(x)) * up_e(x))`` with ``e = chosen[r]``; x [T, E].
 
-    ``chosen`` and ``weights`` [T, k] are ``route_ref``'s; gate and up [N, F, E], down [N, E, F]. The sum is
-    in float32.
+    ``chosen`` and ``weights`` are ``route_ref``'s of logits [T, N]; gate and up [N, F, E], down [N, E, F].
+    The sum is in float32.
     """
+    chosen, weights = route_ref(logits, routing)
     inputs = x[:, None, None, :]
     hidden = swiglu_ref(_gathered(inputs, gate, chosen), _gathered(inputs, up, chosen))
     return _weighed(_gathered(hidden, down, chosen), weights, x.dtype)
@@ -60,7 +62,7 @@ def experts_ref(
 def experts(
     x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
-    """Send each row of x [T, E] to its experts by the router's logits [T, N]; see the two ``_ref``."""
+    """Send each row of x [T, E] to its experts by the router's logits [T, N]; see ``experts_ref``."""
     arrays = (mx.array, QuantizedTensor)
     if not isinstance(gate, arrays) and not isinstance(up, arrays) and not isinstance(down, arrays):
         how = routing.correction, routing.per_token, routing.normalised
@@ -69,25 +71,35 @@ def experts(
         fallbacks().add("experts")
     if not x.size:
         return x
-    chosen, weights = route_ref(logits, routing)
     make = experts_mlx if on_mlx() else experts_ref
-    return make(x, chosen, weights, gate, up, down)
+    return make(x, logits, routing, gate, up, down)
 
 
 def experts_mlx(
-    x: mx.array, chosen: mx.array, weights: mx.array, gate: Matrix, up: Matrix, down: Matrix
+    x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
-    """In x's dtype by MLX's gathered products, many rows sorted by expert; MLX's kernels sum in float32."""
+    """In x's dtype by MLX's gathered products, or by our Metal kernels; both sum in float32.
+
+    Rows are sorted by expert where there are many, so that each one's weights are read once for all or some.
+    """
+    chosen, weights = route_ref(logits, routing)
     T, k = chosen.shape
-    if T * k < SORTED_FROM:
+    stacks = stacks_of(x, (gate, up, down))
+    if not stacks and T * k < SORTED_FROM:
         inputs = x[:, None, None, :]
         hidden = swiglu(_product(inputs, gate, chosen), _product(inputs, up, chosen))
         return _weighed(_product(hidden, down, chosen), weights, x.dtype)
-    order = mx.argsort(chosen.flatten())
-    inputs, sorted_by = x[order // k][:, None, :], chosen.flatten()[order]
-    hidden = swiglu(_product(inputs, gate, sorted_by, True), _product(inputs, up, sorted_by, True))
-    y = _product(hidden, down, sorted_by, True)[mx.argsort(order)]
-    return _weighed(y.reshape(T, k, 1, -1), weights, x.dtype)
+    flat = chosen.flatten()
+    order = mx.argsort(flat)
+    inputs, experts = x[order // k], flat[order]
+    if stacks:
+        count = T * k // stacks[0].packed.shape[0] + (T > 1)
+        y = expert_products(expert_products(inputs, stacks[:2], experts, count), stacks[2:], experts, count)
+    else:
+        inputs = inputs[:, None, :]
+        hidden = swiglu(_product(inputs, gate, experts, True), _product(inputs, up, experts, True))
+        y = _product(hidden, down, experts, True)
+    return _weighed(y[mx.argsort(order)].reshape(T, k, 1, -1), weights, x.dtype)
 
 
 def _gathered(x: mx.array, weight: Matrix, chosen: mx.array) -> mx.array:

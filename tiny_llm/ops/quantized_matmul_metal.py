@@ -1,4 +1,5 @@
-"""Products with quantized matrices by our Metal kernels: with one, with three at once, with a gated pair.
+"""Products with quantized matrices by our Metal kernels: with one, with three at once, with a gated pair; and
+with one of a stack for each row.
 
 Up to 4 rows go by blocks of 1, 2 or 4, so that a matrix has few kernels; more by tiles where those give a row
 the bits that it has alone, else by blocks. Up to 4 blocks are in one threadgroup, so that what one reads of
@@ -66,6 +67,47 @@ def gated_product(x: mx.array, weights: Quantized, biases: Biases) -> mx.array:
 def by_tiles(rows: int) -> bool:
     """Whether so many rows go by tiles."""
     return rows > _MOST_ROWS and matmul_tiles_keep_bits(active())
+
+
+def stacks_of(x: mx.array, stacks: Sequence[Matrix]) -> Quantized | None:
+    """The stacks [N, O, I] if ``expert_products`` can map x [T, I] by a pair of them, and back by a third."""
+    quantized = [stack for stack in stacks if isinstance(stack, QuantizedTensor)]
+    takes = runs_ours("experts") and len(quantized) == len(stacks) and x.size > 0 and x.dtype in _FLOATS
+    fit = all(w.bits in (4, 8) and w.scales.size >= _CONSTANT and _is_alike(w, quantized) for w in quantized)
+    return quantized if takes and fit else None
+
+
+def _is_alike(weight: QuantizedTensor, others: Quantized) -> bool:
+    formats = {(w.bits, w.scales.dtype, w.biases.dtype) for w in others}
+    return len(formats) == 1 and weight.biases.dtype == weight.scales.dtype
+
+
+def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: int) -> mx.array:
+    """Return ``x w_e^T`` [P, O], or of two stacks the gated unit, for rows x [P, I] sorted by expert.
+
+    ``experts`` [P] are theirs, of which about ``count`` are equal. Up to 4 rows read a matrix at once.
+    """
+    P, width = x.shape
+    first, outputs = stacks[0], stacks[0].packed.shape[1]
+    kinds = mx.arange(first.packed.shape[0], dtype=experts.dtype)
+    starts = (experts[None] < kinds[:, None]).sum(axis=1).astype(mx.int32)
+    halves = len(stacks)
+    arrays = [array for w in stacks for array in (w.packed, w.scales, w.biases)]
+    return kernel(f"quantized_matmul_experts{'' if halves == 1 else '_gated'}", "quantized_matmul")(
+        inputs=[x, *arrays, experts, starts, P, outputs],
+        template=[
+            ("T", x.dtype),
+            ("S", first.scales.dtype),
+            ("I", width),
+            ("BITS", first.bits),
+            ("GROUP", first.group_size),
+            ("R", 1 if count == 1 else 2 if count < 4 else _MOST_ROWS),
+        ],
+        grid=(32, -(-outputs * halves // 8), P),
+        threadgroup=(32, 2, 1),
+        output_shapes=[(P, outputs)],
+        output_dtypes=[x.dtype],
+    )[0]
 
 
 def _run(kind: str, x: mx.array, weights: Quantized, biases: Biases, tiles: bool) -> list[mx.array]:

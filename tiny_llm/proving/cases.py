@@ -18,6 +18,7 @@ import mlx.core as mx
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding, embedding_ref
+from tiny_llm.ops.experts import Routing, experts, experts_ref
 from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted
 from tiny_llm.ops.linear import gated, linear, linears
 from tiny_llm.ops.paged_attention import kv_write, kv_write_ref, paged_attention, quantized
@@ -245,6 +246,33 @@ def _random_matrix(s: Shapes, outputs: int, width: int, seed: int) -> QuantizedT
     return QuantizedTensor(words.view(mx.uint32), scales, biases, group, s.bits)
 
 
+def _mixtures(s: Shapes, sizes: Sizes) -> Iterator[Case]:
+    """Few experts where they are checked, all where they are timed."""
+    if not s.experts:
+        return
+    few = _stacks(s, 3, min(sizes.outputs, s.expert_width) // 32 * 32)
+    given = normal(s, ROWS, s.hidden), normal(s, ROWS, 3, seed=1)
+    fixed: Mapping[str, Any] = {"routing": Routing(2, normalised=True), **few}
+    yield right(s, "a mixture of experts", experts, experts_ref, *given, **fixed)
+    yield alone(experts, *given, **fixed)
+    stacks, of_a_row = _stacks(s, s.experts, s.expert_width), Routing(s.experts_of_a_row, normalised=True)
+
+    def step(state: Arrays, _: int) -> Arrays:
+        x, logits = state
+        return [experts(mx.fast.rms_norm(x, None, EPS), logits, of_a_row, **stacks), logits]
+
+    yield from timed(sizes.rows, lambda rows: [normal(s, rows, s.hidden), normal(s, rows, s.experts)], step)
+
+
+def _stacks(s: Shapes, count: int, width: int) -> dict[str, QuantizedTensor]:
+    stacks, shapes = {}, {"gate": (width, s.hidden), "up": (width, s.hidden), "down": (s.hidden, width)}
+    for seed, (name, (outputs, inputs)) in enumerate(shapes.items()):
+        w = _random_matrix(s, count * outputs, inputs, seed)
+        packed, scales, biases = (a.reshape(count, outputs, -1) for a in (w.packed, w.scales, w.biases))
+        stacks[name] = QuantizedTensor(packed, scales, biases, w.group_size, w.bits)
+    return stacks
+
+
 def _writes(s: Shapes, sizes: Sizes) -> Iterator[Case]:
     """What is written where it lies is there for who reads it next, and for nobody who came before."""
     expected = known(lambda: _in_turn(s, kv_write_ref))
@@ -455,6 +483,7 @@ def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
         "rope": _rotations,
         "swiglu": _gates,
         "quantized_matmul": _products,
+        "experts": _mixtures,
         "kv_write": _writes,
         "paged_attention": _attentions,
         "embedding": _look_ups,
@@ -465,4 +494,7 @@ def cases(op: str, shapes: Shapes, sizes: Sizes) -> Iterator[Case]:
 
 def ops_of(shapes: Shapes) -> tuple[str, ...]:
     """The ops that a model of these shapes uses, of those that have kernels for GPUs."""
-    return tuple(op for op in OPS if shapes.bits or op not in ("quantized_matmul", "embedding"))
+    quantized = ("quantized_matmul", "embedding", "experts")
+    return tuple(
+        op for op in OPS if (shapes.bits or op not in quantized) and (shapes.experts or op != "experts")
+    )

@@ -15,6 +15,7 @@ OPS = (
     "rope",
     "swiglu",
     "quantized_matmul",
+    "experts",
     "kv_write",
     "paged_attention",
     "embedding",

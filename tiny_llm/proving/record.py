@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from tiny_llm.config import ModelFacts
+from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.ops import backend
 from tiny_llm.ops.metal import folder
 from tiny_llm.user_cache import user_cache, writable
@@ -39,7 +39,7 @@ class Shapes:
 
     Some of them may have a format of their own: ``more`` lists those that are ours, as "8/64 4/32", bits and
     group. ``dense``: some are MLX's to multiply by, as they are not quantized or have other bits.
-    ``int8_pages``: keys and values are kept as int8, not in ``dtype``.
+    ``int8_pages``: keys and values are kept as int8, not in ``dtype``. ``experts``: of a layer, if any.
     """
 
     hidden: int
@@ -55,6 +55,9 @@ class Shapes:
     more: str = ""
     dense: bool = False
     int8_pages: bool = False
+    experts: int = 0
+    expert_width: int = 0
+    experts_of_a_row: int = 0
 
     def keeping(self, dtype: mx.Dtype) -> Shapes:
         """These, of a model whose keys and values are kept in ``dtype``."""
@@ -77,6 +80,7 @@ class Shapes:
         stored = config.quantization and config.quantization.kept
         bits = stored.bits if stored else quantize or 0
         others = list(stored.overrides.values()) if stored else []
+        facts = config.experts if isinstance(config, ModelConfig) else None
         ours = {f"{one.bits}/{one.group_size}" for one in others if one is not None and one.bits in BITS}
         return cls(
             config.hidden_size,
@@ -91,6 +95,9 @@ class Shapes:
             block_size,
             " ".join(sorted(ours)),
             bits not in BITS or any(one is None or one.bits not in BITS for one in others),
+            experts=facts.count if facts else 0,
+            expert_width=facts.width if facts else 0,
+            experts_of_a_row=facts.per_token if facts else 0,
         )
 
 
