@@ -19,6 +19,7 @@ from tiny_llm.server.chat_bodies import ChatBody
 from tiny_llm.server.chat_completions import chat
 from tiny_llm.server.completions import completion
 from tiny_llm.server.contexts import add_context, list_contexts, remove_context
+from tiny_llm.server.embeddings import embed
 from tiny_llm.server.events import EventStream, answered, large_json
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
@@ -33,6 +34,7 @@ from tiny_llm.server.text_bodies import (
     CompletionBody,
     ContextBody,
     DetokenizeBody,
+    EmbeddingBody,
     GenerateBody,
     TokenizeBody,
 )
@@ -132,6 +134,10 @@ def _asking(service: Service) -> APIRouter:
     @router.post("/v1/responses", responses=_documented("id", "status", "output", "usage", streams=True))
     async def responses(request: Request, body: ResponseBody) -> Response:
         return await respond(service, request, body)
+
+    @router.post("/v1/embeddings", responses=_documented("object", "data", "model", "usage"))
+    async def embeddings(request: Request, body: EmbeddingBody) -> Response:
+        return await embed(service, request, body)
 
     @router.post("/generate", responses=_documented("answers", "usage", streams=True))
     async def generated(request: Request, body: GenerateBody) -> Response:

@@ -37,6 +37,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, lt=MOST)]
 ContextName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 Few = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
 
 
@@ -165,7 +166,7 @@ class Choosing(Body):
     stop: Stops = Field(default_factory=list)
     stream: bool = False
     speculate: bool = True
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    priority: Priority = 0
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None

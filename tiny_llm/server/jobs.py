@@ -49,7 +49,7 @@ async def chunks_of(engine: AsyncLLM, job: Job) -> ChunkStream:
         async for came in streams:
             chunks: list[tuple[int, Chunk]] = []
             for number, chunk in came:
-                problem = _failure(chunk.completion, begun) if chunk.completion is not None else None
+                problem = failure_of(chunk.completion, begun) if chunk.completion is not None else None
                 if problem is not None:
                     if chunks:  # what came before it is told before it
                         yield chunks
@@ -92,7 +92,7 @@ class _ShownLogprobs:
         return held[:due]
 
 
-def _failure(ended: Completion, begun: bool) -> Problem | None:
+def failure_of(ended: Completion, begun: bool) -> Problem | None:
     """An answer that ended by a fault or too late has no text that a client should take for one."""
     match ended.finish_reason:
         case "error":

@@ -19,7 +19,7 @@ from tiny_llm.server.jobs import Job
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.settings import MAX_ANSWERS
 from tiny_llm.server.strict_json import PartCount
-from tiny_llm.server.text_bodies import CompletionBody, GenerateBody
+from tiny_llm.server.text_bodies import CompletionBody, EmbeddingBody, GenerateBody
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 
@@ -102,6 +102,19 @@ def prompt_ids(llm: LLM, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         except RequestError as error:
             name = "prompt" if len(prompts) == 1 else f"prompt[{number}]"
             raise _about(name, error) from error
+    return found
+
+
+def inputs_of(llm: LLM, body: EmbeddingBody) -> list[tuple[list[int], SamplingParams]]:
+    """Each text that is to become a vector, as the engine takes it. Raises Problem."""
+    how = body.prompt, body.instruction, body.dimensions
+    found = []
+    try:
+        for text, params in llm.embedding.asked(body.input, llm.config.hidden_size, *how):
+            found.append(llm.check(text, params))
+    except RequestError as error:
+        name = "input" if len(body.input) == 1 else f"input[{len(found)}]"
+        raise _about(error.param or name, error) from error
     return found
 
 

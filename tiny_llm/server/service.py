@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 
-from tiny_llm.data import Chunk
+from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import Grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import did_you_mean
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.server.jobs import ChunkStream, Job, chunks_of
+from tiny_llm.server.jobs import ChunkStream, Job, chunks_of, failure_of
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.settings import ServerSettings
 
@@ -118,8 +118,7 @@ class Service:
         if job.grammar is not None:
             params = await self._grammars.constrain(self.llm.grammars, job.params, job.grammar)
             job = job._replace(params=params)
-        if self._is_stopped:
-            raise Problem(503, _STOPPED, code="draining")
+        self._require_time()
         chunks = chunks_of(self.engine, job)
         try:
             first = await unless_gone(request, anext(chunks))
@@ -141,6 +140,25 @@ class Service:
 
             await unless_gone(request, collect())
         return answers
+
+    async def pooled(
+        self, request: Request, asked: Sequence[tuple[list[int], SamplingParams]], **options: Any
+    ) -> list[Completion]:
+        """What came of each text that is to become a vector. If the client goes, so do they.
+
+        Raises as ``AsyncLLM.pooled`` does, and Problem for one that ended otherwise.
+        """
+        self._require_time()
+        ended = await unless_gone(request, self.engine.pooled(asked, **options))
+        for completion in ended:
+            if problem := failure_of(completion, begun=False):
+                raise problem
+        self.prompt_tokens += sum(len(completion.prompt_token_ids) for completion in ended)
+        return ended
+
+    def _require_time(self) -> None:
+        if self._is_stopped:
+            raise Problem(503, _STOPPED, code="draining")
 
 
 async def aside(request: Request, work: Callable[[], T]) -> T:

@@ -11,6 +11,8 @@ MAX_N = 32
 """Answers to one prompt."""
 MAX_PROMPTS = 64
 """Prompts of one request."""
+MAX_INPUTS = 2048
+"""Texts of one request to /v1/embeddings; as OpenAI has it."""
 MAX_ANSWERS = 128
 """Answers of one request, over all its prompts."""
 MAX_LOGPROBS = 20

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from tiny_llm.sampling_params import MOST
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, ContextName, Few, Salt, Sampling, StreamOptions, TokenId, range_of
+from tiny_llm.server.bodies import (
+    Body,
+    ContextName,
+    Count,
+    Few,
+    Label,
+    Priority,
+    Salt,
+    Sampling,
+    StreamOptions,
+    TokenId,
+    range_of,
+)
 from tiny_llm.server.chat_bodies import Message, TemplateArguments
 from tiny_llm.server.neutral import misplaced
 
 
-def _prompt(value: object) -> object:
+def _prompt(value: object, most: int = caps.MAX_PROMPTS) -> object:
     """Text, token ids, or a list of either: list[str] | list[list[int]]. Looked at once, by hand."""
     if isinstance(value, str):
         return [value]
@@ -22,8 +34,8 @@ def _prompt(value: object) -> object:
     if type(value[0]) is int:
         _require_ids(value, ())
         return [value]
-    if len(value) > caps.MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts, but may have at most {caps.MAX_PROMPTS}")
+    if len(value) > most:
+        raise ValueError(f"has {len(value)} texts, but may have at most {most}")
     kind = type(value[0])
     for number, one in enumerate(value):
         if type(one) is not kind or kind not in (str, list):
@@ -42,7 +54,11 @@ def _require_ids(prompt: list[Any], within: tuple[int, ...]) -> None:
 _Ids = Annotated[list[int], Field(min_length=1)]
 _Texts = Annotated[list[str], Field(min_length=1)]
 _ListOfIds = Annotated[list[list[int]], Field(min_length=1)]
-Prompts = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _Ids | _Texts | _ListOfIds)]
+_Any = str | _Ids | _Texts | _ListOfIds
+Prompts = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=_Any)]
+Inputs = Annotated[
+    Any, BeforeValidator(lambda value: _prompt(value, caps.MAX_INPUTS), json_schema_input_type=_Any)
+]
 
 
 class CompletionBody(Sampling):
@@ -67,6 +83,21 @@ class GenerateBody(Sampling):
     prompt: Prompts
     temperature: Annotated[float, range_of("temperature")] = 0.0
     logprobs: Few | None = None
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings. Before each text of ``input`` stands the model's ``prompt`` of that name, or an
+    ``instruction`` as it is."""
+
+    model: str | None = None
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Count | None = None
+    prompt: Label | None = None
+    instruction: str | None = None
+    priority: Priority = 0
+    user: Label | None = None
+    cache_salt: Salt | None = None
 
 
 class ContextBody(Body):
