@@ -20,15 +20,22 @@ import mlx.core as mx
 import numpy as np
 
 ARCHITECTURES: Mapping[str, gguf.MODEL_ARCH] = {
+    "ernie4_5": gguf.MODEL_ARCH.ERNIE4_5,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
+    "granite": gguf.MODEL_ARCH.GRANITE,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "phi3": gguf.MODEL_ARCH.PHI3,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
+NEIGHBOURS = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.SMOLLM3)
 GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 GPT2_NAMES |= {"n_inner": "intermediate_size", "n_positions": "max_position_embeddings"}
 
@@ -79,12 +86,14 @@ def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _ordered(name: str, array: np.ndarray, arch: gguf.MODEL_ARCH, config: Mapping[str, Any]) -> np.ndarray:
     """Rows of LLaMA's queries and keys: neighbours turn together, where Hugging Face has halves. GPT-2's
-    matrices lie transposed there.
+    matrices lie transposed there, and Gemma's norms less 1.
     """
     module = name.split(".")[-2]
     if module.startswith("c_") and array.ndim > 1:
         return np.ascontiguousarray(array.T)
-    if arch != gguf.MODEL_ARCH.LLAMA or module not in ("q_proj", "k_proj"):
+    if arch == gguf.MODEL_ARCH.GEMMA3 and module.endswith("norm"):
+        return array + 1
+    if arch not in NEIGHBOURS or module not in ("q_proj", "k_proj"):
         return array
     queries = config["num_attention_heads"]
     heads = queries if module == "q_proj" else config.get("num_key_value_heads") or queries
@@ -112,13 +121,25 @@ def _add_facts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if "layer_norm_epsilon" in config:
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    if config.get("sliding_window") and config["model_type"] == "mistral":
+    for name, add in (
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("attention_multiplier", writer.add_attention_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("logits_scaling", writer.add_logit_scale),
+    ):
+        if config.get(name):
+            add(config[name])
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+        writer.add_attention_scale(config["query_pre_attn_scalar"] ** -0.5)
+    if config.get("sliding_window") and config["model_type"] in ("mistral", "phi3", "gemma3_text"):
         writer.add_sliding_window(config["sliding_window"])
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
@@ -131,6 +152,15 @@ def _add_facts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif kind == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for size in ("long", "short"):
+            factors = np.array(rope[f"{size}_factor"], np.float32)
+            _add_tensor(writer, f"rope_factors_{size}.weight", factors, "F32")
     elif kind == "llama3":
         _add_tensor(writer, "rope_freqs.weight", _llama3_factors(rope, config, head_dim), "F32")
 

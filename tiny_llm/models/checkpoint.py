@@ -160,13 +160,14 @@ class GgufCheckpoint:
         """Of the file, floats by default as they are stored; but MLX wants one dtype for all of them."""
         if active() != "cpu":
             how["dtype"] = how["dtype"] or MLX_DTYPES[self.config.dtype]
+        stored = find(self.config.model_type).stored
         return load_weights(
             self._path,
             expected_tensors(self.config),
             quantization=self.config.quantization,
             quantizable=quantizable_tensors(self.config),
             unread=UNREAD,
-            places=lambda names: places(self._header, self.config),
+            places=lambda names: places(self._header, self.config, stored(self.config, names)),
             stored=stored_tensors(self._header),
             **how,
         )

@@ -17,7 +17,7 @@ from tiny_llm.config import ModelFacts
 from tiny_llm.config_fields import Fields
 from tiny_llm.errors import ConfigError, did_you_mean
 from tiny_llm.families.built_in import built_in_family
-from tiny_llm.families.family import Places, Stored, fused
+from tiny_llm.families.family import AS_WANTED, Places, Stored, fused, in_order
 from tiny_llm.weights import shards
 from tiny_llm.weights.gguf.blocks import BITS, GROUP
 from tiny_llm.weights.gguf.header import GGUF, GgufHeader, read_gguf
@@ -27,7 +27,9 @@ _T = TypeVar("_T")
 
 
 class _Kind(NamedTuple):
-    """An architecture: config.json's word for it, what no key says, and whether its RoPE turns neighbours."""
+    """An architecture: config.json's word for it, what no key says, and whether q and k lie for a RoPE of
+    neighbours where Hugging Face has them for halves.
+    """
 
     model_type: str
     facts: Mapping[str, object] = {}
@@ -36,13 +38,19 @@ class _Kind(NamedTuple):
 
 
 _KINDS: Mapping[str, _Kind] = {
+    "ernie4_5": _Kind("ernie4_5"),
+    "gemma3": _Kind("gemma3_text", {"attention_multiplier": None}),
     "gpt2": _Kind("gpt2", epsilon="attention.layer_norm_epsilon"),
+    "granite": _Kind("granite", neighbours=True),
     "llama": _Kind("llama", neighbours=True),  # Mistral's, too
+    "olmo2": _Kind("olmo2"),
     "olmoe": _Kind("olmoe", {"norm_topk_prob": False}),
+    "phi3": _Kind("phi3"),
     "qwen2": _Kind("qwen2"),
     "qwen2moe": _Kind("qwen2_moe", {"norm_topk_prob": False}),
     "qwen3": _Kind("qwen3"),
     "qwen3moe": _Kind("qwen3_moe", {"norm_topk_prob": True}),
+    "smollm3": _Kind("smollm3", neighbours=True),
 }
 _MODULES: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
@@ -56,6 +64,8 @@ _MODULES: Mapping[str, str] = {
     "attn_output": "model.layers.{}.self_attn.o_proj",
     "attn_q_norm": "model.layers.{}.self_attn.q_norm",
     "attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "post_attention_norm": "model.layers.{}.self_attn.output_norm",
+    "post_ffw_norm": "model.layers.{}.mlp.output_norm",
     "ffn_norm": "model.layers.{}.post_attention_layernorm",
     "ffn_gate": "model.layers.{}.mlp.gate_proj",
     "ffn_up": "model.layers.{}.mlp.up_proj",
@@ -69,7 +79,8 @@ _MODULES: Mapping[str, str] = {
     "ffn_up_shexp": "model.layers.{}.mlp.shared_expert.up_proj",
     "ffn_down_shexp": "model.layers.{}.mlp.shared_expert.down_proj",
 }
-UNREAD = ("rope_freqs.weight",)  # by the model: it is a fact
+_FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+UNREAD = (_FACTORS, _LONG, _SHORT)  # by the model: they are facts
 
 
 def read_facts(header: GgufHeader, read: Callable[[Mapping[str, object]], _T]) -> _T:
@@ -101,9 +112,8 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
     kind, tensors = _KINDS[name], header.tensors
     hidden, heads = own.whole("embedding_length"), own.whole("attention.head_count")
     head_dim = own.whole("attention.key_length", hidden // heads)
-    for size in ("attention.value_length", "rope.dimension_count"):
-        if own.whole(size, head_dim) != head_dim:
-            raise own.wrong(size, f"the size of a head, {head_dim}")
+    if own.whole("attention.value_length", head_dim) != head_dim:
+        raise own.wrong("attention.value_length", f"the size of a head, {head_dim}")
     read = {
         "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None,
         "hidden_size": hidden,
@@ -115,17 +125,24 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
         "head_dim": head_dim,
         "max_position_embeddings": own.whole("context_length"),
         "rms_norm_eps": own.number(kind.epsilon),
+        "original_max_position_embeddings": own.get("rope.scaling.original_context_length"),
         "rope_parameters": _rope(header, own, head_dim),
         "sliding_window": own.get("attention.sliding_window"),
+        "embedding_multiplier": own.get("embedding_scale"),
+        "attention_multiplier": own.get("attention.scale"),
+        "residual_multiplier": own.get("residual_scale"),
+        "logits_scaling": own.get("logit_scale"),
         "clip_qkv": own.get("attention.clamp_kqv"),
         "final_logit_softcapping": own.get("final_logit_softcapping"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "use_bias": "blk.0.attn_q.bias" in tensors,
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "dtype": _dtype(header),
         "quantization": _quantization(header),
         **(_experts(header, own) if own.get("expert_count") else {}),
+        **(_gemma3(own, head_dim) if name == "gemma3" else {}),
         **kind.facts,
     }
     names = built_in_family(kind.model_type).names
@@ -135,18 +152,20 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
     }
 
 
-def places(header: GgufHeader, config: ModelFacts) -> Places:
-    """Where the file has what the model of this config wants."""
+def places(header: GgufHeader, config: ModelFacts, of_family: Places) -> Places:
+    """Where the file has what the model of this config wants. ``of_family``: where its folders have it."""
+    name = str(header.metadata["general.architecture"])
     found = {name: Stored((_stored(module),)) for module, name in _MODULES.items()}
-    if _KINDS[str(header.metadata["general.architecture"])].neighbours:
-        order = (*range(0, config.head_dim, 2), *range(1, config.head_dim, 2))
-        for module in ("attn_q", "attn_k"):
-            found[_MODULES[module]] = Stored((_stored(module),), order=order)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     if "blk.0.attn_qkv.weight" in header.tensors:
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rows = zip(("attn_q", "attn_k", "attn_v"), (queries, keys, keys), strict=True)
         found |= fused("blk.{}.attn_qkv", [(_MODULES[module], count) for module, count in rows])
-    return found
+    if name == "phi3":
+        halves = [(_MODULES[module], config.intermediate_size) for module in ("ffn_gate", "ffn_up")]
+        found |= fused("blk.{}.ffn_up", halves)
+    neighbours = (*range(0, config.head_dim, 2), *range(1, config.head_dim, 2))
+    order = of_family.get(_MODULES["attn_q"], AS_WANTED).order
+    return in_order(found, neighbours if _KINDS[name].neighbours else order)
 
 
 def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
@@ -169,6 +188,24 @@ def _stored(module: str) -> str:
     return f"blk.{{}}.{module}" if "{}" in _MODULES[module] else module
 
 
+def _gemma3(own: Fields, head_dim: int) -> dict[str, object]:
+    """Queries are scaled by the size of a head, in the largest model by hidden_size over heads."""
+    scalar = own.whole("embedding_length") / own.whole("attention.head_count")
+    if own.get("attention.scale") is not None:
+        scalar = own.number("attention.scale") ** -2
+    elif own.get("block_count") != 62:
+        scalar = head_dim
+    pattern = own.get("attention.sliding_window_pattern")
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    listed = [kinds[bool(one)] for one in pattern] if isinstance(pattern, list) else None
+    return {
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": own.get("rope.freq_base_swa"),
+        "sliding_window_pattern": pattern if listed is None else None,
+        "layer_types": listed,
+    }
+
+
 def _experts(header: GgufHeader, own: Fields) -> dict[str, object]:
     layers = range(own.whole("block_count", most=10_000))
     return {
@@ -182,23 +219,32 @@ def _experts(header: GgufHeader, own: Fields) -> dict[str, object]:
 
 
 def _rope(header: GgufHeader, own: Fields, head_dim: int) -> dict[str, object]:
+    turned = own.whole("rope.dimension_count", head_dim)
     found: dict[str, object] = {"rope_theta": own.number("rope.freq_base", 10_000.0)}
-    factors = header.tensors.get(UNREAD[0])
-    if factors is not None:
-        if factors.dtype != "F32" or factors.shape != (head_dim // 2,):
-            raise ConfigError(
-                f"{UNREAD[0]} is {factors.dtype} {list(factors.shape)}, expected F32 [{head_dim // 2}]."
-            )
-        with header.path.open("rb") as file:
-            file.seek(factors.start)
-            divisors = struct.unpack(f"<{head_dim // 2}f", file.read(factors.nbytes))
-        return found | {"rope_type": "factors", "factors": list(divisors)}
-    kind = own.text("rope.scaling.type", "none")
-    if kind == "none":
-        return found
-    found |= {"rope_type": kind, "factor": own.number("rope.scaling.factor")}
-    original = own.get("rope.scaling.original_context_length")
-    return found if original is None else {**found, "original_max_position_embeddings": original}
+    if turned != head_dim:
+        found["partial_rotary_factor"] = (turned + 0.5) / head_dim  # which is rounded down
+    if _FACTORS in header.tensors:
+        return found | {"rope_type": "factors", "factors": _numbers(header, _FACTORS, turned // 2)}
+    if _LONG in header.tensors:
+        lists = {"long_factor": _LONG, "short_factor": _SHORT}
+        found |= {name: _numbers(header, tensor, turned // 2) for name, tensor in lists.items()}
+        attention = own.get("rope.scaling.attn_factor")
+        found |= {"rope_type": "longrope", "attention_factor": attention}
+    elif (kind := own.text("rope.scaling.type", "none")) != "none":
+        found |= {"rope_type": kind, "factor": own.number("rope.scaling.factor")}
+        found |= {f"beta_{end}": own.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
+    return found
+
+
+def _numbers(header: GgufHeader, name: str, count: int) -> list[float]:
+    """A small tensor, which is a fact."""
+    info = header.tensors.get(name)
+    if info is None or info.dtype != "F32" or info.shape != (count,):
+        given = f"{info.dtype} {list(info.shape)}" if info else "missing"
+        raise ConfigError(f"{name} is {given}, expected F32 [{count}].")
+    with header.path.open("rb") as file:
+        file.seek(info.start)
+        return list(struct.unpack(f"<{count}f", file.read(info.nbytes)))
 
 
 def _dtype(header: GgufHeader) -> str:
