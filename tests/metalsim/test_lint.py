@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
+from metal_lint import problems
 
-from tiny_llm.metalsim.lint import problems
 from tiny_llm.metalsim.run import metal_kernel
 
 I = "uint i = thread_position_in_grid.x;\n"  # noqa: E741

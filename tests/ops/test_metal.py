@@ -10,12 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from metal_lint import problems, stack_arrays
 
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.errors import ConfigError
-from tiny_llm.metalsim.build import stack_arrays, why_not
+from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
-from tiny_llm.metalsim.lint import problems
 from tiny_llm.metalsim.run import MetalKernel
 from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks

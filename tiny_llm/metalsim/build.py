@@ -198,23 +198,6 @@ def _compile(text: str, options: Sequence[str]) -> str:
     return done.stdout
 
 
-def parse(text: str) -> list[tuple[str, str, str]]:
-    """File, line and words of all that clang says of C++ with Metal's address spaces, which is not run."""
-    options = [o for o in _options("fast") if o not in ("-w", "-O2", "-ferror-limit=5")]
-    wanted = ("-ferror-limit=0", "-DMSIM_CHECK=1", "-fsyntax-only", "-Wno-everything")
-    return _diagnostics(_clang_on(text, [*options, *wanted, "-Wimplicit-float-conversion"]).stderr)
-
-
-def stack_arrays(text: str) -> list[str]:
-    """Arrays that the optimized code of the C++ ``text`` keeps on its stack, as LLVM says it; not our own.
-
-    Raises CompileError.
-    """
-    inlined = ("-mllvm", "-inline-threshold=1000000")  # as Metal does with all functions
-    options = [*_options("fast"), *inlined, "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
-    return re.findall(r"^ +%((?!msim_)\S+ = alloca \[.*\]),", _compile(text, options), re.M)
-
-
 def _diagnostics(text: str) -> list[tuple[str, str, str]]:
     return [(found["file"], found["line"], found["what"]) for found in _DIAGNOSTIC.finditer(text)]
 

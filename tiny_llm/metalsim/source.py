@@ -216,12 +216,6 @@ def program(kernel: Kernel) -> str:
     )
 
 
-def parsed_only(kernel: Kernel) -> str:
-    """C++ to be parsed with Metal's address spaces, each template made for this variant."""
-    made = f"template decltype({kernel.call_name}) {kernel.call_name};\n" if kernel.template else ""
-    return _cpp(kernel) + '#line 1 "entry"\n' + made
-
-
 def without_comments(text: str) -> str:
     """The text with blanks for comments, every other character where it was."""
     return _COMMENT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)

@@ -1,7 +1,7 @@
 """What a kernel's author must not write, though it may well run here: found without running it.
 
-Two passes: the text is parsed with Metal's real address spaces, and looked through for what Metal or the
-house's rules forbid. Owns the rules; knows no device and no array.
+The text is parsed with Metal's real address spaces, and looked through for what Metal or the house's rules
+forbid; what it leaves on the stack is asked of LLVM.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from tiny_llm.metalsim.build import parse
-from tiny_llm.metalsim.source import Kernel, find_arrays, numbered, parsed_only, without_comments
+from tiny_llm.metalsim.build import _clang_on, _compile, _diagnostics, _options
+from tiny_llm.metalsim.source import Kernel, _cpp, find_arrays, numbered, without_comments
 
 _HEADER_AND_BODY: Sequence[tuple[str, str]] = (
     (r'#\s*include\s*(?!\s*<metal_\w+>)[<"][^\n]*', "includes something else than <metal_*>"),
@@ -30,6 +30,19 @@ _BODY: Sequence[tuple[str, str]] = (
 def problems(kernel: Kernel) -> list[str]:
     """``FILE:LINE: what is wrong`` for each; none for a kernel that keeps the rules."""
     return [*_by_compiler(kernel), *_by_text(kernel)]
+
+
+def parse(text: str) -> list[tuple[str, str, str]]:
+    """File, line and words of all that clang says of C++ with Metal's address spaces, which is not run."""
+    options = [o for o in _options("fast") if o not in ("-w", "-O2", "-ferror-limit=5")]
+    wanted = ("-ferror-limit=0", "-DMSIM_CHECK=1", "-fsyntax-only", "-Wno-everything")
+    return _diagnostics(_clang_on(text, [*options, *wanted, "-Wimplicit-float-conversion"]).stderr)
+
+
+def parsed_only(kernel: Kernel) -> str:
+    """C++ to be parsed with Metal's address spaces, each template made for this variant."""
+    made = f"template decltype({kernel.call_name}) {kernel.call_name};\n" if kernel.template else ""
+    return _cpp(kernel) + '#line 1 "entry"\n' + made
 
 
 def _by_compiler(kernel: Kernel) -> Iterator[str]:
@@ -65,3 +78,13 @@ def _at(name: str, text: str, place: int, what: str) -> str:
     """The rule's words at the line of the author's file."""
     *_, (file, number, _) = numbered(name, text[:place])
     return f"{file}:{number}: {what}"
+
+
+def stack_arrays(text: str) -> list[str]:
+    """Arrays that the optimized code of the C++ ``text`` keeps on its stack, as LLVM says it; not our own.
+
+    Raises CompileError.
+    """
+    inlined = ("-mllvm", "-inline-threshold=1000000")  # as Metal does with all functions
+    options = [*_options("fast"), *inlined, "-emit-llvm", "-S", "-fno-discard-value-names", "-o", "-"]
+    return re.findall(r"^ +%((?!msim_)\S+ = alloca \[.*\]),", _compile(text, options), re.M)
