@@ -13,7 +13,8 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.weights.assemble import Finish
-from tiny_llm.weights.quantize import fit_group, part_shapes
+from tiny_llm.weights.foreign import parts_of
+from tiny_llm.weights.quantize import fit_group
 
 PIECE = 2**20 + 7
 """Values of noise; no row's length divides it, so that rows differ."""
@@ -53,7 +54,7 @@ def _quantized(
     bits: mx.array, shape: tuple[int, ...], format: Quantization, dtype: mx.Dtype
 ) -> QuantizedTensor:
     """All values from 0 to ``2 ** bits - 1`` alike, around their middle."""
-    packed, groups, _ = part_shapes(shape, format)
+    packed, groups, _ = (part.shape for part in parts_of("", shape, format))
     most = 2**format.bits - 1
     deviation = math.sqrt(most * (most + 2) / 12)
     scales = mx.full(groups, shape[-1] ** -0.5 / deviation, dtype)

@@ -15,7 +15,6 @@ import mlx.core as mx
 from tiny_llm.config import QUANTIZED_GROUPS, Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 
-Shape = tuple[int, ...]
 ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
 """Ends of names of small matrices that choose and weigh experts: loading does not round them."""
 
@@ -24,13 +23,6 @@ def part_names(name: str) -> tuple[str, str, str]:
     """Return the names of packed values, scales and biases for ``x.weight``."""
     module = name.removesuffix(".weight")
     return name, f"{module}.scales", f"{module}.biases"
-
-
-def part_shapes(shape: Shape, quantization: Quantization) -> tuple[Shape, Shape, Shape]:
-    """Return the shapes of packed values [out, in * bits / 32], scales and biases [out, in / group]."""
-    *rows, columns = shape
-    groups = (*rows, columns // quantization.group_size)
-    return (*rows, columns * quantization.bits // 32), groups, groups
 
 
 def is_explicit(name: str, quantization: Quantization | None) -> bool:
