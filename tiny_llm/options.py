@@ -58,6 +58,10 @@ class EngineOptions:
     dtype: DtypeOption = None
     quantize: QuantizeOption = None
     offline: OfflineOption = False
+    plugin: Annotated[
+        str | None,
+        option("Model", "A Python file of yours that adds a family of models; it is named after model_type."),
+    ] = None
     backend: BackendOption = None
     kernels: Annotated[
         Literal["auto", "ours", "mlx"] | None,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tiny_llm.commands.bar import Bar
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.memory import parse_bytes
+from tiny_llm.models.registry import add_plugin
 from tiny_llm.options import EngineOptions
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.assemble import Progress
@@ -38,6 +40,8 @@ def load_async(given: Mapping[str, Any]) -> AsyncLLM:
 def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
     """What ``LLM`` takes, by name, as most options have them; ``limits`` are of ``SchedulerSettings``'s."""
     given = {one.name: getattr(options, one.name) for one in fields(options)}
+    if (plugin := given.pop("plugin")) is not None:
+        add_plugin(Path(plugin))
     for name in ("kv_memory", "swap_memory", "kv_disk_size"):
         if given[name] is not None:
             given[name] = parse_bytes(given[name], f"--{name.replace('_', '-')}")

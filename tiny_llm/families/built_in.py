@@ -42,6 +42,6 @@ def built_in_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}, "
-            f"or one that an installed plug-in adds.{did_you_mean(model_type, FAMILIES)}"
+            f"or one that a plug-in adds (--plugin, or installed).{did_you_mean(model_type, FAMILIES)}"
         )
     return FAMILIES[model_type]

@@ -2,15 +2,18 @@
 
 A plug-in is a Python distribution whose entry point in the group ``tiny_llm.models``
 has a model_type as its name and as its value an ``Architecture``, or a ``Family`` of the
-decoder. Nothing is ever imported from a model's own folder.
+decoder; or a file that the user names, and that is named after its model_type. Nothing is
+ever imported from a model's own folder.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -74,17 +77,56 @@ def decoder_of(family: Family) -> Architecture[ModelConfig]:
 
 
 def find(model_type: str) -> Architecture[Any]:
-    """Return the built-in or installed architecture. Raises ConfigError, with near names, without one."""
+    """Return the architecture that a named file, we or an installed plug-in have for it, in this order.
+
+    Raises ConfigError, with near names, without one.
+    """
+    if model_type in _named():
+        return _named()[model_type]
     if model_type in FAMILIES:
         return decoder_of(FAMILIES[model_type])
     for plugin in entry_points(group=PLUGIN_GROUP, name=model_type):
         found = plugin.load()
-        if isinstance(found, Family):
-            return decoder_of(found)
-        if not isinstance(found, Architecture):
+        if not isinstance(found, (Architecture, Family)):
             raise ConfigError(f"plug-in {plugin.value} is {found!r}, expected an Architecture or a Family.")
-        return found
+        return _architecture(found)
     return decoder_of(built_in_family(model_type))  # raises: it is neither
+
+
+def add_plugin(path: Path) -> None:
+    """Run a Python file, whose one ``Architecture`` or ``Family`` is then that of the model_type which the
+    file is named after, in this process. Raises ConfigError for a file that cannot be used.
+    """
+    name = f"tiny_llm_plugin_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"plug-in {path} (--plugin) is no Python file.")
+    module = sys.modules[name] = module_from_spec(spec)  # dataclasses look for their module there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"plug-in {path} fails: {type(error).__name__}: {error}") from error
+    ours = [id(family) for family in FAMILIES.values()]  # it may build on some
+    held = {
+        id(one): one
+        for one in vars(module).values()
+        if isinstance(one, (Architecture, Family)) and id(one) not in ours
+    }
+    if len(held) != 1:
+        raise ConfigError(
+            f"plug-in {path} holds {len(held)} objects of Architecture or Family, expected one."
+        )
+    _named()[path.stem] = _architecture(*held.values())
+
+
+@cache
+def _named() -> dict[str, Architecture[Any]]:
+    """Those of files that were named in this process, by model_type."""
+    return {}
+
+
+def _architecture(given: Architecture[Any] | Family) -> Architecture[Any]:
+    return decoder_of(given) if isinstance(given, Family) else given
 
 
 def read_config(raw: Mapping[str, object]) -> ModelFacts:
