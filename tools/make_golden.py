@@ -19,9 +19,6 @@ fixed seeds. Each folder has the checkpoint and activations.safetensors:
     gap.positions, gap.logits    the same tokens at positions with an offset and a gap
 
 and those of SEARCHED also beams.json: beam searches, with what ``generate(num_beams=...)`` finds.
-
-large_norms.safetensors, made with --norms alone: rows that Qwen3's norm scales by weights of up to 96.5, as
-its checkpoints have them, in bfloat16 and float32.
 """
 
 from __future__ import annotations
@@ -40,7 +37,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 LENGTH = 7
 PROMPT, ANSWER = 4, 12
@@ -462,34 +458,12 @@ def search(model: PreTrainedModel, asked: dict[str, object]) -> list[tuple[list[
     return answers
 
 
-def large_norms(path: Path) -> None:
-    """Write x [9, 128], the norm's weight [128], its eps and its result in both dtypes."""
-    random = torch.Generator().manual_seed(96)
-    x = (torch.randn((9, 128), generator=random) * torch.tensor([0.01, 1, 30]).repeat(3)[:, None]).bfloat16()
-    norm = Qwen3RMSNorm(128, eps=1e-6)
-    with torch.no_grad():
-        norm.weight.copy_(96.5 * torch.rand(128, generator=random))
-        norm.weight[::7] = 96.5
-        norm.bfloat16()
-        found = {
-            "x": x,
-            "weight": norm.weight.clone(),
-            "bfloat16": norm(x),
-            "float32": norm.float()(x.float()),
-        }
-    save_file(found, path)
-
-
 def main() -> None:
     """Make every case below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"))
-    parser.add_argument("--norms", action="store_true")
     parser.add_argument("--only", nargs="*", default=[case.name for case in CASES], metavar="CASE")
     asked = parser.parse_args()
-    if asked.norms:
-        large_norms(asked.out / "large_norms.safetensors")
-        return
     torch.set_num_threads(1)  # several would only wait for each other
     for seed, case in enumerate(CASES):
         if case.name not in asked.only:
