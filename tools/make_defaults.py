@@ -50,6 +50,11 @@ SCALES = ("embedding_multiplier", "attention_multiplier", "residual_multiplier",
 BASES = {
     "gpt2": [GPT2],
     "ernie4_5": [SIZES | HEAD | {"use_bias": True}],
+    "ernie4_5_moe": [
+        SIZES
+        | {"hidden_size": 640, "num_attention_heads": 40, "num_key_value_heads": 10}
+        | {"moe_num_experts": 12, "moe_k": 3, "moe_intermediate_size": 48}
+    ],
     "gemma3_text": [
         SIZES
         | HEAD

@@ -30,6 +30,7 @@ CASES = (
     "olmoe",
     "gpt2",
     "ernie4_5",
+    "ernie4_5_moe",
     "phi3",
     "phi3_long",
     "smollm3",

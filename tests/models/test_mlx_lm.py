@@ -72,6 +72,8 @@ def test_same_greedy_tokens(folder: Path, tmp_path: Path, assert_same) -> None:
         pytest.skip("mlx-lm reads no window of these families")
     if folder.name == "gpt2":
         pytest.skip("mlx-lm reads no GPT-2 with transformers' prefix")
+    if folder.name == "ernie4_5_moe":
+        pytest.skip("mlx-lm leaves out its router's correction")
     copy = respelled(folder, tmp_path / folder.name)
     assert_same(peer(copy)[0], copy)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tiny_llm.errors import ConfigError, did_you_mean
 from tiny_llm.families.ernie import ERNIE4_5
+from tiny_llm.families.ernie_moe import ERNIE4_5_MOE
 from tiny_llm.families.family import Family
 from tiny_llm.families.gemma3 import GEMMA3
 from tiny_llm.families.gpt2 import GPT2
@@ -21,6 +22,7 @@ from tiny_llm.families.smollm3 import SMOLLM3
 
 FAMILIES: Mapping[str, Family] = {
     "ernie4_5": ERNIE4_5,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "gemma3_text": GEMMA3,
     "gpt2": GPT2,
     "granite": GRANITE,

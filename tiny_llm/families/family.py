@@ -53,7 +53,7 @@ class Stored:
     new first axis; none is the module's own name. ``bare``: the weight is called as the module is, without
     ".weight". It may be ``transposed``, [in, out]. Then ``rows`` from one to before another are taken of the
     ``of`` that lie there. Last, of each ``len(order)`` rows number ``i`` is what lies at ``order[i]``, and
-    ``plus`` is added in float32, which the result then is.
+    ``plus`` is added in float32, which the result then is. A vector may lie ``flat``, as a matrix of one row.
     """
 
     modules: tuple[str, ...] = ()
@@ -63,6 +63,7 @@ class Stored:
     order: tuple[int, ...] = ()
     plus: float = 0.0
     bare: bool = False
+    flat: bool = False
 
 
 AS_WANTED = Stored()
@@ -90,8 +91,8 @@ class Family:
     ``names`` are what it calls a field that LLaMA has too. ``facts`` of a ``ModelConfig`` are what it fixes,
     and ``read`` takes more from config.json; of fields that would be refused it reads those in ``reads``.
     ``stored`` says where tensors lie, given the config's sizes and all names in the checkpoint. ``unread``
-    are ends of names of tensors that follow from the config. ``window_needs_switch``: a window counts only
-    with use_sliding_window.
+    are ends or beginnings of names of tensors that follow from the config, or that we have no use for.
+    ``window_needs_switch``: a window counts only with use_sliding_window.
     """
 
     defaults: Mapping[str, object] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class Experts:
             "switch_mlp.down_proj.weight": (N, E, F),
         }
         if facts.corrected:
-            shapes["gate.e_score_correction_bias"] = (N,)
+            shapes["moe_statics.e_score_correction_bias"] = (N,)
         if facts.shared_width:
             shapes |= under("shared_expert", MLP.shapes(config, facts.shared_width))
         if facts.shared_gated:
@@ -55,7 +55,7 @@ class Experts:
         """Pick the tensors below ``prefix``. Raises WeightError for one that is missing."""
         gate, up, down = (matrix(weights, f"{prefix}.switch_mlp.{kind}_proj.weight") for kind in _KINDS)
         corrected, gated = facts.corrected, facts.shared_gated
-        correction = vector(weights, f"{prefix}.gate.e_score_correction_bias") if corrected else None
+        correction = vector(weights, f"{prefix}.moe_statics.e_score_correction_bias") if corrected else None
         return cls(
             Linear.take(weights, f"{prefix}.gate", bias=False),
             Routing(facts.per_token, facts.normalised, correction),

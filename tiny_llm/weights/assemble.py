@@ -119,6 +119,8 @@ def _made(entry: Entry, arrays: Iterator[mx.array]) -> Matrix:
     """Take the entry's arrays and make it, evaluated, so that its sources can go."""
     whole = _packed(entry, entry.stored_as, arrays) if entry.stored_as else _stacked(entry, arrays, 0)
     order, plus = entry.place.order, entry.place.plus
+    if entry.place.flat:
+        whole = combined([whole], lambda arrays: arrays[0].reshape(-1))
     if order:
         whole = combined([whole], lambda arrays: _ordered(arrays[0], order))
     return combined([whole], lambda arrays: arrays[0].astype(mx.float32) + plus) if plus else whole

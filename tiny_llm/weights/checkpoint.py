@@ -60,7 +60,7 @@ def load_weights(
     ``dtype``: what floats become (None: as stored). ``quantization``: how the checkpoint is
     quantized already; ``quantize``: how to quantize what is float on disk; either concerns only
     the names in ``quantizable``, and such a matrix comes back as one QuantizedTensor.
-    ``unread``: ends of names that may be there and are not wanted. ``places``: where modules lie that do
+    ``unread``: ends or beginnings of names that are not wanted. ``places``: where modules lie that do
     not lie as they are wanted, given all stored names. ``stored`` None: the tensors of the folder.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor.
@@ -144,6 +144,7 @@ def _job(
 def _stored_shape(shape: tuple[int, ...], place: Stored) -> tuple[int, ...]:
     """The shape of what a tensor is taken of: of one of those that are stacked, and of all its rows."""
     shape = shape[1:] if len(place.modules) > 1 else shape
+    shape = (1, *shape) if place.flat else shape
     axis = max(len(shape) - 2, 0)
     return (*shape[:axis], place.of, *shape[axis + 1 :]) if place.rows else shape
 
@@ -156,7 +157,7 @@ def _problems(
 ) -> Iterator[str]:
     wanted = {name: want for job in jobs for part in job.parts for name, want in part.items()}
     missing = [name for name in wanted if name not in stored]
-    left_over = [name for name in stored if name not in wanted and not name.endswith(unread)]
+    left_over = [name for name in stored if name not in wanted and not _is_unread(name, unread)]
     extra = [name for name in left_over if not _is_tied_head(name, stored, expected)]
     if len(missing) == len(wanted):
         some = f", but for example {extra[0]}" if extra else ""
@@ -171,6 +172,10 @@ def _problems(
     for name in extra:
         info = stored[name].info
         yield f"not expected: {name} {info.dtype} {list(info.shape)} in {stored[name].path.name}"
+
+
+def _is_unread(name: str, unread: tuple[str, ...]) -> bool:
+    return name.endswith(unread) or name.startswith(unread)
 
 
 def _misfit(name: str, want: Part, found: StoredTensor) -> Iterator[str]:

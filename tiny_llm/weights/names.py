@@ -139,6 +139,11 @@ _ERNIE = _facts(
     **{"model_type": "ernie4_5", "vocab_size": 103424, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
     **{"max_position_embeddings": 131072, "head_dim": 128, "use_bias": False, "eos_token_id": 2},
 )
+_ERNIE_MOE = _facts(
+    _ERNIE,
+    **{"model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536},
+    **{"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 27},
+)
 _PHI3 = _facts(
     _COMMON,
     **{"model_type": "phi3", "vocab_size": 32064, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
@@ -256,6 +261,9 @@ SHORT_NAMES: Mapping[str, ShortName] = {
     ),
     "gpt2": _gpt2("openai-community/gpt2", 124_439_808, 768, 12, 12),
     "gpt2-xl": _gpt2("openai-community/gpt2-xl", 1_557_611_200, 1600, 48, 25),
+    "ernie-4.5-21b-a3b": _row(
+        "baidu/ERNIE-4.5-21B-A3B-PT", 21_825_437_888, _tied(_ERNIE_MOE), (2560, 12288, 28, 20, 4)
+    ),
     "ernie-4.5-0.3b": _row("baidu/ERNIE-4.5-0.3B-PT", 360_748_032, _tied(_ERNIE), (1024, 3072, 18, 16, 2)),
     "phi-3-mini": _row("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552, _PHI3, (3072, 8192, 32, 32, 32)),
     "phi-4-mini": _row(
