@@ -36,6 +36,8 @@ EXAMPLES = """
 
 [b]{program} generate --prompt "Hi" --json[/b] · answer and figures, on one line
 
+[b]{program} embed "a fox" "a wolf" "a block table"[/b] · vectors of texts, and how alike they are
+
 [b]{program} bench --model qwen2-0.5b --load-format dummy --quantize 4[/b] · how fast it would be here
 
 [b]echo "12 + 30 = ?" | {program}[/b] · the answer alone, for pipes
@@ -45,6 +47,7 @@ EXAMPLES = """
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "chat": ("tiny_llm.commands.chat", "Talk with a model ([b]the default command[/b])."),
     "generate": ("tiny_llm.commands.generate", "Answer one prompt, or each of a file's."),
+    "embed": ("tiny_llm.commands.embed", "Turn texts into vectors, and show how alike they are."),
     "serve": ("tiny_llm.commands.serve", "Serve a model over HTTP, as OpenAI's clients expect it."),
     "bench": ("tiny_llm.commands.bench", "Measure how fast a model answers."),
     "models": (

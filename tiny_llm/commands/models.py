@@ -12,4 +12,4 @@ app = command_app()
 def models() -> None:
     """List the short names: hub id, parameters, download size, and whether it is on disk."""
     for row in list(listing()):  # all of them first: an error then stands alone
-        print("{:<15} {:<37} {:>10} {:>9}  {}".format(*row))
+        print("{:<20} {:<37} {:>10} {:>9}  {}".format(*row))

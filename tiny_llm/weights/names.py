@@ -111,6 +111,7 @@ _OLMOE = _facts(
     **{"max_position_embeddings": 4096, "eos_token_id": 50279, "clip_qkv": None, "attention_bias": False},
     **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
 )
+_QWEN3_EMBEDDING = _tied(_QWEN3, vocab_size=151669, max_position_embeddings=32768, eos_token_id=151643)
 _LLAMA = _facts(_COMMON, model_type="llama", attention_bias=False, rms_norm_eps=1e-5, rope_scaling=None)
 _LLAMA3 = _facts(
     _LLAMA,
@@ -231,6 +232,9 @@ SHORT_NAMES: Mapping[str, ShortName] = {
     "qwen3-8b": _row("Qwen/Qwen3-8B", 8_190_735_360, _QWEN3, (4096, 12288, 36, 32, 8)),
     "qwen3-14b": _row("Qwen/Qwen3-14B", 14_768_307_200, _QWEN3, (5120, 17408, 40, 40, 8)),
     "qwen3-32b": _row("Qwen/Qwen3-32B", 32_762_123_264, _QWEN3, (5120, 25600, 64, 64, 8)),
+    "qwen3-embedding-0.6b": _row(
+        "Qwen/Qwen3-Embedding-0.6B", 595_776_512, _QWEN3_EMBEDDING, (1024, 3072, 28, 16, 8)
+    ),
     "qwen1.5-moe-a2.7b": _row(
         "Qwen/Qwen1.5-MoE-A2.7B-Chat", 14_315_784_192, _QWEN2_MOE, (2048, 5632, 24, 16, 16)
     ),
