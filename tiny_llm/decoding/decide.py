@@ -170,11 +170,6 @@ class _Report(NamedTuple):
     tokens: mx.array
     arrays: Reported
 
-    @classmethod
-    def of(cls, logits: mx.array, rows: Sequence[Row], counts: Sequence[int], tokens: mx.array) -> _Report:
-        """``logits`` [n, V] and ``tokens`` uint32 [n] are those of the n ``rows``."""
-        return cls(rows, counts, tokens, reported(logits, tokens, max(counts)))
-
     def read(self) -> list[Logprobs]:
         """One for each row."""
         tokens = cast(list[int], self.tokens.tolist())
@@ -268,7 +263,8 @@ def _told(
     if len(asked) < len(rows):
         at = mx.array(asked)
         logits, tokens = logits[at], tokens[at]
-    return [_Report.of(logits, [rows[n] for n in asked], [wanted[n] or 0 for n in asked], tokens)]
+    counts = [wanted[n] or 0 for n in asked]
+    return [_Report([rows[n] for n in asked], counts, tokens, reported(logits, tokens, max(counts)))]
 
 
 def _taken(logits: mx.array, rows: Sequence[Row]) -> mx.array:

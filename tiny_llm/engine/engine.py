@@ -430,7 +430,7 @@ class Engine:
 
     def _end(self, answer: Answer, reason: EndReason, now: float) -> Completion:
         """Forget an answer, and its request with the last one; return the whole of it."""
-        self.totals.count_end(reason)
+        self.totals.ends[reason] += 1
         answer.ended = True
         self._answers.pop(answer.seq_id, None)  # one that a search has found is in no sequence
         request = self._requests[answer.request_id]

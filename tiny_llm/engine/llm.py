@@ -80,6 +80,7 @@ class LLM:
     that was forked from one that has made an LLM.
     """
 
+    end_ids: frozenset[int]  # that end an answer; one beyond the vocabulary cannot be drawn, and is left out
     _model: Model | None  # None, like the turn: closed
     _turn: Turn | None
 
@@ -137,8 +138,8 @@ class LLM:
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config, self.embedding = loaded.config, model.embedding
         self.max_context = context_limit(max_context, self.config.max_position_embeddings)
-        self._end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
-        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._end_ids)
+        self.end_ids = frozenset(i for i in model.end_ids if i < self.config.vocab_size)
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.end_ids)
         engine = engine or self._fitting(kv_memory, swap_memory, speculate, scheduler)
         how = (self.backend, self.kernels.on_ours, dtype, quantize, activations, kept, engine.block_size)
         self._store = None if kv_disk is None else open_store(kv_disk, kv_disk_size, model, how)
@@ -147,7 +148,7 @@ class LLM:
     @property
     def contexts(self) -> NamedContexts:
         """Texts that are computed once, and stand before prompts by name."""
-        return NamedContexts(self)
+        return NamedContexts(self.engine, self.stream)
 
     @property
     def engine(self) -> Engine:
@@ -182,11 +183,6 @@ class LLM:
                     self._store.close()
                 self._turn = self._model = self._draft = None
             give_back_memory()
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The tokens that end an answer. An id beyond the vocabulary can never be drawn, and is left out."""
-        return self._end_ids
 
     @property
     def memory(self) -> str:
@@ -231,7 +227,7 @@ class LLM:
             settings,
             kernels=self.kernels,
             kv_dtype=self._kept,
-            end_ids=self._end_ids,
+            end_ids=self.end_ids,
             max_context=self.max_context,
             draft=self._draft,
             store=self._store,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from tiny_llm.data import Completion
 from tiny_llm.engine.contexts import Context, NewContext
@@ -26,26 +26,15 @@ class ContextInfo(NamedTuple):
     is_ready: bool
 
 
-class Answering(Protocol):
-    """An LLM."""
-
-    @property
-    def engine(self) -> Engine:
-        """What runs the requests."""
-        ...
-
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[object]:
-        """Answer a prompt; ``options`` are those of ``Engine.add``."""
-        ...
-
-
 class NamedContexts:
-    """``llm.contexts.add("handbook", text)``, then ``llm.generate(prompt, contexts=["handbook"])``."""
+    """``llm.contexts.add("handbook", text)``, then ``llm.generate(prompt, contexts=["handbook"])``.
 
-    def __init__(self, llm: Answering) -> None:
-        self._llm = llm
+    ``engine`` and ``stream`` are the LLM's.
+    """
+
+    def __init__(self, engine: Engine, stream: Callable[..., Iterator[object]]) -> None:
+        self._engine = engine
+        self._stream = stream
 
     def add(self, name: str, text: Prompt | Completion, *, ttl_s: float | None = None) -> ContextInfo:
         """Compute a text, or token ids, and keep it: for ``ttl_s`` seconds, or until it is removed.
@@ -55,22 +44,22 @@ class NamedContexts:
         """
         if isinstance(text, Completion):
             text = text.prompt_token_ids + text.token_ids
-        for _ in self._llm.stream(text, SamplingParams(max_tokens=1), context=NewContext(name, ttl_s)):
+        for _ in self._stream(text, SamplingParams(max_tokens=1), context=NewContext(name, ttl_s)):
             pass
         return self[name]
 
     def remove(self, name: str) -> None:
         """Let go of one. Raises RequestError for a name that there is not."""
-        self._llm.engine.contexts.remove(name)
+        self._engine.contexts.remove(name)
 
     def __getitem__(self, name: str) -> ContextInfo:
-        return info(self._llm.engine, self._llm.engine.contexts.find(name))
+        return info(self._engine, self._engine.contexts.find(name))
 
     def __iter__(self) -> Iterator[ContextInfo]:
-        return iter(listed(self._llm.engine))
+        return iter(listed(self._engine))
 
     def __len__(self) -> int:
-        return len(listed(self._llm.engine))
+        return len(listed(self._engine))
 
 
 def listed(engine: Engine, salt: str = "") -> Sequence[ContextInfo]:

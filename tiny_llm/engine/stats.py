@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 
-from tiny_llm.data import EndReason, Plan
+from tiny_llm.data import Plan
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.kv.blocks import Usage
 from tiny_llm.kv.disk import DiskUsage
@@ -55,14 +56,6 @@ class Histogram:
         return {"count": sum(self.counts), "mean": self.mean(), **quantiles}
 
 
-def _seconds() -> Histogram:
-    return Histogram(SECONDS)
-
-
-def _sizes() -> Histogram:
-    return Histogram(SIZES)
-
-
 @dataclass(slots=True)
 class EngineStats:
     """Totals since the engine began. ``parts`` are seconds of steps by part.
@@ -77,12 +70,12 @@ class EngineStats:
     generation_tokens: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    queue_s: Histogram = field(default_factory=_seconds)
-    ttft_s: Histogram = field(default_factory=_seconds)
-    inter_token_s: Histogram = field(default_factory=_seconds)
-    step_s: Histogram = field(default_factory=_seconds)
-    step_tokens: Histogram = field(default_factory=_sizes)
-    step_sequences: Histogram = field(default_factory=_sizes)
+    queue_s: Histogram = field(default_factory=partial(Histogram, SECONDS))
+    ttft_s: Histogram = field(default_factory=partial(Histogram, SECONDS))
+    inter_token_s: Histogram = field(default_factory=partial(Histogram, SECONDS))
+    step_s: Histogram = field(default_factory=partial(Histogram, SECONDS))
+    step_tokens: Histogram = field(default_factory=partial(Histogram, SIZES))
+    step_sequences: Histogram = field(default_factory=partial(Histogram, SIZES))
 
     def count_token(self, answer: Answer, arrival: float, now: float) -> None:
         """An answer gets a token: its first, since its request's ``arrival``, or one after another."""
@@ -91,14 +84,6 @@ class EngineStats:
             self.inter_token_s.add(now - answer.last_s)
         else:
             self.ttft_s.add(now - arrival)
-
-    def count_end(self, reason: EndReason) -> None:
-        """An answer ended."""
-        self.ends[reason] += 1
-
-
-_HISTOGRAMS = ("queue_s", "ttft_s", "inter_token_s", "step_s", "step_tokens", "step_sequences")
-_COUNTS = ("steps", "decodes", "failed_steps", "prompt_tokens", "generation_tokens", "ends", "parts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +154,9 @@ class Snapshot:
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "totals"}
         own["blocks"] = self.blocks._asdict()
         own["disk"] = None if self.disk is None else self.disk._asdict()
-        counts = {name: getattr(self.totals, name) for name in _COUNTS}
-        histograms = {name: getattr(self.totals, name).summary() for name in _HISTOGRAMS}
-        return {**own, **counts, **histograms}
+        totals = {one.name: getattr(self.totals, one.name) for one in fields(self.totals)}
+        told = {n: one.summary() if isinstance(one, Histogram) else one for n, one in totals.items()}
+        return own | told
 
 
 class StepClock:

@@ -30,15 +30,8 @@ class Trace:
 
     def step(self, plan: Plan, began: float, ended: float) -> None:
         """A step was run."""
-        self._add(
-            "step",
-            _STEPS,
-            began,
-            ended,
-            sequences=len(plan.items),
-            tokens=sum(len(item.tokens) for item in plan.items),
-            drafted=plan.drafted,
-        )
+        sequences, tokens = len(plan.items), sum(len(item.tokens) for item in plan.items)
+        self._add("step", _STEPS, began, ended, sequences=sequences, tokens=tokens, drafted=plan.drafted)
         for number, item in enumerate(plan.items):
             wait = self._waits.pop(item.seq_id, None)
             if wait is not None:
@@ -57,33 +50,19 @@ class Trace:
         self._count("right guesses", at, made.accepted)
 
     def _count(self, name: str, at: float, totals: Mapping[str, int]) -> None:
-        event = {"name": name, "ph": "C", "pid": 1, "tid": _STEPS, "ts": round(at * 1e6, 1)}
-        self._events.append({**event, "args": dict(totals)})
+        self._events.append(_event(name, "C", _STEPS, dict(totals), ts=round(at * 1e6, 1)))
 
     def save(self, path: Path) -> None:
         """Write the trace. Raises OSError if the file cannot be written."""
         tracks = sorted({int(str(event["tid"])) for event in self._events})
-        names = [
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": 1,
-                "tid": track,
-                "args": {"name": "steps" if track == _STEPS else f"sequence {track}"},
-            }
-            for track in tracks
-        ]
+        called = {track: "steps" if track == _STEPS else f"sequence {track}" for track in tracks}
+        names = [_event("thread_name", "M", track, {"name": name}) for track, name in called.items()]
         path.write_text(json.dumps({"traceEvents": names + self._events}), encoding="utf-8")
 
     def _add(self, name: str, track: int, began: float, ended: float, **details: int) -> None:
-        self._events.append(
-            {
-                "name": name,
-                "ph": "X",
-                "pid": 1,
-                "tid": track,
-                "ts": round(began * 1e6, 1),
-                "dur": round((ended - began) * 1e6, 1),
-                "args": details,
-            }
-        )
+        times = {"ts": round(began * 1e6, 1), "dur": round((ended - began) * 1e6, 1)}
+        self._events.append(_event(name, "X", track, details, **times))
+
+
+def _event(name: str, kind: str, track: int, args: object, **times: float) -> dict[str, object]:
+    return {"name": name, "ph": kind, "pid": 1, "tid": track, **times, "args": args}
