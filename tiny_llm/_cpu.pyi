@@ -85,4 +85,5 @@ def attend(
     starts: mx.array,
     context_lens: mx.array,
     scale: float,
+    window: int = 0,
 ) -> tuple[mx.array, list[mx.array]]: ...

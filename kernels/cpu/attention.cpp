@@ -31,7 +31,7 @@ struct Records {
 // The query rows of one item that read one key head, token by token, and the buffers for their work.
 struct Rows {
     int64_t count, group;     // group: query heads of a token
-    int64_t* limits;          // keys that a row sees; they never fall from row to row
+    int64_t *firsts, *limits;  // a row sees keys [first, limit); they never fall from row to row
     float *q, *scores;        // [count, D] times scale and log2 e; [rows at once, kSpan]
     float *keys, *values;     // a span's, copied to float
     float *key_scales, *value_scales;  // a span's, or null: keys and values are what they are
@@ -43,13 +43,19 @@ int64_t seen(const Rows& rows, int64_t row, int64_t key, int64_t most) {
     return n < 0 ? 0 : least(n, most);
 }
 
+// Of these, from the span's beginning on, the ones that lie before a row's window.
+int64_t hidden(const Rows& rows, int64_t row, int64_t key) {
+    const int64_t n = rows.firsts[row] - key;
+    return n < 0 ? 0 : least(n, kSpan);
+}
+
 // ---- where a span's keys and values come from
 
 template <class T>
 struct Source {
     const Attend& a;
     const int32_t* table;
-    int64_t head, keys_end;  // keys_end: of the item's last row
+    int64_t head, keys_begin, keys_end;  // of the item's first row, and of its last
     int64_t size() const { return a.pool.block_size; }
     const T* keys(int64_t block) const { return static_cast<const T*>(a.pool.keys) + offset(block); }
     const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
@@ -59,11 +65,13 @@ struct Source {
     // What the integers of a span are multiples of.
     void widen_scales(const void* scales, int64_t first, float* to) const {
         const int64_t keys = least(kSpan, keys_end - first);
-        for (int64_t key = 0; key < keys; key += kWidth) {
+        for (int64_t key = hidden_of(first); key < keys; key += kWidth) {
             const int64_t at = first + key, row = table[at / size()] * a.pool.heads + head;
             store(to + key, load(static_cast<const f16*>(scales) + row * size() + at % size()));
         }
     }
+    // Keys of the span's first blocks, of which no row sees any.
+    int64_t hidden_of(int64_t first) const { return keys_begin > first ? (keys_begin - first) / size() * size() : 0; }
     int64_t blocks_of(int64_t first) const {
         return (least(kSpan, keys_end - first) + size() - 1) / size();
     }
@@ -113,7 +121,7 @@ struct Packed : Source<T> {
     mutable const float* at[2];  // a panel, and the next
     void enter(int64_t first) const {
         const int64_t dim = this->a.pool.dim, size = this->size(), keys = least(kSpan, this->keys_end - first);
-        for (int64_t key = 0; key < keys; key += size) {
+        for (int64_t key = this->hidden_of(first); key < keys; key += size) {
             pack(this->keys((first + key) / size), dim, size, key_panels, dim, 0, key);
             pack(this->values((first + key) / size), least(size, keys - key), dim, value_panels, kSpan, key, 0);
         }
@@ -148,7 +156,7 @@ void in_pieces(int64_t from, int64_t to, int64_t most, const Body& body) {
 template <class From>
 void score_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64_t dim, const From& source) {
     const int64_t keys = seen(rows, to - 1, first, kSpan), unit = source.key_unit();
-    for (int64_t at = 0; at < keys; at += unit) {
+    for (int64_t at = hidden(rows, from, first) / unit * unit; at < keys; at += unit) {
         const auto panel = source.keys_at(at / unit);
         in_pieces(from, to, From::kRowsInRegisters, [&](int64_t row, int64_t size) {
             const int64_t columns = round_up(seen(rows, row + size - 1, first + at, unit), kWidth);
@@ -160,27 +168,34 @@ void score_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int64
 
 constexpr int kSoftened = 4;  // vectors: what one waits for, another computes
 
-// The largest score, after each was multiplied by its key's scale if there are scales; -infinity up to `padded`.
-float largest_score(float* scores, int64_t count, int64_t padded, const float* scales) {
-    const int64_t whole = scales ? count / kWidth * kWidth : 0;
+// The largest score, after each was multiplied by its key's scale if there are scales; -infinity before `begin`,
+// and from `count` up to `padded`.
+float largest_score(float* scores, int64_t begin, int64_t count, int64_t padded, const float* scales) {
+    const int64_t edge = round_up(begin, kWidth), last = count / kWidth * kWidth;
+    const int64_t whole = scales && last > edge ? last : edge;
     vf largest = splat(-INFINITY);
-    for (int64_t i = 0; i < whole; i += kWidth) {
+    for (int64_t i = edge; i < whole; i += kWidth) {
         const vf scaled = load(scores + i) * load(scales + i);
         store(scores + i, scaled);
         largest = max(largest, scaled);
     }
-    if (scales)
+    if (scales) {
+        for (int64_t i = begin; i < least(edge, count); ++i) scores[i] *= scales[i];
         for (int64_t i = whole; i < count; ++i) scores[i] *= scales[i];
+    }
+    for (int64_t i = 0; i < begin; ++i) scores[i] = -INFINITY;
     for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < edge; i += kWidth) largest = max(largest, load(scores + i));
     for (int64_t i = whole; i < padded; i += kWidth) largest = max(largest, load(scores + i));
     return max_of(largest);
 }
 
 // Scores to weights 2^(score - most), in place; their sum is returned. `most` becomes the largest score,
 // rounded up, so that what spans are merged by are powers of two. Weights are then times their values' scales.
-float soften(float* scores, int64_t count, const float* key_scales, const float* value_scales, float* most) {
+float soften(float* scores, int64_t begin, int64_t count, const float* key_scales, const float* value_scales,
+             float* most) {
     const int64_t step = kSoftened * kWidth, padded = round_up(count, step);
-    const float highest = ceilf(largest_score(scores, count, padded, key_scales));
+    const float highest = ceilf(largest_score(scores, begin, count, padded, key_scales));
     vf total = {};
     for (int64_t i = 0; i < padded; i += step) {
         vf weights[kSoftened];
@@ -195,7 +210,8 @@ float soften(float* scores, int64_t count, const float* key_scales, const float*
     return sum(total);
 }
 
-// Each row adds the values that it sees and no others: what lies behind may be anything, a NaN too.
+// Each row adds the values that it sees and no others: what lies around them may be anything, a NaN too. Several rows
+// add together what all of them see, and each alone what it sees before and behind that.
 template <class From>
 void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const From& source, const Records& out) {
     const int64_t unit = source.value_unit();
@@ -203,13 +219,24 @@ void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const
         const auto panel = source.values_at(at / unit);
         const int64_t columns = least(round_up(unit, kWidth), out.padded - at);
         in_pieces(from, to, From::kRowsInRegisters, [&](int64_t row, int64_t size) {
-            const int64_t common = seen(rows, row, first, kSpan);
+            const int64_t begin = hidden(rows, row + size - 1, first), end = seen(rows, row, first, kSpan);
             const float* weights = rows.scores + (row - from) * kSpan;
-            product<false>(size, {weights, kSpan}, 0, common, panel, out.at(row - from) + at, out.stride(), columns);
-            for (int64_t r = 1; r < size; ++r) {
+            float* sums = out.at(row - from) + at;
+            const bool begins = begin == hidden(rows, row, first);
+            for (int64_t r = 0; r < size && !begins; ++r)
+                product<false>(1, {weights + r * kSpan, kSpan}, hidden(rows, row + r, first),
+                               least(begin, seen(rows, row + r, first, kSpan)), panel, sums + r * out.stride(),
+                               out.stride(), columns);
+            if (begins) {
+                product<false>(size, {weights, kSpan}, begin, end, panel, sums, out.stride(), columns);
+            } else if (begin < end) {
+                product<true>(size, {weights, kSpan}, begin, end, panel, sums, out.stride(), columns);
+            }
+            const int64_t behind = end > begin ? end : begin;
+            for (int64_t r = 0; r < size; ++r) {
                 const int64_t more = seen(rows, row + r, first, kSpan);
-                if (more > common)
-                    product<true>(1, {weights + r * kSpan, kSpan}, common, more, panel, out.at(row + r - from) + at,
+                if (more > behind)
+                    product<true>(1, {weights + r * kSpan, kSpan}, behind, more, panel, sums + r * out.stride(),
                                   out.stride(), columns);
             }
         });
@@ -224,7 +251,7 @@ void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int
     for (int64_t r = from; r < to; ++r) {
         float* scores = rows.scores + (r - from) * kSpan;
         const int64_t keys = seen(rows, r, first, kSpan);
-        out.sum(r - from) = soften(scores, keys, rows.key_scales, rows.value_scales, &out.most(r - from));
+        out.sum(r - from) = soften(scores, hidden(rows, r, first), keys, rows.key_scales, rows.value_scales, &out.most(r - from));
     }
     weigh_span(rows, from, to, first, source, out);
 }
@@ -273,10 +300,11 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     const int64_t dim = a.pool.dim, padded = round_up(dim, kWidth), group = a.query_heads / a.pool.heads;
     const int64_t count = item.rows * group, stride = Records{nullptr, padded}.stride();
     const int64_t most = least(count, kDirectRows), span = kSpan * round_up(dim, kPanel);
-    const int64_t words = count * (2 + dim + stride) + most * (kSpan + stride) + 2 * (span + kSpan);
-    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 9 * 64));
+    const int64_t words = count * (4 + dim + stride) + most * (kSpan + stride) + 2 * (span + kSpan);
+    char* at = static_cast<char*>(scratch(kWorkSlot, words * sizeof(float) + 10 * 64));
     Rows rows{};
     rows.count = count, rows.group = group;
+    rows.firsts = take<int64_t>(at, count);
     rows.limits = take<int64_t>(at, count);
     rows.q = take<float>(at, count * dim);
     rows.scores = take<float>(at, most * kSpan);
@@ -292,6 +320,7 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
         const float* q = a.q + (token * a.query_heads + head * group + r % group) * dim;
         for (int64_t d = 0; d < dim; ++d) rows.q[r * dim + d] = q[d] * scale;
         rows.limits[r] = item.position + 1 + (shared ? 0 : r / group);
+        rows.firsts[r] = shared || rows.limits[r] < a.window ? 0 : rows.limits[r] - a.window;
     }
     return rows;
 }
@@ -314,19 +343,29 @@ void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& ro
     if (goes_on) begin_with(a.priors + item.prior, item.first_span, head, rows, records);
     for (int64_t span = item.first_span; span < item.first_span + item.spans; ++span) {
         const int64_t first = span * kSpan;
-        int64_t from = 0;
+        int64_t from = 0, to = rows.count;  // who sees something of it
         while (rows.limits[from] <= first) ++from;
+        while (rows.firsts[to - 1] >= first + kSpan) --to;
         source.enter(first);
         if (rows.key_scales) {
             source.widen_scales(a.pool.key_scales, first, rows.key_scales);
             source.widen_scales(a.pool.value_scales, first, rows.value_scales);
         }
-        in_pieces(from, rows.count, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
-            const bool begins = span == item.first_span && !goes_on;
-            const Records to = begins ? Records{rows.total.at(row), rows.total.padded} : rows.part;
-            compute_span(rows, row, row + count, first, a.pool.dim, source, to);
-            if (!begins)
-                for (int64_t r = 0; r < count; ++r) merge(rows.total, row + r, to, r);
+        // Whether the row's sum begins here: with its window, or with the item.
+        const auto begins = [&](int64_t row) {
+            return !goes_on && (span == item.first_span || rows.firsts[row] >= first);
+        };
+        in_pieces(from, to, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
+            const bool all_begin = begins(row);  // the first one has begun before the others do
+            const Records sums = all_begin ? Records{rows.total.at(row), rows.total.padded} : rows.part;
+            compute_span(rows, row, row + count, first, a.pool.dim, source, sums);
+            for (int64_t r = 0; r < count && !all_begin; ++r) {
+                if (begins(row + r)) {
+                    memcpy(rows.total.at(row + r), sums.at(r), sums.stride() * sizeof(float));
+                } else {
+                    merge(rows.total, row + r, sums, r);
+                }
+            }
         });
     }
     if (item.partial >= 0) return;
@@ -339,7 +378,7 @@ void attend_item(const Attend& a, const AttendItem& item, int64_t head, const Re
     Rows rows = make_rows(a, item, head);
     if (item.partial >= 0) rows.total.base = records.at(item.partial + head * rows.count);
     const int64_t end = least(rows.limits[rows.count - 1], (item.first_span + item.spans) * kSpan);
-    const Source<T> source{a, a.tables + item.sequence * a.table_width, head, end};
+    const Source<T> source{a, a.tables + item.sequence * a.table_width, head, rows.firsts[0], end};
     if (rows.count <= kDirectRows && a.pool.dim % kWidth == 0) {
         sweep(a, item, head, rows, Direct<T>{source, {}, {}, {}}, records);
     } else {
@@ -361,11 +400,12 @@ void merge_row(const Attend& a, const AttendMerge& m, int64_t index, const Recor
         if (span < m.first_span) return prior_record(a.priors[m.prior + span], head, group, r);
         return m.partial + index + (span - m.first_span) * m.rows * a.query_heads;
     };
-    const int64_t spans = (m.position + r / group) / kSpan + 1;
-    for (int64_t span = 1; span < spans; ++span) merge(records, record(0), records, record(span));
+    const int64_t seen = m.position + r / group + 1, spans = (seen - 1) / kSpan + 1;
+    const int64_t first = seen > a.window ? (seen - a.window) / kSpan : 0;
+    for (int64_t span = first + 1; span < spans; ++span) merge(records, record(first), records, record(span));
     AttendItem item{};
     item.row = m.row;
-    write_row(records, record(0), out_row(a, item, head, group, r), a.pool.dim);
+    write_row(records, record(first), out_row(a, item, head, group, r), a.pool.dim);
 }
 
 // Work that is too small to be shared out stays on one thread.

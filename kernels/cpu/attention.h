@@ -2,6 +2,9 @@
 //
 // Keys lie [N blocks, K heads, D, S]: the S keys of a block side by side for one d. Values lie [N, K, S, D].
 //
+// Where there is a window, a row sees its last tokens only: spans before these are not read, and in the first one
+// that is, the keys before them count for nothing.
+//
 // A row's bits depend on its own context alone. The keys are cut at absolute multiples of kSpan; each span
 // is a softmax of its own, in one order; spans are merged in theirs. How many rows are computed together,
 // how blocks lie in the pool and who computes which span changes nothing.
@@ -52,6 +55,7 @@ struct Attend {
     KvPool pool;
     const int32_t* tables;  // [B, table_width] block numbers
     int64_t table_width, query_heads;
+    int64_t window;  // keys that a row sees, at least 1
     float scale;
     const AttendItem* items;  // from plan_attend, as are these
     const AttendMerge* merges;

@@ -42,6 +42,9 @@ std::string check_sequence(const AttendStep& s, int64_t b) {
     return "";
 }
 
+// The first key that the row at `position` sees.
+int64_t first_key(const AttendStep& s, int64_t position) { return std::max<int64_t>(0, position - (s.window - 1)); }
+
 int64_t spans_of(const AttendItem& item) { return (item.position + item.rows + kSpan - 1) / kSpan; }
 
 // The records that each sequence's first spans have left in items that it shares with others.
@@ -112,7 +115,7 @@ void add_pieces(const AttendStep& s, int64_t b, const std::vector<AttendPrior>& 
     plan.priors.insert(plan.priors.end(), priors.begin(), priors.end());
     for (int64_t row = begin + (end - begin - 1) / step * step; row >= begin; row -= step) {
         AttendItem item{b, row, std::min(step, end - row), s.context_lens[b] - (end - row), 0, 0, -1};
-        item.first_span = priors.size(), item.prior = prior;
+        item.first_span = priors.empty() ? first_key(s, item.position) / kSpan : priors.size(), item.prior = prior;
         item.spans = spans_of(item) - item.first_span;
         plan.items.push_back(item);
     }
@@ -157,7 +160,8 @@ AttendPlan plan_attend(const AttendStep& s, int threads) {
         const int64_t rows = s.starts[b + 1] - s.starts[b];
         if (rows == 0) continue;
         faults[b] = check_sequence(s, b);
-        if (faults[b].empty() && rows <= kFewRows) few.push_back(b);
+        // Whoever has left a window behind reads it alone: it is short, and begins where no other's does.
+        if (faults[b].empty() && rows <= kFewRows && s.context_lens[b] <= s.window) few.push_back(b);
         if (plan.fault.empty()) plan.fault = faults[b];
     }
     Priors priors(s.sequences);
@@ -176,7 +180,7 @@ AttendPlan plan_attend(const AttendStep& s, int threads) {
 }
 
 Attend attend_call(const AttendStep& s, const AttendPlan& plan, const KvPool& pool, const float* q, float scale, float* out) {
-    return {q, out, pool, s.tables, s.table_width, s.query_heads, scale, plan.items.data(), plan.merges.data(),
+    return {q, out, pool, s.tables, s.table_width, s.query_heads, s.window, scale, plan.items.data(), plan.merges.data(),
             plan.priors.data(), plan.shared_rows.data(), plan.shared, static_cast<int64_t>(plan.items.size()),
             static_cast<int64_t>(plan.merges.size()), plan.records};
 }

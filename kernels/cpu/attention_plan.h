@@ -12,6 +12,7 @@ struct AttendStep {
     const int32_t *slots, *tables, *starts, *context_lens;  // [W], [B, table_width], [B + 1], [B]
     int64_t writes, sequences, table_width, rows;           // W, B, table_width, T
     int64_t blocks, block_size, heads, query_heads;         // N, S, K, H
+    int64_t window = INT64_MAX;                             // keys that a row sees, at least 1
 };
 
 struct AttendPlan {

@@ -7,11 +7,12 @@
 // other rows.
 // work: for each piece its first place in `rows`, how many it has, a sequence, the tokens that are seen, and its
 // span. What a row gets is at its place in `rows`, which is the row itself where it has but one.
+// A row sees its last `window` tokens: blocks before these are not read. Pieces of several rows lie inside all windows.
 // Of int8, a key's scale multiplies its score, and a value's goes into its weight; of floats there are no scales, and
 // what comes in their place is not read.
 // `written` and `read` say nothing: they put this behind the write that it sees, and the next write behind this.
 
-// kernel paged_attention(q, keys, values, key_scales, value_scales, tables, rows, work, width, scale, written) -> (out, read)
+// kernel paged_attention(q, keys, values, key_scales, value_scales, tables, rows, work, width, scale, window, written) -> (out, read)
     constexpr int Q = R * G;  // queries of a simdgroup
     constexpr int THREADS = SIDES * PARTS * 32;
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
@@ -33,6 +34,8 @@
     ulong table = ulong(work[item + 2]) * width;
     int begin = work[item + 4] * SPAN;
     int length = min(work[item + 3], begin + SPAN);
+    int low = max(begin, work[item + 3] - window);
+    int unseen = max(0, low / S - begin / S - part + PARTS - 1) / PARTS * PARTS;  // blocks, of this part's steps
 
     for (int turn = 0; turn < members; turn += SIDES * R) {
         for (int i = int(thread_index_in_threadgroup); i < SIDES * Q * D; i += THREADS) {
@@ -50,15 +53,15 @@
             }
         }
         int end = turn + own / G < members ? length : 0;  // nobody is left for this side
-        for (int b = begin / S + part; b * S < end; b += PARTS) {
+        for (int b = begin / S + part + unseen; b * S < end; b += PARTS) {
             ulong tokens = (ulong(tables[table + b]) * K + head) * S;
             ulong block = tokens * D;
-            int count = min(S, length - b * S);
+            int count = min(S, length - b * S), before = low - b * S;
             float scores[TOKENS][Q];
             float units[TOKENS];
             UNROLL for (int n = 0; n < TOKENS; n++) {
                 int token = int(lane) + n * 32;
-                bool counts = token < count;
+                bool counts = token >= before && token < count;
                 units[n] = SCALED && counts ? static_cast<float>(value_scales[tokens + token]) : 0.0f;
                 UNROLL for (int g = 0; g < Q; g++) {
                     scores[n][g] = counts ? 0.0f : -INFINITY;
@@ -113,7 +116,7 @@
                         int token = n * 32 + from + t;
                         UNROLL for (int i = 0; i < HELD; i++) {
                             int d = int(lane) + i * 32;
-                            bool counts = d < D && token < count;
+                            bool counts = d < D && token >= before && token < count;
                             value[t][i] = counts ? static_cast<float>(values[block + token * D + d]) : 0.0f;
                         }
                     }

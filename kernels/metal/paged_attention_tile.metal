@@ -5,11 +5,12 @@
 // The order is that of paged_attention: simdgroup p sees the blocks p, p + PARTS, ... of a span of SPAN tokens, the
 // parts become one in their order, and then the spans. So a row's bits are those that paged_attention gives, where the
 // matrix instruction is a chain of fma in order; ops/paged_attention.py asks the device before it uses this.
+// A row sees its last `window` tokens; blocks that no row of the tile sees are not read.
 // work: for each threadgroup its sequence's first row, how many rows that has, the sequence, the tokens that its
 // first row sees, and the first of the threadgroup's pairs.
 #include <metal_simdgroup_matrix>
 
-// kernel paged_attention_tile(q, keys, values, key_scales, value_scales, tables, work, width, scale, written) -> (out, read)
+// kernel paged_attention_tile(q, keys, values, key_scales, value_scales, tables, work, width, scale, window, written) -> (out, read)
     constexpr int ROWS = 8 * M;
     constexpr int SLICE = 64;  // columns of the result that the parts put together at a time
     constexpr int SLICES = (D + SLICE - 1) / SLICE;
@@ -37,6 +38,7 @@
     int pairs = work[item + 1] * G, pair = work[item + 4];
     ulong table = ulong(work[item + 2]) * width;
     int length = work[item + 3] + (min(pair + ROWS, pairs) - 1) / G;  // what the last row sees
+    int low = max(0, work[item + 3] + pair / G - window);  // and where the first one's window begins
 
     for (int i = thread_index; i < ROWS * D; i += THREADS) {
         int mine = min(pair + i / D, pairs - 1);  // past the end: the last one, and not stored
@@ -56,7 +58,7 @@
             result[slice][n] = 0.0f;
         }
     }
-    for (int begin = 0; begin < length; begin += SPAN) {
+    for (int begin = low / SPAN * SPAN; begin < length; begin += SPAN) {
         float top[M], total[M];
         simdgroup_matrix<float, 8, 8> sums[M][D / 8];
         UNROLL for (int m = 0; m < M; m++) {
@@ -67,14 +69,15 @@
             }
         }
         int end = min(length, begin + SPAN);
-        for (int b = begin / S + part; b * S < end; b += PARTS) {
+        int unseen = max(0, low / S - begin / S - part + PARTS - 1) / PARTS * PARTS;  // blocks, of this part's steps
+        for (int b = begin / S + part + unseen; b * S < end; b += PARTS) {
             ulong tokens = (ulong(tables[table + b]) * K + head) * S;
             ulong block = tokens * D;
             float key_units[S / 8][2], value_units[S / 8][2];
             UNROLL for (int j = 0; SCALED && j < S / 8; j++) {
                 UNROLL for (int i = 0; i < 2; i++) {
                     int token = j * 8 + right + i;
-                    bool counts = b * S + token < length;
+                    bool counts = b * S + token >= low && b * S + token < length;
                     key_units[j][i] = counts ? static_cast<float>(key_scales[tokens + token]) : 0.0f;
                     value_units[j][i] = counts ? static_cast<float>(value_scales[tokens + token]) : 0.0f;
                 }
@@ -106,7 +109,8 @@
                 float best = -INFINITY;
                 UNROLL for (int j = 0; j < S / 8; j++) {
                     UNROLL for (int i = 0; i < 2; i++) {
-                        bool counts = b * S + j * 8 + right + i < seen[m];
+                        int token = b * S + j * 8 + right + i;
+                        bool counts = token < seen[m] && token >= seen[m] - window;
                         float product = scores[m][j].thread_elements()[i];
                         float score = counts ? (SCALED ? product * key_units[j][i] : product) : -INFINITY;
                         scores[m][j].thread_elements()[i] = score;
@@ -145,7 +149,8 @@
             }
             UNROLL for (int j = 0; j < S / 8; j++) {
                 int token = j * 8 + down;
-                bool counts = b * S + token < length;  // what lies behind may be anything, and 0 * NaN is not 0
+                // What lies around may be anything, and 0 * NaN is not 0.
+                bool counts = b * S + token >= low && b * S + token < length;
                 UNROLL for (int f = 0; f < D / 8; f++) {
                     simdgroup_matrix<float, 8, 8> value;
                     UNROLL for (int i = 0; i < 2; i++) {
@@ -189,9 +194,10 @@
                         sum += share * weight[p * ROWS + thread_index];
                         largest[p * ROWS + thread_index] = share;
                     }
-                    float higher = max(highest, best);  // a row sees something of the first span
-                    kept[thread_index] = metal::precise::exp(highest - higher);
-                    added[thread_index] = metal::precise::exp(best - higher);
+                    float higher = max(highest, best);
+                    float top_base = higher == -INFINITY ? 0.0f : higher;  // its window begins in a later span
+                    kept[thread_index] = metal::precise::exp(highest - top_base);
+                    added[thread_index] = metal::precise::exp(best - top_base);
                     whole = whole * kept[thread_index] + added[thread_index] * sum;
                     highest = higher;
                     all[thread_index] = whole;

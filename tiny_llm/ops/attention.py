@@ -51,8 +51,8 @@ def attention(
     A row sees the last ``window`` tokens up to itself; 0: all of them.
     """
     _check(q, k, v, offset)
-    if on_cpu("attention", q, k, v) and not window:
-        return _attention_cpu(q, k, v, scale, offset)
+    if on_cpu("attention", q, k, v):
+        return _attention_cpu(q, k, v, scale, offset, window)
     if on_mlx() and q.size:
         return attention_mlx(q, k, v, scale=scale, offset=offset, window=window)
     return windowed_ref(q, k, v, scale=scale, offset=offset, window=window)
@@ -92,7 +92,7 @@ def window_mask(T: int, S: int, window: int) -> mx.array:
     return (behind >= 0) & (behind < window)
 
 
-def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int) -> mx.array:
+def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int, window: int) -> mx.array:
     """The kernel reads keys and values from a pool of blocks; here they lie in one for this call alone."""
     T, _, D = q.shape
     seen, K = offset + T, k.shape[1]
@@ -107,6 +107,7 @@ def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: 
         mx.array([0, T], mx.int32),
         mx.array([seen], mx.int32),
         scale,
+        *([window] if window else []),
     )
     return out
 

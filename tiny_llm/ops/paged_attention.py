@@ -24,7 +24,7 @@ from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
 from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.rope import rope_ref
-from tiny_llm.ops.work_lists import SpanPieces, WorkLists
+from tiny_llm.ops.work_lists import UNBOUNDED, SpanPieces, WorkLists
 
 _FLOATS = 32 * 1024 // 4  # that a threadgroup's memory holds
 _SUMS = 48  # floats of results that a thread holds for rows that share a span, beyond those of one row
@@ -49,7 +49,7 @@ def paged_attention(
     ``paged_attention_ref``.
     """
     scale = q.shape[-1] ** -0.5
-    if on_cpu("paged_attention", q, k, v) and not window:
+    if on_cpu("paged_attention", q, k, v):
         out, written = cpu.attend(
             q,
             k,
@@ -60,14 +60,15 @@ def paged_attention(
             pages.query_start_loc,
             pages.context_lens,
             scale,
+            *([window] if window else []),
         )
         return out, tuple(written)
     rows = pages.slot_mapping.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
         shapes = f"{q.shape}, {k.shape}, {v.shape}, {pages.slot_mapping.shape}"
         raise ValueError(f"[paged_attention] expected q [T, H, D], k, v [T, K, D], slots [T], got {shapes}")
-    if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]) and not window:
-        return _metal(q, k, v, pool, work or WorkLists(pages), scale)
+    if on_metal("paged_attention", q, k, v) and _fits(q.shape[1] // k.shape[1], q.shape[2]):
+        return _metal(q, k, v, pool, work or WorkLists(pages), scale, window or UNBOUNDED)
     if is_token_major() and pool[0].dtype != mx.int8:
         return paged_attention_mlx(q, k, v, pool, work or WorkLists(pages), scale, window)
     return paged_attention_ref(q, k, v, pool, pages, scale, window)
@@ -188,7 +189,7 @@ def _vectors(pool: mx.array, places: slice | mx.array) -> mx.array:
 
 
 def _metal(
-    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float
+    q: mx.array, k: mx.array, v: mx.array, pool: Pool, work: WorkLists, scale: float, window: int
 ) -> tuple[mx.array, Pool]:
     """Write k and v; then the rows of decodes go by spans, those of chunks by tiles, if that keeps bits."""
     pool = kv_write(pool, k, v, work.pages.slot_mapping)
@@ -198,11 +199,11 @@ def _metal(
         decodes = rows
     outs = []
     if decodes:
-        out, read = _rows(q[:decodes] if decodes < rows else q, pool, work, scale)
+        out, read = _rows(q[:decodes] if decodes < rows else q, pool, work, scale, window)
         outs.append(out)
         pool = _after(pool, read)
     if decodes < rows:
-        out, read = _tiles(q[decodes:] if decodes else q, pool, work, scale, decodes)
+        out, read = _tiles(q[decodes:] if decodes else q, pool, work, scale, window, decodes)
         outs.append(out)
         pool = _after(pool, read)
     return outs[0] if len(outs) == 1 else mx.concatenate(outs), pool
@@ -214,18 +215,20 @@ def _after(pool: Pool, read: mx.array) -> Pool:
     return (*arrays, read) if last else pool
 
 
-def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.array, mx.array]:
+def _rows(
+    q: mx.array, pool: Pool, work: WorkLists, scale: float, window: int = UNBOUNDED
+) -> tuple[mx.array, mx.array]:
     """A threadgroup a key/value head, span, and row or rows that share it. And that it was read."""
     (T, H, D), S = q.shape, pool[0].shape[3]
-    spans = work.spans(_span(S), T, S)
+    spans = work.spans(_span(S), T, S, window)
     # Where a row has several spans, its parts are float32 and a second kernel merges them.
     split = spans.shared.places + spans.own.places > T
-    out, read = _some_rows(q, pool, work, spans.own, scale, split)
+    out, read = _some_rows(q, pool, work, spans.own, scale, window, split)
     if not split:
         return out, read
     shared = out
     if spans.shared.total:
-        shared, _ = _some_rows(q, pool, work, spans.shared, scale, split)
+        shared, _ = _some_rows(q, pool, work, spans.shared, scale, window, split)
     merged, read = kernel("paged_attention_merge", "paged_attention")(
         inputs=[shared, out, scalar(spans.shared.places), spans.order, spans.firsts, read],
         template=[("T", q.dtype), ("H", H), ("D", D)],
@@ -238,7 +241,7 @@ def _rows(q: mx.array, pool: Pool, work: WorkLists, scale: float) -> tuple[mx.ar
 
 
 def _some_rows(
-    q: mx.array, pool: Pool, work: WorkLists, spans: SpanPieces, scale: float, split: bool
+    q: mx.array, pool: Pool, work: WorkLists, spans: SpanPieces, scale: float, window: int, split: bool
 ) -> tuple[mx.array, mx.array]:
     """What each place of ``spans`` gets."""
     (_, H, D), (_, K, _, S) = q.shape, pool[0].shape
@@ -247,7 +250,7 @@ def _some_rows(
     each, sides = _side_by_side(G, D) if spans.places > spans.total else (1, 1)
     dtype = mx.float32 if split else q.dtype
     out, read = kernel("paged_attention")(
-        inputs=_inputs(q, pool, work, [spans.rows, spans.pieces], scale),
+        inputs=_inputs(q, pool, work, [spans.rows, spans.pieces], scale, window),
         template=[
             *(("T", q.dtype), ("P", pool[0].dtype), ("OUT", dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("R", each), ("SIDES", sides), ("PARTS", parts), ("SPAN", _span(S)), ("SPLIT", split)),
@@ -271,7 +274,7 @@ def _side_by_side(group: int, dim: int) -> tuple[int, int]:
 
 
 def _tiles(
-    q: mx.array, pool: Pool, work: WorkLists, scale: float, first: int = 0
+    q: mx.array, pool: Pool, work: WorkLists, scale: float, window: int = UNBOUNDED, first: int = 0
 ) -> tuple[mx.array, mx.array]:
     """A threadgroup a key/value head and tile of pairs of a query row and one of the head's queries.
 
@@ -283,7 +286,7 @@ def _tiles(
     tile = 2 if D <= 128 else 1  # matrices of 8 pairs; what two of them hold at a larger D does not fit
     pieces, count = work.tiles(G, 8 * tile, first)
     out, read = kernel("paged_attention_tile")(
-        inputs=_inputs(q, pool, work, [pieces], scale),
+        inputs=_inputs(q, pool, work, [pieces], scale, window),
         template=[
             *(("T", q.dtype), ("P", pool[0].dtype), ("D", D), ("S", S), ("K", K), ("G", G)),
             *(("PARTS", parts), ("SPAN", _span(S)), ("M", tile)),
@@ -296,11 +299,13 @@ def _tiles(
     return out, read
 
 
-def _inputs(q: mx.array, pool: Pool, work: WorkLists, pieces: list[mx.array], scale: float) -> list[mx.array]:
+def _inputs(
+    q: mx.array, pool: Pool, work: WorkLists, pieces: list[mx.array], scale: float, window: int
+) -> list[mx.array]:
     tables = work.pages.block_tables
     arrays, written = parted(pool)
     scales = arrays[2:] or arrays  # of floats nobody reads them
-    numbers = scalar(tables.shape[1]), scalar(scale)
+    numbers = scalar(tables.shape[1]), scalar(scale), scalar(window)
     return [q, *arrays[:2], *scales, tables, *pieces, *numbers, *(written or [scalar(0)])]
 
 

@@ -18,6 +18,8 @@ from tiny_llm.ops.read_groups import LayerSizes, ReadGroups
 Places = tuple[mx.array, mx.array] | tuple[slice, slice]
 SpanRow = tuple[int, int, int]
 """A row, its sequence, and the tokens that it sees."""
+UNBOUNDED = 2**30
+"""A window that hides nothing."""
 MOST_ROWS = 16
 """Of a shared span in one piece of work: more are cut into several, as a GPU wants many pieces."""
 
@@ -67,7 +69,7 @@ class WorkLists:
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
-        self._by_span: dict[tuple[int, int, int], SpanWork] = {}
+        self._by_span: dict[tuple[int, int, int, int], SpanWork] = {}
         self._by_tile: dict[tuple[int, int, int], TileWork] = {}
         self._known: list[tuple[int, int, int, int]] | None = None
         self._by_sizes: dict[LayerSizes, ReadGroups] = {}
@@ -95,17 +97,21 @@ class WorkLists:
         """How many of the first sequences have one new row each; a step has its decodes first."""
         return sum(1 for _ in takewhile(lambda one: one[2] - one[1] == 1, self._sequences()))
 
-    def spans(self, size: int, rows: int, block_size: int) -> SpanWork:
-        """The work of the first ``rows`` rows, cut into spans of ``size`` tokens of their contexts."""
-        key = size, rows, block_size
+    def spans(self, size: int, rows: int, block_size: int, window: int = UNBOUNDED) -> SpanWork:
+        """The work of the first ``rows`` rows, cut into spans of ``size`` tokens of their contexts.
+
+        Spans before a row's ``window`` are no work; rows that have left theirs behind share none.
+        """
+        key = size, rows, block_size, window
         if key not in self._by_span:
             known = [
                 (row, sequence, length - (end - row) + 1)
                 for sequence, start, end, length in self._sequences()
                 for row in range(start, min(end, rows))
             ]
-            groups = _groups(known, self.pages.block_tables, size, block_size)
-            self._by_span[key] = _spans(known, groups, size)
+            whole = [row for row in known if row[2] <= window]
+            groups = _groups(whole, self.pages.block_tables, size, block_size)
+            self._by_span[key] = _spans(known, groups, size, window)
         return self._by_span[key]
 
     def tiles(self, group: int, pairs: int, first: int = 0) -> TileWork:
@@ -146,7 +152,9 @@ def _groups(
         groups, span = parted, span + 1
 
 
-def _spans(rows: list[SpanRow], groups: Iterable[tuple[int, list[SpanRow]]], size: int) -> SpanWork:
+def _spans(
+    rows: list[SpanRow], groups: Iterable[tuple[int, list[SpanRow]]], size: int, window: int
+) -> SpanWork:
     places = {row: array("i") for row, _, _ in rows}
     shared, shared_rows = array("i"), array("i")
     for span, group in groups:
@@ -159,10 +167,10 @@ def _spans(rows: list[SpanRow], groups: Iterable[tuple[int, list[SpanRow]]], siz
     own, own_rows = array("i"), array("i")
     order, firsts = array("i"), array("i", [0])
     for row, sequence, seen in rows:
-        known, spans = len(places[row]), -(-seen // size)
-        numbers = array("i", range(len(own_rows), len(own_rows) + spans - known))
+        first, spans = len(places[row]) or max(0, seen - window) // size, -(-seen // size)
+        numbers = array("i", range(len(own_rows), len(own_rows) + spans - first))
         pieces = array("i", [0, 1, sequence, seen, 0]) * len(numbers)
-        pieces[::5], pieces[4::5] = numbers, array("i", range(known, spans))
+        pieces[::5], pieces[4::5] = numbers, array("i", range(first, spans))
         own.extend(pieces)
         own_rows.extend([row] * len(numbers))
         order.extend(places[row])

@@ -58,7 +58,8 @@ void check_scales(const std::vector<mx::array>& pool) {
 using Result = std::pair<mx::array, std::vector<mx::array>>;
 
 Result attend_pages(const mx::array& q, const mx::array& k, const mx::array& v, const std::vector<mx::array>& arrays,
-                    const mx::array& slots, const mx::array& tables, const mx::array& starts, const mx::array& lens, float scale) {
+                    const mx::array& slots, const mx::array& tables, const mx::array& starts, const mx::array& lens, float scale, int window) {
+    if (window < 0) throw std::invalid_argument("[attend] expected a window of at least 1, or 0 for none");
     const bool scaled = arrays.size() == 4;
     if (arrays.size() != 2 && !scaled) throw std::invalid_argument("[attend] expected a pool of 2 or 4 arrays");
     const mx::array& keys = arrays[0];
@@ -69,7 +70,7 @@ Result attend_pages(const mx::array& q, const mx::array& k, const mx::array& v, 
     expect(scaled == (type == KvType::i8), "attend", "scales beside int8 keys, and beside no others", keys);
     const KvPool pool{nullptr, nullptr, type, keys.shape(0), keys.shape(1), keys.shape(2), keys.shape(3), nullptr, nullptr};
     const AttendStep shape{nullptr, nullptr, nullptr, nullptr, k.shape(0), tables.shape(0), tables.shape(1), q.shape(0),
-                           pool.blocks, pool.block_size, pool.heads, q.shape(1)};
+                           pool.blocks, pool.block_size, pool.heads, q.shape(1), window ? window : INT64_MAX};
     std::vector<mx::array> inputs = {q, k, v, slots, tables, starts, lens};
     std::vector<Spec> outputs = {{q.shape(), mx::float32}};
     for (const mx::array& array : arrays) {
@@ -96,6 +97,7 @@ Result attend_pages(const mx::array& q, const mx::array& k, const mx::array& v, 
 void bind_attention(nb::module_& m) {
     m.def("attend", &attend_pages, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("pool"),
           nb::arg("slots"), nb::arg("block_tables"), nb::arg("starts"), nb::arg("context_lens"), nb::arg("scale"),
+          nb::arg("window") = 0,
           "Write k, v to their slots of the pool, in place, and attend: (out, pool).");
 }
 

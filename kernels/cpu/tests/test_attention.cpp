@@ -47,10 +47,12 @@ struct Case {
     KvType type = KvType::f32;
     std::vector<uint32_t> names = {0, 1, 2, 3, 4, 5, 6, 7};  // whose numbers each sequence has
     uint32_t shuffle = 0;                                    // another order of blocks
+    int64_t window = INT64_MAX;                              // blocks that it leaves behind are nobody's: NaN
 
     int64_t rows() const { return std::accumulate(fresh.begin(), fresh.end(), int64_t{0}); }
     int64_t width() const { return (*std::max_element(contexts.begin(), contexts.end()) + block_size - 1) / block_size; }
     float scale() const { return 1 / std::sqrt(float(dim)); }
+    int64_t first_seen(int64_t b) const { return std::max<int64_t>(0, contexts[b] - fresh[b] + 1 - std::min<int64_t>(window, 1 << 30)); }
 
     // Element i at position p of a sequence, the same in whatever batch.
     static float draw(uint32_t seed, int64_t p, int64_t i) {
@@ -96,7 +98,9 @@ struct Pool {
         for (int64_t b = 0; b < B; ++b) {
             starts.push_back(starts.back() + c.fresh[b]);
             for (int64_t i = 0; i * S < c.contexts[b]; ++i) tables[b * width + i] = order[b * width + i];
-            for (int64_t p = 0; p < c.contexts[b]; ++p) slots.push_back(tables[b * width + p / S] * S + p % S);
+            for (int64_t p = 0; p < c.contexts[b]; ++p)
+                slots.push_back(p / S < c.first_seen(b) / S ? -1 : tables[b * width + p / S] * S + p % S);
+            std::fill_n(tables.begin() + b * width, c.first_seen(b) / S, order.back());
         }
         const size_t tokens = blocks * c.kv_heads * S, item = c.type == KvType::f32 ? 4 : c.type == KvType::i8 ? 1 : 2;
         for (auto* array : {&keys, &values}) array->assign(tokens * c.dim * item, char(0xff));
@@ -109,7 +113,7 @@ struct Pool {
         kv_write({in.k.data(), in.v.data(), slots.data(), int64_t(slots.size()), pool});
         std::vector<float> out(in.q.size(), -1);
         const AttendStep step{slots.data(), tables.data(), starts.data(), contexts.data(), int64_t(slots.size()),
-                              int64_t(contexts.size()), width, c.rows(), blocks, c.block_size, c.kv_heads, c.heads};
+                              int64_t(contexts.size()), width, c.rows(), blocks, c.block_size, c.kv_heads, c.heads, c.window};
         const AttendPlan plan = plan_attend(step, num_threads());
         fault = plan.fault, shared = plan.shared;
         attend(attend_call(step, plan, pool, in.q.data(), c.scale(), out.data()));
@@ -117,16 +121,17 @@ struct Pool {
     }
 };
 
-// One row's attention over its first `keys` keys, from a sequence's k and v.
+// One row's attention over the last keys of its first `keys`, from a sequence's k and v.
 void add_row(const Case& c, const float* q, const float* k, const float* v, int64_t keys, std::vector<double>& out) {
+    const int64_t first = std::max<int64_t>(0, keys - std::min(c.window, keys));
     const int64_t stride = c.kv_heads * c.dim;
     std::vector<double> weights(keys), sums(c.dim);
     double most = -1e300, total = 0;
-    for (int64_t s = 0; s < keys; ++s) {
+    for (int64_t s = first; s < keys; ++s) {
         for (int64_t d = 0; d < c.dim; ++d) weights[s] += double(q[d]) * k[s * stride + d];
         most = std::max(most, weights[s] *= c.scale());
     }
-    for (int64_t s = 0; s < keys; ++s) {
+    for (int64_t s = first; s < keys; ++s) {
         total += weights[s] = std::exp(weights[s] - most);
         for (int64_t d = 0; d < c.dim; ++d) sums[d] += weights[s] * v[s * stride + d];
     }
@@ -203,6 +208,42 @@ TEST(attention_bits_are_a_rows_own) {
     set_num_threads(threads);
 }
 
+// A row sees its window: against float64, at every place of a window's edge in spans, blocks and vectors.
+TEST(attention_within_a_window) {
+    for (KvType type : kTypes)
+        for (int64_t window : {1, 7, 16, 100, 256, 257, 300, 700}) {
+            for (auto [dim, heads, kv_heads] : {std::tuple{64, 14, 2}, {40, 2, 1}, {33, 4, 4}})
+                check_case({{900, 40, 257, 701}, {1, 40, 3, 1}, heads, kv_heads, dim, 16, type, {0, 1, 2, 3}, 3, window});
+            check_case({{600, 300}, {600, 37}, 7, 1, 32, 32, type, {4, 5}, 5, window});
+        }
+}
+
+// The same bits for a row with others of its sequence and alone, in one thread and in many, where windows end anywhere.
+TEST(attention_bits_within_a_window) {
+    const int threads = num_threads();
+    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 14}, {KvType::i8, 64, 14}})
+        for (int64_t window : {5, 250, 300}) {
+            Case whole{{900}, {900}, heads, 2, dim, 32, type, {5}};
+            whole.window = window;
+            const Inputs whole_in = inputs_of(whole);
+            const size_t row = heads * dim;
+            on_each_isa([&, type = type, dim = dim, heads = heads] {
+                set_num_threads(1);
+                const auto want = Pool(whole, whole_in).run();
+                for (auto [context, fresh] : {std::pair{900, 1}, {900, 2}, {900, 37}, {800, 344}, {513, 1}, {257, 3}, {40, 7}})
+                    for (auto [size, many] : {std::pair{16, 1}, {64, 3}, {16, 64}}) {
+                        const Case c{{700, context, 1, 90}, {4, fresh, 1, 9}, heads, 2, dim, size, type, {1, 5, 2, 3}, uint32_t(many), window};
+                        set_num_threads(many);
+                        const auto got = Pool(c, inputs_of(c)).run();
+                        CHECK(!std::memcmp(&got[4 * row], &want[(context - fresh) * row], fresh * row * 4),
+                              "window %d, context %d, %d rows, S %d, %d threads, type %d", int(window), context, fresh,
+                              int(size), many, int(type));
+                    }
+            });
+        }
+    set_num_threads(threads);
+}
+
 // Tables that begin with the same blocks, in groups inside groups: what is read once for many gives the bits that
 // each alone has.
 TEST(attention_of_shared_blocks_changes_no_bit) {
@@ -219,6 +260,7 @@ TEST(attention_of_shared_blocks_changes_no_bit) {
             c.contexts.push_back(c.fresh.back() + 200 + upto(trial == 39 ? 400 : 1300));
             c.names.push_back(5);
         }
+        if (trial % 5 == 4) c.window = 900;  // some have left it behind, and read alone
         const Inputs in = inputs_of(c);
         std::vector<std::pair<int, int>> likes;  // the sequence whose table each begins with, and for how many blocks
         for (int b = 0; b < sequences; ++b)
@@ -232,8 +274,9 @@ TEST(attention_of_shared_blocks_changes_no_bit) {
             for (int b = 0; b < sequences; ++b) {
                 const auto [like, blocks] = likes[b];
                 const int there = std::min<int>(blocks, (c.contexts[like] - c.fresh[like]) / size);
-                std::copy_n(&pool.tables[like * pool.width], there, &pool.tables[b * pool.width]);
-                any |= like != b && there * size >= kSpan && c.fresh[b] <= 16 && c.fresh[like] <= 16;
+                const int left = std::max(c.first_seen(like), c.first_seen(b)) / size;
+                if (there > left) std::copy_n(&pool.tables[like * pool.width + left], there - left, &pool.tables[b * pool.width + left]);
+                any |= like != b && std::max(c.contexts[like], c.contexts[b]) <= c.window && there * size >= kSpan && c.fresh[b] <= 16 && c.fresh[like] <= 16;
             }
             const auto got = pool.run();
             CHECK(pool.fault.empty(), "%s", pool.fault.c_str());
