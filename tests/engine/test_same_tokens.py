@@ -20,7 +20,8 @@ from tiny_llm.decoding.grammar import regex_grammar, schema_grammar
 from tiny_llm.engine import engine as engine_module
 from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.engine.settings import EngineSettings, Speculation
-from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.sampling_params import Constraint
 from tiny_llm.scheduler import drafts

@@ -9,7 +9,8 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tiny_llm.errors import ConfigError
-from tiny_llm.kv.blocks import BlockManager, BlockTable, Moves
+from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager, Moves
 
 SIZE = 4
 PRIVATE = "private"
@@ -57,8 +58,10 @@ class Pool:
             held = (salt, tuple(tokens[: position + 1]))
             self.slots[blocks[position // self.size], position % self.size] = held
 
-    def check(self, blocks: Sequence[int], salt: str, tokens: Sequence[int], computed: int) -> None:
-        for position in range(computed):
+    def check(
+        self, blocks: Sequence[int], salt: str, tokens: Sequence[int], computed: int, window: int = 0
+    ) -> None:
+        for position in range(max(0, computed + 1 - window) if window else 0, computed):
             held = self.slots[blocks[position // self.size], position % self.size]
             assert held == (salt, tuple(tokens[: position + 1])), f"position {position} was overwritten"
 
@@ -229,11 +232,16 @@ class Held:
     def here(self) -> bool:
         return bool(self.table.blocks)
 
+    @property
+    def kept(self) -> dict[int, int]:
+        """Its own blocks by their place."""
+        return dict(enumerate(self.table.held, self.table.gone))
+
 
 class AnyOrder(RuleBasedStateMachine):
     """Allocate, append, fork, free, cache, evict, swap, grow and shrink, in any order."""
 
-    steps = loaded = 0
+    steps = loaded = left = 0
 
     @initialize(
         limit=strategies.integers(4, 16),
@@ -241,11 +249,16 @@ class AnyOrder(RuleBasedStateMachine):
         host=strategies.sampled_from([0, 3, 12]),
         caching=strategies.sampled_from([True, True, True, False]),
         before=strategies.lists(strategies.integers(9, 30), max_size=5),
+        window=strategies.sampled_from([0, 0, 1, 5, 8, 13]),
+        ahead=strategies.sampled_from([1, 6, 40]),
     )
-    def start(self, limit: int, slab: int, host: int, caching: bool, before: list[int]) -> None:
+    def start(
+        self, limit: int, slab: int, host: int, caching: bool, before: list[int], window: int, ahead: int
+    ) -> None:
         self.pool = Pool()
+        self.window, self.ahead = window, ahead
         self.manager = BlockManager(
-            SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching, store=self.pool
+            SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching, store=self.pool, window=window
         )
         self.limit, self.slab = limit, slab
         self.held: list[Held] = []
@@ -287,12 +300,21 @@ class AnyOrder(RuleBasedStateMachine):
             return
         before, on_host = self.manager.available, len(one.table.host)
         expected = self._full_hits(one.salt, one.tokens)
-        known = self.manager.allocate(one.table, one.tokens, spare=spare)
-        needed = -(-len(one.tokens) // SIZE)
+        if self.window and on_host:
+            expected, there = one.table.gone, one.computed
+        else:
+            there = max(expected * SIZE, one.computed if on_host else 0)
+        known = self.manager.allocate(one.table, one.tokens, spare=spare, ahead=self.ahead)
+        reach = min(len(one.tokens), there + self.ahead) if self.window else len(one.tokens)
+        needed, gone = -(-reach // SIZE), self._before_window(expected * SIZE)
+        if self.window and on_host:
+            gone = expected
         if known is None:
-            assert before < needed + spare and not one.table.blocks and len(one.table.host) == on_host
+            assert before < needed - gone + spare and not one.table.blocks
+            assert len(one.table.host) == on_host
             return
         assert self.manager.available >= spare and len(one.table.blocks) == needed
+        assert one.table.gone == gone, "what lies before the window is not taken"
         assert known < len(one.tokens) and known >= one.computed, "more is there than was swapped out"
         assert on_host or known // SIZE == expected
         one.computed = known
@@ -312,12 +334,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.pool.move(self.manager.drain())
         for index in range(one.computed // SIZE, -(-end // SIZE)):
             block = one.table.blocks[index]
-            users = [other for other in self.held if block in other.table.blocks]
+            users = [other for other in self.held if block in other.table.held]
             assert users == [one], f"block {block} is written while {len(users)} tables hold it"
         self.pool.write(one.table.blocks, one.salt, one.tokens, one.computed, end)
         one.computed = end
         self.manager.register(one.table, one.tokens, end)
-        self._note_full(one, one.table.blocks)
+        self._note_full(one, one.kept)
+        before = len(one.table.held)
+        self.manager.leave_behind(one.table, end)
+        AnyOrder.left += before - len(one.table.held)
+        if self.window and count <= self.ahead:
+            most = self.manager.most_blocks(one.table, len(one.tokens), max(self.ahead, 9))
+            assert len(one.table.held) <= most, "more is held than admission counts on"
 
     @rule(pick=strategies.integers(0, 99), token=strategies.integers(0, 1))
     def generate(self, pick: int, token: int) -> None:
@@ -340,7 +368,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self.held:
             one = self.held.pop(pick % len(self.held))
             if keep and one.here:
-                blocks = one.table.blocks
+                blocks = one.kept
                 self.manager.free(one.table, one.tokens, one.computed)
                 self._note_full(one, blocks)
                 self._note_use(blocks)
@@ -350,7 +378,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pick=strategies.integers(0, 99))
     def recompute(self, pick: int) -> None:
         if (one := self._pick(pick, here=True)) is not None:
-            blocks = one.table.blocks
+            blocks = one.kept
             self.manager.free(one.table, one.tokens, one.computed)
             self._note_full(one, blocks)  # those from disk had not been entered
             self._note_use(blocks)
@@ -374,8 +402,8 @@ class AnyOrder(RuleBasedStateMachine):
         if known is not None:
             assert known // SIZE == expected
             self.pool.move(self.manager.drain())
-            self.pool.check(table.blocks, "", tokens, known)
-            blocks = table.blocks
+            self.pool.check(table.blocks, "", tokens, known, self.window)
+            blocks = Held(table, "", tokens).kept
             self.manager.free(table, tokens, known)
             self._note_use(blocks)
 
@@ -394,7 +422,7 @@ class AnyOrder(RuleBasedStateMachine):
         before, capacity = self.manager.available, self.manager.capacity
         self.manager.shrink((one.table for one in self.held), limit)
         assert self.manager.available == before, "what was given back can be had again"
-        least = max(limit, len({block for one in self.held for block in one.table.blocks}))
+        least = max(limit, len({block for one in self.held for block in one.table.held}))
         assert self.manager.capacity == min(capacity, -(-least // self.slab) * self.slab)
         for old, new in self.manager._moves.copies:
             if old in self.full:
@@ -405,21 +433,26 @@ class AnyOrder(RuleBasedStateMachine):
         able = [one for one in self.held if one.here == here]
         return able[pick % len(able)] if able else None
 
-    def _note_full(self, one: Held, blocks: list[int]) -> None:
-        for index in range(one.computed // SIZE):
-            if self.manager.prefix and blocks[index] in self.manager.prefix:
-                self.full[blocks[index]] = (one.salt, one.tokens[: (index + 1) * SIZE])
+    def _note_full(self, one: Held, blocks: dict[int, int]) -> None:
+        for index, block in blocks.items():
+            if index < one.computed // SIZE and self.manager.prefix and block in self.manager.prefix:
+                self.full[block] = (one.salt, one.tokens[: (index + 1) * SIZE])
 
-    def _note_use(self, blocks: Sequence[int]) -> None:
+    def _note_use(self, blocks: dict[int, int]) -> None:
         """They were used until now, some of them within one operation, which no invariant has seen."""
-        for block in blocks:
+        for block in blocks.values():
             self.unused_since.pop(block, None)
+
+    def _before_window(self, computed: int) -> int:
+        return max(0, computed + 1 - self.window) // SIZE if self.window else 0
 
     def _full_hits(self, salt: str, tokens: list[int]) -> int:
         contents = list(self.full.values())
-        possible = (len(tokens) - 1) // SIZE
-        hits = (i for i in range(possible) if (salt, tokens[: (i + 1) * SIZE]) not in contents)
-        return next(hits, possible)
+        found = [(salt, tokens[: (i + 1) * SIZE]) in contents for i in range((len(tokens) - 1) // SIZE)]
+        ends = (
+            n for n in range(len(found), 0, -1) if all(found[min(n - 1, self._before_window(n * SIZE)) : n])
+        )
+        return next(ends, 0)
 
     @invariant()
     def accounts_are_right(self) -> None:
@@ -428,9 +461,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.pool.move(manager.drain())
         for one in self.held:
             if one.here:
-                self.pool.check(one.table.blocks, one.salt, one.tokens, one.computed)
+                self.pool.check(one.table.blocks, one.salt, one.tokens, one.computed, self.window)
         manager.check_integrity(one.table for one in self.held)
-        used = {block for one in self.held for block in one.table.blocks}
+        used = {block for one in self.held for block in one.table.held}
         cached = {b for b in range(manager.capacity) if manager.prefix and b in manager.prefix} - used
         usage = manager.usage((one.table, one.computed) for one in self.held)
         assert (usage.used, usage.cached) == (len(used), len(cached))
@@ -440,7 +473,7 @@ class AnyOrder(RuleBasedStateMachine):
             (one.table.blocks[position // SIZE], position % SIZE)
             for one in self.held
             if one.here
-            for position in range(one.computed)
+            for position in range(one.table.gone * SIZE, one.computed)
         }
         assert usage.wasted_slots == len(used) * SIZE - len(slots)
         assert usage.host_used == sum(len(one.table.host) for one in self.held)
@@ -463,9 +496,10 @@ class AnyOrder(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_any_order_of_operations_keeps_the_accounts() -> None:
-    AnyOrder.steps = AnyOrder.loaded = 0
+    AnyOrder.steps = AnyOrder.loaded = AnyOrder.left = 0
     runs = settings(max_examples=230, stateful_step_count=60)
     AnyOrder.TestCase.settings = runs
     AnyOrder.TestCase("runTest").runTest()
     assert AnyOrder.steps >= 10_000, f"only {AnyOrder.steps} steps were tried"
     assert AnyOrder.loaded > 10, "hardly anything came from disk"
+    assert AnyOrder.left > 100, "hardly a block was left behind"

@@ -108,7 +108,8 @@ class Engine:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
         assert speculate != "draft" or drafting, "somebody must guess"
-        self.scheduler = Scheduler(settings.block_manager(store), scheduler, costs, drafters_of(speculate))
+        blocks = settings.block_manager(store, *models)
+        self.scheduler = Scheduler(blocks, scheduler, costs, drafters_of(speculate))
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))

@@ -18,7 +18,8 @@ from tiny_llm.kv.disk import BlockStore
 from tiny_llm.limits import check_whole
 from tiny_llm.memory import available_memory_bytes, narrowest_limit
 from tiny_llm.models.checkpoint import Checkpoint
-from tiny_llm.models.footprint import activation_bytes
+from tiny_llm.models.footprint import activation_bytes, widest_window
+from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import GPU_KERNELS, active, isa
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -127,8 +128,11 @@ class EngineSettings:
         most = max(1, narrowest_limit().most // block_bytes)
         return replace(self, kv_blocks=min(self.kv_blocks, most))
 
-    def block_manager(self, store: BlockStore | None = None) -> BlockManager:
-        """The accounts of a pool as it is set here."""
+    def block_manager(self, store: BlockStore | None = None, *models: Model) -> BlockManager:
+        """The accounts of a pool as it is set here, which ``models`` share.
+
+        With a draft model all blocks stay: it goes back to what it has missed, which the large one has left.
+        """
         return BlockManager(
             self.block_size,
             self.kv_blocks,
@@ -136,6 +140,7 @@ class EngineSettings:
             host_blocks=self.host_blocks,
             prefix_cache=self.prefix_cache,
             store=store,
+            window=widest_window(models[0].config) if len(models) == 1 else 0,
         )
 
 

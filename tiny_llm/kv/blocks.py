@@ -5,7 +5,8 @@ tokens ``i * block_size`` and on. A block may be in several tables (a shared pre
 it is written only while it is in one, and a shared one is copied first. A full block is entered
 in the prefix cache, and stays there when no table holds it any more, until its memory is
 needed: least recently used first. The arrays are another's: what must be moved in them is
-noted here and handed over by ``drain``.
+noted here and handed over by ``drain``. Where every layer has a window, a table lets go of the
+blocks that lie before it.
 
 Every operation costs O(1) a block; none looks at all blocks or all tables, but for
 ``usage``, ``shrink`` and ``check_integrity``. Source of the idea: Kwon et al. 2023,
@@ -21,28 +22,9 @@ from sys import maxsize
 from typing import NamedTuple
 
 from tiny_llm.errors import ConfigError
+from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.prefix import DIGEST, PrefixCache, chain, content, encode, root
-
-
-class BlockTable:
-    """Where one sequence's tokens are kept. Read it; only the BlockManager writes it.
-
-    Positions below ``writable`` can be written without asking again. At ``full_at`` tokens
-    the next block is full, to be registered. ``host`` has the host slots while swapped out.
-    """
-
-    __slots__ = ("blocks", "full_at", "host", "host_tokens", "is_kept", "names", "root", "writable")
-
-    def __init__(self, root: bytes, *, is_kept: bool = True) -> None:
-        self.root = root
-        self.is_kept = is_kept  # on disk, too, once they leave the pool
-        self.blocks = array("i")
-        self.names = bytearray()  # digests of its full blocks, one after the other, as far as needed
-        self.full_at = maxsize
-        self.writable = 0
-        self.host: list[int] = []
-        self.host_tokens = 0
 
 
 class Moves(NamedTuple):
@@ -80,6 +62,7 @@ class BlockManager:
 
     ``host_blocks`` is the room for sequences that are swapped out. ``prefix`` is None
     where blocks are not to be found again by their tokens. ``store`` is where those go that leave the pool.
+    No row sees more than ``window`` tokens; 0: some see all.
     """
 
     def __init__(
@@ -91,12 +74,14 @@ class BlockManager:
         host_blocks: int = 0,
         prefix_cache: bool = True,
         store: BlockStore | None = None,
+        window: int = 0,
     ) -> None:
         slab = max_blocks if slab is None else slab
         for name, given in (("block_size", block_size), ("max_blocks", max_blocks), ("slab", slab)):
             if given < 1:
                 raise ConfigError(f"{name} is {given}, but must be at least 1.")
         self.block_size = block_size
+        self.window = window
         self.allowed_blocks = max_blocks
         self.limit = self.max_blocks = max_blocks  # of these, what memory is there for: see set_limit
         self.prefix = PrefixCache() if prefix_cache else None
@@ -134,12 +119,22 @@ class BlockManager:
         """Blocks that hold ``tokens`` tokens."""
         return -(-tokens // self.block_size)
 
-    def table(self, salt: str = "", *, is_kept: bool = True) -> BlockTable:
-        """A table with no blocks yet."""
-        return BlockTable(root(salt) if self.prefix is not None else b"", is_kept=is_kept)
+    def most_blocks(self, table: BlockTable, tokens: int, ahead: int) -> int:
+        """Blocks that a table of ``tokens`` holds at a time, which gets room for ``ahead`` more at a time."""
+        within = self.blocks_for(table.window + ahead) + 1 if table.window else maxsize
+        return min(self.blocks_for(tokens), within)
 
-    def allocate(self, table: BlockTable, tokens: Sequence[int], *, spare: int = 0) -> int | None:
-        """Give an empty table room for all of ``tokens``; return how many of them are already there.
+    def table(self, salt: str = "", *, is_kept: bool = True, keeps_all: bool = False) -> BlockTable:
+        """A table with no blocks yet; ``keeps_all`` of its tokens, whatever the window is."""
+        window = 0 if keeps_all else self.window
+        return BlockTable(root(salt) if self.prefix is not None else b"", is_kept=is_kept, window=window)
+
+    def allocate(
+        self, table: BlockTable, tokens: Sequence[int], *, spare: int = 0, ahead: int = maxsize
+    ) -> int | None:
+        """Give an empty table room for ``tokens``; return how many of them are already there.
+
+        With a window, for as many as are there and ``ahead`` more.
 
         They come from the prefix cache, from the table's host slots, and from the part of a
         cached block that begins alike, which is copied, or taken where it has no more. The last
@@ -147,8 +142,9 @@ class BlockManager:
         ``spare`` blocks would be left.
         """
         assert not table.blocks
-        hits = self._hits(table, tokens)
-        fresh = self.blocks_for(len(tokens)) - len(hits)
+        first, hits = self._hits(table, tokens)
+        start = first + len(hits)
+        fresh = self._end(table, tokens, start, ahead) - start
         revived = sum(not self._refs[block] for block in hits)
         if fresh + revived + spare > self.available:
             return None
@@ -156,26 +152,33 @@ class BlockManager:
             self._share(block)
         if table.is_kept:
             self._kept_out.difference_update(hits)
-        source, alike = (-1, 0) if table.host else self._part(table, tokens, len(hits))
+        source, alike = (-1, 0) if table.host else self._part(table, tokens, start)
         is_whole = self.prefix is not None and alike and alike == self.prefix.tokens_of_part(source)
         if is_whole and not self._refs[source]:  # a text that goes on: its end is ours to fill
             self._forget(source)  # and is the next to be taken
-        table.blocks = array("i", hits)
+        table.blocks = array("i", [0] * first + hits)
         table.blocks.extend(self._take() for _ in range(fresh))
         table.writable = len(table.blocks) * self.block_size
-        known = len(hits) * self.block_size
+        known = start * self.block_size
         table.full_at = known + self.block_size if self.prefix is not None else maxsize
         if table.host:
-            return self._swap_in(table, len(hits))
-        if alike and source != table.blocks[len(hits)]:  # else it is the source itself
-            self._moves.copies.append((source, table.blocks[len(hits)]))
+            return self._swap_in(table, start)
+        table.gone = first
+        if alike and source != table.blocks[start]:  # else it is the source itself
+            self._moves.copies.append((source, table.blocks[start]))
         return known + alike
 
-    def would_fit(self, table: BlockTable, tokens: Sequence[int]) -> bool:
+    def would_fit(self, table: BlockTable, tokens: Sequence[int], ahead: int = maxsize) -> bool:
         """Whether ``allocate`` would find room with no block to spare."""
-        hits = self._hits(table, tokens)
+        first, hits = self._hits(table, tokens)
+        start = first + len(hits)
         revived = sum(not self._refs[block] for block in hits)
-        return self.blocks_for(len(tokens)) - len(hits) + revived <= self.available
+        return self._end(table, tokens, start, ahead) - start + revived <= self.available
+
+    def _end(self, table: BlockTable, tokens: Sequence[int], start: int, ahead: int) -> int:
+        """Blocks that a table gets of which ``start`` are found."""
+        known = max(start * self.block_size, table.host_tokens if table.host else 0)
+        return self.blocks_for(min(len(tokens), known + ahead) if table.window else len(tokens))
 
     def load(
         self, table: BlockTable, tokens: Sequence[int], start: int, computed_ms: float, within_ms: float
@@ -183,12 +186,13 @@ class BlockManager:
         """Fill blocks from ``start`` on from the store; return how many tokens are there then.
 
         Where that is sooner done than to compute a block, in ``computed_ms``, and in ``within_ms`` for all.
-        As in ``allocate``, the last token is computed whatever is there.
+        As in ``allocate``, the last token that there is room for is computed whatever is there.
         """
         assert self.store is not None, "there is somewhere to load from"
         first = start // self.block_size
         last = min(
-            first + self.store.worth_reading(computed_ms, within_ms), (len(tokens) - 1) // self.block_size
+            first + self.store.worth_reading(computed_ms, within_ms),
+            (min(len(tokens), table.writable) - 1) // self.block_size,
         )
         for index in range(first, last):
             held, block = self._content(table, tokens, index), table.blocks[index]
@@ -235,13 +239,26 @@ class BlockManager:
                 self._kept_out.discard(table.blocks[index])
             table.full_at += self.block_size
 
+    def leave_behind(self, table: BlockTable, computed: int) -> None:
+        """Let go of the blocks of which no row from position ``computed`` on sees a token."""
+        if table.window and table.blocks:
+            gone = self._before_window(computed, table.window)
+            for index in range(table.gone, gone):
+                self._drop(table.blocks[index])
+                table.blocks[index] = 0
+            table.gone = max(gone, table.gone)
+
+    def _before_window(self, computed: int, window: int) -> int:
+        return max(0, computed + 1 - window) // self.block_size if window else 0
+
     def fork(self, table: BlockTable, computed: int) -> BlockTable:
         """A second table of the same ``computed`` tokens, which shares every block."""
-        child = BlockTable(table.root, is_kept=table.is_kept)
+        child = BlockTable(table.root, is_kept=table.is_kept, window=table.window)
+        child.gone = table.gone
         child.blocks = table.blocks[: self.blocks_for(computed)]
         child.names = table.names.copy()
         child.full_at = table.full_at
-        for block in child.blocks:
+        for block in child.held:
             self._refs[block] += 1
         table.writable = 0  # the next write asks, and copies what is shared
         return child
@@ -251,22 +268,22 @@ class BlockManager:
         if table.blocks and self.prefix is not None:
             self.register(table, tokens, computed)
             self._register_part(table, tokens, computed)
-        for block in reversed(table.blocks):  # a prefix outlives what follows it
+        for block in reversed(table.held):  # a prefix outlives what follows it
             self._drop(block)
         table.blocks = array("i")
-        table.writable = 0
+        table.writable = table.gone = 0
         self._host_free += table.host
         table.host = []
 
     def swap_out(self, table: BlockTable, computed: int) -> bool:
         """Move ``computed`` tokens to the host and free the blocks. False: no room there, no change."""
-        count = self.blocks_for(computed)
+        gone, count = table.gone, self.blocks_for(computed) - table.gone
         if count > len(self._host_free):
             return False
         host = [self._host_free.pop() for _ in range(count)]
-        self._moves.swap_out.extend(zip(table.blocks, host, strict=False))
+        self._moves.swap_out.extend(zip(table.held, host, strict=False))
         self.free(table)
-        table.host, table.host_tokens = host, computed
+        table.host, table.host_tokens, table.gone = host, computed, gone
         return True
 
     def count(self, hits: int, misses: int) -> None:
@@ -357,7 +374,7 @@ class BlockManager:
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Assert that the accounts are those of ``tables``, which are all that there are."""
         tables = list(tables)
-        counted = Counter(block for table in tables for block in table.blocks)
+        counted = Counter(block for table in tables for block in table.held)
         assert counted == Counter({b: n for b, n in enumerate(self._refs) if n}), "reference counts"
         kept = [*counted, *self._cached, *self._free]
         assert sorted(kept) == list(range(self.capacity)), "a block is used, cached or free: one of them"
@@ -368,16 +385,26 @@ class BlockManager:
         assert set(self._cached) <= registered, "cached, but not to be found"
         assert not registered & set(self._free), "to be found, but free"
 
-    def _hits(self, table: BlockTable, tokens: Sequence[int]) -> list[int]:
-        """The cached blocks that hold the beginning of ``tokens``, all but the last token at most."""
-        found: list[int] = []
-        if self.prefix is not None:
-            for index in range((len(tokens) - 1) // self.block_size):
-                block = self.prefix.find(self._content(table, tokens, index))
-                if block is None:
-                    break
-                found.append(block)
-        return found
+    def _hits(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        """The cached blocks that hold the beginning of ``tokens``, all but the last token at most.
+
+        Those before the window need not be there: also, how many these are.
+        """
+        if table.window and table.host:
+            return table.gone, []  # what lies there is all that is needed
+        found: list[int] = []  # of each block in turn where it is cached, or -1
+        run = end = 0
+        for index in range((len(tokens) - 1) // self.block_size if self.prefix is not None else 0):
+            assert self.prefix is not None
+            block = self.prefix.find(self._content(table, tokens, index))
+            if block is None and not table.window:
+                break
+            found.append(-1 if block is None else block)
+            run = 0 if block is None else run + 1
+            if run > max(0, index - self._before_window((index + 1) * self.block_size, table.window)):
+                end = index + 1
+        first = self._before_window(end * self.block_size, table.window)
+        return first, found[first:end]
 
     def _part(self, table: BlockTable, tokens: Sequence[int], index: int) -> tuple[int, int]:
         """A cached block that begins like the table's block ``index``, and how many tokens agree."""
@@ -410,7 +437,7 @@ class BlockManager:
 
     def _swap_in(self, table: BlockTable, hits: int) -> int:
         """Bring back what the prefix cache did not have; return how many tokens are there now."""
-        back = zip(table.host[hits:], table.blocks[hits:], strict=False)
+        back = zip(table.host[hits - table.gone :], table.blocks[hits:], strict=False)
         self._moves.swap_in.extend(back)
         self._host_free += table.host
         table.host = []

@@ -95,6 +95,20 @@ def kv_token_bytes(config: ModelFacts, item_bytes: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
+def widest_window(config: ModelFacts) -> int:
+    """Of how many of the last tokens any row needs keys and values; 0: a layer sees all."""
+    return max(config.windows) if config.windows and all(config.windows) else 0
+
+
+def held_tokens(config: ModelFacts, context: int, ahead: int) -> int:
+    """Of how many tokens a sequence of ``context`` holds keys and values, with room for ``ahead`` new ones.
+
+    Where every layer has a window, those before it have gone back to the pool.
+    """
+    window = widest_window(config)
+    return min(context, window + ahead) if window else context
+
+
 def activation_bytes(config: ModelFacts, tokens: int, rows: int, gathered: int = 0) -> int:
     """Bytes of a step's float32 intermediate results: ``tokens`` T go in, logits [rows, V] come out.
 

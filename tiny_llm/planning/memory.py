@@ -18,6 +18,7 @@ from tiny_llm.memory import kept_bytes
 from tiny_llm.models.footprint import (
     Training,
     activation_bytes,
+    held_tokens,
     kv_token_bytes,
     parameter_count,
     training_bytes,
@@ -94,7 +95,8 @@ def serving_need(
 ) -> Need:
     """Bytes for ``batch`` sequences of ``context`` tokens: whole blocks of keys and values, one step."""
     scheduler = SchedulerSettings()
-    kv = batch * -(-context // BLOCK_SIZE) * BLOCK_SIZE * kv_token
+    held = held_tokens(config, context, scheduler.max_num_batched_tokens)
+    kv = batch * -(-held // BLOCK_SIZE) * BLOCK_SIZE * kv_token
     step = min(scheduler.max_num_batched_tokens, batch * context)
     # What the system gives an array of the pool at a time: one of keys and one of values a layer, at least.
     pages = 2 * config.num_layers * (HUGE_PAGE if active() == "cpu" and sys.platform == "linux" else 1)

@@ -9,7 +9,8 @@ from array import array
 from collections.abc import Collection
 
 from tiny_llm.data import Join, Sequence
-from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager
 
 
 class Pins:

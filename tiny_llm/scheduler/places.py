@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from tiny_llm.data import Join, PlanItem, Sequence
-from tiny_llm.kv.blocks import BlockTable
+from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.sampling_params import PoolingParams
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank

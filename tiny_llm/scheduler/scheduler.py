@@ -21,7 +21,8 @@ from math import inf
 
 from tiny_llm.data import Advance, Drafter, EndReason, Output, Plan, PlanItem, Sequence, StepCosts
 from tiny_llm.errors import BusyError, CapacityError, RequestError
-from tiny_llm.kv.blocks import BlockManager, BlockTable, Usage
+from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager, Usage
 from tiny_llm.scheduler.drafts import Speculation, Worth
 from tiny_llm.scheduler.pins import Pins
 from tiny_llm.scheduler.places import Place, StepPlan
@@ -56,6 +57,7 @@ class Scheduler:
         self.speed = StepTime(costs or UNKNOWN_MODEL)
         self.preempted = {"recompute": 0, "swap": 0}
         self.speculation = Speculation(drafters) if drafters else None
+        self._ahead = self.settings.max_num_batched_tokens  # tokens that room is made for at a time
         self._entries: dict[int, Place] = {}
         self._answers = 0  # that these are to give
         self._running: RankedList[Place] = RankedList()
@@ -87,8 +89,8 @@ class Scheduler:
         Raises CapacityError if it can never fit, BusyError if too many wait, RequestError for a
         priority out of range.
         """
-        self._check(seq)
-        table = self.blocks.table(seq.salt, is_kept=seq.is_kept)
+        table = self.blocks.table(seq.salt, is_kept=seq.is_kept, keeps_all=bool(seq.parts or seq.pin))
+        self._check(seq, table)
         entry = Place(seq, table, self.settings.ageing_s, seq.params.n)
         self._enter(entry)
         self._patience.push((seq.arrival + self.settings.max_wait_s, seq.id), entry)
@@ -115,7 +117,8 @@ class Scheduler:
         outputs: list[Output] = []
         while not self.num_running and (first := self._waiting.first()):
             entry = first[1]
-            if self.pins.are_there(entry.seq) and self.blocks.would_fit(entry.table, entry.seq.tokens):
+            fits = self.blocks.would_fit(entry.table, entry.seq.tokens, self._ahead)
+            if fits and self.pins.are_there(entry.seq):
                 break
             outputs.append(self._end(entry, "error"))
         return outputs
@@ -200,6 +203,7 @@ class Scheduler:
                 seq.num_computed_tokens = end = min(end, len(seq.tokens) - 1)
             if end >= entry.table.full_at:
                 self.blocks.register(entry.table, seq.tokens, end)
+            self.blocks.leave_behind(entry.table, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
         for advance in of_held:
@@ -256,13 +260,13 @@ class Scheduler:
             (entry.seq.status == "running") == bool(entry.table.blocks) for entry in self._entries.values()
         )
 
-    def _check(self, seq: Sequence) -> None:
+    def _check(self, seq: Sequence, table: BlockTable) -> None:
         assert seq.id not in self._entries and seq.tokens and not seq.num_computed_tokens
         if abs(seq.priority) > MAX_PRIORITY:
             what = f"priority is {seq.priority}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}."
             raise RequestError(what, param="priority")
-        answer = seq.params.max_tokens
-        needed = self.blocks.blocks_for(seq.prompt_len + answer - 1)  # the last token is not computed
+        answer = seq.params.max_tokens  # of which the last token is not computed
+        needed = self.blocks.most_blocks(table, seq.prompt_len + answer - 1, self._ahead)
         if needed > self.blocks.allowed_blocks:
             raise CapacityError(
                 f"The request needs {needed} blocks of {self.blocks.block_size} tokens (prompt "
@@ -290,7 +294,8 @@ class Scheduler:
                 continue
             seq = entry.seq
             tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
-            if len(tokens) > table.writable and not self._make_room(entry, step):
+            end = min(len(tokens), start + self._ahead)
+            if end > table.writable and not self._make_room(entry, end, step):
                 break
             if len(tokens) - start > 1 or entry.pooled:
                 behind.append(entry)
@@ -341,7 +346,7 @@ class Scheduler:
             return
         if self.blocks.store is not None:
             self._load(entry, step.ms)
-        reach = self.pins.join(entry.seq, entry.table, step.joins)
+        reach = min(self.pins.join(entry.seq, entry.table, step.joins), entry.table.writable)
         seq, start = entry.seq, entry.seq.num_computed_tokens
         within = self.speed.tokens_within(step.ms, start)
         if not step.chunk_tokens:
@@ -392,7 +397,7 @@ class Scheduler:
         if (available <= entry.blocked_at and self.num_running) or not self.pins.are_there(seq):
             return False  # alone it needs no block to spare
         # A block is left for each that runs, so that it does not throw this one out at once.
-        known = self.blocks.allocate(entry.table, seq.tokens, spare=self.num_running)
+        known = self.blocks.allocate(entry.table, seq.tokens, spare=self.num_running, ahead=self._ahead)
         if known is None:
             entry.blocked_at = available
             return False
@@ -409,10 +414,9 @@ class Scheduler:
         """The blocks of a sequence's first ``end`` tokens, as a plan has them: a copy that stays as it is."""
         return entry.table.blocks[: -(-end // self.blocks.block_size)]
 
-    def _make_room(self, entry: Place, step: StepPlan) -> bool:
-        """Give a running sequence blocks for all its tokens. False: it was the last in rank and had to go."""
-        seq = entry.seq
-        while not self.blocks.reserve(entry.table, seq.num_computed_tokens, len(seq.tokens)):
+    def _make_room(self, entry: Place, end: int, step: StepPlan) -> bool:
+        """Give a running sequence blocks up to ``end``. False: it was the last in rank and had to go."""
+        while not self.blocks.reserve(entry.table, entry.seq.num_computed_tokens, end):
             last = self._running.items[-1]
             self._give_way(last, step)
             if last is entry:

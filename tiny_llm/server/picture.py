@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from tiny_llm.data import Sequence
 from tiny_llm.engine.engine import Engine
-from tiny_llm.kv.blocks import BlockManager, BlockTable
+from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager
 
 FREE, CACHED, SHARED, OWNED = range(4)
 """What a byte of the block map says; owners are from OWNED to 255."""
