@@ -29,6 +29,7 @@ class GPT2Config:
     model_type: str = "tiny_gpt2"
     tie_word_embeddings: bool = True
     quantization: None = None
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, object]) -> GPT2Config:
