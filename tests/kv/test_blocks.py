@@ -300,18 +300,18 @@ class AnyOrder(RuleBasedStateMachine):
             return
         before, on_host = self.manager.available, len(one.table.host)
         expected = self._full_hits(one.salt, one.tokens)
+        gone = self._before_window(expected * SIZE)
         if self.window and on_host:
-            expected, there = one.table.gone, one.computed
-        else:
-            there = max(expected * SIZE, one.computed if on_host else 0)
+            expected = gone = one.table.gone
+        there = max(expected * SIZE, one.computed if on_host else 0)
         known = self.manager.allocate(one.table, one.tokens, spare=spare, ahead=self.ahead)
         reach = min(len(one.tokens), there + self.ahead) if self.window else len(one.tokens)
-        needed, gone = -(-reach // SIZE), self._before_window(expected * SIZE)
-        if self.window and on_host:
-            gone = expected
+        needed = -(-reach // SIZE)
         if known is None:
-            assert before < needed - gone + spare and not one.table.blocks
-            assert len(one.table.host) == on_host
+            assert before < needed - gone + spare and (len(one.table.blocks), len(one.table.host)) == (
+                0,
+                on_host,
+            )
             return
         assert self.manager.available >= spare and len(one.table.blocks) == needed
         assert one.table.gone == gone, "what lies before the window is not taken"
@@ -340,12 +340,10 @@ class AnyOrder(RuleBasedStateMachine):
         one.computed = end
         self.manager.register(one.table, one.tokens, end)
         self._note_full(one, one.kept)
-        before = len(one.table.held)
         self.manager.leave_behind(one.table, end)
-        AnyOrder.left += before - len(one.table.held)
-        if self.window and count <= self.ahead:
-            most = self.manager.most_blocks(one.table, len(one.tokens), max(self.ahead, 9))
-            assert len(one.table.held) <= most, "more is held than admission counts on"
+        AnyOrder.left += one.table.gone
+        most = self.manager.most_blocks(one.table, len(one.tokens), max(self.ahead, 9))
+        assert len(one.table.held) <= most, "more is held than admission counts on"
 
     @rule(pick=strategies.integers(0, 99), token=strategies.integers(0, 1))
     def generate(self, pick: int, token: int) -> None:
@@ -482,7 +480,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def _forget_evicted(self) -> None:
         prefix = self.manager.prefix
-        self.full = {b: held for b, held in self.full.items() if prefix and b in prefix}
+        self.full = {b: held for b, held in self.full.items() if prefix and b in prefix and prefix.content(b)}
 
     def _oldest_went_first(self, cached: set[int], used: set[int]) -> None:
         self.clock += 1
