@@ -256,11 +256,10 @@ class AnyOrder(RuleBasedStateMachine):
         self, limit: int, slab: int, host: int, caching: bool, before: list[int], window: int, ahead: int
     ) -> None:
         self.pool = Pool()
-        self.window, self.ahead = window, ahead
         self.manager = BlockManager(
             SIZE, limit, slab=slab, host_blocks=host, prefix_cache=caching, store=self.pool, window=window
         )
-        self.limit, self.slab = limit, slab
+        self.limit, self.slab, self.window, self.ahead = limit, slab, window, ahead
         self.held: list[Held] = []
         self.unused_since: dict[int, int] = {}  # cached blocks that no table holds
         self.full: dict[int, tuple[str, list[int]]] = {}  # cached blocks that are full: salt, all tokens
@@ -286,8 +285,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pick=strategies.integers(0, 99))
     def arrive_again(self, pick: int) -> None:
         """With a prompt of which the beginning lies on disk."""
-        on_disk = list(self.pool.disk.values())
-        salt, tokens = on_disk[pick % len(on_disk)][-1]
+        salt, tokens = list(self.pool.disk.values())[pick % len(self.pool.disk)][-1]
         self.held.append(Held(self.manager.table(salt), salt, [*tokens, 1]))
 
     @rule(
@@ -386,8 +384,7 @@ class AnyOrder(RuleBasedStateMachine):
     def swap_out(self, pick: int) -> None:
         one = self._pick(pick, here=True)
         if one is not None and 0 < one.computed < len(one.tokens):  # else it has ended
-            went = self.manager.swap_out(one.table, one.computed)
-            assert went == (not one.here)
+            assert self.manager.swap_out(one.table, one.computed) == (not one.here)
 
     @precondition(lambda self: self.manager.prefix is not None)
     @rule(length=strategies.integers(1, 30))
