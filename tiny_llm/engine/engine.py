@@ -87,20 +87,18 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
-        draft = draft if settings.speculate == "draft" else None
+        used = (model, draft) if settings.speculate == "draft" else (model,)
         with use(kernels.backend, kernels.ours):
-            models = [played(one) for one in (model, draft) if one is not None]
+            models = [played(one) for one in used if one is not None]
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
         speculate = settings.speculate or ("ngram" if kernels.same_tokens else "off")
         settings = replace(settings, async_scheduling=ahead, speculate=speculate)
         self.settings = settings = settings.within_reach(self.block_bytes)
-        caches = [
-            PagedCache(format, max_blocks=settings.kv_blocks, host_blocks=settings.host_blocks)
-            for format in formats
-        ]
-        drafting = None if draft is None else DraftModel(models[-1], caches[-1])
+        room = {"max_blocks": settings.kv_blocks, "host_blocks": settings.host_blocks}
+        caches = [PagedCache(format, **room) for format in formats]
+        drafting = DraftModel(models[-1], caches[-1]) if len(models) > 1 else None
         inv_freq = getattr(model, "inv_freq", None)
         self.runner = Runner(models[0], caches[0], kernels, drafting, inv_freq)
         scheduler = settings.scheduler
@@ -108,8 +106,8 @@ class Engine:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
         costs = step_costs(model.config, weight_bytes(model), formats[0].token_bytes)
         assert speculate != "draft" or drafting, "somebody must guess"
-        blocks = settings.block_manager(store, *models)
-        self.scheduler = Scheduler(blocks, scheduler, costs, drafters_of(speculate))
+        blocks, drafters = settings.block_manager(store, *models), drafters_of(speculate)
+        self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
         tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
