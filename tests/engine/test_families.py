@@ -51,7 +51,7 @@ def test_same_tokens_whatever_the_traffic(folder: Path) -> None:
 
 
 class Apart:
-    """Attention of one sequence in which a token of a context sees that alone, and one behind them sees all."""
+    """Attention of one sequence: a token of a context sees that alone, and one behind them sees all."""
 
     def __init__(self, groups: list[int]) -> None:
         self.groups = mx.array(groups)  # [T], -1 for the prompt
@@ -70,7 +70,7 @@ class Apart:
 
 @pytest.mark.parametrize("folder", ["ernie4_5", "phi3_long", "smollm3", "qwen2_yarn"], indirect=True)
 def test_each_layer_s_keys_are_turned_as_it_turns_them(folder: Path) -> None:
-    """Independent contexts: of neighbours, of a part of a head, or not at all, as in some of SmolLM3's layers."""
+    """Independent contexts: neighbours, a part of a head, or nothing, as in some of SmolLM3's layers."""
     contexts, prompt = [SHARED, [9, 3] * 11, list(range(40, 8, -1))], [4, 5, 6]
     llm = LLM(folder, dtype="float32")
     for number, tokens in enumerate(contexts):

@@ -88,3 +88,11 @@ def test_kernels_for_gpus_are_tried_on_the_models_shapes() -> None:
     assert [row[0] for row in rows] == [op for op in KERNELS if op != "experts"]
     assert {row[5] for row in rows} == {"yes"}, lines
     assert any("hidden 256, heads 4/2 x 64" in line for line in lines)
+
+
+@pytest.mark.skipif(not works(), reason="there are no CPU kernels")
+def test_ops_are_those_that_the_model_has() -> None:
+    """GPT-2 has no RoPE, and what it has for RMSNorm and SwiGLU is plain MLX everywhere."""
+    rows = dict(cells(doctor("--model", "gpt2", "--quantize", "8", "--backend", "cpu")))
+    assert {op for op, runs in rows.items() if runs.startswith("plain MLX")} == {"layer_norm", "gelu"}
+    assert not rows.keys() & {"rope", "rms_norm", "swiglu"} and rows["linear"] == "our C++ kernel"

@@ -29,6 +29,18 @@ class _OneLayer(DummyCheckpoint):
         )
 
 
+def ops_of(config: ModelFacts) -> list[str]:
+    """Which of OPS a model runs, and which it has that have no kernel on any backend."""
+    if not isinstance(config, ModelConfig):
+        return list(OPS)
+    others = {
+        "rms_norm": "layer_norm" if config.norm == "layer" else "rms_norm",
+        "rope": "" if config.learned_positions else "rope",
+        "swiglu": "swiglu" if config.mlp == "swiglu" else "gelu",
+    }
+    return [name for op in OPS if (name := others.get(op, op))]
+
+
 def fallen_back(
     config: ModelFacts, backend: str, *, dtype: str | None, quantize: int | None
 ) -> Mapping[str, int]:

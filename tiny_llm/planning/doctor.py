@@ -16,7 +16,7 @@ from tiny_llm.memory import available_memory_bytes
 from tiny_llm.models.loading import check_options, kv_dtype
 from tiny_llm.ops.backend import BACKENDS, GPU_KERNELS, active, choose, use
 from tiny_llm.options import BackendOption, DebugOption, DtypeOption, QuantizeOption, command_app, option
-from tiny_llm.planning.compatibility import OPS, fallen_back
+from tiny_llm.planning.compatibility import fallen_back, ops_of
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import heading, roofs, verdict
 from tiny_llm.planning.speed import FORMAT, measure_machine, predict
@@ -85,7 +85,7 @@ def _kernels(
     made = Table(title=f"{config.model_type} on backend {backend}", title_justify="left")
     for name in ("op", "runs"):
         made.add_column(name, no_wrap=True)
-    for op in OPS:
+    for op in ops_of(config):
         fell = without.get(op)
         made.add_row(op, Text("plain MLX: no kernel for these arrays", "yellow") if fell else runs)
     console.print(made)
