@@ -20,7 +20,7 @@ import typer
 from tiny_llm import cli
 from tiny_llm.errors import ConfigError
 from tiny_llm.ops import backend
-from tiny_llm.weights.names import SHORT_NAMES
+from tiny_llm.weights.names import short_names
 
 pytestmark = pytest.mark.slow
 
@@ -173,8 +173,8 @@ def test_quantize_on_load_answers(call: Output, bits: str) -> None:
 def test_models_lists_every_short_name(call: Output) -> None:
     code, out, _ = call("models")
     rows = {line.split()[0]: line for line in out.splitlines()[1:]}
-    assert code == 0 and set(rows) == {"demo", "demo-draft", *SHORT_NAMES}
-    for name, model in SHORT_NAMES.items():
+    assert code == 0 and set(rows) == {"demo", "demo-draft", *short_names()}
+    for name, model in short_names().items():
         assert model.repo_id in rows[name] and rows[name].endswith(("yes", "no")) and "GB" in rows[name]
 
 

@@ -25,13 +25,13 @@ from tiny_llm.models.registry import expected_tensors, load_config
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.weights.hub import resolve
-from tiny_llm.weights.names import SHORT_NAMES, config_of
+from tiny_llm.weights.names import config_of, short_names
 
 pytestmark = pytest.mark.chapter("0.2")
 
 DEMO = resolve("demo")
 CONFIG = load_config(DEMO)
-ALL = {name: ModelConfig.from_hf(config_of(name)) for name in SHORT_NAMES}
+ALL = {name: ModelConfig.from_hf(config_of(name)) for name in short_names()}
 
 
 @pytest.mark.parametrize("quantize", [None, 8, 4])
@@ -52,13 +52,13 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     count = parameter_count(ALL[name])
     config = ALL[name]
     head = config.vocab_size * config.hidden_size
-    twice = " (the tied head was counted twice)" if count - head == SHORT_NAMES[name].parameters else ""
-    assert count == SHORT_NAMES[name].parameters, twice
+    twice = " (the tied head was counted twice)" if count - head == short_names()[name].parameters else ""
+    assert count == short_names()[name].parameters, twice
 
 
 def test_a_step_reads_the_experts_that_it_meets() -> None:
     """Of Qwen1.5-MoE's 60 one token meets 4, two tokens meet 4 + 56 * 4 / 60. "A2.7B" counts the table."""
-    config, everything = ALL["qwen1.5-moe-a2.7b"], 2 * SHORT_NAMES["qwen1.5-moe-a2.7b"].parameters
+    config, everything = ALL["qwen1.5-moe-a2.7b"], 2 * short_names()["qwen1.5-moe-a2.7b"].parameters
     expert, table = 2 * 24 * 3 * 2048 * 1408, 2 * 151_936 * 2048
     assert weights_bytes(config, 2, 2) == everything
     assert read_bytes(config, 2, 2, tokens=1) == everything - table - 56 * expert

@@ -10,14 +10,14 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import FAMILIES
 from tiny_llm.models.registry import expected_tensors
-from tiny_llm.weights.names import SHORT_NAMES, config_of
+from tiny_llm.weights.names import config_of, short_names
 
 
-@pytest.mark.parametrize("name", SHORT_NAMES)
+@pytest.mark.parametrize("name", short_names())
 def test_the_facts_load_and_give_the_published_number_of_parameters(name):
     config = ModelConfig.from_hf(config_of(name))
     counted = sum(math.prod(shape) for shape in expected_tensors(config).values())
-    assert counted == SHORT_NAMES[name].parameters
+    assert counted == short_names()[name].parameters
 
 
 # total_size in each model.safetensors.index.json
@@ -36,17 +36,17 @@ PUBLISHED_BYTES = {
 
 
 def test_every_built_in_family_has_a_short_name():
-    assert {row.facts["model_type"] for row in SHORT_NAMES.values()} == set(FAMILIES)
+    assert {row.facts["model_type"] for row in short_names().values()} == set(FAMILIES)
 
 
 def test_download_sizes_are_the_published_ones():
-    assert {name: SHORT_NAMES[name].download_bytes for name in PUBLISHED_BYTES} == PUBLISHED_BYTES
+    assert {name: short_names()[name].download_bytes for name in PUBLISHED_BYTES} == PUBLISHED_BYTES
 
 
 def test_long_context_llama_stretches_its_slow_frequencies():
     factors = {
         name: scaling.factor
-        for name in SHORT_NAMES
+        for name in short_names()
         if (scaling := ModelConfig.from_hf(config_of(name)).rope_scaling) is not None and not scaling.factors
     }
     assert factors == {"llama-3.1-8b": 8, "llama-3.2-1b": 32, "llama-3.2-3b": 32, "llama-3.3-70b": 8}

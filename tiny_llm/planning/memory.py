@@ -30,7 +30,7 @@ from tiny_llm.ops.backend import active
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import resolve
-from tiny_llm.weights.names import SHORT_NAMES, config_of
+from tiny_llm.weights.names import config_of, short_names
 
 MAX_BATCH = 1_000_000
 PROGRAM_BYTES = 90 * 10**6
@@ -170,8 +170,8 @@ def find_config(model: str) -> ModelFacts:
     path = Path(model).expanduser()
     if path.is_file():
         return load_config(path)
-    names = {row.repo_id.lower(): name for name, row in SHORT_NAMES.items()}
+    names = {row.repo_id.lower(): name for name, row in short_names().items()}
     name = names.get(model.lower(), model.lower())
-    if name in SHORT_NAMES and not path.is_dir():
+    if name in short_names() and not path.is_dir():
         return read_config(config_of(name))
     return load_config(resolve(model, offline=True))

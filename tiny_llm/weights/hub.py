@@ -21,7 +21,7 @@ import huggingface_hub
 from tiny_llm.errors import ConfigError, TinyLLMError, WeightError, did_you_mean
 from tiny_llm.weights.download import complete, download, download_gguf, named, unknown_files
 from tiny_llm.weights.gguf.header import GGUF
-from tiny_llm.weights.names import SHORT_NAMES
+from tiny_llm.weights.names import short_names
 from tiny_llm.weights.shards import shard_names
 
 if TYPE_CHECKING:  # importing it takes 0.1 s; it is there once a download was tried
@@ -104,15 +104,15 @@ def _gguf(repo_id: str, wanted: str, is_offline: bool) -> Path:
 
 
 def _repo_id(name: str) -> str:
-    if name.lower() in SHORT_NAMES:
-        return SHORT_NAMES[name.lower()].repo_id
+    if name.lower() in short_names():
+        return short_names()[name.lower()].repo_id
     if os.path.exists(os.path.expanduser(name)):
         raise ConfigError(f"{name} is a file, but a model is a folder. Give the folder that holds it.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         hint = " A file on the hub is organization/name:file.gguf." if name.endswith(GGUF) else ""
         raise ConfigError(f"There is no {'file' if hint else 'folder'} {name}.{hint}")
     if not REPO_ID.fullmatch(name):
-        hint = did_you_mean(name, [*BUNDLED, *SHORT_NAMES])
+        hint = did_you_mean(name, [*BUNDLED, *short_names()])
         raise ConfigError(
             f"There is no model {name!r}: expected a folder, a hub id (organization/name) or a short name "
             f"(`main.py models` lists them).{hint}"
@@ -162,7 +162,7 @@ def _explain(repo_id: str, error: Exception) -> TinyLLMError:
             f"{repo_id} is gated. Accept its terms at {page}, create a token there, and set HF_TOKEN to it."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        known = [row.repo_id for row in SHORT_NAMES.values()] + models_on_disk()
+        known = [row.repo_id for row in short_names().values()] + models_on_disk()
         hint = did_you_mean(repo_id, known)
         return ConfigError(f"The hub has no model {repo_id}, or it is private (then set HF_TOKEN).{hint}")
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):

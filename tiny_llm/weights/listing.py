@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tiny_llm.weights.hub import BUNDLED, cached_folder, ggufs_on_disk, resolve
-from tiny_llm.weights.names import SHORT_NAMES
+from tiny_llm.weights.names import short_names
 
 
 def listing() -> Iterator[tuple[str, str, str, str, str]]:
@@ -14,7 +14,7 @@ def listing() -> Iterator[tuple[str, str, str, str, str]]:
     for name in BUNDLED:
         stored = sum(file.stat().st_size for file in resolve(name).glob("*.safetensors"))
         yield name, "bundled", "", f"{stored / 1e6:.1f} MB", "yes"
-    for name, model in SHORT_NAMES.items():
+    for name, model in short_names().items():
         here = "yes" if cached_folder(model.repo_id) else "no"
         size = f"{model.download_bytes / 1e9:.1f} GB"
         yield name, model.repo_id, f"{model.parameters / 1e9:.2f} B", size, here
