@@ -173,6 +173,9 @@ def test_a_model_of_all_types_computes_with_those_weights(
         expected = load_model(path, dtype="float32")(batch, NoCache())
     assert off(load_model(path, activations="exact")(batch, NoCache()), expected) < 1e-5
     assert off(load_model(path, dtype="bfloat16", activations="exact")(batch, NoCache()), expected) < 0.05
+    how = {"dtype": mx.bfloat16, "quantize": None, "finish": lambda weight: weight}
+    weights = GgufCheckpoint(path).tensors(**how).values()
+    assert {matrix.scales.dtype for matrix in weights if isinstance(matrix, QuantizedTensor)} == {mx.bfloat16}
 
 
 def test_a_packed_file_cannot_be_packed_again(packed: tuple[Path, dict[str, np.ndarray]]) -> None:

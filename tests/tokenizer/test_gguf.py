@@ -121,6 +121,24 @@ def test_llama_3_begins_with_bos_unless_the_file_says_otherwise(demo: Path, tmp_
     assert Tokenizer(read_metadata(metadata)).encode("x")[0] != 2043
 
 
+def test_a_word_that_is_a_token_is_not_merged(demo: Path, tmp_path: Path) -> None:
+    """LLaMA 3's way, and not Qwen2's: its vocabulary has words that no merges lead to."""
+    for pre, whole in (("llama-bpe", True), ("qwen2", False)):
+        metadata = metadata_of(demo, tmp_path / "x.gguf", pre)
+        metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "zqzq"]
+        metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
+        assert (Tokenizer(read_metadata(metadata)).encode("zqzq") == [2048]) is whole, pre
+
+
+def test_pieces_never_merge_to_a_control_token(stories260k: Path, tmp_path: Path) -> None:
+    """SentencePiece's rule; a text that spells one is found before, but not where its letters are meant."""
+    metadata = metadata_of(stories260k, tmp_path / "x.gguf")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens[300], types[300], metadata["tokenizer.ggml.scores"][300] = "xz", 3, 0.0
+    tokenizer = Tokenizer(read_metadata(metadata))
+    assert 300 in tokenizer.encode("xz") and 300 not in tokenizer.text_encoder()("xz")
+
+
 def test_rows_without_a_token_are_none(demo: Path, tmp_path: Path) -> None:
     """A converter fills a vocabulary up to the model's rows."""
     metadata = metadata_of(demo, tmp_path / "x.gguf")

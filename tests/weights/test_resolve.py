@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tiny_llm.errors import ConfigError
 from tiny_llm.weights.hub import REPO_ID, resolve
+from tiny_llm.weights.listing import listing
 
 
 @pytest.fixture
@@ -94,3 +95,18 @@ def test_the_bundled_models_are_in_the_package(name):
     folder = resolve(name)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (folder / file).is_file(), file
+
+
+def test_a_gguf_file_is_itself(here):
+    (here / "x.gguf").write_bytes(b"GGUF")
+    assert resolve("x.gguf").samefile(here / "x.gguf")
+    assert "There is no file ./y.gguf. A file on the hub is" in refused("./y.gguf")
+
+
+def test_gguf_files_in_the_cache_are_listed(here, monkeypatch):
+    folder = here / "models--ada--tiny" / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    (folder / "tiny-Q4_0.gguf").write_bytes(b"GGUF")
+    (folder / "gone.gguf").symlink_to(here / "nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
+    assert list(listing())[-1] == ("", "ada/tiny:tiny-Q4_0.gguf", "", "0.0 GB", "yes")
