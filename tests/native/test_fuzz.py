@@ -21,6 +21,7 @@ from tiny_llm.ops import backend
 from tiny_llm.ops.argmax import argmax, argmax_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding
+from tiny_llm.ops.experts import Routing, experts
 from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.pack import pack
 from tiny_llm.ops.paged_attention import paged_attention
@@ -281,6 +282,40 @@ def draw_gated(d: Draw) -> Case:
     )
 
 
+def parted(weight: mx.array | QuantizedTensor, count: int) -> mx.array | QuantizedTensor:
+    """A matrix as a stack of ``count``."""
+    if isinstance(weight, mx.array):
+        return weight.reshape(count, -1, weight.shape[-1])
+    parts = (a.reshape(count, -1, a.shape[-1]) for a in (weight.packed, weight.scales, weight.biases))
+    return QuantizedTensor(*parts, weight.group_size, weight.bits)
+
+
+def draw_experts(d: Draw) -> Case:
+    """Of any format, by exact activations; no two experts of a row are equally good."""
+    group = d.choice.choice([0, 32, 64])
+    count, rows, width = d.choice.randint(1, 9), d.rows(), (group or 8) * d.choice.randint(1, 3)
+    middle = (group or 7) * d.choice.randint(1, 3)
+    shapes = [(middle, width), (middle, width), (width, middle)]
+    kept = d.choice.getstate()
+    stacks: list[mx.array | QuantizedTensor] = []
+    for shape in shapes:
+        d.choice.setstate(kept)  # of one format
+        stacks.append(parted(d.matrix(count * shape[0], shape[1], group), count))
+    x = d.array(rows, width)
+    logits = mx.stack([mx.array(d.choice.sample(range(count), count)) for _ in range(max(rows, 1))])[:rows]
+    routing = Routing(d.choice.randint(1, count), d.choice.random() < 0.5, d.maybe(d.normal(count) * 1e-3))
+    packed = [pack(stack, exact=True) for stack in stacks]
+    with backend.use("ref"):
+        expected = experts(x, logits * 1.0, routing, *map(dense, stacks))
+    return Case(
+        f"experts {x.shape} to {routing.per_token} of {count} by {format_of(stacks[0])}",
+        rows,
+        lambda at: [experts(x[at], logits[at] * 1.0, routing, *packed)],
+        [expected],
+        [1e-4 * largest(expected) + 1e-5],
+    )
+
+
 def pooled(tokens: Sequence[mx.array], tables: Sequence[Sequence[int]], blocks: int, size: int) -> mx.array:
     """Sequences of tokens [S, K, D] as blocks [N, K, S, D]; what no sequence has is NaN."""
     _, heads, dim = tokens[0].shape
@@ -394,6 +429,7 @@ DRAWS: Mapping[str, Callable[[Draw], Case]] = {
     "linear": draw_linear,
     "quantized_matmul": draw_quantized_matmul,
     "gated": draw_gated,
+    "experts": draw_experts,
     "attention": draw_attention,
     "argmax": draw_argmax,
     "sampling": draw_sampling,
