@@ -68,7 +68,7 @@ def test_an_sdist_holds_the_kernels(tree: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     for name in ("kernels/cpu/CMakeLists.txt", "kernels/cpu/pool.cpp", "kernels/cpu/binding/module.cpp"):
         assert name in names, f"{name} is missing"
-    assert "kernels/metal/swiglu.metal" in names and "tiny_llm/metalsim/include/metal_stdlib" in names
+    assert "kernels/metal/swiglu.metal" in names and "kernels/metalsim/include/metal_stdlib" in names
     assert {"tiny_llm/_cpu.pyi", "tiny_llm/demo/model.safetensors", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".a", "CMakeCache.txt"))]
 
@@ -90,7 +90,7 @@ def test_without_a_compiler_the_package_is_pure(tree: Path, what: str, environme
     assert not [name for name in names if name.endswith(".so")]
     assert what == "build_editable" or "tiny_llm/ops/backend.py" in names
     assert what == "build_editable" or "tiny_llm/kernels/metal/swiglu.metal" in names
-    assert what == "build_editable" or "tiny_llm/metalsim/runtime.cpp" in names
+    assert what == "build_editable" or "tiny_llm/kernels/metalsim/runtime.cpp" in names
     assert what == "build_editable" or "tiny_llm/server/page/index.html" in names
     left = subprocess.run(["git", "status", "--short"], cwd=tree, capture_output=True, text=True).stdout
     assert "kernels" not in left.replace("?? kernels/\n", ""), f"a build leaves what git shows:\n{left}"

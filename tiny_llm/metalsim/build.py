@@ -28,7 +28,7 @@ from tiny_llm.user_cache import user_cache, writable
 VARIABLE = "TINY_LLM_CLANG"
 OLDEST, NEWEST = 17, 30
 MODES = ("strict", "fast")
-HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve()
 _COMMON = (
     *("-std=c++17", "-nostdinc", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fno-stack-protector"),
     # Each operation rounds as its type says, and none is merged with another: as in MLX's safe mode.
@@ -124,16 +124,23 @@ def _version(command: Sequence[str]) -> str | None:
     return found[0] if found and int(found[1]) >= OLDEST else None
 
 
+@cache
+def _native() -> Path:
+    """Where kernels/metalsim is: in the package as it is installed, or beside it."""
+    installed = _HERE.parents[1] / "kernels" / "metalsim"
+    return installed if installed.is_dir() else _HERE.parents[2] / "kernels" / "metalsim"
+
+
 def includes() -> tuple[Path, Path]:
     """The folders of headers: ours, which goes first, and MLX's."""
-    return HERE / "include", Path(str(mx.__file__)).parent / "include"
+    return _native() / "include", Path(str(mx.__file__)).parent / "include"
 
 
 @cache
 def _ours() -> str:
     """A hash of all that is compiled with every kernel."""
     ours, theirs = includes()
-    files = [*ours.rglob("*"), HERE / "runtime.cpp", theirs / "mlx/backend/metal/kernels/utils.h"]
+    files = [*ours.rglob("*"), _native() / "runtime.cpp", theirs / "mlx/backend/metal/kernels/utils.h"]
     return _hash([f.read_text(encoding="utf-8") for f in sorted(files) if f.is_file()])
 
 
@@ -171,7 +178,7 @@ def runtime(mode: str) -> Path:
     """The simulator's own library, which all kernels of a mode share."""
     options = [o for o in _options(mode) if not o.startswith("-fsanitize")] + ["-O2"]
     name = f"runtime-{_hash([_ours(), toolchain().version, *options])}.so"
-    return _kept(name) or _make(name, (HERE / "runtime.cpp").read_text(encoding="utf-8"), options, [])
+    return _kept(name) or _make(name, (_native() / "runtime.cpp").read_text(encoding="utf-8"), options, [])
 
 
 def _make(name: str, text: str, options: Sequence[str], needs: Sequence[Path]) -> Path:
