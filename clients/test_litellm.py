@@ -101,3 +101,13 @@ def test_errors_are_its_own_kinds(asked: dict[str, Any], guarded: str) -> None:
         litellm.completion(messages=ASK, **{**asked, "api_base": f"{guarded}/v1"})
     with pytest.raises(litellm.ContextWindowExceededError):
         litellm.completion(messages=[{"role": "user", "content": "word " * 3000}], **asked)
+
+
+def test_vectors_come_as_numbers_and_as_bytes(asked: dict[str, Any]) -> None:
+    how = {name: asked[name] for name in ("model", "api_base", "api_key", "num_retries")}
+    for encoding in ("float", "base64"):
+        got = litellm.embedding(input=["a fox", "a wolf"], encoding_format=encoding, **how)
+        assert [one["index"] for one in got.data] == [0, 1] and got.usage.prompt_tokens > 2
+        assert all(one["embedding"] for one in got.data)
+    with pytest.raises(litellm.BadRequestError, match="A text is empty"):
+        litellm.embedding(input=["a", ""], **how)
