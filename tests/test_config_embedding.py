@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tiny_llm.config_embedding import EmbeddingFacts, load_embedding
+from tiny_llm.config_embedding import EmbeddingFacts, gguf_embedding, load_embedding
 from tiny_llm.errors import ConfigError, RequestError
 
 QWEN3_EMBEDDING = {  # as its repository has them
@@ -137,3 +137,14 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, name: str, val
     with pytest.raises(ConfigError, match=what) as said:
         load_embedding(written(tmp_path, {name: value}))
     assert str(tmp_path / name) in str(said.value)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(None, "last"), (0, "last"), (1, "mean"), (3, "last")])
+def test_a_gguf_file_names_its_pooling(kind: int | None, expected: str) -> None:
+    metadata = {"general.architecture": "qwen3"} | ({} if kind is None else {"qwen3.pooling_type": kind})
+    assert gguf_embedding(metadata).pooling == expected
+
+
+def test_a_gguf_file_of_another_pooling_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bert\.pooling_type is 2, but must be 1, the mean, or 3"):
+        gguf_embedding({"general.architecture": "bert", "bert.pooling_type": 2})

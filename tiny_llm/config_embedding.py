@@ -21,6 +21,7 @@ MODULES, POOLING, PROMPTS = "modules.json", "1_Pooling/config.json", "config_sen
 EMBEDDING_FILES = (MODULES, POOLING, PROMPTS)
 """What there may be of them in a folder."""
 _POOLINGS: Mapping[str, Pooling] = {"lasttoken": "last", "mean": "mean"}
+_GGUF_POOLINGS: Mapping[int, Pooling] = {0: "last", 1: "mean", 3: "last"}  # 0 names none
 _OLD_POOLING = "pooling_mode_"
 
 
@@ -107,6 +108,15 @@ def load_embedding(folder: Path) -> EmbeddingFacts:
     if (folder / PROMPTS).is_file():
         prompts = read_file(folder / PROMPTS, _prompts)
     return EmbeddingFacts(pooling, normalize, *prompts)
+
+
+def gguf_embedding(metadata: Mapping[str, object]) -> EmbeddingFacts:
+    """What a GGUF file says of it. Raises ConfigError for a pooling that is not supported."""
+    name = f"{metadata.get('general.architecture')}.pooling_type"
+    kind = Fields(metadata).whole(name, 3, least=0)
+    if kind not in _GGUF_POOLINGS:
+        raise ConfigError(f"{name} is {kind}, but must be 1, the mean, or 3, the last token.")
+    return EmbeddingFacts(_GGUF_POOLINGS[kind])
 
 
 def _normalizes(path: Path) -> bool:

@@ -197,3 +197,14 @@ def test_what_is_no_template_is_none(demo: Path, tmp_path: Path) -> None:
     metadata = metadata_of(demo, tmp_path / "x.gguf")
     named = {"tokenizer.chat_template.tool_use": "{{ tools }}", "tokenizer.chat_templates": ["tool_use"]}
     assert set(read_metadata(metadata | named).templates) == {"default", "tool_use"}
+
+
+def test_an_end_is_added_where_the_file_asks_for_it(demo: Path, tmp_path: Path) -> None:
+    """Qwen3-Embedding's files do, and its BOS, which is not to be added, is the same token."""
+    metadata = metadata_of(demo, tmp_path / "x.gguf")
+    end = metadata["tokenizer.ggml.eos_token_id"]
+    metadata |= {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_bos_token": False}
+    metadata["tokenizer.ggml.bos_token_id"] = end
+    tokenizer = Tokenizer(read_metadata(metadata))
+    plain = tokenizer.encode("a fox", add_special_tokens=False)
+    assert tokenizer.encode("a fox") == [*plain, end] and end not in plain

@@ -15,7 +15,7 @@ from typing import NotRequired, Protocol, TypedDict, Unpack
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig, ModelFacts, Quantization, load_end_ids
-from tiny_llm.config_embedding import EmbeddingFacts, load_embedding
+from tiny_llm.config_embedding import EmbeddingFacts, gguf_embedding, load_embedding
 from tiny_llm.layers.named import Weights
 from tiny_llm.models.registry import expected_tensors, find, load_config, quantizable_tensors, read_config
 from tiny_llm.ops.backend import active
@@ -127,8 +127,6 @@ class FolderCheckpoint:
 class GgufCheckpoint:
     """A GGUF file: all parts are in its header, the tensors behind it."""
 
-    embedding = EmbeddingFacts()
-
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -150,6 +148,11 @@ class GgufCheckpoint:
     def end_ids(self) -> frozenset[int]:
         """Those that the metadata names, and control tokens that are known to be such."""
         return end_ids(self._header.metadata)
+
+    @cached_property
+    def embedding(self) -> EmbeddingFacts:
+        """Of the metadata."""
+        return gguf_embedding(self._header.metadata)
 
     def digest(self) -> bytes:
         """Of the file."""

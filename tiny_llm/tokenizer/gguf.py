@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TypeVar
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from tiny_llm.config_fields import Fields
 from tiny_llm.errors import ConfigError, did_you_mean
@@ -84,6 +84,9 @@ def read_metadata(metadata: Mapping[str, object]) -> TokenizerFiles:
         for name, text in metadata.items()
         if name.startswith("tokenizer.chat_template") and isinstance(text, str)
     }
+    if fields.flag("tokenizer.ggml.add_eos_token", False) and (end := special.get("eos_token")):
+        ends = [(end, vocab[end])]
+        backend.post_processor = processors.TemplateProcessing(single=["$A", end], special_tokens=ends)
     add_bos = fields.flag("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _WHOLE_WORDS)
     return TokenizerFiles(backend, special, templates, add_bos)
 

@@ -49,7 +49,7 @@ class Tokenizer:
         ids = {name: self._backend.token_to_id(text) for name, text in files.special_tokens.items()}
         self.bos_id, eos_id = ids.get("bos_token"), ids.get("eos_token")
         # add_bos_token: false in the config overrules a post-processor that adds a BOS, but no other.
-        self._is_bare = files.add_bos is False and self.bos_id in self._backend.encode("").ids
+        self._is_bare = files.add_bos is False and self._backend.encode("a").ids[:1] == [self.bos_id]
         self.eos_ids = frozenset() if eos_id is None else frozenset({eos_id})
 
     @classmethod
