@@ -98,6 +98,15 @@ def test_same_greedy_tokens_quantized_by_mlx_lm(
     assert_same(model, tmp_path / "quantized")
 
 
+def test_a_router_is_float32_though_it_is_stored_quantized(golden: Path, tmp_path: Path) -> None:
+    """What meets quantized matrices is rounded to int8 on the CPU: a token might go to other experts."""
+    model, config = mlx_lm.quantize_model(*peer(respelled(golden / "qwen3_moe", tmp_path / "float")), 32, 4)
+    save(model, config, tmp_path / "quantized")
+    router = load_model(tmp_path / "quantized").layers[1].mlp.router.weight
+    assert getattr(router, "bits", 32) == 32 and router.shape == (5, 64)
+    assert isinstance(model.layers[1].mlp.gate, nn.QuantizedLinear), "this checkpoint cannot show it"
+
+
 def test_same_greedy_tokens_of_a_mixed_quantization(golden: Path, tmp_path: Path, assert_same) -> None:
     """8 bits for down_proj, none for the head and the embedding, 4 for the rest."""
 

@@ -18,7 +18,7 @@ from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.families.family import AS_WANTED, Stored
 from tiny_llm.weights.foreign import made
 from tiny_llm.weights.gguf.blocks import BITS, unpack
-from tiny_llm.weights.quantize import combined, joined, quantize_matrix, stacked
+from tiny_llm.weights.quantize import ROUTERS, combined, dequantized, joined, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
 from tiny_llm.weights.shards import StoredTensor
 
@@ -135,7 +135,8 @@ def _packed(entry: Entry, format: Quantization, arrays: Iterator[mx.array]) -> M
         return whole if rows is None else combined([whole], lambda arrays: _rows(arrays[0], rows))
     parts = [_stacked(entry, arrays, number) for number in range(3)]
     packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
-    return QuantizedTensor(packed, scales, biases, format.group_size, format.bits)
+    whole = QuantizedTensor(packed, scales, biases, format.group_size, format.bits)
+    return dequantized(whole) if entry.name.endswith(ROUTERS) else whole
 
 
 def _stacked(entry: Entry, arrays: Iterator[mx.array], part: int) -> Matrix:

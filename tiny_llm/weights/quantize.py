@@ -16,7 +16,9 @@ from tiny_llm.config import QUANTIZED_GROUPS, Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 
 ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
-"""Ends of names of small matrices that choose and weigh experts: loading does not round them."""
+"""Ends of names of small matrices that choose and weigh experts: loading does not round them, nor what they
+meet; those that are stored rounded become float32.
+"""
 
 
 def part_names(name: str) -> tuple[str, str, str]:
@@ -56,6 +58,14 @@ def quantize_matrix(matrix: mx.array, quantization: Quantization) -> QuantizedTe
     parts = mx.quantize(matrix, group_size=group_size, bits=bits)
     mx.eval(*parts)
     return QuantizedTensor(*parts, group_size, bits)
+
+
+def dequantized(matrix: QuantizedTensor) -> mx.array:
+    """The same weights as float32 [out, in]."""
+    scales, biases = (part.astype(mx.float32) for part in (matrix.scales, matrix.biases))
+    whole = mx.dequantize(matrix.packed, scales, biases, matrix.group_size, matrix.bits)
+    mx.eval(whole)
+    return whole
 
 
 def combined(parts: Sequence[Matrix], how: Callable[[list[mx.array]], mx.array]) -> Matrix:
