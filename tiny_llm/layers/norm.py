@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
@@ -13,18 +13,23 @@ from tiny_llm.ops.layer_norm import layer_norm
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 
 
-class Norm(Protocol):
+class Norm(ABC):
     """Normalises the last axis of x [..., E]."""
 
+    __slots__ = ()
+
+    @abstractmethod
     def __call__(self, x: mx.array) -> mx.array:
         """The norm of x, in its dtype."""
 
     def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
         """Return ``x + residual`` and its norm; None adds nothing."""
+        total = x if residual is None else x + residual
+        return total, self(total)
 
 
 @dataclass(frozen=True, slots=True)
-class RMSNorm:
+class RMSNorm(Norm):
     """Normalises the last axis of x [..., E] and scales it by weight [E].
 
     Where the weight is of float32 and x is not, both are done in float32 (Gemma, OLMo-2).
@@ -44,14 +49,14 @@ class RMSNorm:
         return rms_norm(x.astype(self.weight.dtype), self.weight, self.eps).astype(x.dtype)
 
     def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
-        """Return ``x + residual`` and its norm; None adds nothing."""
+        """The same; by one kernel where it can."""
         if residual is None or self.weight.dtype != x.dtype:
-            return _added(self, x, residual)
+            return Norm.after(self, x, residual)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerNorm:
+class LayerNorm(Norm):
     """Centres and normalises the last axis of x [..., E], scales it by weight [E] and adds bias [E]."""
 
     weight: mx.array
@@ -61,21 +66,13 @@ class LayerNorm:
     def __call__(self, x: mx.array) -> mx.array:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
-        """Return ``x + residual`` and its norm; None adds nothing."""
-        return _added(self, x, residual)
-
 
 @dataclass(frozen=True, slots=True)
-class NoNorm:
+class NoNorm(Norm):
     """Where other families have one before attention or the MLP, and this one has it behind (OLMo-2)."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return x
-
-    def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
-        """Return ``x + residual`` twice; None adds nothing."""
-        return _added(self, x, residual)
 
 
 def norm_shapes(config: ModelConfig) -> Shapes:
@@ -96,8 +93,3 @@ def take_rms_norm(weights: Weights, prefix: str, config: ModelConfig) -> RMSNorm
     """Pick ``prefix``.weight, wide if the config wants that. Raises WeightError when it is missing."""
     found = RMSNorm.take(weights, prefix, config.rms_norm_eps)
     return RMSNorm(found.weight.astype(mx.float32), found.eps) if config.wide_norm else found
-
-
-def _added(norm: Norm, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
-    total = x if residual is None else x + residual
-    return total, norm(total)
