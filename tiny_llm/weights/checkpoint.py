@@ -7,7 +7,7 @@ caller says which names and shapes it wants. Never unpickles, never runs a check
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,18 +27,8 @@ SHOWN_PROBLEMS = 8
 _BODY = "model."
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One entry of the result: the tensors that it is made of, and how.
-
-    Each of ``parts`` is what is wanted of one stored tensor, or of several to be stacked.
-    """
-
-    name: str
-    parts: list[dict[str, Part]]
-    stored_as: Quantization | None
-    quantize: Quantization | None
-    place: Stored
+Parts = list[dict[str, Part]]
+"""Of an entry: each is what is wanted of one stored tensor, or of several to be stacked, by name."""
 
 
 def load_weights(
@@ -87,16 +77,7 @@ def load_weights(
     problems = list(_problems(jobs, stored, expected, tuple(unread)))
     if problems:
         raise WeightError(_report(folder, problems))
-    entries = [
-        Entry(
-            job.name,
-            [[stored[n] for n in part] for part in job.parts],
-            job.stored_as,
-            job.quantize,
-            job.place,
-        )
-        for job in jobs
-    ]
+    entries = [replace(entry, parts=[[stored[n] for n in part] for part in parts]) for entry, parts in jobs]
     weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected}
 
@@ -117,8 +98,11 @@ def _job(
     quantization: Quantization | None,
     quantize: Quantization | None,
     quantizable: Collection[str],
-) -> _Job:
-    """A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it."""
+) -> tuple[Entry, Parts]:
+    """An entry of the result, but for its tensors, and what is wanted of these.
+
+    A matrix counts as quantized on disk if its scales are there, as MLX's own tools decide it.
+    """
     module, dot, kind = name.rpartition(".")
     place = place_of(module, places)
     names = [module if place.bare else f"{module}{dot}{kind}" for module in place.modules]
@@ -131,14 +115,14 @@ def _job(
         has_others = any(part.name in stored for part in lie[0] if part.name != first)
         if is_packed or has_others or is_explicit(first, quantization):
             parts = [{part.name: part for part in same} for same in zip(*lie, strict=True)]
-            return _Job(name, parts, stored_as, None, place)
+            return Entry(name, (), stored_as, None, place), parts
     target = format_of(name, quantize) if name in quantizable else None
     target = fit_group(name, shape[-1], target)
     if place.transposed and len(shape) == 2:
         shape = shape[::-1]
     kind = stored[first].info.dtype if first in stored and name in quantizable else ""
     dtypes = (*FLOATS, kind) if kind in BITS else FLOATS
-    return _Job(name, [{one: Part(one, shape, dtypes) for one in names}], None, target, place)
+    return Entry(name, (), None, target, place), [{one: Part(one, shape, dtypes) for one in names}]
 
 
 def _stored_shape(shape: tuple[int, ...], place: Stored) -> tuple[int, ...]:
@@ -150,12 +134,12 @@ def _stored_shape(shape: tuple[int, ...], place: Stored) -> tuple[int, ...]:
 
 
 def _problems(
-    jobs: list[_Job],
+    jobs: list[tuple[Entry, Parts]],
     stored: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],
     unread: tuple[str, ...],
 ) -> Iterator[str]:
-    wanted = {name: want for job in jobs for part in job.parts for name, want in part.items()}
+    wanted = {name: want for _, parts in jobs for part in parts for name, want in part.items()}
     missing = [name for name in wanted if name not in stored]
     left_over = [name for name in stored if name not in wanted and not _is_unread(name, unread)]
     extra = [name for name in left_over if not _is_tied_head(name, stored, expected)]
