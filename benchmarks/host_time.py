@@ -31,8 +31,9 @@ from mlx_lm.utils import _get_classes
 from tiny_llm.data import Plan, PlanItem
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.loading import load_model
 from tiny_llm.models.replay import Replay
 from tiny_llm.ops import swiglu
 from tiny_llm.ops.argmax import argmax
@@ -80,7 +81,7 @@ def as_on_a_gpu() -> Iterator[None]:
 def ours(shape: str, rows: int, backend: str, played: bool) -> Step:
     """A step of ours on ``backend``, from a plan; ``played`` again, as on a GPU, or built anew."""
     with use(backend):
-        model = load_dummy(shape, dtype="bfloat16", quantize=4)
+        model = load_model(DummyCheckpoint(shape), dtype="bfloat16", quantize=4)
         assert isinstance(model, Decoder)
         run = Replay(model) if played else model
         cache = PagedCache(KvFormat.of(model.config, BLOCK, DTYPE), max_blocks=rows * BLOCK)

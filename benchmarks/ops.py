@@ -26,8 +26,9 @@ from measure.sides import numbers
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import SamplingParams
 from tiny_llm.layers.linear import heads_of
+from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import kernel_seconds, set_threads, use
 from tiny_llm.weights.names import config_of
@@ -140,7 +141,7 @@ def measure(options: argparse.Namespace, backend: str) -> None:
             figures = row(case, seconds_a_call(case.calls, options.rounds), peak)
             show(case.name, figures)
             ops[f"{case.name}, {rows} rows"] = figures
-    model = load_dummy(options.shape, quantize=4, activations=options.activations)
+    model = load_model(DummyCheckpoint(options.shape), quantize=4, activations=options.activations)
     assert isinstance(model, Decoder)
     together = {rows: rows / s for rows, s in together_s(model, options.rounds).items()}
     print(f"\n{'all linear layers':<30}{'tok/s':>12}{'of one row':>12}")

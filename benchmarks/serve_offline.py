@@ -25,7 +25,8 @@ from measure.serving import Asked, figures, poisson, trace_lengths
 
 from tiny_llm.data import SamplingParams
 from tiny_llm.engine.engine import Engine
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import set_threads, use
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -74,7 +75,7 @@ def main() -> None:
     set_threads(options.threads)
     watch = Watch(())
     with use(None):
-        model = load_dummy(options.shape, quantize=BITS)
+        model = load_model(DummyCheckpoint(options.shape), quantize=BITS)
         results = {
             "arrivals": arrivals(model, options),
             "shared_prefix": shared_prefix(model),

@@ -10,8 +10,9 @@ import pytest
 from tiny_llm.data import Plan, PlanItem
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.paged import PagedCache
+from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import Model
 from tiny_llm.models.replay import MOST_TOKENS, Replay, played
 from tiny_llm.ops.backend import use
@@ -31,7 +32,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     }
     monkeypatch.setattr("tiny_llm.models.checkpoint.config_of", lambda _: facts)
     with use("mlx"):
-        made = load_dummy("qwen3-0.6b", dtype="float32", quantize=4)
+        made = load_model(DummyCheckpoint("qwen3-0.6b"), dtype="float32", quantize=4)
     assert isinstance(made, Decoder)
     return made
 

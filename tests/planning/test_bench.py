@@ -11,7 +11,8 @@ from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import CapacityError, ConfigError, RequestError
 from tiny_llm.kv.no_cache import NoCache
-from tiny_llm.models.loading import load_dummy
+from tiny_llm.models.checkpoint import DummyCheckpoint
+from tiny_llm.models.loading import load_model
 from tiny_llm.planning.bench import Task, bench, measure
 
 
@@ -94,7 +95,7 @@ def test_dummy_weights_are_of_short_names() -> None:
 
 
 def test_a_dummy_model_gives_finite_logits() -> None:
-    model = load_dummy("qwen2-0.5b", quantize=4)
+    model = load_model(DummyCheckpoint("qwen2-0.5b"), quantize=4)
     one = mx.zeros(1, mx.int32)
     logits = model(Batch(one, one, (0, 1), one), NoCache())
     assert logits.shape == (1, 151936)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from tiny_llm.config import DTYPES, ModelFacts, Quantization
 from tiny_llm.data import Matrix
 from tiny_llm.errors import ConfigError
-from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, DummyCheckpoint, open_checkpoint
+from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, open_checkpoint
 from tiny_llm.models.registry import Model, build, find
 from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
@@ -63,16 +63,6 @@ def load_model(
 
 def _as_it_is(weight: Matrix) -> Matrix:
     return weight
-
-
-def load_dummy(
-    name: str, *, dtype: str | None = None, quantize: int | None = None, activations: str = "int8"
-) -> Model:
-    """Build the model of a short name such as "qwen2-0.5b" with random weights. See ``load_model``.
-
-    Raises ConfigError for an unknown name, with near ones, or an option that cannot be used.
-    """
-    return load_model(DummyCheckpoint(name), dtype=dtype, quantize=quantize, activations=activations)
 
 
 def check_options(
