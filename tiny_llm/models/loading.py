@@ -13,7 +13,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import DTYPES, ModelFacts, Quantization
-from tiny_llm.data import Matrix
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, open_checkpoint
 from tiny_llm.models.registry import Model, build, find
@@ -54,15 +53,11 @@ def load_model(
     weights = checkpoint.tensors(
         dtype=_stored_dtype(dtype, quantize, packed),
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        finish=partial(pack, exact=activations == "exact") if packed else _as_it_is,
+        finish=partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
         progress=progress,
     )
     keep_memory()
     return build(config, weights)
-
-
-def _as_it_is(weight: Matrix) -> Matrix:
-    return weight
 
 
 def check_options(

@@ -69,7 +69,7 @@ def _metal(name: str, inputs: list[mx.array], x: mx.array, *, outputs: int) -> l
     threads = min(1024, 32 * simdgroups)
     # Rows that share what is read of the weight: a power of two, as each number of them is a kernel of its
     # own, and so few that 8 threadgroups have work.
-    together = min(8, _power_of_two(-(-rows // 8)))
+    together = min(8, 1 << (-(-rows // 8) - 1).bit_length())
     threadgroups = -(-rows // together)
     return kernel(name, "rms_norm")(
         inputs=[*inputs, scalar(rows)],
@@ -79,11 +79,6 @@ def _metal(name: str, inputs: list[mx.array], x: mx.array, *, outputs: int) -> l
         output_shapes=[x.shape] * outputs,
         output_dtypes=[x.dtype] * outputs,
     )
-
-
-def _power_of_two(least: int) -> int:
-    """The smallest one that is not below ``least``."""
-    return 1 << (least - 1).bit_length()
 
 
 def _check(x: mx.array, weight: mx.array) -> None:

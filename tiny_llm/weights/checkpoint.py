@@ -141,7 +141,8 @@ def _problems(
 ) -> Iterator[str]:
     wanted = {name: want for _, parts in jobs for part in parts for name, want in part.items()}
     missing = [name for name in wanted if name not in stored]
-    left_over = [name for name in stored if name not in wanted and not _is_unread(name, unread)]
+    left_over = [name for name in stored if name not in wanted and not name.endswith(unread)]
+    left_over = [name for name in left_over if not name.startswith(unread)]
     extra = [name for name in left_over if not _is_tied_head(name, stored, expected)]
     if len(missing) == len(wanted):
         some = f", but for example {extra[0]}" if extra else ""
@@ -156,10 +157,6 @@ def _problems(
     for name in extra:
         info = stored[name].info
         yield f"not expected: {name} {info.dtype} {list(info.shape)} in {stored[name].path.name}"
-
-
-def _is_unread(name: str, unread: tuple[str, ...]) -> bool:
-    return name.endswith(unread) or name.startswith(unread)
 
 
 def _misfit(name: str, want: Part, found: StoredTensor) -> Iterator[str]:
