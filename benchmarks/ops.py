@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -118,6 +119,7 @@ def main() -> None:
         "--rows", type=numbers, default=(1, 16, 512), help="tokens a step, with commas between"
     )
     parser.add_argument("--context", type=int, default=512, help="tokens that attention sees")
+    parser.add_argument("--window", type=int, default=0, help="of these, the last that a row sees; 0: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", help="ref or cpu; the best one by default")
@@ -134,6 +136,7 @@ def measure(options: argparse.Namespace, backend: str) -> None:
     """All of it, on the backend in use."""
     peak, watch = peaks(options.threads), Watch(())
     config = ModelConfig.from_hf(config_of(options.shape))
+    config = replace(config, windows=(options.window,) * config.num_layers)
     ops: dict[str, object] = {}
     for rows in options.rows:
         print(f"\n{f'{rows} rows':<30}{'us a call':>12}{'GB/s':>10}{'GOP/s':>10}{'percent':>9}")

@@ -92,25 +92,27 @@ def _matrices(shape: tuple[int, int], rows: int, exact: bool) -> list[Matrix]:
 
 
 def _attention(config: ModelConfig, rows: int, context: int) -> Case:
-    """Queries at the end of ``context`` keys, through the cache; its layers take turns."""
+    """Queries at the end of ``context`` keys, of which they see their window; its layers take turns."""
     H, K, D, layers = config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers
     dtype = kv_dtype(config, dtype=None, quantize=4)
-    pairs = rows * (context - rows) + rows * (rows + 1) / 2
+    window = max(config.windows, default=0) or context
+    pairs = sum(min(window, seen) for seen in range(context - rows + 1, context + 1))
+    read = min(context, window + rows - 1)
     layers = max(1, min(layers, int(MOST_OPERATIONS / (4 * H * D * pairs))))
     kv, before = DenseCache(layers, dtype), context - rows
 
-    def step(layer: int, start: int, end: int) -> mx.array:
+    def step(layer: int, start: int, end: int, window: int) -> mx.array:
         if layer == 0:
             kv.truncate(start)
         q, k, v = (mx.random.normal((end - start, heads, D), key=key) for heads in (H, K, K))
         mx.eval(q, k, v)
-        return kv.attend(layer, q, k, v, one_sequence([0] * (end - start), start))
+        return kv.attend(layer, q, k, v, one_sequence([0] * (end - start), start), window=window)
 
     key = mx.random.key(0)
     if before:
-        mx.eval([step(layer, 0, before) for layer in range(layers)])
-    calls = [partial(step, layer, before, context) for layer in range(layers)]
-    return Case(f"attention over {context}", calls, 2.0 * context * K * D * dtype.size, 4.0 * H * D * pairs)
+        mx.eval([step(layer, 0, before, 1) for layer in range(layers)])  # what they see is not asked
+    calls = [partial(step, layer, before, context, window) for layer in range(layers)]
+    return Case(f"attention over {context}", calls, 2.0 * read * K * D * dtype.size, 4.0 * H * D * pairs)
 
 
 def _small_cases(config: ModelConfig, rows: int, exact: bool) -> Iterator[Case]:

@@ -13,17 +13,21 @@ from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.footprint import (
     activation_bytes,
+    held_tokens,
     kv_token_bytes,
     parameter_count,
     read_bytes,
     tensor_bytes,
     training_bytes,
     weights_bytes,
+    widest_window,
 )
 from tiny_llm.models.loading import load_model, weight_bytes, weight_dtype
 from tiny_llm.models.registry import expected_tensors, load_config
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.kv_pool import KvFormat
+from tiny_llm.planning.memory import serving_need
+from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of, short_names
 
@@ -169,3 +173,16 @@ def test_training_keeps_each_layers_results() -> None:
     logits = 4 * CONFIG.vocab_size
     need = training_bytes(CONFIG, 10).activations
     assert need == 10 * (2 * CONFIG.num_layers * sum(layer.values()) + logits), layer
+
+
+def test_where_every_layer_has_a_window_a_sequence_holds_that_and_a_step() -> None:
+    raw = config_of("mistral-7b") | {"sliding_window": 4096}
+    every = ModelConfig.from_hf(raw)
+    kinds = ["sliding_attention", "full_attention"] * (every.num_layers // 2)
+    some, none = ModelConfig.from_hf(raw | {"layer_types": kinds}), ALL["mistral-7b"]
+    assert [widest_window(one) for one in (every, some, none)] == [4096, 0, 0]
+    assert [held_tokens(one, 30_000, 512) for one in (every, some, none)] == [4608, 30_000, 30_000]
+    assert held_tokens(every, 3000, 512) == 3000
+    needs = [serving_need(one, 0, 1000, 0, 30_000, 2).kv for one in (every, none)]
+    step = SchedulerSettings().max_num_batched_tokens
+    assert needs == [2 * -(-(4096 + step) // 16) * 16 * 1000, 2 * 30_000 * 1000]

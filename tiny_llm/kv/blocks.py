@@ -6,7 +6,7 @@ it is written only while it is in one, and a shared one is copied first. A full 
 in the prefix cache, and stays there when no table holds it any more, until its memory is
 needed: least recently used first. The arrays are another's: what must be moved in them is
 noted here and handed over by ``drain``. Where every layer has a window, a table lets go of the
-blocks that lie before it.
+blocks that lie before it. Where some see all, blocks stay: one holds the keys and values of all layers.
 
 Every operation costs O(1) a block; none looks at all blocks or all tables, but for
 ``usage``, ``shrink`` and ``check_integrity``. Source of the idea: Kwon et al. 2023,
