@@ -139,8 +139,8 @@ def _add_facts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if config["model_type"] == "gemma3_text":
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
         writer.add_attention_scale(config["query_pre_attn_scalar"] ** -0.5)
-    if config.get("sliding_window") and config["model_type"] in ("mistral", "phi3", "gemma3_text"):
-        writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] in ("mistral", "phi3", "gemma3_text"):
+        writer.add_sliding_window(config["sliding_window"] or 0)
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])

@@ -127,7 +127,7 @@ def config_fields(header: GgufHeader) -> dict[str, object]:
         "rms_norm_eps": own.number(kind.epsilon),
         "original_max_position_embeddings": own.get("rope.scaling.original_context_length"),
         "rope_parameters": _rope(header, own, head_dim),
-        "sliding_window": own.get("attention.sliding_window"),
+        "sliding_window": own.get("attention.sliding_window") or None,  # Phi-4's is 0
         "embedding_multiplier": own.get("embedding_scale"),
         "attention_multiplier": own.get("attention.scale"),
         "residual_multiplier": own.get("residual_scale"),
