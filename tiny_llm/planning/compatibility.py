@@ -30,7 +30,7 @@ class _OneLayer(DummyCheckpoint):
 
 
 def ops_of(config: ModelFacts) -> list[str]:
-    """Which of OPS a model runs, and which it has that have no kernel on any backend."""
+    """Which of OPS a model runs, and which it has in their place."""
     if not isinstance(config, ModelConfig):
         return list(OPS)
     others = {
