@@ -17,8 +17,7 @@ from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.config_rope import RopeScaling, read_rope
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import built_in_family
-from tiny_llm.families.expert_facts import ExpertFacts
-from tiny_llm.families.family import Family
+from tiny_llm.families.family import DecoderSizes, Family
 from tiny_llm.families.unsupported import refuse_unsupported
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
@@ -69,21 +68,16 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelFacts(DecoderSizes):
     """What engine, cache and calculators ask of a model's config, whatever architecture it is of.
 
-    A plug-in's config may be a class of its own: what has these names will do. Sizes count elements; ids are
-    token ids.
+    A plug-in's config may be a class of its own: what has these names, and those of the sizes, will do. Sizes
+    count elements; ids are token ids.
     """
 
     model_type: str  # which architecture it is of
     vocab_size: int  # tokens that the model knows, V
-    hidden_size: int  # width of a token's vector between layers, E
-    intermediate_size: int  # width of the MLP that a token goes through: of all experts that it is sent to
     num_layers: int  # that keep keys and values
-    num_heads: int  # of queries, H
-    num_kv_heads: int  # of keys and values, K
-    head_dim: int  # D
     max_position_embeddings: int  # tokens that prompt and answer may have together
     tie_word_embeddings: bool  # whether the head is the embedding
     eos_token_ids: tuple[int, ...]  # tokens that end an answer
@@ -119,7 +113,6 @@ class ModelConfig(ModelFacts):
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and the MLP add
     logit_scale: float = 1.0
-    experts: ExpertFacts | None = None
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, object], family: Family | None = None) -> ModelConfig:

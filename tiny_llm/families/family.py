@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
 
 from tiny_llm.config_fields import Fields
 from tiny_llm.families.expert_facts import ExpertFacts
@@ -17,32 +16,16 @@ from tiny_llm.families.expert_facts import ExpertFacts
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-class DecoderSizes(Protocol):
-    """The facts of a config by which tensors are cut. DecoderSizes count elements."""
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
+    """The facts of a config by which tensors are cut. Sizes count elements."""
 
-    @property
-    def hidden_size(self) -> int:
-        """Width of a token's vector between layers, E."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the MLP, F."""
-
-    @property
-    def num_heads(self) -> int:
-        """Of queries, H."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Of keys and values, K."""
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-
-    @property
-    def experts(self) -> ExpertFacts | None:
-        """Of layers that have some."""
+    hidden_size: int  # width of a token's vector between layers, E
+    intermediate_size: int  # width of the MLP that a token goes through: of all experts that it is sent to
+    num_heads: int  # of queries, H
+    num_kv_heads: int  # of keys and values, K
+    head_dim: int  # D
+    experts: ExpertFacts | None = field(default=None, kw_only=True)  # of layers that have some
 
 
 @dataclass(frozen=True, slots=True)
