@@ -103,13 +103,20 @@ def test_a_list_is_made_once() -> None:
     assert lists.tiles(9, 8).total > lists.tiles(3, 8).total, "other heads, another list"
 
 
+def test_spans_before_a_window_are_no_work() -> None:
+    lists = WorkLists(pages_of([9, 9], [1, 1]))
+    assert [lists.spans(4, 2, 2, window).own.total for window in (9, 8, 5, 1)] == [6, 6, 4, 2]
+
+
 def test_layers_of_a_step_share_the_lists_and_the_next_step_has_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[WorkLists] = []
 
-    def note(q: mx.array, k: mx.array, v: mx.array, pool: object, pages: Pages, work: WorkLists) -> object:
-        assert work.pages is pages
+    def note(
+        q: mx.array, k: mx.array, v: mx.array, pool: object, pages: Pages, work: WorkLists, *, window: int
+    ) -> object:
+        assert work.pages is pages and not window
         seen.append(work)
         return q, pool
 
