@@ -293,7 +293,7 @@ def run(demo: Path, work: Callable[[AsyncLLM], Any], **settings: Any) -> Any:
 
 
 def test_many_texts_at_once_beside_an_answer(demo: Path, llm: LLM) -> None:
-    texts = [f"{TEXTS[n % 2]} {n}" for n in range(150)]
+    texts = [f"{TEXTS[n % 2]} {n}" for n in range(90)]
 
     async def work(own: AsyncLLM) -> tuple[list[TextEmbedding], int]:
         answer = asyncio.create_task(own.generate("What is a KV cache?", SamplingParams(max_tokens=20)))
