@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def test_pictures_are_there_and_say_what_they_show(page: Path) -> None:
 @each_page
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     found = list(blocks(page.read_text(encoding="utf-8")))
-    assert {language for language, _ in found} <= {"python", "sh", "text", "mermaid", "cpp"}, (
-        "each block says what it is"
-    )
+    known = {"python", "sh", "text", "mermaid", "cpp", "toml"}
+    assert {language for language, _ in found} <= known, "each block says what it is"
+    tomllib.loads("\n".join(code for language, code in found if language == "toml"))
     script = tmp_path / "page.py"
     script.write_text("\n".join(code for language, code in found if language == "python"))
     python(str(script))
