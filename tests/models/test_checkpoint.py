@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from tiny_llm.data import SamplingParams
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.layers.named import Weights
-from tiny_llm.models.checkpoint import FolderCheckpoint
+from tiny_llm.models.checkpoint import FolderCheckpoint, Reading
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 from tiny_llm.weights.assemble import Finish, Progress
@@ -69,3 +70,27 @@ def test_a_part_is_read_when_it_is_asked_for(demo_copy: Path) -> None:
     assert checkpoint.config.vocab_size == 2048
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         checkpoint.tokenizer  # noqa: B018
+
+
+def test_experts_may_be_fused_as_transformers_keeps_them(golden: Path, tmp_path: Path) -> None:
+    """``experts.gate_up_proj`` [N, 2 F, E] and ``experts.down_proj`` [N, E, F] of each layer."""
+    source = golden / "qwen3_moe"
+    apart = mx.load(str(source / "model.safetensors"))
+    assert isinstance(apart, dict)
+    fused = {name: array for name, array in apart.items() if ".experts." not in name}
+    layers = sorted({name.partition(".experts.")[0] for name in apart if ".experts." in name})
+    for layer in layers:
+        count = len({name for name in apart if name.startswith(f"{layer}.experts.")}) // 3
+        gate, up, down = (
+            mx.stack([apart[f"{layer}.experts.{i}.{kind}_proj.weight"] for i in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        fused[f"{layer}.experts.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
+        fused[f"{layer}.experts.down_proj"] = down
+    shutil.copy(source / "config.json", tmp_path)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), fused)
+    how = Reading(dtype=None, quantize=None, finish=lambda weight: weight)
+    expected, got = FolderCheckpoint(source).tensors(**how), FolderCheckpoint(tmp_path).tensors(**how)
+    assert layers and set(got) == set(expected)
+    for name, array in expected.items():
+        assert mx.array_equal(got[name], array), name
