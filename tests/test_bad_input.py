@@ -85,7 +85,7 @@ BROKEN_MODELS: list[tuple[Callable[[Path], None], str]] = [
     (no_tokenizer, "no tokenizer.json"),
     (config_cut, "not valid JSON"),
     (config_with(model_type="qwen22"), "Did you mean 'qwen2'"),
-    (config_with(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    (config_with(rope_parameters={"rope_type": "spiral", "factor": 4.0}), "spiral"),
     (config_with(num_hidden_layers=-1), "num_hidden_layers is -1"),
     (config_with(num_hidden_layers=5, layer_types=None), "not expected: model.layers.5."),
     (config_with(num_hidden_layers=7, layer_types=None), "missing: model.layers.6."),

@@ -70,6 +70,10 @@ def assert_same(make_batch, greedy, off) -> Callable[..., None]:
 def test_same_greedy_tokens(folder: Path, tmp_path: Path, assert_same) -> None:
     if folder.name.endswith("_window"):
         pytest.skip("mlx-lm reads no window of these families")
+    if folder.name == "phi3":
+        pytest.skip("mlx-lm reads no window of this family, and turns all of a head")
+    if folder.name in ("phi3_long", "gemma3"):
+        pytest.skip("mlx-lm reads no rope_parameters of this family")
     if folder.name == "gpt2":
         pytest.skip("mlx-lm reads no GPT-2 with transformers' prefix")
     if folder.name == "ernie4_5_moe":

@@ -34,6 +34,7 @@ ids = mx.array([1, 0, 3], dtype=mx.int32)
 words, scales, biases = mx.quantize(f(8, 64), group_size=32, bits=4)
 dense, wide = cpu.pack_dense(f(8, 64)), cpu.pack_dense(f(4, 16, dtype=mx.bfloat16))
 packed = cpu.pack_quantized(words, scales, biases, 32, 4, False)
+many, less = cpu.pack_dense(f(4, 16, 64)), cpu.pack_dense(f(4, 64, 16))
 exact = cpu.pack_quantized(*mx.quantize(f(20, 128), group_size=128, bits=8), 128, 8, True)
 pool, tables = (f(4, 1, 8, 16), f(4, 1, 16, 8)), mx.array([[0], [2]], dtype=mx.int32)
 starts, lens = mx.array([0, 2, 3], dtype=mx.int32), mx.array([2, 4], dtype=mx.int32)
@@ -45,6 +46,7 @@ RIGHT = {
     "pack_dense": (f(8, 64),),
     "linear": (f(3, 64), [packed, packed], [None, f(8)]),
     "gated": (f(3, 64), dense, dense, None, f(8)),
+    "experts": (f(3, 64), f(3, 4), f(4), 2, True, many, many, less),
     "quantized_rows": (f(3, 64), words, scales, biases, 32, 4),
     "embedding": (ids, packed),
     "rope": (f(3, 2, 8), ids, f(4)),

@@ -19,6 +19,7 @@ from tiny_llm.metalsim.build import why_not
 from tiny_llm.ops import backend, metal
 from tiny_llm.ops.cuda import blocks, source
 from tiny_llm.ops.embedding import embedding
+from tiny_llm.ops.experts import Routing, experts
 from tiny_llm.ops.linear import gated, linears
 from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul
@@ -63,6 +64,13 @@ def calls(dtype: mx.Dtype) -> Iterator[Callable[[], Any]]:
             yield lambda many=many, matrix=matrix: quantized_matmul(many, matrix)  # type: ignore[misc]
             yield lambda a=(many, [matrix] * 3, [bias] * 3): linears(*a)  # type: ignore[misc]
             yield lambda a=(many, matrix, matrix, None, None): gated(*a)  # type: ignore[misc]
+    stack, back = (
+        QuantizedTensor(*mx.quantize(normal(*shape, dtype=dtype), 64, 4), 64, 4)
+        for shape in ((4, 64, 128), (4, 128, 64))
+    )
+    for rows in (1, 9):
+        given = normal(rows, 128, dtype=dtype), normal(rows, 4), Routing(2, True), stack, stack, back
+        yield lambda given=given: experts(*given)  # type: ignore[misc]
     pool = normal(8, 2, 64, 16, dtype=dtype), normal(8, 2, 16, 64, dtype=dtype)
     tables, lens = mx.array([[1, 5, 3], [4, 0, 0]]), mx.array([40, 2])
     pages = Pages(*(a.astype(mx.int32) for a in (mx.array([55, 64, 65]), tables, mx.array([0, 1, 3]), lens)))

@@ -21,10 +21,12 @@ import pytest
 import tiny_llm
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops.argmax import argmax_ref, largest_ref
-from tiny_llm.ops.attention import attention_ref
+from tiny_llm.ops.attention import attention_ref, windowed_ref
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.embedding import embedding_ref
+from tiny_llm.ops.experts import Routing, experts_ref, route_ref
 from tiny_llm.ops.kv_pool import KvFormat
+from tiny_llm.ops.layer_norm import layer_norm_ref
 from tiny_llm.ops.linear import linear_ref
 from tiny_llm.ops.paged_attention import kv_write_ref, paged_attention_ref
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
@@ -112,13 +114,15 @@ def turned(x: Exact, positions: list[int], inv_freq: Exact) -> tuple[Exact, Exac
     return pairs, np.concatenate([length, length], axis=-1)
 
 
-def attended(q: Exact, k: Exact, v: Exact, scale: float, offset: int) -> tuple[Exact, Exact]:
+def attended(
+    q: Exact, k: Exact, v: Exact, scale: float, offset: int, window: int = 10**9
+) -> tuple[Exact, Exact]:
     """Attention's result, and the same of the values without their signs."""
     (T, H, _), (S, K, _) = q.shape, k.shape
     k, v = np.repeat(k, H // K, axis=1), np.repeat(v, H // K, axis=1)
     scores = np.einsum("thd,shd->hts", q, k) * scale
-    future = np.arange(S)[None, :] > offset + np.arange(T)[:, None]
-    weights = softmax_of(np.where(future, -np.inf, scores))
+    ago = offset + np.arange(T)[:, None] - np.arange(S)[None, :]
+    weights = softmax_of(np.where((ago < 0) | (ago >= window), -np.inf, scores))
     return np.einsum("hts,shd->thd", weights, v), np.einsum("hts,shd->thd", weights, np.abs(v))
 
 
@@ -239,6 +243,58 @@ def try_attention(case: Case) -> None:
     case.result(attention_ref(q, k, v, scale=0.125, offset=895), exact, summed)
 
 
+def try_windowed(case: Case) -> None:
+    (q, exact_q), (k, exact_k), (v, exact_v) = (
+        case.normal(*shape, deviation=2) for shape in [(5, 4, 64), (900, 2, 64), (900, 2, 64)]
+    )
+    exact, summed = attended(exact_q, exact_k, exact_v, 0.125, 895, 300)
+    case.result(windowed_ref(q, k, v, scale=0.125, offset=895, window=300), exact, summed)
+
+
+def try_layer_norm(case: Case) -> None:
+    (x, exact_x), (weight, exact_weight), (bias, exact_bias) = (
+        case.normal(*shape, deviation=deviation) for *shape, deviation in [(3, 4096, 9), (4096, 1), (4096, 1)]
+    )
+    centred = exact_x - exact_x.mean(axis=-1, keepdims=True)
+    scaled = norm_of(centred, exact_weight, 1e-5)
+    case.result(
+        layer_norm_ref(x, weight, bias, 1e-5), scaled + exact_bias, np.abs(scaled) + np.abs(exact_bias)
+    )
+
+
+def routed(logits: Exact, k: int) -> tuple[np.ndarray, Exact]:
+    """The k experts of each row, the best first, and their weights, which add up to 1."""
+    shares = softmax_of(logits)
+    chosen = np.argsort(-shares, axis=-1, kind="stable")[:, :k]
+    weights = np.take_along_axis(shares, chosen, axis=-1)
+    return chosen, weights / weights.sum(axis=-1, keepdims=True)
+
+
+def try_route(case: Case) -> None:
+    logits, exact_logits = case.normal(64, 60)
+    chosen, weights = route_ref(logits, Routing(4, normalised=True))
+    _, best = routed(exact_logits, 4)
+    all_of = np.exp(exact_logits)
+    own = np.take_along_axis(all_of, np.array(chosen).astype(np.int64), axis=-1)
+    case.result(weights, own / own.sum(axis=-1, keepdims=True), best)
+
+
+def try_experts(case: Case) -> None:
+    (x, exact_x), (logits, exact_logits) = case.normal(3, 128), case.normal(3, 6)
+    (gate, exact_gate), (up, exact_up), (down, exact_down) = (
+        case.normal(*shape, deviation=0.1) for shape in [(6, 96, 128), (6, 96, 128), (6, 128, 96)]
+    )
+    chosen, weights = routed(exact_logits, 2)
+    exact, size = np.zeros((3, 128)), np.zeros((3, 128))
+    for row, expert, weight in zip(np.repeat(np.arange(3), 2), chosen.ravel(), weights.ravel(), strict=True):
+        wide_gate = exact_gate[expert] @ exact_x[row]
+        hidden = wide_gate / (1 + np.exp(-wide_gate)) * (exact_up[expert] @ exact_x[row])
+        exact[row] += weight * (exact_down[expert] @ hidden)
+        size[row] += weight * (np.abs(exact_down[expert]) @ np.abs(hidden))
+    got = experts_ref(x, logits, Routing(2, normalised=True), gate, up, down)
+    case.result(got, exact, size)
+
+
 def try_paged_attention(case: Case) -> None:
     """Two sequences, of 40 and 24 tokens that are all new, in blocks that do not lie in order."""
     (q, exact_q), (k, exact_k), (v, exact_v) = (
@@ -346,6 +402,15 @@ ROWS = (
     Row(rope_ref, try_rope, (4096, _ONCE, _ONCE), "an angle is a float32: as many roundings as radians"),
     Row(rope_qk_ref, try_rope_qk, (4096, 3, 3), "as rms_norm_ref, then as rope_ref"),
     Row(attention_ref, try_attention, (80, _ONCE, _ONCE), "float32 until its end"),
+    Row(windowed_ref, try_windowed, (80, _ONCE, _ONCE), "as attention_ref"),
+    Row(layer_norm_ref, try_layer_norm, (40, _ONCE, _ONCE), "float32 until its end"),
+    Row(route_ref, try_route, (40, 40, 40), "all in float32, whatever the logits are"),
+    Row(
+        experts_ref,
+        try_experts,
+        (100, 4, 4),
+        "products, silu and the gated are rounded, and the weighted sum",
+    ),
     Row(paged_attention_ref, try_paged_attention, (120, _ONCE, _ONCE), "as attention_ref"),
     Row(log_probabilities, try_log_probabilities, (80, 80, 80), "all in float32, whatever the logits are"),
     Row(reported_ref, try_reported, (80, 80, 80), "some of log_probabilities"),
