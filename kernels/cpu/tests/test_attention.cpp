@@ -211,7 +211,7 @@ TEST(attention_bits_are_a_rows_own) {
 // A row sees its window: against float64, at every place of a window's edge in spans, blocks and vectors.
 TEST(attention_within_a_window) {
     for (KvType type : kTypes)
-        for (int64_t window : {1, 7, 16, 100, 256, 257, 300, 700}) {
+        for (int64_t window : {1, 7, 100, 256, 257, 700}) {
             for (auto [dim, heads, kv_heads] : {std::tuple{64, 14, 2}, {40, 2, 1}, {33, 4, 4}})
                 check_case({{900, 40, 257, 701}, {1, 40, 3, 1}, heads, kv_heads, dim, 16, type, {0, 1, 2, 3}, 3, window});
             check_case({{600, 300}, {600, 37}, 7, 1, 32, 32, type, {4, 5}, 5, window});
@@ -221,7 +221,7 @@ TEST(attention_within_a_window) {
 // The same bits for a row with others of its sequence and alone, in one thread and in many, where windows end anywhere.
 TEST(attention_bits_within_a_window) {
     const int threads = num_threads();
-    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 14}, {KvType::i8, 64, 14}})
+    for (auto [type, dim, heads] : {std::tuple{KvType::f32, 24, 2}, {KvType::bf16, 64, 4}, {KvType::i8, 64, 4}})
         for (int64_t window : {5, 250, 300}) {
             Case whole{{900}, {900}, heads, 2, dim, 32, type, {5}};
             whole.window = window;
@@ -230,7 +230,7 @@ TEST(attention_bits_within_a_window) {
             on_each_isa([&, type = type, dim = dim, heads = heads] {
                 set_num_threads(1);
                 const auto want = Pool(whole, whole_in).run();
-                for (auto [context, fresh] : {std::pair{900, 1}, {900, 2}, {900, 37}, {800, 344}, {513, 1}, {257, 3}, {40, 7}})
+                for (auto [context, fresh] : {std::pair{900, 1}, {900, 2}, {900, 37}, {800, 44}, {513, 1}, {257, 3}, {40, 7}})
                     for (auto [size, many] : {std::pair{16, 1}, {64, 3}, {16, 64}}) {
                         const Case c{{700, context, 1, 90}, {4, fresh, 1, 9}, heads, 2, dim, size, type, {1, 5, 2, 3}, uint32_t(many), window};
                         set_num_threads(many);
