@@ -87,8 +87,7 @@ def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: in
 
     ``experts`` [P] are theirs, of which about ``count`` are equal. Up to 4 rows read a matrix at once.
     """
-    P, width = x.shape
-    first, outputs = stacks[0], stacks[0].packed.shape[1]
+    P, first, outputs = x.shape[0], stacks[0], stacks[0].packed.shape[1]
     kinds = mx.arange(first.packed.shape[0], dtype=experts.dtype)
     starts = (experts[None] < kinds[:, None]).sum(axis=1).astype(mx.int32)
     halves = len(stacks)
@@ -96,11 +95,7 @@ def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: in
     return kernel(f"quantized_matmul_experts{'' if halves == 1 else '_gated'}", "quantized_matmul")(
         inputs=[x, *arrays, experts, starts, P, outputs],
         template=[
-            ("T", x.dtype),
-            ("S", first.scales.dtype),
-            ("I", width),
-            ("BITS", first.bits),
-            ("GROUP", first.group_size),
+            *_formats(x, first),
             ("R", 1 if count == 1 else 2 if count < 4 else _MOST_ROWS),
         ],
         grid=(32, -(-outputs * halves // 8), P),
@@ -110,8 +105,19 @@ def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: in
     )[0]
 
 
+def _formats(x: mx.array, weight: QuantizedTensor) -> list[tuple[str, mx.Dtype | int]]:
+    """What every kernel of products is told of its rows x [T, I] and of its matrices."""
+    return [
+        ("T", x.dtype),
+        ("S", weight.scales.dtype),
+        ("I", x.shape[1]),
+        ("BITS", weight.bits),
+        ("GROUP", weight.group_size),
+    ]
+
+
 def _run(kind: str, x: mx.array, weights: Quantized, biases: Biases, tiles: bool) -> list[mx.array]:
-    T, width = x.shape
+    T = x.shape[0]
     columns = [weight.packed.shape[0] for weight in weights]
     outputs = columns[:1] if kind == "_gated" else columns  # whose pair has one product, half as wide
     half = 2 if kind == "_gated" else 1
@@ -120,15 +126,10 @@ def _run(kind: str, x: mx.array, weights: Quantized, biases: Biases, tiles: bool
     for weight, bias in zip(weights, biases, strict=True):
         # Where there is no bias, something takes its place.
         inputs += [weight.packed, weight.scales, weight.biases, x if bias is None else bias]
-    first = weights[0]
     return kernel(f"{name}{kind}", name)(
         inputs=[*inputs, T, *outputs],
         template=[
-            ("T", x.dtype),
-            ("S", first.scales.dtype),
-            ("I", width),
-            ("BITS", first.bits),
-            ("GROUP", first.group_size),
+            *_formats(x, weights[0]),
             ("BIAS", biases[0] is not None),
             *sizes,
         ],
