@@ -49,9 +49,10 @@ def doctor(
     """
     console = Console(highlight=False)
     if model is not None:
-        _kernels(console, find_config(model), choose(backend), dtype, quantize)
+        config = find_config(model)
+        _kernels(console, config, choose(backend), dtype, quantize)
         with use(backend):
-            return _forecast(console, model, dtype, quantize)
+            return _forecast(console, model, config, dtype, quantize)
     about = machine(active())
     console.print(f"device    {about['device']}, {about['system']}", soft_wrap=True)
     console.print(f"MLX       {about['mlx']}, kernels {about['kernels']}", soft_wrap=True)
@@ -91,14 +92,15 @@ def _kernels(
     console.print(made)
 
 
-def _forecast(console: Console, model: str, dtype: str | None, quantize: int | None) -> None:
+def _forecast(
+    console: Console, model: str, config: ModelFacts, dtype: str | None, quantize: int | None
+) -> None:
     """What is unusual in the model's files where they are on disk, its memory, its speed."""
     try:
         lines = list(unusual(resolve(model, offline=True))) or ["nothing"]
     except WeightError:
         lines = ["its weights are not on disk, so they were not looked at"]
     plan = plan_memory(model, available=available_memory_bytes(), dtype=dtype, quantize=quantize)
-    config = find_config(model)
     format = config.quantization.kept if config.quantization else None
     if quantize:
         format = Quantization(quantize, FORMAT.group_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -47,10 +48,12 @@ def largest_norm(folder: Path) -> tuple[str, float]:
     stored = tensors_at(folder)
     norms = sorted(name for name, tensor in stored.items() if "norm" in name and len(tensor.info.shape) == 1)
     most = "", 0.0
-    for name in norms:
-        with stored[name].path.open("rb", buffering=0) as file:
-            (weight,) = read_ahead([Piece(file, stored[name].info)])
-        largest = mx.abs(weight.astype(mx.float32)).max().item()
-        assert isinstance(largest, float)
-        most = max(most, (name, largest), key=lambda found: found[1])
+    with ExitStack() as stack:
+        paths = {stored[name].path for name in norms}
+        files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
+        pieces = (Piece(files[stored[name].path], stored[name].info) for name in norms)
+        for name, weight in zip(norms, read_ahead(pieces), strict=True):
+            largest = mx.abs(weight.astype(mx.float32)).max().item()
+            assert isinstance(largest, float)
+            most = max(most, (name, largest), key=lambda found: found[1])
     return most
