@@ -299,11 +299,18 @@ def test_traffic_changes_no_token_where_memory_comes_and_goes(
     demo: Path, tmp_path: Path, kept: str, speculate: Speculation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is used moves to the pool's front; what is cached goes to disk, and is found there."""
-    chance, moved, real = random.Random(5), list[int](), BlockManager._moved
+    chance, moved, found = random.Random(5), list[int](), list[bytes]()
+    real_moved, real_read = BlockManager._moved, BlockStore.read
 
     def noted(self: BlockManager, block: int) -> int:
         moved.append(block)
-        return real(self, block)
+        return real_moved(self, block)
+
+    def read(self: BlockStore, content: bytes) -> bytes | None:
+        data = real_read(self, content)
+        if data is not None:  # from a file, or on its way to one: the writer's thread decides
+            found.append(content)
+        return data
 
     def by_chance(self: PoolLimit, capacity: int, *, again: bool = False) -> int:
         return chance.choice((TINY, 512))
@@ -315,10 +322,11 @@ def test_traffic_changes_no_token_where_memory_comes_and_goes(
         monkeypatch.setattr(BlockManager, "_moved", noted)
         monkeypatch.setattr(PoolLimit, "blocks", by_chance)
         monkeypatch.setattr(BlockStore, "worth_reading", lambda self, computed_ms, within_ms: 512)
+        monkeypatch.setattr(BlockStore, "read", read)
         for _ in range(2):
             assert together(llm, settings, asks) == expected
         disk = llm.engine.stats().disk
-    assert len(moved) > 20 and disk and disk.read > 4, (len(moved), disk)
+    assert len(moved) > 20 and len(found) > 4 and disk and disk.written, (len(moved), len(found), disk)
 
 
 def test_64_others_change_no_token(llm: LLM) -> None:
