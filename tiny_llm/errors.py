@@ -48,6 +48,10 @@ class BusyError(TinyLLMError):
     """Too many requests are waiting already; the same one may be taken later."""
 
 
+class GroupError(TinyLLMError):
+    """Processes that run one model together cannot begin, or go on: who of them, and why."""
+
+
 def did_you_mean(given: str, options: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the options nearest to ``given``, or ""."""
     near = get_close_matches(given.lower(), list(options), n=3, cutoff=0.5)

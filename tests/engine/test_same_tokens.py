@@ -176,15 +176,9 @@ def traffic(llm: LLM, seed: int, count: int, searches: float = 0) -> list[Ask]:
     return asks
 
 
-def told(completion: Completion) -> Told:
-    return (
-        completion.token_ids,
-        completion.text,
-        completion.finish_reason,
-        completion.logprobs,
-        completion.shown_tokens,
-        completion.score,
-    )
+def told(ended: Completion) -> Told:
+    tokens, logprobs = ended.token_ids, ended.logprobs
+    return tokens, ended.text, ended.finish_reason, logprobs, ended.shown_tokens, ended.score
 
 
 def alone(llm: LLM, asks: Sequence[Ask]) -> list[list[Told]]:
