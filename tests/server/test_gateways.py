@@ -1,6 +1,7 @@
 """What published gateways make of an ordinary request, as they send it to a server: all of it is taken.
+And what they ask of a server itself: its model, limits and load.
 
-Recorded from vllm-router 0.1.17 and sglang-router 0.3.2; both worked with the server unchanged.
+Recorded from vllm-router 0.1.17, sglang-router 0.3.2 and smg 1.13.0.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tiny_llm.scheduler.settings import SchedulerSettings
+
 if TYPE_CHECKING:
     import httpx2 as httpx
+
+    from tests.server.conftest import Running
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HISTORY: list[dict[str, Any]] = [
@@ -103,3 +108,58 @@ def said(http: httpx.Client, path: str, body: dict[str, Any]) -> str:
                 choice = event["choices"][0]
                 text += choice["text"] if path == TEXT else choice["delta"].get("content", "")
     return text
+
+
+def test_the_model_and_its_limits_are_told(running: Running) -> None:
+    llm = running.engine.llm
+    named = {"served_model_name": "demo", "model_path": "demo"}
+    with running.http() as http:
+        for path in ("/server_info", "/get_server_info"):
+            told = http.get(path).json()
+            assert told.pop("version") == http.get("/version").json()["version"]
+            assert told == {
+                **named,
+                "dp_size": 1,
+                "context_length": llm.max_context,
+                "max_total_tokens": 512 * told["block_size"],  # of the fixture's 512 blocks
+                "max_running_requests": llm.engine.settings.scheduler.max_num_seqs,
+                "block_size": llm.engine.settings.block_size,
+            }
+        for path in ("/get_model_info", "/model_info"):
+            told = http.get(path).json()
+            assert told.items() >= {**named, "is_generation": True, "model_type": "qwen2"}.items()
+            assert not told["has_image_understanding"]
+
+
+def test_a_load_is_what_runs_now(start: Any, until: Any) -> None:
+    """One answer under way: one sequence runs, and its blocks are in use; none after it."""
+
+    def load(http: httpx.Client) -> dict[str, Any]:
+        told = http.get("/v1/loads?include=core,disagg,queues,memory").json()
+        assert told["dp_rank_count"] == 1
+        [one] = told["loads"]
+        assert one["token_usage"] == pytest.approx(one["num_used_tokens"] / one["max_total_num_tokens"])
+        assert one["num_total_reqs"] == one["num_running_reqs"] + one["num_waiting_reqs"]
+        return dict(one)
+
+    scheduler = SchedulerSettings(max_num_seqs=1)
+    with start(scheduler=scheduler) as running, running.http() as http, running.http() as other:
+        before = load(http)
+        assert (before["num_total_reqs"], before["num_used_tokens"], before["cache_hit_rate"]) == (0, 0, 0.0)
+        running.slow_down(0.02)
+        body = {"prompt": ["Hi " * 50] * 2, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with other.stream("POST", TEXT, json=body) as answer:
+            lines = answer.iter_lines()  # kept: without it the response closes
+            next(lines)
+            until(lambda: load(http)["num_total_reqs"] == 2, "both sequences to be there")
+            now = load(http)
+            assert (now["num_running_reqs"], now["num_waiting_reqs"], now["max_running_requests"]) == (
+                1,
+                1,
+                1,
+            )
+            assert now["num_used_tokens"] >= 50
+        running.wait_until_idle()
+        after = http.get("/loads?model=demo").json()["loads"][0]
+        assert (after["num_total_reqs"], after["num_used_tokens"]) == (0, 0)
+        assert 0 <= after["cache_hit_rate"] <= 1

@@ -21,6 +21,7 @@ from tiny_llm.server.completions import completion
 from tiny_llm.server.contexts import add_context, list_contexts, remove_context
 from tiny_llm.server.embeddings import embed
 from tiny_llm.server.events import EventStream, answered, large_json
+from tiny_llm.server.gateways import gateway_routes
 from tiny_llm.server.live import Live
 from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import salt_of
@@ -56,6 +57,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.include_router(page_routes())
     app.include_router(_operations(service), responses=_documented_errors())
+    app.include_router(gateway_routes(service), responses=_documented_errors())
     app.include_router(_asking(service), responses=_documented_errors())
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
