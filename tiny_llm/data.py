@@ -80,7 +80,8 @@ class Completion:
     ``index`` counts the answers to one prompt. ``cached_tokens`` of the prompt were found in the prefix
     cache. ``drafted_tokens`` were guessed and checked, ``accepted_tokens`` of them right. ``error`` says what
     went wrong where ``finish_reason`` is "error". ``message`` is a chat's, ``score`` a beam search's.
-    ``embedding``, of floats, is the whole of what ``PoolingParams`` ask for.
+    ``embedding``, of floats, is the whole of what ``PoolingParams`` ask for. ``stop_string`` is the one that
+    ended it, if one did.
     """
 
     text: str
@@ -98,6 +99,7 @@ class Completion:
     accepted_tokens: int = 0
     score: float | None = None
     embedding: array[float] | None = None
+    stop_string: str | None = None
 
 
 @dataclass(slots=True)  # not frozen: every token makes one, and that would take three times as long

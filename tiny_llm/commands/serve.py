@@ -27,6 +27,12 @@ def serve(
     name: Annotated[
         str | None, option("Server", "What clients call the model, if not as --model.", "--name")
     ] = None,
+    alias: Annotated[
+        list[str] | None,
+        option(
+            "Server", 'Another name for it; "claude-*" is any that begins so. May be given several times.'
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         option(
@@ -60,5 +66,6 @@ def serve(
         max_in_flight=min(max_concurrent + max_queue, MOST),
         drain_s=drain_seconds,
         cors_origins=tuple(cors_origin or ()),
+        aliases=tuple(alias or ()),
     )
     run(settings, host, port, lambda: load_async(given))

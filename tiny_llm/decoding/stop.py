@@ -37,6 +37,7 @@ class StopChecker:
         self.num_tokens = 0
         self.shown_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.stop_string: str | None = None  # that ended it
         self._detokenizer = detokenizer
         self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else end_ids)}
         self._stops = params.stop
@@ -99,6 +100,7 @@ class StopChecker:
         shown = find_stop(text, self._stops)
         if shown is not None:
             self.finish_reason = "stop"
+            self.stop_string = max((s for s in self._stops if text.startswith(s, shown)), key=len)
         else:
             shown = len(text) - open_length(text, self._stops)
         self._held = text[shown:]

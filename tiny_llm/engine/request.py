@@ -114,5 +114,6 @@ class Request:
             drafted_tokens=answer.drafted_tokens,
             accepted_tokens=answer.accepted_tokens,
             score=answer.score if self.search else None,
+            stop_string=answer.checker.stop_string,
             embedding=None if answer.pool is None else answer.pool.vector(),
         )

@@ -23,6 +23,8 @@ from tiny_llm.server.embeddings import embed
 from tiny_llm.server.events import EventStream, answered, large_json
 from tiny_llm.server.gateways import gateway_routes
 from tiny_llm.server.live import Live
+from tiny_llm.server.message_bodies import CountBody, MessageBody
+from tiny_llm.server.messages import count, message
 from tiny_llm.server.page_files import page_routes
 from tiny_llm.server.params import salt_of
 from tiny_llm.server.problems import Problem, problem_of
@@ -43,6 +45,7 @@ from tiny_llm.server.texts import detokenize, generation, tokenize, tokenizer_in
 from tiny_llm.version import __version__
 
 METRICS_TIMEOUT_S = 5.0
+_ERROR = ("message", "type", "param", "code")
 _LOG = logging.getLogger("tiny_llm.server")
 
 
@@ -59,6 +62,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_operations(service), responses=_documented_errors())
     app.include_router(gateway_routes(service), responses=_documented_errors())
     app.include_router(_asking(service), responses=_documented_errors())
+    app.include_router(_operations(service), responses=_documented_errors(*_ERROR))
+    app.include_router(_asking(service), responses=_documented_errors(*_ERROR))
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
     return app
@@ -124,6 +129,7 @@ def _operations(service: Service) -> APIRouter:
 def _asking(service: Service) -> APIRouter:
     """What the model does."""
     router = APIRouter(route_class=StrictRoute, tags=["inference"])
+    theirs = _documented_errors("message", "type")
 
     @router.post("/v1/completions", responses=_documented("id", "object", "choices", "usage", streams=True))
     async def completions(request: Request, body: CompletionBody) -> Response:
@@ -136,6 +142,14 @@ def _asking(service: Service) -> APIRouter:
     @router.post("/v1/responses", responses=_documented("id", "status", "output", "usage", streams=True))
     async def responses(request: Request, body: ResponseBody) -> Response:
         return await respond(service, request, body)
+
+    @router.post("/v1/messages", responses=_documented("id", "content", "usage", streams=True) | theirs)
+    async def messages(request: Request, body: MessageBody) -> Response:
+        return await message(service, request, body)
+
+    @router.post("/v1/messages/count_tokens", responses=_documented("input_tokens") | theirs)
+    async def counted(request: Request, body: CountBody) -> dict[str, int]:
+        return await count(service, request, body)
 
     @router.post("/v1/embeddings", responses=_documented("object", "data", "model", "usage"))
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
@@ -161,7 +175,7 @@ def _asking(service: Service) -> APIRouter:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Any exception as OpenAI's error body."""
+    """Any exception as an error body."""
     if isinstance(error, ClientGone):
         return Response(status_code=499)  # nobody reads it
     problem = problem_of(error)
@@ -171,7 +185,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     if problem.status_code == 500 and not isinstance(error, Problem):
         asked = (request.state.request_id, request.method, request.url.path)
         _LOG.error("%s %s %s failed", *asked, exc_info=error)
-    return problem.response()
+    return problem.response(request.url.path)
 
 
 def _documented(*keys: str, streams: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -183,7 +197,7 @@ def _documented(*keys: str, streams: bool = False) -> dict[int | str, dict[str, 
     return {200: {"description": "The answer.", "content": content}}
 
 
-def _documented_errors() -> dict[int | str, dict[str, Any]]:
+def _documented_errors(*names: str) -> dict[int | str, dict[str, Any]]:
     told = {
         400: "The request is wrong; error.param names the field.",
         401: "The API key is missing or wrong.",
@@ -197,7 +211,6 @@ def _documented_errors() -> dict[int | str, dict[str, Any]]:
         500: "A fault of the server.",
         503: "Loading, draining, waited too long, or the engine is dead.",
     }
-    names = ("message", "type", "param", "code")
     texts = {name: {"type": ["string", "null"]} for name in names}
     error = {"type": "object", "required": list(names), "properties": texts}
     schema = {"type": "object", "required": ["error"], "properties": {"error": error}}

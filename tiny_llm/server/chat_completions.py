@@ -26,14 +26,33 @@ def chat(service: Service, body: ChatBody, key_salt: str) -> tuple[Job, ChatWrit
     return job, ChatWriter(service, body, form, job)
 
 
-def chat_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
+def chat_job(llm: LLM, body: ChatBody, key_salt: str, *, cut: bool = False) -> tuple[ChatFormat, Job]:
     """How a chat's answers are read, and what it asks of the engine.
+
+    With ``cut``, an answer may be asked for that is longer than there is room for.
 
     Raises Problem or RequestError for what cannot be asked.
     """
     if body.top_logprobs and not body.logprobs:
         what = "top_logprobs needs logprobs to be true."
         raise Problem(400, what, code="invalid_value", param="top_logprobs")
+    form, prompt, at = chat_prompt(llm, body)
+    prompts = [prompt]
+    most = body.max_completion_tokens or body.max_tokens
+    if cut and most is not None and len(prompt) + most > llm.max_context:
+        most = None
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
+    if body.prediction is not None:
+        # What is beyond the longest answer would only have to be read.
+        text = body.prediction.content[: params.max_tokens * llm.tokenizer.longest_token]
+        expected = llm.tokenizer.encode(text, add_special_tokens=False)
+        params = replace(params, prediction=tuple(expected))
+    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar, at)
+
+
+def chat_prompt(llm: LLM, body: ChatBody) -> tuple[ChatFormat, list[int], int]:
+    """How a chat's answers are read, its prompt, and where in that contexts are to stand."""
     choice = body.tool_choice
     form = ChatFormat.of(
         llm.tokenizer,
@@ -44,17 +63,7 @@ def chat_job(llm: LLM, body: ChatBody, key_salt: str) -> tuple[ChatFormat, Job]:
     )
     asked = (body.messages, body.chat_template_kwargs, form.tools, body.reasoning_effort)
     prompt, at = chat_ids(llm, *asked, contexts=bool(body.contexts))
-    prompts = [prompt]
-    form = form.after(llm.tokenizer, prompt)
-    most = body.max_completion_tokens or body.max_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = params_of(llm, body, prompts, max_tokens=most, logprobs=logprobs)
-    if body.prediction is not None:
-        # What is beyond the longest answer would only have to be read.
-        text = body.prediction.content[: params.max_tokens * llm.tokenizer.longest_token]
-        expected = llm.tokenizer.encode(text, add_special_tokens=False)
-        params = replace(params, prediction=tuple(expected))
-    return form, job_of(body, prompts, form.params(params), key_salt, form.grammar, at)
+    return form.after(llm.tokenizer, prompt), prompt, at
 
 
 class ChatWriter(ChoiceWriter):

@@ -47,17 +47,18 @@ def events_around(make: Callable[[str], object]) -> Callable[[str], bytes]:
 
 
 def failure_event(error: Exception) -> bytes:
-    """A fault as an event: the status has been sent already."""
-    return event_of(problem_of(error).body)
+    """A fault as a stream's last event: the status has been sent already."""
+    return event_of(problem_of(error).body) + DONE
 
 
 class ResponseWriter(ABC):
     """One request's response in the making, in one interface's words.
 
-    ``asked_by`` is the field that its prompts come in.
+    ``asked_by`` is the field that its prompts come in, ``end`` what ends a stream of its.
     """
 
     asked_by: ClassVar[str] = "messages"
+    end: ClassVar[bytes] = DONE
 
     @abstractmethod
     def whole(self, answers: Sequence[Sequence[Chunk]], ended: Sequence[Completion]) -> object:
@@ -76,8 +77,12 @@ class ResponseWriter(ABC):
         return b""
 
     def failure(self, error: Exception) -> bytes:
-        """The event of a fault, after which nothing comes."""
-        return failure_event(error)
+        """The event of a fault."""
+        return event_of(problem_of(error).body)
+
+    def failed(self, error: Exception) -> bytes:
+        """That, and the end of the stream."""
+        return self.failure(error) + self.end
 
 
 AnyBody = TypeVar("AnyBody", bound=Choosing)
@@ -95,7 +100,7 @@ async def answered(service: Service, request: Request, body: AnyBody, asking: As
     try:
         if body.stream:
             chunks = await service.begin(request, job)
-            return EventStream(_written(request, writer, chunks), writer.failure)
+            return EventStream(_written(request, writer, chunks), writer.failed)
         answers = await service.whole(request, job)
     except CapacityError as error:
         raise problem_of(error, asked_by=writer.asked_by) from error
@@ -154,11 +159,11 @@ async def _written(
             async for piece in _in_slices(writer, came):
                 yield piece
     if sum(len(completion.logprobs or ()) for completion in ended) < _FEW_LOGPROBS:
-        yield await aside(request, lambda: writer.closing(ended)) + DONE
+        yield await aside(request, lambda: writer.closing(ended)) + writer.end
     else:
         closing = await asyncio.to_thread(writer.closing, ended)
         await asyncio.to_thread(_empty, [completion.logprobs or [] for completion in ended])
-        yield closing + DONE
+        yield closing + writer.end
 
 
 async def _in_slices(
@@ -204,5 +209,5 @@ class EventStream(StreamingResponse):
                 except StopAsyncIteration:
                     body, more = b"", False
                 except Exception as error:
-                    body, more = self._failure(error) + DONE, False
+                    body, more = self._failure(error), False
                 await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -59,7 +59,7 @@ class Guard:
             self.in_flight += takes_place
             body = await self._read(scope, receive)
         except Problem as problem:
-            await problem.response()(scope, receive, send)
+            await problem.response(scope["path"])(scope, receive, send)
         else:
             if body is not None:  # else the client is gone
                 scope["state"]["body_bytes"] = len(body)

@@ -6,7 +6,9 @@ of our insides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import HTTPException
@@ -18,6 +20,16 @@ from tiny_llm import errors
 from tiny_llm.engine.async_llm import EngineDeadError, StoppedError
 
 RETRY_AFTER_S = 1
+ANTHROPIC_PATH = "/v1/messages"
+"""Below it, errors have Anthropic's shape."""
+_ANTHROPIC_KINDS: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _LONGEST_MESSAGE = 1_000
 
 
@@ -50,9 +62,18 @@ class Problem(HTTPException):
             kind = "invalid_request_error"
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body, self.status_code, headers=self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, object]:
+        """Anthropic's error body; it has no place for the field, which the message names."""
+        usual = "invalid_request_error" if self.status_code < 500 else "api_error"
+        kind = _ANTHROPIC_KINDS.get(self.status_code, usual)
+        return {"type": "error", "error": {"type": kind, "message": self.detail}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The whole answer to a request for ``path``."""
+        is_theirs = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        body = self.anthropic_body if is_theirs else self.body
+        return JSONResponse(body, self.status_code, headers=self.headers)
 
 
 def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
@@ -81,6 +102,21 @@ def problem_of(error: Exception, *, asked_by: str = "messages") -> Problem:
             return Problem(503, str(error), code="engine_dead")
         case _:
             return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+@contextmanager
+def renamed(names: Iterable[tuple[str, str]]) -> Generator[None]:
+    """What is refused meanwhile is told in another interface's words: patterns of fields, its own names."""
+    try:
+        yield
+    except (Problem, errors.TinyLLMError) as error:
+        problem = problem_of(error)
+        param, message = problem.param or "", problem.detail
+        for theirs, ours in names:
+            if re.match(theirs, param):
+                told, name = (re.sub(theirs, ours, text) for text in (message, param))
+                raise Problem(problem.status_code, told, code=problem.code, param=name) from error
+        raise problem from error
 
 
 def invalid(complaints: Sequence[Any], body: object) -> Problem:

@@ -5,7 +5,6 @@ A request is a chat in other words, so a chat is what the engine is asked. Nothi
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +13,13 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.errors import TinyLLMError
 from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
-from tiny_llm.server.problems import Problem, problem_of
+from tiny_llm.server.problems import problem_of, renamed
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
@@ -70,25 +68,13 @@ _FORM_KEYS: Mapping[str, Any] = {"name": "answer", "description": None, "schema"
 
 async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
     """Answer one request, at once or as a stream."""
-    try:
+    with renamed(_THEIR_NAMES):
         return await answered(service, request, body, _asking)
-    except (Problem, TinyLLMError) as error:
-        raise _in_our_words(problem_of(error)) from error
 
 
 def _asking(service: Service, body: ResponseBody, key_salt: str) -> tuple[Job, ResponsesWriter]:
     form, job = chat_job(service.llm, chat_of(body), key_salt)
     return job, ResponsesWriter(service, body, form)
-
-
-def _in_our_words(problem: Problem) -> Problem:
-    """About the field that this interface has in the place of the chat's."""
-    param, message = problem.param or "", problem.detail
-    for theirs, ours in _THEIR_NAMES:
-        if re.match(theirs, param):
-            told, name = (re.sub(theirs, ours, text) for text in (message, param))
-            return Problem(problem.status_code, told, code=problem.code, param=name)
-    return problem
 
 
 class ResponsesWriter(ResponseWriter):

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
@@ -74,8 +75,8 @@ class Service:
 
     def require_model(self, asked: str | None) -> None:
         """Raise Problem if another model than ours is asked for."""
-        name = self.settings.name
-        if asked is not None and asked != name:
+        name, aliases = self.settings.name, self.settings.aliases
+        if asked not in (None, name) and not any(fnmatchcase(asked, alias) for alias in aliases):
             asked = asked[:200]
             what = f"The model {asked!r} is not served here; {name!r} is.{did_you_mean(asked, [name])}"
             raise Problem(404, what, code="model_not_found", param="model")

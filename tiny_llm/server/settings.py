@@ -43,7 +43,7 @@ class ServerSettings:
     ``api_keys``: with any, all but /health and the page needs one. ``max_in_flight`` requests are held
     at a time; a body has at most ``max_body_bytes`` and arrives, as do its headers, within
     ``read_timeout_s``. After a signal, requests have ``drain_s`` to end. ``cors_origins`` are the
-    other sites whose pages may call us.
+    other sites whose pages may call us. ``aliases`` are patterns of other names for the model: "claude-*".
 
     Raises ConfigError for a value that cannot work.
     """
@@ -58,6 +58,7 @@ class ServerSettings:
     drain_s: float = 30.0
     compile_timeout_s: float = 10.0
     cors_origins: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
