@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("tiny_llm.commands.generate", "Answer one prompt, or each of a file's."),
     "embed": ("tiny_llm.commands.embed", "Turn texts into vectors, and show how alike they are."),
     "serve": ("tiny_llm.commands.serve", "Serve a model over HTTP, as OpenAI's clients expect it."),
+    "agent": ("tiny_llm.commands.agent", "Do a task in a folder by a model's actions, as you allow them."),
     "bench": ("tiny_llm.commands.bench", "Measure how fast a model answers."),
     "models": (
         "tiny_llm.commands.models",

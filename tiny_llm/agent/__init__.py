@@ -1,0 +1,1 @@
+"""A loop of actions: a model proposes, the user allows, a log keeps what was done."""
