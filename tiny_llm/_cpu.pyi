@@ -61,6 +61,23 @@ def experts(
     up: Matrix,
     down: Matrix,
 ) -> mx.array: ...
+def experts_gated(
+    x: mx.array,
+    logits: mx.array,
+    correction: mx.array | None,
+    per_row: int,
+    normalised: bool,
+    gate: Matrix,
+    up: Matrix,
+) -> mx.array: ...
+def experts_down(
+    hidden: mx.array,
+    logits: mx.array,
+    correction: mx.array | None,
+    per_row: int,
+    normalised: bool,
+    down: Matrix,
+) -> mx.array: ...
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array: ...
 def rope_qk(
     q: mx.array,

@@ -26,7 +26,7 @@ int best_of(const float* scores, const uint8_t* taken, int count) {
 }
 
 void route_row(const Experts& a, const float* shares, float* weights, int32_t* chosen) {
-    const int count = (int)a.down.count;
+    const int count = (int)a.count;
     float* scores = (float*)scratch(kScoresSlot, count * (sizeof(float) + 1));
     uint8_t* taken = (uint8_t*)(scores + count);
     memset(taken, 0, count);
@@ -44,7 +44,7 @@ void route_row(const Experts& a, const float* shares, float* weights, int32_t* c
 }
 
 Routes route(const Experts& a) {
-    const int64_t count = a.down.count, pairs = a.rows * a.per_row;
+    const int64_t count = a.count, pairs = a.rows * a.per_row;
     float* shares = (float*)scratch(kRoutesSlot, a.rows * count * sizeof(float) + pairs * 8);
     const Routes routes{shares + a.rows * count, (int32_t*)(shares + a.rows * count + pairs)};
     softmax({a.logits, shares, a.rows, count});
@@ -72,8 +72,8 @@ void add_parts(Order& order, int64_t first, int64_t rows, int64_t expert, int64_
     }
 }
 
-Order sort(const Experts& a, const int32_t* chosen) {
-    const int64_t count = a.down.count, pairs = a.rows * a.per_row, most = 1 + 256 * 1024 / a.down.rows;
+Order sort(const Experts& a, const int32_t* chosen, int64_t width) {
+    const int64_t count = a.count, pairs = a.rows * a.per_row, most = 1 + 256 * 1024 / width;
     const size_t ends_bytes = (count + 1) * sizeof(int64_t), parts = count + pairs / most;
     int64_t* ends = (int64_t*)scratch(kOrderSlot, ends_bytes + parts * sizeof(Part) + 2 * pairs * sizeof(int32_t));
     Part* first = (Part*)(ends + count + 1);
@@ -117,8 +117,9 @@ void weigh_row(const Experts& a, const float* weights, const int32_t* place, flo
 void experts(const Experts& a) {
     if (a.rows == 0) return;
     const Routes routes = route(a);
-    const Order order = sort(a, routes.chosen);
-    product(a, order, a.x, order.source, a.gate_up, true, a.hidden);
+    const Order order = sort(a, routes.chosen, a.gates ? a.gate_up[0].columns : a.down.rows);
+    if (a.gates) product(a, order, a.x, order.source, a.gate_up, true, a.hidden);
+    if (!a.weighs) return;
     product(a, order, a.hidden, nullptr, &a.down, false, a.outputs);
     parallel_for(a.rows, 1 + 16384 / (a.down.rows * a.per_row), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)

@@ -11,7 +11,8 @@
 
 namespace tiny_llm {
 
-// Matrices of `count` experts: gate and up [F, E], down [E, F].
+// Matrices of `count` experts: gate and up [F, E], down [E, F]. One half may be made without the other: then
+// `hidden` comes out, or goes in, in the order of the experts that its rows go to.
 struct Experts {
     const float* x;           // [T, E]
     const float* logits;      // [T, N], the router's
@@ -22,6 +23,8 @@ struct Experts {
     int64_t rows;             // T
     int per_row;              // k
     bool normalised;          // a row's weights add up to 1
+    int64_t count;            // N
+    bool gates, weighs;       // which halves
     Matrix gate_up[2], down;
 };
 TINY_KERNEL(experts, Experts)

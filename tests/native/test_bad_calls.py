@@ -47,6 +47,8 @@ RIGHT = {
     "linear": (f(3, 64), [packed, packed], [None, f(8)]),
     "gated": (f(3, 64), dense, dense, None, f(8)),
     "experts": (f(3, 64), f(3, 4), f(4), 2, True, many, many, less),
+    "experts_gated": (f(3, 64), f(3, 4), f(4), 2, True, many, many),
+    "experts_down": (f(6, 16), f(3, 4), f(4), 2, True, less),
     "quantized_rows": (f(3, 64), words, scales, biases, 32, 4),
     "embedding": (ids, packed),
     "rope": (f(3, 2, 8), ids, f(4)),

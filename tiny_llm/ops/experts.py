@@ -75,6 +75,32 @@ def experts(
     return make(x, logits, routing, gate, up, down)
 
 
+def experts_gated(x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix) -> mx.array:
+    """The first half alone, ``silu(gate_e(x)) * up_e(x)`` [T * k, F], in ``experts_down``'s own order.
+
+    For those of whom each has some rows of every ``gate`` and ``up``; half by half makes the same bits.
+    """
+    if not isinstance(gate, (mx.array, QuantizedTensor)) and not isinstance(up, (mx.array, QuantizedTensor)):
+        how = routing.correction, routing.per_token, routing.normalised
+        return cpu.experts_gated(x, logits, *how, gate, up)
+    chosen, _ = route_ref(logits, routing)
+    product, unit = (_product, swiglu) if on_mlx() else (_gathered, swiglu_ref)
+    inputs = x[:, None, None, :]
+    hidden = unit(product(inputs, gate, chosen), product(inputs, up, chosen))
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def experts_down(hidden: mx.array, logits: mx.array, routing: Routing, down: Matrix) -> mx.array:
+    """The second half: what ``down`` [N, E, F] makes of ``experts_gated``'s [T * k, F], weighed, [T, E]."""
+    if not isinstance(down, (mx.array, QuantizedTensor)):
+        how = routing.correction, routing.per_token, routing.normalised
+        return cpu.experts_down(hidden, logits, *how, down)
+    chosen, weights = route_ref(logits, routing)
+    product = _product if on_mlx() else _gathered
+    y = product(hidden.reshape(*chosen.shape, 1, -1), down, chosen)
+    return _weighed(y, weights, hidden.dtype)
+
+
 def experts_mlx(
     x: mx.array, logits: mx.array, routing: Routing, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
