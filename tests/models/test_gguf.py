@@ -11,12 +11,13 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import QuantizedTensor, SamplingParams
+from tiny_llm.distributed.group import Alone
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, WeightError
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.checkpoint import FolderCheckpoint, GgufCheckpoint
 from tiny_llm.models.loading import load_model
-from tiny_llm.models.registry import load_config
+from tiny_llm.models.registry import load_config, parts_of
 from tiny_llm.ops.backend import use
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.gguf.header import read_gguf
@@ -147,6 +148,21 @@ def test_a_file_of_all_types(packed: tuple[Path, dict[str, np.ndarray]], ref: No
         assert off <= (np.abs(expected).max() / 100 if module == "token_embd" else 0), (
             f"{name} is off by {off}"
         )
+
+
+def test_a_rank_reads_its_rows_of_a_file_of_all_types(
+    packed: tuple[Path, dict[str, np.ndarray]], ref: None
+) -> None:
+    checkpoint = GgufCheckpoint(packed[0])
+    how = {"dtype": mx.float32, "quantize": None, "finish": lambda weight: weight}
+    whole = checkpoint.tensors(**how)
+    for rank in range(2):
+        parts = parts_of(checkpoint.config, Alone(rank, 2))
+        own = checkpoint.tensors(**how, parts=parts)
+        assert len(parts) == len(packed[1]), parts
+        for name, rows in parts.items():
+            want = plain(whole[name])[rows.start : rows.stop]
+            assert mx.array_equal(plain(own[name]), want), f"{name} of rank {rank}"
 
 
 def test_a_file_of_all_types_says_how_each_is_packed(packed: tuple[Path, dict[str, np.ndarray]]) -> None:

@@ -119,6 +119,12 @@ def place_of(module: str, places: Places) -> Stored:
     return replace(place, modules=names or (module,))
 
 
+def part_of(place: Stored, rows: range, of: int) -> Stored:
+    """Where only ``rows`` lie of what has ``of`` of them."""
+    first = place.rows[0] if place.rows else 0
+    return replace(place, rows=(first + rows.start, first + rows.stop), of=place.of or of)
+
+
 def in_order(places: Places, order: tuple[int, ...]) -> Places:
     """The same with ``order`` within each head of what makes queries and keys."""
     names = [f"model.layers.{{}}.self_attn.{part}" for part in ("q_proj", "k_proj", "q_norm", "k_norm")]

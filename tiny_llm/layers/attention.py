@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.layers.linear import Linear, heads_of
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import RMSNorm, take_rms_norm
@@ -61,13 +62,14 @@ class Attention:
         layer: int,
         inv_freq: mx.array | None,
         query_scale: float | mx.array = 1.0,
+        group: Group = ALONE,
     ) -> Attention:
         """Pick the maps and norms below ``prefix``. Raises WeightError for a tensor that is missing."""
         bias = config.attention_bias
         q = Linear.take(weights, f"{prefix}.q_proj", bias=bias)
         k = Linear.take(weights, f"{prefix}.k_proj", bias=bias)
         v = Linear.take(weights, f"{prefix}.v_proj", bias=bias)
-        o = take_output(weights, prefix, "o_proj", config, bias=config.output_bias)
+        o = take_output(weights, prefix, "o_proj", config, bias=config.output_bias, group=group)
         q_norm = take_rms_norm(weights, f"{prefix}.q_norm", config) if config.qk_norm else None
         k_norm = take_rms_norm(weights, f"{prefix}.k_norm", config) if config.qk_norm else None
         periods = None if inv_freq is None else rope_periods(inv_freq)

@@ -8,11 +8,13 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Matrix
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.layers.gathered import columns, gathered
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, matrix, under, vector
-from tiny_llm.ops.experts import Routing, experts
+from tiny_llm.ops.experts import Routing, experts, experts_down, experts_gated
 
 _KINDS = ("gate", "up", "down")
 
@@ -31,6 +33,7 @@ class Experts:
     down_proj: Matrix
     shared: MLP | GeluMLP | None
     shared_gate: Linear | None
+    group: Group = ALONE
 
     @staticmethod
     def shapes(config: ModelConfig, facts: ExpertFacts) -> Shapes:
@@ -51,7 +54,9 @@ class Experts:
         return shapes
 
     @classmethod
-    def take(cls, weights: Weights, prefix: str, config: ModelConfig, facts: ExpertFacts) -> Experts:
+    def take(
+        cls, weights: Weights, prefix: str, config: ModelConfig, facts: ExpertFacts, group: Group = ALONE
+    ) -> Experts:
         """Pick the tensors below ``prefix``. Raises WeightError for one that is missing."""
         gate, up, down = (matrix(weights, f"{prefix}.switch_mlp.{kind}_proj.weight") for kind in _KINDS)
         corrected, gated = facts.corrected, facts.shared_gated
@@ -62,14 +67,23 @@ class Experts:
             gate,
             up,
             down,
-            MLP.take(weights, f"{prefix}.shared_expert", config) if facts.shared_width else None,
+            MLP.take(weights, f"{prefix}.shared_expert", config, group) if facts.shared_width else None,
             Linear.take(weights, f"{prefix}.shared_expert_gate", bias=False) if gated else None,
+            group,
         )
 
     def __call__(self, x: mx.array) -> mx.array:
         logits = self.router(x.astype(mx.float32))
-        y = experts(x, logits, self.routing, self.gate_proj, self.up_proj, self.down_proj)
+        y = self._chosen(x, logits)
         if self.shared is None:
             return y
         shared = self.shared(x)
         return y + (shared if self.shared_gate is None else mx.sigmoid(self.shared_gate(x)) * shared)
+
+    def _chosen(self, x: mx.array, logits: mx.array) -> mx.array:
+        """What the chosen ones add up to; where each rank has some outputs of every expert, in two parts."""
+        if self.group.size == 1:
+            return experts(x, logits, self.routing, self.gate_proj, self.up_proj, self.down_proj)
+        hidden = experts_gated(x, logits, self.routing, self.gate_proj, self.up_proj)
+        hidden = gathered(hidden, self.group, columns(self.down_proj))
+        return gathered(experts_down(hidden, logits, self.routing, self.down_proj), self.group, x.shape[1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.layers.linear import Linear, gated_by
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.output import OutputMap, output_shapes, take_output
@@ -30,11 +31,11 @@ class MLP:
         return {**gate, **up, **output_shapes(config, "down_proj", F, bias=bias)}
 
     @classmethod
-    def take(cls, weights: Weights, prefix: str, config: ModelConfig) -> MLP | GeluMLP:
+    def take(cls, weights: Weights, prefix: str, config: ModelConfig, group: Group = ALONE) -> MLP | GeluMLP:
         """Pick the maps below ``prefix``. Raises WeightError for a tensor that is missing."""
         bias = config.mlp_bias
         up = Linear.take(weights, f"{prefix}.up_proj", bias=bias)
-        down = take_output(weights, prefix, "down_proj", config, bias=bias)
+        down = take_output(weights, prefix, "down_proj", config, bias=bias, group=group)
         if config.mlp == "gelu":
             return GeluMLP(None, up, down)
         gate = Linear.take(weights, f"{prefix}.gate_proj", bias=bias)

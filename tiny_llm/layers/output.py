@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
+from tiny_llm.distributed.group import ALONE, Group
+from tiny_llm.layers.gathered import gathering
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import Norm, norm_shapes, take_norm
@@ -36,9 +38,12 @@ def output_shapes(config: ModelConfig, name: str, inputs: int, *, bias: bool) ->
     return shapes | under("output_norm", norm_shapes(config)) if config.norm_after else shapes
 
 
-def take_output(weights: Weights, prefix: str, name: str, config: ModelConfig, *, bias: bool) -> OutputMap:
+def take_output(
+    weights: Weights, prefix: str, name: str, config: ModelConfig, *, bias: bool, group: Group = ALONE
+) -> OutputMap:
     """Pick the map ``prefix``.``name``, and its norm. Raises WeightError for a tensor that is missing."""
-    linear = Linear.take(weights, f"{prefix}.{name}", bias=bias)
+    own = Linear.take(weights, f"{prefix}.{name}", bias=bias)
+    linear = gathering(own, group, config.hidden_size)
     norm = take_norm(weights, f"{prefix}.output_norm", config) if config.norm_after else None
     plain = norm is None and config.residual_scale == 1
     return linear if plain else FinishedLinear(linear, norm, config.residual_scale)

@@ -43,12 +43,14 @@ class Reading(TypedDict):
 
     ``quantize``: how to pack matrices that are float. ``finish`` is called with each tensor when it is read,
     and its result takes the tensor's place. ``progress`` is called with (bytes read, bytes to read).
+    ``parts``: the rows to take of tensors of which not all are wanted.
     """
 
     dtype: mx.Dtype | None
     quantize: Quantization | None
     finish: Finish
     progress: NotRequired[Progress | None]
+    parts: NotRequired[Mapping[str, range]]
 
 
 class Checkpoint(Protocol):
@@ -210,4 +212,5 @@ class DummyCheckpoint:
             quantize=how["quantize"],
             quantizable=quantizable_tensors(self.config),
             finish=how["finish"],
+            parts=how.get("parts", {}),
         )

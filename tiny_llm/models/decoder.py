@@ -12,14 +12,17 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.layers.attention import Attention
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.experts import Experts
+from tiny_llm.layers.gathered import gathering
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import NoNorm, Norm, norm_shapes, take_norm
 from tiny_llm.layers.output import FinishedLinear, OutputMap
+from tiny_llm.models.ranks import of_rank
 from tiny_llm.models.rotation import Rotation, rotations
 
 
@@ -30,11 +33,13 @@ def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
     return MLP.shapes(config, None if facts is None else facts.dense_width)
 
 
-def _take_mlp(weights: Weights, prefix: str, config: ModelConfig, layer: int) -> MLP | GeluMLP | Experts:
+def _take_mlp(
+    weights: Weights, prefix: str, config: ModelConfig, layer: int, group: Group
+) -> MLP | GeluMLP | Experts:
     facts = config.experts
     if facts is not None and layer in facts.layers:
-        return Experts.take(weights, prefix, config, facts)
-    return MLP.take(weights, prefix, config)
+        return Experts.take(weights, prefix, config, facts, group)
+    return MLP.take(weights, prefix, config, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +66,18 @@ class DecoderLayer:
         }
 
     @classmethod
-    def take(cls, weights: Weights, config: ModelConfig, layer: int, rotation: Rotation) -> DecoderLayer:
+    def take(
+        cls, weights: Weights, config: ModelConfig, layer: int, rotation: Rotation, group: Group = ALONE
+    ) -> DecoderLayer:
         """Pick layer ``layer``'s tensors. Raises WeightError for one that is missing."""
         prefix = f"model.layers.{layer}"
         norms = [
             take_norm(weights, f"{prefix}.{name}", config) if config.norm_before else NoNorm()
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
-        attention = Attention.take(weights, f"{prefix}.self_attn", config, layer, *rotation)
-        return cls(norms[0], attention, norms[1], _take_mlp(weights, f"{prefix}.mlp", config, layer))
+        attention = Attention.take(weights, f"{prefix}.self_attn", config, layer, *rotation, group)
+        mlp = _take_mlp(weights, f"{prefix}.mlp", config, layer, group)
+        return cls(norms[0], attention, norms[1], mlp)
 
     def __call__(
         self, x: mx.array, residual: mx.array | None, batch: Batch, kv: KVCache
@@ -89,6 +97,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm: Norm
     lm_head: OutputMap
+    group: Group = ALONE
 
     @property
     def inv_freq(self) -> list[mx.array] | None:
@@ -107,16 +116,20 @@ class Decoder:
         return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, E)}
 
     @classmethod
-    def take(cls, config: ModelConfig, weights: Weights) -> Decoder:
-        """Pick the tensors that ``shapes`` names. Raises WeightError for one that is missing."""
-        embed = Embedding.take(weights, config)
+    def take(cls, config: ModelConfig, weights: Weights, group: Group = ALONE) -> Decoder:
+        """Pick the tensors that ``shapes`` names, or a rank's part of them; its config has the rank's heads.
+
+        Raises WeightError for one that is missing.
+        """
+        embed = Embedding.take(weights, config, group)
         turns = enumerate(rotations(config))
-        layers = tuple(DecoderLayer.take(weights, config, i, rotation) for i, rotation in turns)
+        layers = tuple(DecoderLayer.take(weights, config, i, rotation, group) for i, rotation in turns)
         norm = take_norm(weights, "model.norm", config)
         tied = config.tie_word_embeddings or "lm_head.weight" not in weights  # else it was saved without one
-        head = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
-        scale = config.logit_scale
-        return cls(config, embed, layers, norm, head if scale == 1 else FinishedLinear(head, None, scale))
+        own = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
+        head, scale = gathering(own, group, config.vocab_size), config.logit_scale
+        finished = head if scale == 1 else FinishedLinear(head, None, scale)
+        return cls(of_rank(config, group.size), embed, layers, norm, finished, group)
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         x, residual = self.embed_tokens(batch.tokens, batch.positions), None

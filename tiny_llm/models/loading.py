@@ -13,9 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from tiny_llm.config import DTYPES, ModelFacts, Quantization
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.errors import ConfigError
 from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, open_checkpoint
-from tiny_llm.models.registry import Model, build, find
+from tiny_llm.models.registry import Model, build, find, parts_of
 from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
 from tiny_llm.weights.assemble import Progress
@@ -33,6 +34,7 @@ def load_model(
     quantize: int | None = None,
     activations: str = "int8",
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> Model:
     """Load the model of a checkpoint, or of a folder or GGUF file that is one, for the backend in use.
 
@@ -41,7 +43,8 @@ def load_model(
     CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or 8 bits packs what is float on
     disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
     quantized matrix to 8 bits, where the backend is "cpu"; "exact" never does.
-    ``progress`` is called with (bytes read, bytes to read) as the weights come.
+    ``progress`` is called with (bytes read, bytes to read) as the weights come. Of a ``group`` each rank
+    loads its part, and the model of all together is as one alone.
 
     Raises ConfigError for a config or an option that cannot be used, WeightError for
     tensors that do not fit the config.
@@ -55,9 +58,10 @@ def load_model(
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         finish=partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
         progress=progress,
+        parts=parts_of(config, group),
     )
     keep_memory()
-    return build(config, weights)
+    return build(config, weights, group)
 
 
 def check_options(

@@ -22,11 +22,13 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.data import Batch, KVCache
+from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import FAMILIES, built_in_family
 from tiny_llm.families.family import Family, Places, as_wanted, in_order
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
+from tiny_llm.models.ranks import rank_parts
 from tiny_llm.models.rotation import head_order
 from tiny_llm.weights.gguf.facts import read_facts
 from tiny_llm.weights.gguf.header import GGUF, read_gguf
@@ -54,7 +56,8 @@ class Architecture(Generic[Config]):
     checkpoint, in its unquantized shape. ``packed``: it gives its matrices to nothing but layers, so that
     they may come packed for the CPU kernels. ``unread`` are ends of names that some checkpoints have and
     that follow from the config: they are passed by. ``stored`` says where tensors lie in a checkpoint that
-    has these names, if not as they are wanted.
+    has these names, if not as they are wanted. ``split`` builds a rank's part of the model from its part of
+    the tensors; None: it cannot be split.
     """
 
     read_config: Callable[[Mapping[str, object]], Config]
@@ -63,6 +66,7 @@ class Architecture(Generic[Config]):
     packed: bool = False
     unread: Collection[str] = ()
     stored: Callable[[Config, Collection[str]], Places] = as_wanted
+    split: Callable[[Config, Weights, Group], Model] | None = None
 
 
 def decoder_of(family: Family) -> Architecture[ModelConfig]:
@@ -73,7 +77,7 @@ def decoder_of(family: Family) -> Architecture[ModelConfig]:
     def stored(config: ModelConfig, names: Collection[str]) -> Places:
         return in_order(family.stored(config, names), head_order(config))
 
-    return Architecture(read, Decoder.shapes, Decoder.take, True, unread, stored)
+    return Architecture(read, Decoder.shapes, Decoder.take, True, unread, stored, Decoder.take)
 
 
 def find(model_type: str) -> Architecture[Any]:
@@ -152,6 +156,27 @@ def quantizable_tensors(config: ModelFacts) -> frozenset[str]:
     return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) > 1)
 
 
-def build(config: ModelFacts, weights: Weights) -> Model:
-    """Build the model of ``config`` from its named tensors. Raises WeightError for one that is missing."""
-    return find(config.model_type).build(config, weights)
+def build(config: ModelFacts, weights: Weights, group: Group = ALONE) -> Model:
+    """Build the model of ``config``, or a rank's part, from its named tensors.
+
+    Raises WeightError for one that is missing.
+    """
+    architecture = find(config.model_type)
+    if group.size == 1:
+        return architecture.build(config, weights)
+    assert architecture.split is not None, "parts_of has refused it"
+    return architecture.split(config, weights, group)
+
+
+def parts_of(config: ModelFacts, group: Group) -> Mapping[str, range]:
+    """Which rows of each tensor this rank of a group has; those that it has whole are left out.
+
+    Raises ConfigError for a model that so many cannot share.
+    """
+    if group.size == 1:
+        return {}
+    if not isinstance(config, ModelConfig) or find(config.model_type).split is None:
+        raise ConfigError(
+            f"{config.model_type} is a plug-in's own architecture: it cannot be split over ranks (--ranks)."
+        )
+    return rank_parts(config, expected_tensors(config), group.rank, group.size)

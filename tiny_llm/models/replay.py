@@ -24,7 +24,9 @@ MOST_TOKENS = 64
 def played(model: Model) -> Model:
     """``model``, or what plays it again, for the backend in use where this is called."""
     on_gpu = mx.default_device().type == mx.gpu and on_mlx() and active() != "metalsim"
-    return Replay(model) if on_gpu and isinstance(model, Decoder) else model
+    if on_gpu and isinstance(model, Decoder) and model.group.size == 1:  # what waits for others is not kept
+        return Replay(model)
+    return model
 
 
 class Replay:

@@ -24,6 +24,8 @@ from tiny_llm.weights.shards import StoredTensor
 
 LARGE_PART = 1 / 20
 """From this part of all weights on, it matters to memory when an entry is read."""
+KEPT_PART = 1 / 50
+"""As much of all bytes to be read MLX may keep of buffers that sources were in."""
 BLOCK_BYTES = 2**23
 """As much of a float matrix is read at a time where it is to be quantized."""
 UNPACK_BYTES = 2**20
@@ -67,6 +69,7 @@ def assemble(
     done, total = 0, sum(entry.nbytes for entry in entries)
     entries = sorted(entries, key=lambda entry: _place(entry, total))
     with ExitStack() as stack:
+        stack.callback(mx.set_cache_limit, mx.set_cache_limit(int(total * KEPT_PART)))
         paths = {tensor.path for entry in entries for part in entry.parts for tensor in part}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
         pieces = (
@@ -95,16 +98,18 @@ def _place(entry: Entry, total: int) -> tuple[int, Path, int]:
 
 def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     """The rows to read at a time: all that are wanted, or few where no more of what they are made of shall
-    be in memory; None is the whole tensor, of which rows may be taken later.
+    be in memory; None is the whole tensor, of which rows may be taken later. Of a stack it is some of its
+    matrices at a time where rows of each are wanted.
     """
     wanted, shape = entry.place.rows, tensor.info.shape
     in_blocks = tensor.info.dtype in BITS
     as_it_is = entry.quantize is None and not in_blocks
-    whole = entry.is_foreign or entry.place.transposed or (len(shape) > 2 and not in_blocks)
+    is_stack = len(shape) > 2
+    whole = entry.is_foreign or entry.place.transposed or (is_stack and not wanted and not in_blocks)
     if whole or (wanted is None and as_it_is):
         return [None]
-    first, end = wanted or (0, shape[0])
-    if as_it_is:
+    first, end = (0, shape[0]) if is_stack or not wanted else wanted
+    if as_it_is and not is_stack:
         return [range(first, end)]
     at_once = UNPACK_BYTES if in_blocks else BLOCK_BYTES
     count = max(1, shape[0] * at_once // max(tensor.info.nbytes, 1))
@@ -155,7 +160,7 @@ def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> M
         array = next(arrays)
         if place.transposed and array.ndim == 2:
             array = mx.contiguous(array.T)
-        if place.rows is not None and read is None:
+        if place.rows is not None and (read is None or array.ndim > 2):
             array = _rows(array, place.rows)
         mx.eval(array)
         if tensor.info.dtype in BITS:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
-from tiny_llm.families.family import Places, Stored, place_of
+from tiny_llm.families.family import Places, Stored, part_of, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
 from tiny_llm.weights.foreign import FLOATS, Part, parts_of
 from tiny_llm.weights.gguf.blocks import BITS
@@ -44,6 +45,7 @@ def load_weights(
     stored: Mapping[str, StoredTensor] | None = None,
     finish: Finish = lambda weight: weight,
     progress: Progress | None = None,
+    parts: Mapping[str, range] = MappingProxyType({}),
 ) -> dict[str, Matrix]:
     """Return the tensors named in ``expected`` (name -> unquantized shape), in its order.
 
@@ -53,7 +55,8 @@ def load_weights(
     ``unread``: ends or beginnings of names that are not wanted. ``places``: where modules lie that do
     not lie as they are wanted, given all stored names. ``stored`` None: the tensors of the folder.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
-    ``progress`` is called with (bytes read, bytes to read) after each tensor.
+    ``progress`` is called with (bytes read, bytes to read) after each tensor. ``parts``: the rows to take of
+    tensors of which not all are wanted, as they are in ``expected``.
 
     Peak memory is the result plus one source tensor (a block of its rows, if that is to be quantized);
     large ones are read first.
@@ -71,13 +74,13 @@ def load_weights(
         expected = {name: shape for name, shape in expected.items() if name.startswith(_BODY)}
     where = places(stored)
     jobs = [
-        _job(name, shape, where, stored, quantization, quantize, quantizable)
+        _job(name, shape, where, stored, quantization, quantize, quantizable, parts.get(name))
         for name, shape in expected.items()
     ]
     problems = list(_problems(jobs, stored, expected, tuple(unread)))
     if problems:
         raise WeightError(_report(folder, problems))
-    entries = [replace(entry, parts=[[stored[n] for n in part] for part in parts]) for entry, parts in jobs]
+    entries = [replace(entry, parts=[[stored[n] for n in part] for part in made]) for entry, made in jobs]
     weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected}
 
@@ -98,6 +101,7 @@ def _job(
     quantization: Quantization | None,
     quantize: Quantization | None,
     quantizable: Collection[str],
+    rows: range | None,
 ) -> tuple[Entry, Parts]:
     """An entry of the result, but for its tensors, and what is wanted of these.
 
@@ -105,6 +109,8 @@ def _job(
     """
     module, dot, kind = name.rpartition(".")
     place = place_of(module, places)
+    if rows is not None:
+        place = part_of(place, rows, shape[max(len(shape) - 2, 0)])
     names = [module if place.bare else f"{module}{dot}{kind}" for module in place.modules]
     first = names[0]
     shape = _stored_shape(shape, place)
