@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "embed": ("tiny_llm.commands.embed", "Turn texts into vectors, and show how alike they are."),
     "serve": ("tiny_llm.commands.serve", "Serve a model over HTTP, as OpenAI's clients expect it."),
     "agent": ("tiny_llm.commands.agent", "Do a task in a folder by a model's actions, as you allow them."),
+    "follow": ("tiny_llm.commands.follow", "Share a model with a process on another machine."),
     "bench": ("tiny_llm.commands.bench", "Measure how fast a model answers."),
     "models": (
         "tiny_llm.commands.models",

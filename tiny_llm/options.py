@@ -116,6 +116,21 @@ class EngineOptions:
         ),
     ] = None
     draft: DraftOption = None
+    ranks: Annotated[
+        int | None,
+        option(
+            "Machines",
+            "Processes that share the model, each with a part of it; started here, unless --rank-address is "
+            "given. Under mlx.launch it says how many.",
+        ),
+    ] = None
+    rank_address: Annotated[
+        str | None,
+        option("Machines", "HOST:PORT where the other ranks come to, by `follow` on their machines."),
+    ] = None
+    rank_timeout: Annotated[
+        float, option("Machines", "Seconds after which a rank that is silent ends the group.")
+    ] = 30.0
     max_step_ms: Annotated[
         float,
         option(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from tiny_llm.commands.bar import Bar
+from tiny_llm.distributed.meeting import Ranks, launched
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
+from tiny_llm.errors import ConfigError
 from tiny_llm.memory import parse_bytes
 from tiny_llm.models.registry import add_plugin
 from tiny_llm.options import EngineOptions
@@ -45,10 +47,21 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
     for name in ("kv_memory", "swap_memory", "kv_disk_size"):
         if given[name] is not None:
             given[name] = parse_bytes(given[name], f"--{name.replace('_', '-')}")
+    given["ranks"] = _ranks(given.pop("ranks"), given.pop("rank_address"), given.pop("rank_timeout"))
     given["swap_memory"] = given["swap_memory"] or 0
     given["max_context"] = given.pop("max_model_len")
     given["scheduler"] = SchedulerSettings(max_step_ms=given.pop("max_step_ms"), **limits)
     return given
+
+
+def _ranks(size: int | None, address: str | None, timeout_s: float) -> Ranks:
+    """As ``mlx.launch`` says, or as the options do. Raises ConfigError where the two do not agree."""
+    found = launched()
+    if found is None:
+        return Ranks(1 if size is None else size, address, timeout_s)
+    if size not in (None, found.size) or address is not None:
+        raise ConfigError(f"mlx.launch has started {found.size} ranks: leave --ranks and --rank-address out.")
+    return replace(found, timeout_s=timeout_s)
 
 
 def _progress(bar: Bar) -> Progress:

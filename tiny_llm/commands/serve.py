@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments, load_async
+from tiny_llm.engine.llm import LLM
 from tiny_llm.limits import MOST
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, option
 from tiny_llm.scheduler.settings import MAX_NUM_BATCHED_TOKENS
@@ -68,4 +69,6 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         aliases=tuple(alias or ()),
     )
+    if given["ranks"].leader is not None:  # under mlx.launch: only rank 0 has clients
+        LLM(**given)
     run(settings, host, port, lambda: load_async(given))

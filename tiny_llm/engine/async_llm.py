@@ -28,7 +28,7 @@ from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.prompts import Prompt, as_list
 from tiny_llm.engine.turn import require_process
-from tiny_llm.errors import TinyLLMError
+from tiny_llm.errors import GroupError, TinyLLMError
 from tiny_llm.sampling_params import SamplingParams
 
 REST_S = 600.0
@@ -101,6 +101,7 @@ class AsyncLLM:
         self._fault: BaseException | None = None
         self._closed = threading.Event()  # no job is taken any more
         self._posting = threading.Lock()  # so that none comes between the last one and the end
+        self._when_broken: Callable[[], object] = lambda: None
         self.restarts = 0
         ready: queue.SimpleQueue[LLM | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -111,11 +112,21 @@ class AsyncLLM:
         if isinstance(made, BaseException):
             raise made
         self.llm = made
+        self.llm.when_broken(self._lose_ranks)
 
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return not self._closed.is_set()
+
+    @property
+    def broken(self) -> GroupError | None:
+        """Why other ranks of the model are lost, and the process should leave: nothing brings them back."""
+        return self._fault if isinstance(self._fault, GroupError) else None
+
+    def when_broken(self, call: Callable[[], object]) -> None:
+        """``call`` once other ranks are lost, on whatever thread hears of it."""
+        self._when_broken = call
 
     async def streams(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Any
@@ -265,17 +276,28 @@ class AsyncLLM:
             if job := self._inbox.get():
                 job()
         self._tell_all(f"The engine has stopped: {self._fault or 'it was closed'}.")
+        if self.broken is not None:
+            self._when_broken()
         self.llm.close()
 
     def _step(self) -> None:
         try:
             self._deliver(self.llm.engine.step())
         except Exception as error:
-            if self.restarts >= MAX_RESTARTS:
+            if self.restarts >= MAX_RESTARTS or isinstance(error, GroupError):
                 raise
             self.restarts += 1
             self._tell_all(f"The engine broke and was made anew: {type(error).__name__}: {error}")
             self.llm = self.llm.with_engine(self.llm.engine.settings)
+
+    def _lose_ranks(self, why: str) -> None:
+        """Other ranks are lost. The engine may wait for them for ever, so all are told from here."""
+        self._fault = GroupError(why)
+        with self._posting:
+            self._closed.set()
+        _hand_over((asked, EngineDeadError(why)) for asked in list(self._asked.values()))
+        self._inbox.put(None)
+        self._when_broken()
 
     def _stop_all(self, why: str) -> None:
         """Only tell: each stream cancels its own request when it ends."""

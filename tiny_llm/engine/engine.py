@@ -26,6 +26,7 @@ from tiny_llm.decoding.pooling import PooledRows
 from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt, Joining, NewContext
 from tiny_llm.engine.draft import DraftModel, drafters_of
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
+from tiny_llm.engine.ranks import Lead
 from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
@@ -73,6 +74,7 @@ class Engine:
         max_context: int,
         draft: Model | None = None,
         store: BlockStore | None = None,
+        lead: Lead | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.healthy = True
@@ -81,15 +83,14 @@ class Engine:
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._max_context = max_context
-        self._clock = clock
-        self._store = store
+        self._clock, self._store = clock, store
         self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ahead: InFlightBatch | None = None
         used = (model, draft) if settings.speculate == "draft" else (model,)
         with use(kernels.backend, kernels.ours):
-            models = [played(one) for one in used if one is not None]
+            models = [one if lead else played(one) for one in used if one is not None]
             formats = [KvFormat.of(one.config, settings.block_size, kv_dtype) for one in models]
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
@@ -100,7 +101,7 @@ class Engine:
         caches = [PagedCache(format, **room) for format in formats]
         drafting = DraftModel(models[-1], caches[-1]) if len(models) > 1 else None
         inv_freq = getattr(model, "inv_freq", None)
-        self.runner = Runner(models[0], caches[0], kernels, drafting, inv_freq)
+        self.runner = Runner(models[0], caches[0], kernels, drafting, inv_freq, lead)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
@@ -109,8 +110,8 @@ class Engine:
         blocks, drafters = settings.block_manager(store, *models), drafters_of(speculate)
         self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
-        tokens, rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        step_bytes = activation_bytes(model.config, tokens, rows, formats[0].gathered_bytes(max_context))
+        most = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        step_bytes = activation_bytes(model.config, *most, formats[0].gathered_bytes(max_context))
         slab = settings.slab_blocks
         self._pool_limit = PoolLimit(settings.kv_blocks, slab, self.block_bytes, step_bytes, clock)
         limit_kept_memory(available_memory_bytes())
@@ -495,5 +496,5 @@ class Engine:
         for context in self.contexts.lost():  # before those who use them: they are older
             self._pin(context)
         self.scheduler.blocks.shrink()  # it may have been too large: what is needed is asked for anew
-        self.runner.clear()
+        self.runner.clear(error)
         return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")

@@ -7,8 +7,9 @@ HTTP, and where a checkpoint comes from.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -17,11 +18,14 @@ from tiny_llm.config_embedding import EmbedOptions, TextEmbedding
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
+from tiny_llm.distributed.meeting import Ranks
 from tiny_llm.engine.contexts import Joined, Joining
 from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
+from tiny_llm.engine.follower import join_in
 from tiny_llm.engine.named_contexts import NamedContexts
 from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
+from tiny_llm.engine.ranks import Lead, gather, held
 from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import RequestError, UsageError
@@ -70,6 +74,9 @@ class LLM:
     coming tokens, "ngram" those that a text which repeats itself suggests, the default where that changes no
     token, "draft" those of the model ``draft``.
     ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
+    ``ranks`` processes run the model together, started on this machine unless ``Ranks`` says otherwise; None:
+    as ``mlx.launch`` says, or one. In all but the first, this does its part of the work and then ends the
+    process.
     ``progress`` is called with (bytes read, bytes to read) while the weights load, ``trying`` with (part of
     1 that is done, what is done now) while kernels are tried.
 
@@ -106,6 +113,7 @@ class LLM:
         draft: str | Path | Checkpoint | None = None,
         scheduler: SchedulerSettings | None = None,
         engine: EngineSettings | None = None,
+        ranks: int | Ranks | None = None,
         progress: Progress | None = None,
         trying: Trying | None = None,
     ) -> None:
@@ -116,8 +124,7 @@ class LLM:
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
             model = open_checkpoint(resolve(str(model), offline=offline))
-        self.tokenizer = model.tokenizer
-        self._chat_prompts = ChatPrompts(self.tokenizer)
+        self.tokenizer, self._chat_prompts = model.tokenizer, ChatPrompts(model.tokenizer)
         check_options(dtype, quantize, activations, kv_dtype)
         block_size = engine.block_size if engine else usual_block_size(self.backend)
         drafting = None if draft is None else open_draft(draft, model, offline=offline)
@@ -129,12 +136,11 @@ class LLM:
         self.kernels = kernels_for(
             self.backend, shapes, kernels, draft=of_draft, same_tokens=same_tokens, progress=trying
         )
-        with use(self.backend, self.kernels.ours):
-            loaded = load_model(
-                model, dtype=dtype, quantize=quantize, activations=activations, progress=progress
-            )
+        self._team = gather(self.name, locals() | {"backend": self.backend})
+        with use(self.backend, self.kernels.ours), held(self._team) as group:
+            own = partial(load_model, model, dtype=dtype, quantize=quantize, progress=progress)
+            self._model = loaded = own(activations=activations, group=group)
             self._draft = None if drafting is None else load_draft(drafting)
-        self._model = loaded
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config, self.embedding = loaded.config, model.embedding
         self.max_context = context_limit(max_context, self.config.max_position_embeddings)
@@ -143,7 +149,7 @@ class LLM:
         engine = engine or self._fitting(kv_memory, swap_memory, speculate, scheduler)
         how = (self.backend, self.kernels.on_ours, dtype, quantize, activations, kept, engine.block_size)
         self._store = None if kv_disk is None else open_store(kv_disk, kv_disk_size, model, how)
-        self._use_engine(engine)
+        self._use_engine(join_in(self._team, model, loaded, self.kernels, engine))
 
     @property
     def contexts(self) -> NamedContexts:
@@ -171,6 +177,11 @@ class LLM:
             return f"{self.name}, closed"
         return f"{self.name} on {self.backend}: {self.memory}"
 
+    def when_broken(self, call: Callable[[str], None]) -> None:
+        """``call`` with the reason if other ranks of this model are lost, on the thread that hears of it."""
+        if self._team is not None:
+            self._team.when_broken(call)
+
     def close(self) -> None:
         """Give back the memory of weights, keys and values; what is under way ends. May be repeated.
 
@@ -181,6 +192,8 @@ class LLM:
                 if self._store is not None:
                     self._turn.engine.keep_cached()
                     self._store.close()
+                if self._team is not None:
+                    self._team.close()
                 self._turn = self._model = self._draft = None
             give_back_memory()
 
@@ -231,6 +244,7 @@ class LLM:
             max_context=self.max_context,
             draft=self._draft,
             store=self._store,
+            lead=None if self._team is None else Lead(self._team),
         )
         self._turn = Turn(engine)
         self._chunks: dict[int, deque[Chunk]] = {}

@@ -1,7 +1,7 @@
 """Owns the model, the cache of its keys and values, and the backend that both run on: a plan in, logits out.
 
-Nothing else makes a step's arrays or runs the model. ``launch`` goes on to tokens that are being drawn.
-Knows no request and no text.
+Nothing else makes a step's arrays or runs the model, and other ranks are led from here. ``launch`` goes on to
+tokens that are being drawn. Knows no request and no text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw,
 from tiny_llm.decoding.pooling import PooledRows, gather, pooled_rows
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
+from tiny_llm.engine.ranks import Lead
 from tiny_llm.engine.warm_up import warm_up
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import BUFFER_POOL_BYTES
@@ -60,6 +61,7 @@ class Runner:
         kernels: Kernels,
         draft: DraftModel | None = None,
         inv_freq: Sequence[mx.array] | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -67,6 +69,9 @@ class Runner:
         self.draft = draft
         self._tokens, self._most = 0, BUFFER_POOL_BYTES
         self._inv_freq = inv_freq  # by which each layer's keys are turned to another position
+        self._lead = lead
+        if lead is not None:
+            lead.begin(cache)
 
     def launch(self, plan: Plan, sharing: Sharing, drawn: mx.array | None, lap: Lap) -> InFlightBatch:
         """Start a step: from its plan to tokens that are being drawn for its answers.
@@ -76,7 +81,7 @@ class Runner:
         batch = InFlightBatch(plan, [], is_usual=not (plan.load or plan.joins))  # which takes its own time
         try:
             with use(self.kernels.backend, self.kernels.ours):
-                self.move(plan)
+                self._move(plan)
                 batch.plan = within_forms(plan, sharing)
                 if self.draft is not None:
                     batch.plan = self.draft.guessed(batch.plan, sharing)
@@ -100,6 +105,8 @@ class Runner:
         Raises ValueError for logits of another shape, which a plug-in's model may give: a token that is
         drawn from them would be an index that nobody checks.
         """
+        if self._lead is not None:
+            drawn = self._lead.step(plan, drawn)
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self._make_room(batch.tokens.size, batch.logit_rows.size)
         lap("build")
@@ -127,19 +134,26 @@ class Runner:
         self._tokens = tokens
 
     def move(self, plan: Plan) -> None:
-        """Do to the pages what comes before a step."""
+        """Do to the pages what comes before a step, and let the other ranks do so."""
+        if self._lead is not None:
+            self._lead.step(plan)
         with use(self.kernels.backend, self.kernels.ours):
-            if self.draft is not None:
-                self.draft.follow(plan)
-            self.cache.save(plan.save)
-            self.cache.prepare(plan)
-            self.cache.load(plan.load)
-            if plan.joins:
-                assert self._inv_freq is not None, "keys can be turned"
-                self.cache.join(plan.joins, self._inv_freq)
+            self._move(plan)
+
+    def _move(self, plan: Plan) -> None:
+        if self.draft is not None:
+            self.draft.follow(plan)
+        self.cache.save(plan.save)
+        self.cache.prepare(plan)
+        self.cache.load(plan.load)
+        if plan.joins:
+            assert self._inv_freq is not None, "keys can be turned"
+            self.cache.join(plan.joins, self._inv_freq)
 
     def warm_up(self, most_blocks: int) -> None:
         """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
+        if self._lead is not None:
+            self._lead.warm_up(most_blocks)
         with use(self.kernels.backend, self.kernels.ours):
             warm_up(self.model, self.cache, most_blocks)
             if self.draft is not None:
@@ -150,8 +164,10 @@ class Runner:
         with use(self.kernels.backend, self.kernels.ours):
             return self.cache.swap_ms()
 
-    def clear(self) -> None:
-        """Let go of all keys and values."""
+    def clear(self, error: Exception) -> None:
+        """Let go of all: a step broke by ``error``. Raises GroupError where other ranks were in it."""
+        if self._lead is not None:
+            self._lead.fail(error)
         self.cache.clear()
         if self.draft is not None:
             self.draft.clear()

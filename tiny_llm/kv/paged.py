@@ -29,8 +29,8 @@ class PagedCache:
 
     def __init__(self, format: KvFormat, *, max_blocks: int, host_blocks: int = 0) -> None:
         self.format = format
-        self._max_blocks = max_blocks
-        self._host_blocks = host_blocks
+        self.max_blocks = max_blocks
+        self.host_blocks = host_blocks
         self._layers: list[Pool] = []
         self._blocks = 0  # that the plans have of them
         self._host: list[Pool] = []
@@ -64,10 +64,10 @@ class PagedCache:
         the pool writes it where it lies, and waits for nobody who only means to read it.
         """
         if plan.num_blocks > self._blocks:
-            self._layers = self._sized(self._layers, plan.num_blocks, self._max_blocks)
+            self._layers = self._sized(self._layers, plan.num_blocks, self.max_blocks)
         if plan.swap_out:
             most = 1 + max(slot for _, slot in plan.swap_out)
-            self._host = self._sized(self._host, self._host_room(most), self._host_blocks)
+            self._host = self._sized(self._host, self._host_room(most), self.host_blocks)
             _move(self._layers, self._host, plan.swap_out)
         if plan.copies:
             _move(self._layers, self._layers, plan.copies)
@@ -141,14 +141,14 @@ class PagedCache:
         """Copy what stays, a layer at a time, and let the rest go: of an array, no part can."""
         kept = mx.array([(block, block) for block in range(blocks)], mx.int32)
         for layer, pool in enumerate(self._layers):
-            smaller = self.format.empty_pool(blocks, self._max_blocks)
+            smaller = self.format.empty_pool(blocks, self.max_blocks)
             self._layers[layer] = copy_blocks(pool, smaller, kept)
             mx.eval(*self._layers[layer])
 
     def _host_room(self, blocks: int) -> int:
         """Blocks that the host is to have for ``blocks``: at least doubled, so that growing is rare."""
         has = _blocks(self._host)
-        return has if blocks <= has else min(max(blocks, 2 * has), self._host_blocks)
+        return has if blocks <= has else min(max(blocks, 2 * has), self.host_blocks)
 
     def _sized(self, pools: list[Pool], blocks: int, most: int) -> list[Pool]:
         if not pools:

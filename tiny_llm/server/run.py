@@ -116,6 +116,10 @@ class Server(uvicorn.Server):
         self.service.draining = True
         self.should_exit = True
 
+    def leave(self) -> None:
+        """There is nothing to be served any more: let go of who still waits, and end."""
+        self.service.draining = self.should_exit = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """uvicorn's own would raise the signal once more at the end: then no exit code would be 0."""
@@ -165,6 +169,8 @@ async def _serve(server: Server, listening: socket.socket) -> None:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
+            engine, loop = server.service.engine, asyncio.get_running_loop()
+            engine.when_broken(lambda: loop.call_soon_threadsafe(server.leave))
             gc.collect()
             gc.freeze()  # what is there now stays: the collector took 80 ms each time to look at it
             host, port = listening.getsockname()[:2]
@@ -180,6 +186,8 @@ async def _serve(server: Server, listening: socket.socket) -> None:
         await serving
         if loading.done() and loading.exception() is None:
             await server.service.close()
+            if server.service.engine.broken is not None:  # whoever restarts processes is to start this again
+                raise server.service.engine.broken
 
 
 def listen(host: str, port: int) -> socket.socket:

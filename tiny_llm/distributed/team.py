@@ -1,0 +1,143 @@
+"""The ranks of one model as each of them sees the others: arrays by a group, plans and facts by links.
+
+Rank 0 leads: what it tells, the others do. One that is lost ends it for all, with one reason.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+from tiny_llm.distributed.links import Link
+from tiny_llm.distributed.messages import Leave, Order, Told, read, written
+from tiny_llm.distributed.mlx_group import MlxGroup
+from tiny_llm.distributed.socket_group import SocketGroup
+from tiny_llm.distributed.watch import Watch
+from tiny_llm.errors import GroupError
+
+_LEAVE_S = 5.0
+"""For who waits to be told, before a process ends that MLX does not let go; and for a child to leave."""
+
+
+class Team:
+    """Ranks that have met: ``plans`` and ``watched`` lead to rank 0, or from there to all others.
+
+    ``children`` are processes that rank 0 has started, and ends.
+    """
+
+    def __init__(
+        self,
+        group: SocketGroup | MlxGroup,
+        plans: Mapping[int, Link],
+        watched: Mapping[int, Link],
+        timeout_s: float,
+        children: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        self.group = group
+        self.rank, self.size = group.rank, group.size
+        self.fault: str | None = None
+        self.numbers = count()  # of the engines that are led
+        self.gone: list[int] = []  # of these, such as nobody uses any more
+        self._plans = plans
+        self._children = children
+        self._when_broken: list[Callable[[str], None]] = []
+        self._is_open = True
+        for link in plans.values():
+            link.socket.settimeout(None)  # a plan may be long in coming: the watch says when it is too long
+        self._watch = Watch(watched, timeout_s, self._break)
+        atexit.register(self.close)
+
+    def share(self, mine: Any) -> list[Any]:
+        """What each rank has said here, by rank: plain values, of a size for people to read."""
+        if self.rank:
+            self._plans[0].send(written(mine))
+            return list(read(self._plans[0].receive(), list))
+        all_said = [mine, *(read(self._plans[rank].receive(), object) for rank in sorted(self._plans))]
+        for link in self._plans.values():
+            link.send(written(all_said))
+        return all_said
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Raises GroupError, on all ranks, for a fact that is another one elsewhere."""
+        first, *others = self.share({name: str(fact) for name, fact in facts.items()})
+        for rank, other in enumerate(others, 1):
+            for name in [*first, *other]:
+                if first.get(name) != other.get(name):
+                    raise GroupError(
+                        f"Rank {rank} has {name} {other.get(name)}, but rank 0 {first.get(name)}: all ranks "
+                        "must be started alike, with the same model."
+                    )
+
+    def tell(self, message: Order) -> None:
+        """Rank 0: let all others do this."""
+        data = written(message)
+        for link in self._plans.values():
+            link.send(data)
+
+    def hear(self) -> Told:
+        """Others: what to do next."""
+        told: Told = read(self._plans[0].receive(), Told)
+        return told
+
+    def when_broken(self, call: Callable[[str], None]) -> None:
+        """``call`` with the reason when the team is over by a fault, on whatever thread notices it."""
+        self._when_broken.append(call)
+        if self.fault is not None:
+            call(self.fault)
+
+    def give_up(self, why: str) -> None:
+        """Tell the others that this rank cannot go on."""
+        self._watch.tell(why)
+        self._break(why)
+
+    def close(self) -> None:
+        """Leave: rank 0 takes the others with it. May be repeated."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        atexit.unregister(self.close)
+        if not self.rank and self.fault is None:
+            with suppress(GroupError):
+                self.tell(Leave(0))
+        self._watch.close()
+        for link in self._plans.values():
+            link.socket.close()
+        self.group.close()
+        for child in self._children:
+            end(child, _LEAVE_S if self.fault is None else 0.0)
+
+    def _break(self, why: str) -> None:
+        if self.fault is not None or not self._is_open:
+            return
+        self.fault = why
+        if not self.rank:
+            self._watch.tell(why)
+        for link in self._plans.values():
+            link.abort(why)
+        self.group.abort(why)
+        for call in self._when_broken:
+            call(why)
+        if isinstance(self.group, MlxGroup):  # whose collectives nothing ends
+            threading.Thread(target=self._leave_process, daemon=True).start()
+
+    def _leave_process(self) -> None:
+        time.sleep(_LEAVE_S)
+        print(f"error: {self.fault}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def end(child: subprocess.Popen[bytes], patience_s: float = 0.0) -> None:
+    """Let a process leave by itself for so long, then end it."""
+    try:
+        child.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
