@@ -198,7 +198,7 @@ def test_readme_is_read_both_ways() -> None:
     names = ["README.md", ".ci/run", "tiny_llm/data.py", "tiny_llm/ops/rope.py", "tests/ops/test_rope.py"]
     good = page_with("tiny_llm/  all", "  ops/  sums", "tests/  tests")
     assert list(readme_is_right(good, names)) == []
-    assert [*readme_is_right(good, [*names, "tiny_llm/kv/dense.py", "book/course.toml"])] == [
+    assert [*readme_is_right(good, [*names, "tiny_llm/kv/dense.py", "book/mkdocs.yml"])] == [
         "README.md:1: the file tree has no line for book/",
         "README.md:1: the file tree has no line for tiny_llm/kv/",
     ]

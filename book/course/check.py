@@ -13,28 +13,30 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from book.course.forks import Forks
 from book.course.manifest import ROOT, Chapter
 from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.errors import ConfigError
 
-_QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+_QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "book.course.report")
 SECONDS = 300
 """What a chapter's tests may take: learners' loops do not always end."""
 
 
 def run_tests(
-    chapter: Chapter,
+    chapters: Sequence[Chapter],
     folder: Path,
     *,
     without: Sequence[str] = (),
     first_only: bool = False,
     seconds: float = SECONDS,
+    forks: Forks | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the chapter's tests with ``folder`` laid over the reference, ``without`` some definitions.
+    """Run the chapters' tests with ``folder`` laid over the reference, ``without`` some definitions.
 
-    ``first_only`` stops at the first failure. A return code above 1 says that the tests could not even
-    start, one below 0 that a signal ended them. Raises ConfigError if pytest is not installed, or if the
-    tests do not end.
+    ``first_only`` stops at the first failure; with ``forks`` it is one of their processes, and no new one.
+    A return code above 1 says that the tests could not even start, one below 0 that a signal ended them.
+    Raises ConfigError if pytest is not installed, or if the tests do not end.
     """
     if find_spec("pytest") is None:
         raise ConfigError("`course check` needs pytest: run `make course`, or pip install -e '.[test]'.")
@@ -46,12 +48,16 @@ def run_tests(
         # A chapter's tests need none of the plugins that are installed, and those take longer than the tests.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    command = [sys.executable, "-m", "pytest", "--chapter", chapter.id, *_QUIET, *chapter.tests]
-    command += ["-x"] if first_only else []
-    hang = ["-o", f"faulthandler_timeout={seconds / 8:g}"]  # prints where it was, on stderr
+    arguments = [f"--chapter={it.id}" for it in chapters]
+    arguments += [*_QUIET, *dict.fromkeys(test for it in chapters for test in it.tests)]
+    arguments += ["-x"] if first_only else []
+    arguments += ["-o", f"faulthandler_timeout={seconds / 8:g}"]  # prints where it was, on stderr
     try:
+        if forks is not None:
+            return forks.run(arguments, environment, seconds)
+        command = [sys.executable, "-m", "pytest", *arguments]
         return subprocess.run(
-            command + hang, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired as late:
         where = crash_site((late.stderr or b"").decode(errors="replace"))
@@ -66,8 +72,14 @@ def crash_site(stderr: str) -> str:
     return "It was in {2}, {0}:{1}.".format(*found[0]) if found else ""
 
 
-def to_blame(chapter: Chapter, folder: Path, written: Sequence[str]) -> Iterator[str]:
-    """Yield each definition with which the tests pass once the reference stands in for it alone."""
+def to_blame(
+    chapter: Chapter, folder: Path, written: Sequence[str], without: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield each definition with which the tests pass once the reference stands in for it alone.
+
+    ``without`` are those for which it stands in anyway.
+    """
     for definition in written:
-        if run_tests(chapter, folder, without=[definition], first_only=True).returncode == 0:
+        done = run_tests([chapter], folder, without=[*without, definition], first_only=True)
+        if done.returncode == 0:
             yield definition

@@ -6,7 +6,7 @@ Knows neither chapters nor where files lie.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 
 from book.course.merge import STUB, Function, functions, is_stub
@@ -43,14 +43,13 @@ def stub(source: str, name: str, chapter: str) -> str:
 
 
 def heading(source: str, about: str) -> str:
-    """How a learner's file begins: a docstring, and the imports of the reference."""
-    tree = ast.parse(source)
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.If)]
-    return f'"""{about}"""\n\n' + _lines(source, imports[0].lineno, imports[-1].end_lineno)
+    """How a learner's file begins: a docstring, and what lets annotations be names."""
+    return f'"""{about}"""\n\nfrom __future__ import annotations\n'
 
 
 def added(text: str, reference: str, name: str, definition: str) -> str:
-    """Put ``definition`` into a learner's ``text``: at the end, or into its class."""
+    """Put ``definition`` into a learner's ``text``, at the end or into its class, with what it imports."""
+    text = _with_imports(text, reference, name)
     *outer, _ = name.split(".")
     if not outer:
         return f"{text.rstrip()}\n\n\n{definition}"
@@ -63,6 +62,43 @@ def added(text: str, reference: str, name: str, definition: str) -> str:
     assert isinstance(node, ast.ClassDef)
     top = _lines(reference, node.lineno, node.body[0].end_lineno)
     return f"{text.rstrip()}\n\n\n{top}\n{definition}"
+
+
+def imports(source: str, name: str) -> Sequence[str]:
+    """The import statements that a definition's names come from, with no name that it does not use."""
+    used = {node.id for node in ast.walk(_found(source, name)) if isinstance(node, ast.Name)}
+    statements = list[str]()
+    for node in _imports(ast.parse(source)):
+        node.names = [alias for alias in node.names if (alias.asname or alias.name.partition(".")[0]) in used]
+        if node.names:
+            statements.append(ast.unparse(node))
+    return statements
+
+
+def _imports(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If):  # what only type checkers import is imported: annotations are strings
+            yield from (inner for inner in node.body if isinstance(inner, ast.Import | ast.ImportFrom))
+
+
+def _with_imports(text: str, reference: str, name: str) -> str:
+    """``text`` with those imports of a definition that it lacks, behind its own."""
+    tree = ast.parse(text)
+    own = list(_imports(tree))
+    bound = {(alias.asname or alias.name) for node in own for alias in node.names}
+    new = list[str]()
+    for statement in imports(reference, name):
+        (node,) = ast.parse(statement).body
+        assert isinstance(node, ast.Import | ast.ImportFrom)
+        node.names = [alias for alias in node.names if (alias.asname or alias.name) not in bound]
+        new += [ast.unparse(node) + "\n"] if node.names else []
+    at = max((node.end_lineno or 0 for node in own), default=0)
+    lines = _in_lines(text)
+    if new and len(own) == 1:
+        new.insert(0, "\n")  # behind the line about annotations
+    return "".join([*lines[:at], *new, *lines[at:]])
 
 
 def parameters(source: str, name: str) -> Sequence[str]:
@@ -78,7 +114,7 @@ def parameters(source: str, name: str) -> Sequence[str]:
 def _found(source: str, name: str) -> Function:
     node = dict(functions(ast.parse(source))).get(name)
     if node is None:
-        raise ConfigError(f"There is no {name} in the reference any more; book/course.toml names it.")
+        raise ConfigError(f"There is no {name} in the reference any more; book/chapters names it.")
     return node
 
 

@@ -1,4 +1,4 @@
-"""Owns book/course.toml: which chapters there are, what each teaches, and how it is checked.
+"""Owns book/chapters: which chapters there are, what each teaches, and how it is checked.
 
 Knows nothing of a learner's files. The course needs a checkout: its tests and pages are not installed.
 """
@@ -31,7 +31,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One chapter. ``teaches`` holds ``module:qualified name``; ``tests`` are files from the checkout."""
+    """One chapter. ``teaches`` holds ``module:qualified name``; ``tests`` are files from the checkout.
+
+    ``hints`` are those of each task, by its qualified name.
+    """
 
     id: str
     title: str
@@ -40,17 +43,18 @@ class Chapter:
     needs: Sequence[str]
     tests: Sequence[str]
     teaches: Sequence[str]
-    hints: Sequence[str]
+    hints: Mapping[str, Sequence[str]]
     mutants: Sequence[Mutant]
 
 
 def read_manifest(root: Path = ROOT) -> Mapping[str, Chapter]:
     """Return the chapters by id, in their order. Raises ConfigError without a checkout."""
-    path = root / "book" / "course.toml"
-    if not path.is_file():
-        raise ConfigError(f"There is no {path}; the course needs a checkout of tiny_llm: run it there.")
-    rows = tomllib.loads(path.read_text(encoding="utf-8"))["chapter"]
-    return {row["id"]: _chapter(row) for row in rows}
+    folder = root / "book" / "chapters"
+    if not folder.is_dir():
+        raise ConfigError(f"There is no {folder}; the course needs a checkout of tiny_llm: run it there.")
+    texts = (path.read_text(encoding="utf-8") for path in folder.glob("*.toml"))
+    chapters = [_chapter(tomllib.loads(text)) for text in texts]
+    return {it.id: it for it in sorted(chapters, key=lambda it: [int(part) for part in it.id.split(".")])}
 
 
 def _chapter(row: Mapping[str, Any]) -> Chapter:

@@ -37,7 +37,7 @@ def whole(source: str, name: str) -> str:
     for found in _SECTION.finditer(source):
         if found["name"] == name:
             return found[0]
-    raise ConfigError(f"There is no {name} in the reference any more; book/course.toml names it.")
+    raise ConfigError(f"There is no {name} in the reference any more; book/chapters names it.")
 
 
 def stub(source: str, name: str, chapter: str) -> str:

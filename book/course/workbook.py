@@ -18,6 +18,7 @@ from book.course.manifest import ROOT, Chapter, Mutant
 from tiny_llm.errors import ConfigError
 
 PROGRESS = ".course.json"
+_AT = "at"
 
 
 class Language(Protocol):
@@ -104,6 +105,7 @@ class Workbook:
                 continue
             self._add(definition, language(module).stub(reference(module), name, chapter.id))
             new.append(definition)
+        self.be_at(chapter)
         return new, kept
 
     def fill(self, definitions: Sequence[str]) -> None:
@@ -199,7 +201,18 @@ class Workbook:
 
     def mark_done(self, chapter: Chapter) -> None:
         """Remember that the chapter's tests passed on the code as it is."""
-        progress = {**self._progress(), chapter.id: self._digest(chapter)}
+        self._remember(chapter.id, self._digest(chapter))
+
+    def be_at(self, chapter: Chapter) -> None:
+        """Remember that the learner is at this chapter."""
+        self._remember(_AT, chapter.id)
+
+    def at(self) -> str | None:
+        """The number of the chapter that the learner was last at."""
+        return self._progress().get(_AT)
+
+    def _remember(self, key: str, value: str) -> None:
+        progress = {**self._progress(), key: value}
         (self.folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
 
     def _own(self, module: str, name: str) -> str:

@@ -102,7 +102,7 @@ def test_what_the_theme_would_fetch_is_there_before(site: Path) -> None:
 
 
 def test_a_mistake_changes_one_place_of_what_is_taught(tmp_path: Path) -> None:
-    """What course.toml says of the code, seen in two seconds: the gates see it too, but take minutes."""
+    """What book/chapters says of the code, seen in two seconds: the gates see it too, but take minutes."""
     for chapter in read_manifest().values():
         Workbook(tmp_path / chapter.id).fill(chapter.teaches)
         for mutant in chapter.mutants:

@@ -19,8 +19,8 @@ FIRST = read_manifest()["1.1"]
 
 def course(book: Workbook, *arguments: str) -> Result:
     """Run one command on the learner's folder."""
-    takes_folder = arguments[0] not in ("hint", "solution", "break")
-    return CliRunner().invoke(app, [*arguments, *(["--folder", str(book.folder)] if takes_folder else [])])
+    folder = [] if arguments[0] == "break" else ["--folder", str(book.folder)]
+    return CliRunner().invoke(app, [*arguments, *folder])
 
 
 def state(book: Workbook) -> str:
@@ -53,6 +53,56 @@ def test_from_nothing_to_done(book: Workbook) -> None:
     assert state(book).endswith("done")
     change(book, "ops/attention.py", "Scores are float32", "Scores are in float32")
     assert state(book).endswith("changed since checked")
+
+
+def test_one_task_is_checked_before_the_others_are_written(book: Workbook) -> None:
+    book.fill([SOFTMAX])
+    book.start(FIRST)
+    refused = course(book, "check", "1.1", "attention_ref").exception
+    assert "still to be written" in str(refused) and "softmax_ref" not in str(refused)
+    green = course(book, "check", "1.1", "softmax_ref").output
+    assert "Yours: softmax_ref. All else" in green and "softmax_ref is right" in green, green
+    assert "Now: write attention_ref in " in green and "check 1.1 attention_ref" in green
+    assert state(book).endswith("1 of 2 written")
+
+
+def test_where_a_learner_is_is_remembered(book: Workbook) -> None:
+    assert "course start 0.1" in course(book, "next").output
+    assert "a chapter" not in course(book, "start", "1.1").output
+    assert "Now: write softmax_ref in " in course(book, "next").output
+    assert course(book, "hint").output.startswith("softmax_ref\n")
+    (book.folder / "ops" / "softmax.py").unlink()
+    (book.folder / "ops" / "attention.py").unlink()
+    book.fill(FIRST.teaches)
+    assert "Now: python main.py course check 1.1" in course(book, "next").output
+    book.mark_done(FIRST)
+    assert "course start 1.2" in course(book, "next").output, "the chapter behind it, not the first of all"
+    for it in read_manifest().values():
+        book.fill([definition for definition in it.teaches if definition not in book.written()])
+        book.mark_done(it)
+    assert "All chapters are done" in course(book, "next").output
+    assert "All chapters are done" in str(course(book, "start").exception)
+
+
+@pytest.mark.slow
+def test_all_that_is_written_is_checked_at_once(book: Workbook) -> None:
+    assert "No chapter is written" in str(course(book, "check", "--all").exception)
+    rope, rounds = read_manifest()["1.2"], read_manifest()["2.2"]
+    book.fill([*rope.teaches, *rounds.teaches[1:]])
+    green = course(book, "check", "--all").output
+    assert "Chapters 1.2, all at once." in green and "1 chapters are done." in green, green
+    book.add_mutant(next(it for it in rounds.mutants if it.definition == rounds.teaches[0]))
+    red = course(book, "check", "--all")
+    assert red.exit_code == 1 and "Chapters 1.2, 2.2" in red.output and "test_rounds.py" in red.output
+
+
+@pytest.mark.slow
+def test_an_error_has_one_traceback(book: Workbook) -> None:
+    book.fill([SOFTMAX])
+    change(book, "ops/softmax.py", "    wide =", "    nonsense\n    wide =")
+    red = course(book, "check", "1.1", "softmax_ref").output
+    assert red.count("NameError: name 'nonsense' is not defined") == 1, red
+    assert " more failed as one of these did." in red and red.count("in softmax_ref\n") == 1, red
 
 
 def test_start_never_overwrites(book: Workbook) -> None:
@@ -112,9 +162,14 @@ def test_code_that_does_not_import_is_shown(book: Workbook) -> None:
 
 
 def test_hints_solution_and_diff(book: Workbook) -> None:
-    assert "(1 of 4; more: python main.py course hint 1.1 2)" in course(book, "hint", "1.1").output
-    assert "4 hints" in str(course(book, "hint", "1.1", "5").exception)
+    first = course(book, "hint", "1.1").output
+    assert first.startswith("softmax_ref\n")
+    assert "(1 of 2; more: python main.py course hint 1.1 softmax_ref 2)" in first
+    assert "has 2 hints" in str(course(book, "hint", "1.1", "softmax_ref", "3").exception)
+    assert course(book, "hint", "1.1", "attention_ref", "2").output.startswith("attention_ref\n")
+    assert "Did you mean 'attention_ref'" in str(course(book, "hint", "1.1", "atention_ref").exception)
     assert "grouped_q = q.reshape" in course(book, "solution", "1.1").output
+    assert "grouped_q = q.reshape" not in course(book, "solution", "1.1", "softmax_ref").output
     book.fill(FIRST.teaches)
     assert "to the letter" in course(book, "diff", "1.1").output
     change(book, "ops/attention.py", " * scale", "")
@@ -127,11 +182,21 @@ def test_unknown_chapters_and_mistakes_are_refused(book: Workbook) -> None:
     assert "there are softmax-over-columns" in str(course(book, "break", "1.1", "x").exception)
 
 
+def test_a_mistake_is_told_by_what_it_does(book: Workbook) -> None:
+    listed = course(book, "break", "1.1").output
+    assert "weights are too sharp" in listed and "keys) * scale" not in listed
+    assert "attention_ref: keys) * scale  ->  keys)" in course(book, "break", "1.1", "--code").output
+
+
 def test_break_writes_a_folder_to_try(book: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(book.folder.parent)
     for _ in range(2):
         done = course(book, "break", "1.1", "not-scaled")
-        assert done.exit_code == 0 and "--course .cache/course/1.1-not-scaled" in done.output
+        assert (
+            done.exit_code == 0
+            and done.output.startswith("not-scaled")
+            and "--course .cache/course/1.1-not-scaled" in done.output
+        )
     assert "keys) * scale" not in Path(".cache/course/1.1-not-scaled/ops/attention.py").read_text()
 
 

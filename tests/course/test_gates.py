@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from book.course.check import run_tests
+from book.course.forks import Forks
 from book.course.manifest import ROOT, Chapter, Mutant, read_manifest
 from book.course.merge import STUB
 from book.course.workbook import Workbook, in_parts, module_file
@@ -19,31 +22,43 @@ CHAPTERS = list(read_manifest().values())
 TAUGHT = [(it, definition) for it in CHAPTERS for definition in it.teaches]
 MUTANTS = [(it, mutant) for it in CHAPTERS for mutant in it.mutants]
 
+Tested = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def tested() -> Iterator[Tested]:
+    """``tested(it, folder)``: the chapter's tests, in a process of their own, forked where forks are safe."""
+    if sys.platform != "linux":
+        yield lambda it, folder, **options: run_tests([it], folder, **options)
+        return
+    with Forks() as forks:
+        yield lambda it, folder, **options: run_tests([it], folder, forks=forks, **options)
+
 
 @pytest.mark.parametrize("it", CHAPTERS, ids=lambda it: it.id)
-def test_filled_from_the_reference_it_is_green(book: Workbook, it: Chapter) -> None:
+def test_filled_from_the_reference_it_is_green(book: Workbook, tested: Tested, it: Chapter) -> None:
     new, _ = book.start(it)
     assert book.stubs(it) == new == list(it.teaches), "start leaves stubs, and check refuses"
     shutil.rmtree(book.folder)
     book.fill(it.teaches)
     assert book.stubs(it) == [] and sorted(book.written()) == sorted(it.teaches)
-    done = run_tests(it, book.folder)
+    done = tested(it, book.folder)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("it", "definition"), TAUGHT, ids=[f"{it.id}-{d}" for it, d in TAUGHT])
-def test_a_stub_turns_its_chapter_red(book: Workbook, it: Chapter, definition: str) -> None:
+def test_a_stub_turns_its_chapter_red(book: Workbook, tested: Tested, it: Chapter, definition: str) -> None:
     book.start(replace(it, teaches=[definition]))
     path = module_file(book.folder, in_parts(definition)[0])
     path.write_text(path.read_text().replace(STUB, "not written ("))  # a marked stub is the reference's
-    done = run_tests(it, book.folder, first_only=True)
+    done = tested(it, book.folder, first_only=True)
     assert done.returncode == 1, f"{definition} could be missing:\n{done.stdout}"
 
 
 @pytest.mark.parametrize(("it", "mutant"), MUTANTS, ids=[f"{it.id}-{m.name}" for it, m in MUTANTS])
-def test_a_mistake_is_caught(book: Workbook, it: Chapter, mutant: Mutant) -> None:
+def test_a_mistake_is_caught(book: Workbook, tested: Tested, it: Chapter, mutant: Mutant) -> None:
     book.add_mutant(mutant)
-    done = run_tests(it, book.folder, first_only=True)
+    done = tested(it, book.folder, first_only=True)
     assert done.returncode == 1, f"{mutant.name} passes:\n{done.stdout}"
 
 
@@ -69,7 +84,8 @@ def test_the_bundled_model_chats_by_what_1_1_asks_for(book: Workbook, run) -> No
 def test_each_chapter_has_mistakes_and_hints() -> None:
     for it in CHAPTERS:
         assert len(it.mutants) >= 3 and len({m.name for m in it.mutants}) == len(it.mutants), it.id
-        assert it.hints and set(it.needs) <= {other.id for other in CHAPTERS}, it.id
+        assert list(it.hints) == [in_parts(definition)[1] for definition in it.teaches], it.id
+        assert all(it.hints.values()) and set(it.needs) <= {other.id for other in CHAPTERS}, it.id
 
 
 def test_no_skeleton_is_committed() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from book.course.excerpt import added, whole
+from book.course.excerpt import added, heading, whole
 from book.course.merge import functions, is_stub, merged_code
 
 REFERENCE = '''"""Reference."""
@@ -102,6 +102,16 @@ def test_lines_are_counted_as_python_counts_them(mark: str) -> None:
     """Each of them ends a line for str.splitlines, and stands in a string here."""
     source = f'NAME = "{mark}"\n\ndef f():\n    return 1\n\nclass A:\n    pass\n\nX = 1\n'
     assert whole(source, "f") == "def f():\n    return 1\n"
-    assert added(source, REFERENCE, "A.g", "    def g(self): ...\n").endswith(
-        "class A:\n    pass\n\n    def g(self): ...\n\nX = 1\n"
+    assert added(source, REFERENCE.replace("Point", "A"), "A.norm", "    def norm(self): ...\n").endswith(
+        "class A:\n    pass\n\n    def norm(self): ...\n\nX = 1\n"
     )
+
+
+def test_a_stub_brings_the_imports_that_its_definition_needs_and_no_others() -> None:
+    source = "from __future__ import annotations\nimport os\nfrom math import pi, tau\n\n\n"
+    source += "def f(x: Path): return pi * x\n\n\ndef g(x): return tau, pi, os.sep\n"
+    mine = added(heading(source, "Mine."), source, "f", "def f(x): ...\n")
+    assert mine.split("\n\n\n")[0].endswith("annotations\n\nfrom math import pi")
+    mine = added(mine, source, "g", "def g(x): ...\n")
+    assert mine.split("\n\n\n")[0].endswith("\n\nfrom math import pi\nimport os\nfrom math import tau")
+    assert added(mine, source, "g", "").count("import") == mine.count("import")

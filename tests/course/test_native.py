@@ -92,7 +92,7 @@ def test_a_crash_is_reported(book: Workbook) -> None:
 def test_a_loop_that_does_not_end_is_reported(book: Workbook) -> None:
     write(book, "float y = 0;", "float y = 0;\n    for (volatile int i = 0; i < 1;) y += 1;")
     with pytest.raises(ConfigError, match=r"did not end within 12 s: .* It was in test_\w+, tests/ops/"):
-        run_tests(IT, book.folder, seconds=12)
+        run_tests([IT], book.folder, seconds=12)
 
 
 def test_without_a_compiler_it_says_so(book: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ SECTIONS = [
     "Questions",
     "In production",
 ]
-COMMANDS = ("list", "start", "check", "hint", "diff", "solution", "break")
+COMMANDS = ("list", "next", "start", "check", "hint", "diff", "solution", "break")
 each_chapter = pytest.mark.parametrize("it", CHAPTERS, ids=lambda it: it.id)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -89,10 +89,12 @@ def test_commands_exist(page: Path) -> None:
     for line in "".join(shell).splitlines():
         words = line.removeprefix("TINY_LLM_COURSE=my_llm ").partition("#")[0].split()
         if words[:3] == ["python", "main.py", "course"]:
-            assert words[3] in COMMANDS and (len(words) < 5 or words[4] in chapters), line
-            known = {m.name for m in chapters[words[4]].mutants} if len(words) > 5 else set()
-            hints = range(1, len(chapters[words[4]].hints) + 1) if words[3] == "hint" and known else ()
-            assert len(words) < 6 or words[5] in known or words[5] in map(str, hints), line
+            assert words[3] in COMMANDS and (len(words) < 5 or words[4] in {"--all", *chapters}), line
+            it = chapters[words[4]] if len(words) > 5 else None
+            known = (
+                {m.name for m in it.mutants} if it and words[3] == "break" else set(it.hints if it else ())
+            )
+            assert it is None or words[5] in {"--code", *known}, line
         elif words[:3] == ["python", "main.py", "--course"]:
             known = {f".cache/course/{it.id}-{m.name}" for it in CHAPTERS for m in it.mutants}
             assert words[3] in {"my_llm", *known}, line

@@ -59,11 +59,9 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,  # behind a proxy it would lead from https to http
     )
     app.include_router(page_routes())
-    app.include_router(_operations(service), responses=_documented_errors())
-    app.include_router(gateway_routes(service), responses=_documented_errors())
-    app.include_router(_asking(service), responses=_documented_errors())
-    app.include_router(_operations(service), responses=_documented_errors(*_ERROR))
-    app.include_router(_asking(service), responses=_documented_errors(*_ERROR))
+    told = _documented_errors(*_ERROR)
+    for routes in (_operations(service), gateway_routes(service), _asking(service)):
+        app.include_router(routes, responses=told)
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
     return app
