@@ -15,6 +15,11 @@ _AGAIN = "again"
 """What failures are called that have no traceback of their own."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow comes last: a mistake shows by hand before it shows in a whole model."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep the first report of each error among the failures, before the terminal shows them."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -31,13 +31,13 @@ from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of, short_names
 
-pytestmark = pytest.mark.chapter("0.2")
-
 DEMO = resolve("demo")
 CONFIG = load_config(DEMO)
 ALL = {name: ModelConfig.from_hf(config_of(name)) for name in short_names()}
 
 
+@pytest.mark.chapter("0.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, 8, 4])
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_weights_are_those_of_a_loaded_model(backend: str, quantize: int | None, dtype: str | None) -> None:
@@ -79,6 +79,7 @@ def test_an_untied_table_is_not_read() -> None:
     assert read_bytes(config, 2, 2, tokens=1) == weights_bytes(config, 2, 2) - head
 
 
+@pytest.mark.chapter("0.2")
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (6, 64), (8, 64)])
 def test_a_quantized_matrix_has_two_numbers_a_group(bits: int, group: int) -> None:
     shape = (24, 768)
@@ -92,8 +93,19 @@ def test_a_quantized_matrix_has_two_numbers_a_group(bits: int, group: int) -> No
     }
     assert computed == expected, known.get(computed, f"{computed} bytes, expected {expected}")
     assert tensor_bytes(shape, 4) == mx.zeros(shape).nbytes
+    wide = sum(part.nbytes for part in mx.quantize(mx.ones(shape), group_size=group, bits=bits))
+    assert tensor_bytes(shape, 4, Quantization(bits, group)) == wide, "scales and biases are of item_bytes"
 
 
+@pytest.mark.chapter("0.2")
+@pytest.mark.parametrize("shape", [(768,), (2, 768), (3, 2, 768)])
+def test_a_tensor_may_have_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    assert tensor_bytes(shape, 2) == mx.zeros(shape, mx.bfloat16).nbytes
+    parts = mx.quantize(mx.ones((2, *shape), mx.bfloat16), group_size=64, bits=4)
+    assert tensor_bytes((2, *shape), 2, Quantization(4, 64)) == sum(part.nbytes for part in parts)
+
+
+@pytest.mark.chapter("0.2")
 def test_a_tokens_keys_and_values_as_published() -> None:
     llama, mha = ALL["llama-3-8b"], 32 * 128 * 2 * 32 * 2
     computed = kv_token_bytes(llama, 2)
@@ -101,8 +113,12 @@ def test_a_tokens_keys_and_values_as_published() -> None:
     assert computed == 128 * 1024, f"{computed / 1024} KiB: {known.get(computed // 1024, 'expected 128')}"
     assert kv_token_bytes(ALL["qwen2-0.5b"], 2) == 12 * 1024
     assert kv_token_bytes(ALL["qwen2-0.5b"], 1) == 6 * 1024
+    wide = ALL["qwen3-0.6b"]
+    assert wide.head_dim * wide.num_heads == 2 * wide.hidden_size, "a head is as wide as the config says"
+    assert kv_token_bytes(wide, 2) == 2 * 28 * 8 * 128 * 2
 
 
+@pytest.mark.chapter("0.2")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int8])
 @pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-0.5b"])
 def test_the_pools_format_takes_as_many(name: str, dtype: mx.Dtype) -> None:
@@ -130,12 +146,30 @@ def peaks(tokens: int, tries: int) -> list[int]:
     return found[1:]  # the first also makes the cache
 
 
+@pytest.mark.chapter("0.2")
+@pytest.mark.slow
 def test_a_step_allocates_what_is_computed() -> None:
     """All layers' results are there at once, unless the thread that allocates is held up for a while."""
     measured, computed = max(peaks(250, tries=8)), activation_bytes(CONFIG, 250, 1)
     assert 0.7 < measured / computed < 1.1, f"{computed:,} computed, {measured:,} measured"
 
 
+@pytest.mark.chapter("0.2")
+def test_a_step_by_hand() -> None:
+    """6 E + 3 (H + K) D + F floats a token, of at most seven layers."""
+    wide, deep = ALL["qwen3-0.6b"], ALL["qwen2-0.5b"]
+    floats = {
+        wide: 6 * 1024 + 3 * (16 + 8) * 128 + 3072,
+        deep: 6 * 896 + 3 * (14 + 2) * 64 + 4864,
+        CONFIG: 6 * 256 + 3 * (4 + 2) * 64 + 768,
+    }
+    for config, token in floats.items():
+        layers = min(config.num_layers, 7)
+        assert activation_bytes(config, 10, 3) == 4 * (layers * 10 * token + 3 * config.vocab_size)
+    assert CONFIG.num_layers < 7 < deep.num_layers
+
+
+@pytest.mark.chapter("0.2")
 def test_logits_are_counted_for_rows_only() -> None:
     wide = ALL["qwen2-0.5b"]
     assert activation_bytes(wide, 8, 2) - activation_bytes(wide, 8, 1) == 4 * wide.vocab_size
@@ -143,6 +177,7 @@ def test_logits_are_counted_for_rows_only() -> None:
     assert len({after - before for before, after in pairwise(sizes)}) == 1, "it grows with the tokens"
 
 
+@pytest.mark.chapter("0.2")
 def test_training_keeps_what_adam_keeps() -> None:
     tensors = {name: mx.zeros(shape, mx.float32) for name, shape in expected_tensors(CONFIG).items()}
     adam = optimizers.Adam(1e-3)
@@ -157,6 +192,7 @@ def test_training_keeps_what_adam_keeps() -> None:
     assert sum(need[:4]) == 16 * parameter_count(CONFIG)
 
 
+@pytest.mark.chapter("0.2")
 def test_training_keeps_each_layers_results() -> None:
     names = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
     E, F, H, K, D = (getattr(CONFIG, name) for name in names)
@@ -173,6 +209,12 @@ def test_training_keeps_each_layers_results() -> None:
     logits = 4 * CONFIG.vocab_size
     need = training_bytes(CONFIG, 10).activations
     assert need == 10 * (2 * CONFIG.num_layers * sum(layer.values()) + logits), layer
+    deep = ALL["qwen3-0.6b"]
+    token = 4 * 1024 + 2 * (16 + 8) * 128 + 3 * 3072
+    need = training_bytes(deep, 10).activations
+    assert need == 10 * (2 * 28 * token + 4 * deep.vocab_size), (
+        "all layers count, and head_dim is the config's"
+    )
 
 
 def test_where_every_layer_has_a_window_a_sequence_holds_that_and_a_step() -> None:

@@ -20,9 +20,9 @@ from tiny_llm.planning.memory_report import as_svg, size, verdict
 from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
 
-pytestmark = pytest.mark.chapter("0.2")
 
-
+@pytest.mark.chapter("0.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, 4])
 def test_a_plan_is_what_the_engine_then_has(backend: str, quantize: int | None) -> None:
     plan = plan_memory("demo", available=10**9, quantize=quantize, context=1000, batch=3)
@@ -43,6 +43,7 @@ def test_buffers_that_mlx_keeps_are_a_part_of_the_plan() -> None:
     assert plan_memory("demo", available=6 * 10**8).need.buffers == 75_000_000
 
 
+@pytest.mark.chapter("0.2")
 def test_the_largest_is_the_last_that_fits() -> None:
     for last in (0, 1, 2, 7, 99, 100):
         tried: list[int] = []
@@ -58,6 +59,7 @@ def test_the_largest_is_the_last_that_fits() -> None:
         )
 
 
+@pytest.mark.chapter("0.2")
 @pytest.mark.parametrize("available", [10**6, 10**8, 10**9, 16 * 10**9])
 @pytest.mark.parametrize("model", ["demo", "qwen2-1.5b"])
 def test_one_more_does_not_fit(model: str, available: int) -> None:

@@ -13,8 +13,6 @@ from tiny_llm.ops.backend import use, works
 from tiny_llm.planning.memory import find_config
 from tiny_llm.planning.speed import FORMAT, Machine, measure_machine, predict
 
-pytestmark = pytest.mark.chapter("0.3")
-
 MACHINE = Machine(bytes_s=35e9, matrix_flops_s=700e9, attention_flops_s=200e9)
 
 
@@ -27,6 +25,7 @@ def kernels() -> Iterator[None]:
         yield
 
 
+@pytest.mark.chapter("0.3")
 def test_what_binds_is_what_counts() -> None:
     config = find_config("qwen2-0.5b")
     usual = predict(config, MACHINE, quantize=FORMAT, prompt=512, answer=32)
@@ -38,12 +37,14 @@ def test_what_binds_is_what_counts() -> None:
     assert 1.7 < usual.decode / wider.decode < 2, "twice the bits, nearly twice the bytes"
 
 
+@pytest.mark.chapter("0.3")
 def test_a_long_context_costs_both() -> None:
     config = find_config("qwen2-0.5b")
     short, long = (predict(config, MACHINE, quantize=FORMAT, prompt=n, answer=32) for n in (512, 8192))
     assert long.prefill < short.prefill and long.decode < short.decode
 
 
+@pytest.mark.chapter("0.3")
 def test_an_untied_table_is_not_read_whole() -> None:
     """Qwen2-7B's table of tokens is 0.3 GB of 4 bits; the head is as large, and is read."""
     decode = predict(find_config("qwen2-7b"), MACHINE, quantize=FORMAT, prompt=1, answer=2).decode
@@ -66,6 +67,7 @@ def test_the_command_measures_and_tells(kernels: None, capsys: pytest.CaptureFix
     assert "give --quantize 4 or 8" in capsys.readouterr().err
 
 
+@pytest.mark.chapter("0.3")
 def test_a_batch_shares_the_weights() -> None:
     config = find_config("qwen2-0.5b")
     one, four = (

@@ -54,6 +54,11 @@ def test_merged_by_hand() -> None:
     assert merged(list("abcab"), ("a", "b")) == ["ab", "c", "ab"]
     assert merged(list("aaaaa"), ("a", "a")) == ["aa", "aa", "a"], "from the left, and no letter twice"
     assert merged(["ab", "c"], ("b", "c")) == ["ab", "c"], "whole tokens are compared"
+    assert merged(["a", "bc"], ("a", "b")) == ["a", "bc"], "whole tokens are compared"
+    mine = list("abc")
+    assert merged(mine, ("a", "b")) == ["ab", "c"] and mine == ["a", "b", "c"], (
+        "the list returned is a new one"
+    )
 
 
 def test_training_by_hand() -> None:
@@ -68,6 +73,14 @@ def test_a_word_counts_as_often_as_it_stands_in_the_text() -> None:
 def test_of_equals_the_oldest_tokens_win() -> None:
     assert train({"xy": 3, "ab": 3}, 258) == [("a", "b"), ("x", "y")]
     assert train({"abc": 2}, 258) == [("a", "b"), ("ab", "c")]
+    assert train({"bc": 3, "ad": 3}, 257) == [("a", "d")], "left tokens are compared before right ones"
+    assert train({"Ġx": 3, "ab": 3}, 257) == [("a", "b")], "letters are as old as `sorted` has them"
+    learnt = train({"ab": 9, "abx": 2, "cd": 2}, 258)
+    assert learnt == [("a", "b"), ("c", "d")], "what was merged is younger than all letters"
+
+
+def test_each_place_in_a_word_counts() -> None:
+    assert train({"cdcd": 1, "ab": 1}, 257) == [("c", "d")]
 
 
 def test_training_ends_when_nothing_is_left() -> None:
@@ -103,6 +116,21 @@ def test_special_tokens_are_found_before_anything_is_split() -> None:
     assert bpe.encode("ab_ab_ab") == [*bpe.encode_word("ab"), 100, *bpe.encode_word("ab")]
     assert bpe.encode("_ab_ab_") == [101], "the longest special token wins"
     assert bpe.encode("_ab_ _ab_") == [100, 100] and bpe.encode("") == []
+    bpe = small("a b", **{"<|x|>": 100, "<|": 101})
+    assert bpe.encode("<|x|>ab<|ab") == [100, *bpe.encode_word("ab"), 101, *bpe.encode_word("ab")]
+    assert small("a b").encode("ab ab") == 2 * bpe.encode_word("ab"), "there may be no special tokens"
+
+
+def test_what_lies_between_special_tokens_is_split_as_it_is() -> None:
+    """A split that keeps spaces, as the bundled model's does."""
+    letters = small("a b")
+    spaces = BPE({**letters.vocab, " ": 99}, letters.ranks, {"_x_": 100}, lambda text: [text] if text else [])
+    assert spaces.encode("_x_ ab _x_") == [100, 99, *letters.encode_word("ab"), 99, 100]
+
+
+def test_a_special_token_is_its_own_text() -> None:
+    bpe = small("a b", **{"<|grüße an alle|>": 100})
+    assert bpe.decode([*bpe.encode_word("ab"), 100]) == "ab<|grüße an alle|>"
 
 
 @pytest.mark.parametrize("text", TEXTS)

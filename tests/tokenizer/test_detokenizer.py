@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from tiny_llm.errors import RequestError
+from tiny_llm.tokenizer.detokenizer import _ByteLevel
 from tiny_llm.tokenizer.files import TokenizerFiles
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
@@ -101,6 +102,15 @@ def bytes_as_letters() -> list[str]:
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spare = iter(range(256, 512))
     return [chr(byte) if byte in kept else chr(next(spare)) for byte in range(256)]
+
+
+@pytest.mark.chapter("0.1")
+def test_a_push_gives_one_piece_and_an_added_token_is_its_own_text() -> None:
+    step = _ByteLevel()
+    assert [*step.push("ab")] == ["ab"], "one piece, and not one for each letter"
+    assert [*step.push("<|grüße an alle|>")] == ["<|grüße an alle|>"]
+    assert [*step.push("Ã")] == [""], "half an ü waits"
+    assert [*step.push("¼")] == ["ü"]
 
 
 @pytest.mark.chapter("0.1")

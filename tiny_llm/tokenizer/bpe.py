@@ -52,7 +52,7 @@ def train(counts: Mapping[str, int], vocab_size: int) -> list[Pair]:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], age[pair[0]], age[pair[1]]))
         merges.append(best)
-        age.setdefault("".join(best), len(age))
+        age["".join(best)] = len(age)
         words = {word: merged(tokens, best) for word, tokens in words.items()}
     return merges
 
