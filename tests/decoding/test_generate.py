@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Batch, KVCache
-from tiny_llm.decoding.generate import Forward, Token, generate, generate_without_cache
+from tiny_llm.decoding.generate import Forward, Token, generate, generate_without_cache, one_sequence
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.sampling.logprobs import log_probabilities
@@ -48,6 +48,21 @@ def test_a_cache_changes_nothing(params: SamplingParams) -> None:
     without = ids(generate_without_cache(small_model(), PROMPT, params))
     assert len(set(without)) > 3, f"the model must not fall into one token: {without}"
     assert ids(generate(small_model(), DenseCache(1), PROMPT, params)) == without
+
+
+def test_a_batch_of_one_sequence_by_hand() -> None:
+    batch = one_sequence((7, 8, 9), start=5)
+    assert batch.tokens.tolist() == [7, 8, 9] and batch.tokens.dtype == mx.int32
+    assert batch.positions.tolist() == [5, 6, 7] and batch.positions.dtype == mx.int32
+    assert batch.query_start_loc == (0, 3), "which rows are its own, wherever it stands"
+    assert batch.logit_rows.tolist() == [2] and batch.logit_rows.dtype == mx.int32
+
+
+def test_the_prompt_stays_as_it_is() -> None:
+    mine = list(PROMPT)
+    assert ids(generate_without_cache(small_model(), mine, SAMPLED), 5)
+    assert mine == PROMPT
+    assert ids(generate_without_cache(small_model(), tuple(PROMPT), SAMPLED), 5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10, 11, 12])

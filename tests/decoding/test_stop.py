@@ -96,12 +96,16 @@ def test_first_complete_stop_string_counts_and_the_longest_of_those() -> None:
     assert find_stop("xabcdef", ["abcdef", "cd"]) == 3, "cd is complete before abcdef"
     assert find_stop("xabcd", ["cd", "abcd"]) == 1, "both end together: the longest"
     assert find_stop("xyz", ["a"]) is None and find_stop("xyz", []) is None
+    assert find_stop("a, then b", ["a"]) == 0, "the beginning is a place, too"
+    assert find_stop("x##y##", ["##"]) == 1, "the first of two"
 
 
 def test_open_length_is_the_longest_beginning_at_the_end() -> None:
     assert open_length("aab", ["abc"]) == 2
     assert open_length("xaa", ["aaab", "ab"]) == 2
     assert open_length("abc", ["abc"]) == 0, "a complete one is not open"
+    assert open_length("xab", ["#", "abc"]) == 2, "of any of them"
+    assert open_length("xb", ["abc"]) == 0, "what stands inside of a stop string begins none"
     assert open_length("", ["abc"]) == open_length("abc", []) == 0
 
 

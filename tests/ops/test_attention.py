@@ -71,6 +71,7 @@ def test_mask_by_hand() -> None:
     no = -mx.inf
     assert causal_mask(2, 4, offset=2).tolist() == [[0, 0, 0, no], [0, 0, 0, 0]]
     assert causal_mask(3, 3, offset=0).tolist() == [[0, no, no], [0, 0, no], [0, 0, 0]]
+    assert causal_mask(2, 4, offset=0).tolist() == [[0, no, no, no], [0, 0, no, no]]
 
 
 @pytest.mark.chapter("1.1")
@@ -152,6 +153,8 @@ def test_as_transformers(assert_close, activations, case: str) -> None:
     )
 
 
+@pytest.mark.chapter("1.1")
+@pytest.mark.chapter("1.3")
 def test_half_precision_comes_back_and_is_summed_in_float32(assert_close) -> None:
     q, k, v = normal(2, 2, 64), normal(300, 1, 64, seed=1), normal(300, 1, 64, seed=2)
     halves = [x.astype(mx.bfloat16) for x in (q, k, v)]
@@ -159,6 +162,34 @@ def test_half_precision_comes_back_and_is_summed_in_float32(assert_close) -> Non
     expected = attention(*(x.astype(mx.float32) for x in halves), scale=0.125, offset=298)
     assert got.dtype == mx.bfloat16
     assert_close(got, expected, tolerance=2**-8)
+
+
+@pytest.mark.chapter("1.1")
+@pytest.mark.chapter("1.3")
+def test_scores_are_no_half_precision() -> None:
+    """64 times 50 times 50 is 160,000, which no float16 is."""
+    q, v = mx.full((2, 1, 64), 50.0, dtype=mx.float16), normal(2, 1, 64).astype(mx.float16)
+    got = attention(q, q, v, scale=0.125, offset=0)
+    assert got.dtype == mx.float16 and not mx.any(mx.isnan(got)).item(), "make scores in float32"
+    assert mx.allclose(got[0], v[0], atol=1e-3).item(), "the first token sees itself"
+
+
+@pytest.mark.chapter("1.1")
+@pytest.mark.chapter("1.3")
+@pytest.mark.parametrize(("start", "end"), [(0, 3), (2, 5), (4, 5)])
+def test_offset_says_where_queries_stand_and_not_how_many_keys_there_are(
+    assert_close, start: int, end: int
+) -> None:
+    """Keys behind the last query are no reason to move: a mask of S - T would let it see them."""
+    q, k, v = normal(9, 4, 8), normal(9, 2, 8, seed=1), normal(9, 2, 8, seed=2)
+    together = attention(q, k, v, scale=0.35, offset=0)
+    assert_close(
+        attention(q[start:end], k, v, scale=0.35, offset=start),
+        together[start:end],
+        the_last_query_stands_at_the_last_key=by_loops(
+            q[start:end], k, v, scale=0.35, offset=9 - (end - start)
+        ),
+    )
 
 
 @pytest.mark.parametrize(

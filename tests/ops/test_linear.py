@@ -22,6 +22,8 @@ def test_by_hand() -> None:
         mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]), mx.array([0.0, 10.0, 0.0])
     )
     assert got.tolist() == [[11.0, 27.0, 23.0]]
+    square = mx.array([[1.0, 2.0], [3.0, 4.0]])
+    assert linear(mx.array([[1.0, 10.0], [0.0, 1.0]]), square).tolist() == [[21.0, 43.0], [2.0, 4.0]]
 
 
 @pytest.mark.chapter("1.4")

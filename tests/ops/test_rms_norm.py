@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from tiny_llm.ops.rms_norm import rms_norm
+from tiny_llm.ops.rms_norm import rms_norm, rms_norm_ref
 
 pytestmark = pytest.mark.chapter("1.4")
 
@@ -17,6 +17,31 @@ def test_by_hand() -> None:
     got = rms_norm(mx.array([[3.0, 4.0]]), mx.array([1.0, 10.0]), 0.0).flatten().tolist()
     root = 12.5**0.5
     assert got == pytest.approx([3 / root, 40 / root], rel=1e-5)
+
+
+def test_eps_is_added_to_the_mean_square() -> None:
+    """Rows of ordinary size do not show it: here it is as large as the mean square of the row."""
+    got = rms_norm(mx.array([[0.3, 0.4], [3e-4, 4e-4]]), mx.ones(2), 0.125).tolist()
+    assert got[0] == pytest.approx([0.3 / 0.25**0.5, 0.4 / 0.25**0.5], rel=1e-5), "inside of the root"
+    assert got[1] == pytest.approx([3e-4 / 0.125**0.5, 4e-4 / 0.125**0.5], rel=1e-4), (
+        "and it is the one given"
+    )
+
+
+def test_rows_are_normed_one_by_one(assert_close) -> None:
+    x = mx.random.normal((4, 16), key=mx.random.key(0)) * mx.array([[1.0], [10.0], [100.0], [0.1]])
+    alone = mx.concatenate([rms_norm(x[t : t + 1], mx.ones(16), 1e-6) for t in range(4)])
+    assert_close(rms_norm(x, mx.ones(16), 1e-6), alone)
+
+
+def test_the_quotient_is_rounded_before_the_weight_counts() -> None:
+    x, weight = (mx.random.normal((2, 256), key=mx.random.key(i)).astype(mx.bfloat16) for i in range(2))
+    wide = x.astype(mx.float32)
+    quotient = wide * mx.rsqrt(mx.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    got = rms_norm_ref(x, weight[0], 1e-6)
+    once = (quotient * weight[0].astype(mx.float32)).astype(mx.bfloat16)
+    assert mx.array_equal(got, quotient.astype(mx.bfloat16) * weight[0]).item(), "return to x's dtype first"
+    assert not mx.array_equal(got, once).item()
 
 
 def test_zeros_stay_zeros() -> None:

@@ -58,6 +58,25 @@ def test_llama3_divides_only_slow_pairs() -> None:
     assert rope_frequencies(8, 1000.0, LLAMA3).tolist() == pytest.approx(expected)
 
 
+def test_each_token_turns_by_its_own_position(assert_close) -> None:
+    """Two sequences in one batch, one of which begins anew; and a gap."""
+    x, positions = mx.random.normal((6, 3, 8), key=mx.random.key(0)), mx.array([5, 6, 7, 0, 1, 40])
+    frequencies = rope_frequencies(8, 10_000.0)
+    assert_close(
+        rope(x, positions, frequencies),
+        by_loops(x, positions, frequencies),
+        counted_on_from_the_first_position=by_loops(x, mx.arange(5, 11), frequencies),
+        counted_from_zero=by_loops(x, mx.arange(6), frequencies),
+    )
+
+
+def test_turning_changes_no_length() -> None:
+    x = mx.random.normal((3, 2, 8), key=mx.random.key(0))
+    turned = rope(x, mx.array([0, 5, 900]), rope_frequencies(8, 10_000.0))
+    pairs = [mx.square(a[..., :4]) + mx.square(a[..., 4:]) for a in (x, turned)]
+    assert mx.allclose(*pairs, atol=1e-5).item()
+
+
 def test_position_zero_changes_nothing() -> None:
     x = mx.random.normal((1, 2, 8), key=mx.random.key(0))
     assert mx.array_equal(rope(x, mx.array([0]), rope_frequencies(8, 10_000.0)), x)

@@ -27,6 +27,14 @@ def test_large_scores_do_not_overflow() -> None:
     assert got == pytest.approx([0.25, 0.75], rel=1e-4), "subtract the largest value before exp"
 
 
+def test_each_row_is_a_row_of_its_own() -> None:
+    """Far below the other row: with the largest of all subtracted its sum is 0."""
+    got = softmax(mx.array([[0.0, math.log(3)], [-1000.0, -1000.0 + math.log(3)]]))
+    assert got.tolist() == [pytest.approx([0.25, 0.75], rel=1e-4)] * 2, "a row's own largest is subtracted"
+    shaped = softmax(got[:, None]).shape
+    assert shaped == (2, 1, 2), "any number of axes"
+
+
 def test_a_masked_score_gets_nothing() -> None:
     assert softmax(mx.array([0.0, -mx.inf, 0.0])).tolist() == [0.5, 0.0, 0.5]
 

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from tiny_llm.ops.swiglu import swiglu
+from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 
 pytestmark = pytest.mark.chapter("1.4")
 
@@ -24,6 +24,15 @@ def test_gate_and_up_are_not_the_same() -> None:
     assert got == pytest.approx(-2 / (1 + math.exp(-1))), (
         f"silu belongs on the gate; on up it gives {swapped:.3f}"
     )
+
+
+def test_silu_is_made_in_float32_and_rounded_before_up_counts() -> None:
+    gate, up = (mx.random.normal((512,), key=mx.random.key(i)).astype(mx.bfloat16) for i in range(2))
+    wide = gate.astype(mx.float32)
+    silu = wide / (1 + mx.exp(-wide))
+    got = swiglu_ref(gate, up)
+    assert got.dtype == mx.bfloat16 and mx.array_equal(got, silu.astype(mx.bfloat16) * up).item()
+    assert not mx.array_equal(got, gate / (1 + mx.exp(-gate)) * up).item()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -30,6 +30,14 @@ def test_log_probabilities_are_a_log_softmax() -> None:
     assert logp[1].tolist() == pytest.approx([-math.log(3)] * 3), "large logits must not overflow"
 
 
+def test_each_row_is_a_row_of_its_own_in_float32() -> None:
+    logp = log_probabilities(mx.array([[0.0, 0.0], [-500.0, -500.0]], mx.bfloat16))
+    assert logp.dtype == mx.float32
+    assert logp.tolist() == [pytest.approx([-math.log(2)] * 2)] * 2
+    wide = mx.random.normal((1, 5000), key=mx.random.key(0)).astype(mx.bfloat16)
+    assert mx.sum(mx.exp(log_probabilities(wide))).item() == pytest.approx(1, abs=1e-4)
+
+
 def test_chosen_token_first_then_the_likeliest() -> None:
     logits = mx.array([0.0, 2.0, 1.0, -1.0])
     assert list(top_logprobs(logits, 3, 2)) == [3, 1, 2]

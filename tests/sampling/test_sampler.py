@@ -120,6 +120,34 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
     assert kept([2.0, 2.0, 1.0], min_p=1.0) == [0, 1], "equals of the likeliest stay"
 
 
+def test_min_p_acts_after_the_temperature() -> None:
+    shares = logits_of(0.5, 0.2, 0.1)
+    assert kept(shares, min_p=0.5) == [0]
+    assert kept(shares, min_p=0.5, temperature=2.0) == [0, 1], "hot: 0.63 times as likely as the best"
+    assert kept(shares, min_p=0.3, temperature=0.5) == [0], "cold: 0.16 times"
+
+
+def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
+    """However sums are rounded: the last of 151,936 are far smaller than the sum of all before them."""
+    scores = mx.random.normal((1, 151_936), key=mx.random.key(0)) * 2
+    scores = scores - mx.max(scores)
+    mask = sampler.top_k_top_p_mask(scores, [SamplingParams(temperature=1.0, top_p=1.0, seed=1)])
+    assert mx.all(mask).item(), f"{mx.sum(~mask).item():,} tokens are forbidden"
+
+
+def test_each_row_has_its_own_parameters() -> None:
+    logits, draws = mx.array([logits_of(0.5, 0.3, 0.2)] * 3), (0.25, 1.0, 4.0)
+    scores = filter_logits(logits, [SamplingParams(temperature=t, seed=1) for t in draws])
+    assert scores[:, 1].tolist() == pytest.approx([math.log(0.6) / t for t in draws], rel=1e-5)
+    assert scores[:, 0].tolist() == [0.0] * 3, "the largest score of a row is 0"
+
+
+def test_a_row_without_a_finite_largest_logit_is_greedy() -> None:
+    rows = [[-math.inf] * 3, [0.0, math.inf, 1.0], [0.0, 1.0, 2.0]]
+    params = [SamplingParams(temperature=1.0, seed=1)] * 2 + [SamplingParams()]
+    assert sample(mx.array(rows * 4), params * 4, range(12)).tolist() == [0, 1, 2] * 4
+
+
 def test_temperature_acts_before_the_filters() -> None:
     shares = logits_of(0.5, 0.3, 0.2)
     assert kept(shares, top_p=0.6) == [0, 1]
@@ -130,8 +158,9 @@ def test_temperature_acts_before_the_filters() -> None:
 def test_tiny_temperature_is_greedy_without_overflow(temperature: float) -> None:
     logits = mx.array([[1.0, 90.0, 89.0, -90.0]] * 8)
     params = SamplingParams(temperature=temperature, seed=1)
-    scores = filter_logits(logits, [params] * 8)
-    assert not mx.any(mx.isnan(scores)).item()
+    for factor in (1.0, 1e7):
+        scores = filter_logits(factor * logits, [params] * 8)
+        assert not mx.any(mx.isnan(scores)).item() and mx.all(scores[:, 1] == 0).item()
     assert sample(logits, [params] * 8, range(8)).tolist() == [1] * 8
 
 
@@ -186,6 +215,10 @@ def test_half_precision_logits_are_filtered_in_float32(dtype: mx.Dtype) -> None:
     logits = mx.random.normal((6, 101), key=mx.random.key(1)).astype(dtype)
     params = mixed_params(6)
     exact = sample(logits.astype(mx.float32), params, range(6))
+    hot = [replace(p, temperature=p.temperature or 1.0) for p in params]
+    scores = filter_logits(logits, hot)
+    assert scores.dtype == mx.float32
+    assert mx.array_equal(scores, filter_logits(logits.astype(mx.float32), hot)).item()
     assert sample(logits, params, range(6)).tolist() == exact.tolist()
 
 
