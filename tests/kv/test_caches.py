@@ -90,6 +90,47 @@ def test_length_counts_only_tokens_that_every_layer_holds() -> None:
 
 
 @pytest.mark.chapter("2.1")
+def test_each_layer_has_a_length_of_its_own() -> None:
+    """Two pieces through the first layer, then both through the second."""
+    q, k, v = rows(5)
+    cache, parts = DenseCache(2), (slice(0, 3), slice(3, 5))
+    for layer in range(2):
+        outs = [cache.attend(layer, q[p], k[p], v[p], batch_of(p.stop - p.start)) for p in parts]
+        assert difference(mx.concatenate(outs), attention(q, k, v, scale=SCALE, offset=0)) < 1e-5
+
+
+@pytest.mark.chapter("2.1")
+def test_attention_is_given_the_rows_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(q: mx.array, k: mx.array, v: mx.array, **rest: float) -> mx.array:
+        assert q.dtype == k.dtype == v.dtype == mx.float32, "what is kept in halves comes back as q's dtype"
+        seen.append((k.shape[0], v.shape[0]))
+        return attention(q, k, v, **rest)
+
+    monkeypatch.setattr("tiny_llm.kv.dense.attention", watched)
+    cache = DenseCache(1, mx.bfloat16)
+    for count in (3, 1):
+        cache.attend_arrays(0, *rows(count))
+    assert seen == [(3, 3), (4, 4)], "there is room for 256, and the other rows are empty"
+
+
+@pytest.mark.chapter("2.1")
+def test_truncating_changes_no_array() -> None:
+    cache = DenseCache(2)
+    for layer in range(2):
+        cache.attend_arrays(layer, *rows(5, seed=layer))
+    before = [*cache._keys, *cache._values]
+    cache.truncate(2)
+    assert cache._lengths == [2, 2], "in every layer"
+    assert all(now is then for now, then in zip([*cache._keys, *cache._values], before, strict=True))
+    with pytest.raises(AssertionError):
+        cache.truncate(3)
+    with pytest.raises(AssertionError):
+        cache.truncate(-1)
+
+
+@pytest.mark.chapter("2.1")
 def test_truncated_tokens_are_as_if_they_had_never_been() -> None:
     q, k, v = rows(6)
     cache = DenseCache(1)
@@ -113,6 +154,16 @@ def test_truncate_mends_a_step_that_failed_between_layers() -> None:
     assert difference(got, attention(q[2:], k, v, scale=SCALE, offset=2)) < 1e-5
 
 
+@pytest.mark.chapter("1.3")
+def test_no_cache_passes_the_window_on() -> None:
+    q, k, v = rows(9)
+    got = NoCache().attend(0, q, k, v, batch_of(4, 5), window=2)
+    parts = [slice(0, 4), slice(4, 9)]
+    alone = [attention(q[p], k[p], v[p], scale=SCALE, offset=0, window=2) for p in parts]
+    assert difference(got, mx.concatenate(alone)) < 1e-5
+
+
+@pytest.mark.chapter("2.1")
 @pytest.mark.parametrize("chunks", [(9,), (1,) * 9, (4, 5), (1, 7, 1)])
 def test_dense_in_chunks_with_a_window(chunks: tuple[int, ...]) -> None:
     q, k, v = rows(9)
@@ -157,6 +208,10 @@ def test_written_rows_stand_where_they_should() -> None:
     grown = written(again, mx.full((255, 1, 3), 4.0, dtype=again.dtype), 5, 260)
     assert grown.shape[0] == 512 and grown[:6, 0, 0].tolist() == [1, 3, 2, 2, 2, 4], "what was held is lost"
     assert written(None, mx.ones((2, 1, 3), dtype=mx.bfloat16), 0, 2).dtype == mx.bfloat16
+    long = written(None, mx.ones((600, 1, 3)), 0, 600)
+    assert long.shape[0] == 1024 and long[:601, 0, 0].sum().item() == 600, "room for all of a long prompt"
+    full = written(None, mx.ones((256, 1, 3)), 0, 256)
+    assert written(full, mx.full((1, 1, 3), 2.0), 256, 257)[255:258, 0, 0].tolist() == [1, 2, 0]
 
 
 @pytest.mark.chapter("2.1")

@@ -66,6 +66,30 @@ def test_rates_are_units_over_seconds_and_their_median_counts() -> None:
     assert Rate.of(trial, [2.0, 2.0, 80.0]).median == 4.0, "one interruption must not count"
 
 
+def test_of_an_even_number_the_median_lies_between() -> None:
+    assert Rate.of(Trial(("x",), 8.0, lambda: 0.0), [1.0, 2.0]) == Rate(6.0, 4.0, 8.0)
+
+
+def test_sides_may_come_one_by_one() -> None:
+    order: list[str] = []
+    sides = (Trial((name,), 1.0, runs(order, name, 1, 1)) for name in "ab")
+    assert set(interleave(sides, 2, pause=0)) == {("a",), ("b",)} and "".join(order) == "abab"
+
+
+def test_there_is_a_pause_after_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: order.append(f"sleep {seconds}"))
+    interleave([Trial((name,), 1.0, runs(order, name, 1, 1)) for name in "ab"], 2, pause=0.25)
+    assert order == ["a", "sleep 0.25", "b", "sleep 0.25"] * 2
+
+
+def test_the_clock_runs_while_the_work_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: float(len(order)))
+    assert seconds_of(lambda: order.append("described")) == 1.0
+    assert order == ["described"], "it is called once"
+
+
 def test_once_is_once() -> None:
     order: list[str] = []
     sides = [
