@@ -1,4 +1,4 @@
-"""Servers to compare, each a process of its own on a free port: ours, llama-server, mlx_lm.server.
+"""Servers to compare, each a process of its own on a free port: ours, llama-server, mlx_lm.server; smg.
 
 Owns how each is started and when it is ready; what it is asked is no affair of this file.
 """
@@ -16,8 +16,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from measure.environments import python_of
+from measure.environments import PeerMissing, python_of
 from measure.http_load import Target
 from measure.llama_server import binary_of
 
@@ -118,6 +119,28 @@ def mlx_lm_server(model: Path, threads: int, folder: Path) -> Server:
     port = free_port()
     command = [python_of("mlx-lm", folder), "-m", "mlx_lm", "server", "--model", model, "--port", port]
     return Server("mlx_lm.server", str(model), [*map(str, command)], port, "/v1/models", threads)
+
+
+def smg(urls: Sequence[str], policy: str, *options: str) -> Server:
+    """The gateway smg before servers of ours. Raises PeerMissing where it is not installed."""
+    program, port = Path(sys.executable).with_name("smg"), free_port()
+    if not program.exists():
+        raise PeerMissing("smg is not installed: the extra `test` has it.")
+    command: list[object] = [program, "launch", "--host", "127.0.0.1", "--port", port, "--policy", policy]
+    # Else it shows its figures to the whole network, and looks for servers every 30 s.
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", free_port()]
+    command += ["--worker-startup-check-interval", 1, *options, "--worker-urls", *urls]
+    server = Server("smg", "demo", [*map(str, command)], port, "/workers", threads=1)
+    while sum(one["is_healthy"] for one in workers(server.target.url)) < len(urls):
+        time.sleep(0.1)
+    return server
+
+
+def workers(gateway: str) -> list[dict[str, Any]]:
+    """What smg knows of each server: ``is_healthy``, and ``load``, requests that it has sent there."""
+    with urllib.request.urlopen(gateway + "/workers", timeout=5) as answer:
+        known: list[dict[str, Any]] = json.load(answer)["workers"]
+    return known
 
 
 class EngineAlone:
