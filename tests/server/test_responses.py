@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,12 @@ import pytest
 
 from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.server.answers import WrittenArray
+from tiny_llm.server.problems import Problem
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
+from tiny_llm.server.settings import ServerSettings
+from tiny_llm.server.stored import StoredResponses
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -60,6 +64,76 @@ def test_it_says_what_a_chat_says(client: openai.OpenAI, http: httpx.Client) -> 
     messages = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": QUESTION}]
     assert told.output_text == said(http, messages=messages, max_tokens=3)
     assert told.instructions == "Answer in one word." and told.store is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_turn_goes_on_from_a_response_that_is_kept(client: openai.OpenAI, stream: bool) -> None:
+    """Its whole conversation counts, also that of the one before it; instructions do not."""
+
+    def answer(**asked: Any) -> Any:
+        if not stream:
+            return client.responses.create(max_output_tokens=64, **GREEDY, **asked)
+        with client.responses.stream(max_output_tokens=64, **GREEDY, **asked) as events:
+            return events.get_final_response()
+
+    questions = (QUESTION, "What is a block table?", "What is a token?")
+    items: list[Any] = []
+    last = None
+    for question in questions:
+        items.append({"role": "user", "content": question})
+        last = answer(input=question, previous_response_id=last and last.id)
+        told = client.responses.create(input=items, max_output_tokens=64, store=False, **GREEDY)
+        assert last.output_text == told.output_text
+        items += [item.model_dump() for item in told.output]
+    assert last.store and last.previous_response_id
+    assert client.responses.retrieve(last.id).output_text == last.output_text
+    client.responses.delete(last.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(last.id)
+
+
+def test_a_response_that_is_not_to_be_kept_is_not(client: openai.OpenAI) -> None:
+    first = client.responses.create(input=QUESTION, max_output_tokens=4, store=False, **GREEDY)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(input=QUESTION, previous_response_id=first.id, **GREEDY)
+    assert caught.value.param == "previous_response_id" and caught.value.code == "response_not_found"
+
+
+def test_a_key_goes_on_from_its_own_responses_only(start: Any) -> None:
+    with (
+        start(ServerSettings(api_keys=("one", "two"))) as own,
+        own.openai("one") as one,
+        own.openai("two") as two,
+    ):
+        first = one.responses.create(input=QUESTION, max_output_tokens=4, **GREEDY)
+        for ask in (two.responses.retrieve, two.responses.delete):
+            with pytest.raises(openai.NotFoundError):
+                ask(first.id)
+        assert one.responses.retrieve(first.id).id == first.id
+
+
+def test_what_is_kept_has_bounds() -> None:
+    """The least recently used goes first, and what was not used for a while."""
+    now = [0.0]
+    kept = StoredResponses(100, 60.0, lambda: now[0])
+
+    def there() -> list[str]:
+        found = []
+        for name in "abcd":
+            with contextlib.suppress(Problem):
+                kept.get("", name)
+                found.append(name)
+        return found
+
+    for name in "ab":
+        kept.add("", name, b"x" * 30, [], 10)
+    kept.get("", "a")
+    kept.add("", "c", b"x" * 30, [], 10)
+    assert there() == ["a", "c"]
+    now[0] = 61.0
+    assert there() == []
+    kept.add("", "d", b"x" * 200, [], 0)
+    assert there() == []
 
 
 def test_a_second_turn_takes_the_first_one_s_items(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -222,7 +296,6 @@ def test_items_become_the_messages_that_they_were() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"previous_response_id": "resp-1"}, "previous_response_id"),
         ({"conversation": "conv-1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),

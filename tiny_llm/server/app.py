@@ -32,6 +32,7 @@ from tiny_llm.server.prometheus import CONTENT_TYPE, exposition
 from tiny_llm.server.response_bodies import ResponseBody
 from tiny_llm.server.responses import respond
 from tiny_llm.server.service import ClientGone, Service
+from tiny_llm.server.stored import StoredResponses, stored_routes
 from tiny_llm.server.strict_json import StrictRoute
 from tiny_llm.server.text_bodies import (
     CompletionBody,
@@ -60,7 +61,9 @@ def create_app(service: Service) -> FastAPI:
     )
     app.include_router(page_routes())
     told = _documented_errors(*_ERROR)
-    for routes in (_operations(service), gateway_routes(service), _asking(service)):
+    stored = StoredResponses()
+    looking = _operations(service), gateway_routes(service), stored_routes(stored)
+    for routes in (*looking, _asking(service, stored)):
         app.include_router(routes, responses=told)
     for kind in (Exception, HTTPException, RequestValidationError, TinyLLMError, ClientGone):
         app.add_exception_handler(kind, _failed)
@@ -124,7 +127,7 @@ def _operations(service: Service) -> APIRouter:
     return router
 
 
-def _asking(service: Service) -> APIRouter:
+def _asking(service: Service, stored: StoredResponses) -> APIRouter:
     """What the model does."""
     router = APIRouter(route_class=StrictRoute, tags=["inference"])
     theirs = _documented_errors("message", "type")
@@ -139,7 +142,7 @@ def _asking(service: Service) -> APIRouter:
 
     @router.post("/v1/responses", responses=_documented("id", "status", "output", "usage", streams=True))
     async def responses(request: Request, body: ResponseBody) -> Response:
-        return await respond(service, request, body)
+        return await respond(service, stored, request, body)
 
     @router.post("/v1/messages", responses=_documented("id", "content", "usage", streams=True) | theirs)
     async def messages(request: Request, body: MessageBody) -> Response:

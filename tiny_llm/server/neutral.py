@@ -48,9 +48,6 @@ REQUEST: Mapping[str, Values] = {
 }
 """Of a request, whatever its route."""
 
-RESPONSE: Mapping[str, Values] = {"store": (False, True)}
-"""Of a request to /v1/responses. OpenAI's default is to store; our responses say that they are not stored."""
-
 STREAM_OPTIONS: Mapping[str, Values] = {"include_obfuscation": (False,)}
 TEXT_OPTIONS: Mapping[str, Values] = {"verbosity": ("medium",)}
 REASONING_OPTIONS: Mapping[str, Values] = {"summary": ("auto",)}

@@ -1,6 +1,6 @@
 """Owns what the body of POST /v1/responses may say.
 
-Nothing is kept between two requests: a field that counts on that is refused by its name.
+What counts on more than responses that are kept for a while is refused by its name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, FailFast, Field, StringConstraints
 from tiny_llm.server import settings as caps
 from tiny_llm.server.bodies import Body, Choosing, Count, Few, Name
 from tiny_llm.server.chat_bodies import Effort, Function, NamedFunction, OfFunctions, TemplateArguments, Text
-from tiny_llm.server.neutral import REASONING_OPTIONS, RESPONSE, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
+from tiny_llm.server.neutral import REASONING_OPTIONS, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
 
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
@@ -121,11 +121,12 @@ class EventOptions(Body):
     """What a stream says beside the answer: nothing, so far."""
 
 
-@with_neutral(RESPONSE)
 class ResponseBody(Choosing):
-    """POST /v1/responses. Nothing is kept of it, and ``store`` changes nothing about that."""
+    """POST /v1/responses. With ``store``, another one can go on from it by ``previous_response_id``."""
 
     input: Items
+    previous_response_id: ItemId | None = None
+    store: bool = True
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
         default_factory=list

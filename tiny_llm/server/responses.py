@@ -1,30 +1,36 @@
 """Owns POST /v1/responses: a conversation's next items, at once or as events that say how they grow.
 
-A request is a chat in other words, so a chat is what the engine is asked. Nothing is kept of it.
+A request is a chat in other words, so a chat is what the engine is asked.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import TypeAdapter
 
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.messages.chat_format import ChatFormat
-from tiny_llm.server.answers import new_id
+from tiny_llm.server.answers import dumped, new_id
 from tiny_llm.server.chat_completions import chat_job
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
-from tiny_llm.server.problems import problem_of, renamed
-from tiny_llm.server.response_bodies import ResponseBody
+from tiny_llm.server.problems import Problem, problem_of, renamed
+from tiny_llm.server.response_bodies import AnyItem, Item, ResponseBody
 from tiny_llm.server.response_chat import chat_of
 from tiny_llm.server.response_items import Items
 from tiny_llm.server.service import Service
+from tiny_llm.server.settings import MAX_MESSAGES
+from tiny_llm.server.stored import StoredResponses
 
+_Keep = Callable[[dict[str, Any]], None]
+_ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
 _THEIR_NAMES = (
     (r"response_format\.json_schema", "text.format.schema"),
     (r"response_format", "text.format"),
@@ -46,16 +52,16 @@ _REPEATED = (
     "user",
     "safety_identifier",
     "prompt_cache_key",
+    "previous_response_id",
+    "store",
 )
 """What a response says again of its request."""
 _ALWAYS: Mapping[str, Any] = {
     "error": None,
     "incomplete_details": None,
-    "previous_response_id": None,
     "background": False,
     "max_tool_calls": None,
     "service_tier": "default",
-    "store": False,
     "truncation": "disabled",
 }
 """What holds for every response here, and every schema of a response wants to be told."""
@@ -66,21 +72,43 @@ _FORM_KEYS: Mapping[str, Any] = {"name": "answer", "description": None, "schema"
 """What a response must have of a tool, and of a form, that the request need not say."""
 
 
-async def respond(service: Service, request: Request, body: ResponseBody) -> Response:
-    """Answer one request, at once or as a stream."""
+async def respond(
+    service: Service, stored: StoredResponses, request: Request, body: ResponseBody
+) -> Response:
+    """Answer one request, at once or as a stream; keep the response among those that are ``stored``."""
+    asked_bytes = request.state.body_bytes
+
+    def asking(service: Service, body: ResponseBody, key_salt: str) -> tuple[Job, ResponsesWriter]:
+        before = body.previous_response_id
+        said = body.input
+        if before is not None:
+            said = [*stored.get(key_salt, before, "previous_response_id").items, *said]
+            _require_few(len(said))
+        form, job = chat_job(service.llm, chat_of(body.model_copy(update={"input": said})), key_salt)
+
+        def keep(response: dict[str, Any]) -> None:
+            if body.store:
+                told = b"".join(dumped(response))
+                items = [*said, *_ITEMS.validate_python(json.loads(told)["output"])]
+                stored.add(key_salt, response["id"], told, items, asked_bytes)
+
+        return job, ResponsesWriter(service, body, form, keep)
+
     with renamed(_THEIR_NAMES):
-        return await answered(service, request, body, _asking)
+        return await answered(service, request, body, asking)
 
 
-def _asking(service: Service, body: ResponseBody, key_salt: str) -> tuple[Job, ResponsesWriter]:
-    form, job = chat_job(service.llm, chat_of(body), key_salt)
-    return job, ResponsesWriter(service, body, form)
+def _require_few(items: int) -> None:
+    if items > MAX_MESSAGES:
+        what = f"input and what came before it have {items} items, but may have at most {MAX_MESSAGES}."
+        raise Problem(400, what, code="invalid_value", param="input")
 
 
 class ResponsesWriter(ResponseWriter):
     """/v1/responses' words: what the response is, each item as it grows, what it came to."""
 
-    def __init__(self, service: Service, body: ResponseBody, form: ChatFormat) -> None:
+    def __init__(self, service: Service, body: ResponseBody, form: ChatFormat, keep: _Keep) -> None:
+        self._keep = keep
         self._body = body
         self._parser = form.parser()
         self._items = Items(LogprobWriter(service.llm.tokenizer, body.top_logprobs or 0).chat)
@@ -92,7 +120,9 @@ class ResponsesWriter(ResponseWriter):
         """The response of a request that is not streamed: what its events come to."""
         for chunk in answers[0]:
             self._told(chunk)
-        return self._response(ended[0])
+        response = self._response(ended[0])
+        self._keep(response)
+        return response
 
     def opening(self) -> bytes:
         """That there is a response."""
@@ -106,6 +136,7 @@ class ResponsesWriter(ResponseWriter):
     def closing(self, ended: Sequence[Completion]) -> bytes:
         """The whole response."""
         response = self._response(ended[0])
+        self._keep(response)
         return self._event({"type": f"response.{response['status']}", "response": response})
 
     def failure(self, error: Exception) -> bytes:
