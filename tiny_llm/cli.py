@@ -64,6 +64,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "tiny_llm.planning.commands",
         "Say how much memory a model takes, and how far this machine's reaches; nothing is loaded.",
     ),
+    "simulate": (
+        "tiny_llm.commands.simulate",
+        "Try policies of serving on a trace or a made-up load: the real scheduler, no model.",
+    ),
     "doctor": (
         "tiny_llm.planning.doctor",
         "Say which backends this machine has, and where our kernels or MLX's own run.",
