@@ -14,10 +14,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tiny_llm.cli import main
-from tiny_llm.planning.simulation.cluster import Cluster, Outcome
+from tiny_llm.planning.simulation.cluster import Cluster, Simulated
 from tiny_llm.planning.simulation.contiguous import ContiguousBlocks
 from tiny_llm.planning.simulation.costs import StepMs, costs_of
-from tiny_llm.planning.simulation.figures import Limits, Sketch
+from tiny_llm.planning.simulation.figures import ServedWell, Sketch
 from tiny_llm.planning.simulation.load import Load
 from tiny_llm.planning.simulation.policy import Policy
 
@@ -27,10 +27,10 @@ TIGHT = Policy(kv_tokens=600, max_model_len=512, max_concurrent=32)
 
 
 def cluster(policy: Policy, *, strides: bool = True) -> Cluster:
-    return Cluster(policy, COSTS, Limits(), strides=strides)
+    return Cluster(policy, COSTS, ServedWell(), strides=strides)
 
 
-def served(policy: Policy, load: Load = LOAD, *, strides: bool = True) -> Outcome:
+def served(policy: Policy, load: Load = LOAD, *, strides: bool = True) -> Simulated:
     """The outcome, with all accounts checked at the end."""
     made = cluster(policy, strides=strides)
     outcome = made.run(load)
@@ -153,7 +153,7 @@ def test_the_command_loads_no_mlx_and_draws(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "simulate", *asked]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in done.stdout.split("\n") if line]
     assert [row["policy"] for row in rows] == ["block-size=8", "block-size=16"]
     assert all(row["requests"] == 30 for row in rows)
     pictures = sorted(path.name for path in tmp_path.glob("*.svg"))

@@ -15,15 +15,15 @@ from tiny_llm.commands.bar import Bar
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.errors import RequestError, did_you_mean
 from tiny_llm.options import DebugOption, JsonOption, command_app, option
-from tiny_llm.planning.simulation.cluster import Cluster, Outcome
+from tiny_llm.planning.simulation.cluster import Cluster, Simulated
 from tiny_llm.planning.simulation.costs import DEVICES, StepMs, costs_of, read_costs
-from tiny_llm.planning.simulation.figures import Limits
+from tiny_llm.planning.simulation.figures import ServedWell
 from tiny_llm.planning.simulation.load import Load
 from tiny_llm.planning.simulation.policy import Policy
 from tiny_llm.planning.simulation.report import POOL, USERS, blocks_over_time, pool_over_time, table
 
 app = command_app()
-LOAD, POLICY, LIMITS = Load(), Policy(), Limits()
+LOAD, POLICY, LIMITS = Load(), Policy(), ServedWell()
 MOST_RUNS = 64
 
 
@@ -32,7 +32,7 @@ MOST_RUNS = 64
 def simulate(
     load: Load = LOAD,
     policy: Policy = POLICY,
-    limits: Limits = LIMITS,
+    limits: ServedWell = LIMITS,
     vary: Annotated[
         list[str] | None,
         option(
@@ -63,7 +63,7 @@ def simulate(
     A trace may be far above what the device can do: then all wait. Lower the --rate.
     """
     what = read_costs(costs) if costs is not None else costs_of(model, device)
-    found: dict[str, Outcome] = {}
+    found: dict[str, Simulated] = {}
     for name, own_load, own_policy in _varied(load, policy, vary or ()):
         found[name] = outcome = _run(what, own_load, own_policy, limits, svg is not None)
         if svg is not None:
@@ -78,7 +78,7 @@ def simulate(
             console.print(table(columns, {name: outcome.row for name, outcome in found.items()}))
 
 
-def _run(costs: StepMs, load: Load, policy: Policy, limits: Limits, draw: bool) -> Outcome:
+def _run(costs: StepMs, load: Load, policy: Policy, limits: ServedWell, draw: bool) -> Simulated:
     cluster = Cluster(policy, costs, limits, draw=draw, seed=load.seed)
     with Bar("Simulated") as bar:
         return cluster.run(
@@ -86,7 +86,7 @@ def _run(costs: StepMs, load: Load, policy: Policy, limits: Limits, draw: bool) 
         )
 
 
-def _draw(folder: Path, name: str, outcome: Outcome) -> None:
+def _draw(folder: Path, name: str, outcome: Simulated) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for what, picture in (
         ("pool", pool_over_time(outcome.samples)),

@@ -10,7 +10,7 @@ from math import inf
 
 from tiny_llm.planning.simulation.costs import StepMs
 from tiny_llm.planning.simulation.engine import Going, SimulatedEngine, SimulatedStore
-from tiny_llm.planning.simulation.figures import Figures, Limits, Sample, Samples, pool_row
+from tiny_llm.planning.simulation.figures import Figures, Sample, Samples, ServedWell, pool_row
 from tiny_llm.planning.simulation.load import Asked
 from tiny_llm.planning.simulation.policy import Policy
 
@@ -19,7 +19,7 @@ _UNEVEN = 8  # requests that an engine may have beyond twice the fewest, for the
 
 
 @dataclass(slots=True)
-class Outcome:
+class Simulated:
     """Figures by name, and the pool of the first engine over time."""
 
     row: Mapping[str, float]
@@ -65,7 +65,7 @@ class Cluster:
         self,
         policy: Policy,
         costs: StepMs,
-        limits: Limits,
+        limits: ServedWell,
         *,
         draw: bool = False,
         strides: bool = True,
@@ -96,7 +96,9 @@ class Cluster:
         self.engines = made(policy.replicas, self._end, has_all=policy.prefill > 0)
         self.engines[0].samples, self.engines[0].draw_owners = self.samples, draw
 
-    def run(self, requests: Iterable[Asked], progress: Callable[[int], None] = lambda done: None) -> Outcome:
+    def run(
+        self, requests: Iterable[Asked], progress: Callable[[int], None] = lambda done: None
+    ) -> Simulated:
         """Serve all of them; ``progress`` is told how many have come, now and then."""
         for number, asked in enumerate(requests, 1):
             if self.readers:
@@ -111,7 +113,7 @@ class Cluster:
         self._hand_until(inf)
         for engine in self.engines:
             engine.run_until(inf)
-        return Outcome(self._row(), self.samples.kept)
+        return Simulated(self._row(), self.samples.kept)
 
     def _give(
         self,

@@ -76,7 +76,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServedWell:
     """Who is served well: the first token within ``ttft_s``, the others ``itl_ms`` apart on average."""
 
     ttft_s: Annotated[float, option("Limits", "Seconds to the first token of who is served well.")] = 2.0
@@ -86,7 +86,7 @@ class Limits:
 class Figures:
     """What users felt. Times in seconds."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ServedWell) -> None:
         self.ttft, self.itl, self.e2e = Sketch(), Sketch(), Sketch()
         self.ended = self.good = self.tokens = self.prompt_tokens = self.refused = 0
         self.last = 0.0
