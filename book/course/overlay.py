@@ -17,6 +17,7 @@ from types import CodeType, ModuleType
 from book.course.merge import merged_code
 
 VARIABLE = "TINY_LLM_COURSE"
+BACKEND_VARIABLE = "TINY_LLM_BACKEND"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
 """Definitions to take from the reference all the same, as ``module:name``, between spaces."""
 
@@ -27,7 +28,8 @@ BRIDGES: Mapping[str, str] = {"tiny_llm.ops.quantized_matmul": "kernels/cpu/quan
 def install(folder: str) -> None:
     """Make each module with a file in ``folder`` load with that file's definitions.
 
-    Without another choice the backend is ``ref``: kernels would run in place of what was written.
+    Without another choice the backend is ``ref``: kernels would run in place of what was written. ("" is
+    a choice, too: the best that there is.)
     Raises ImportError if ``folder`` is none, or modules that it could change are loaded already.
     """
     root = Path(folder).resolve()
@@ -36,7 +38,7 @@ def install(folder: str) -> None:
     loaded = [name for name in sys.modules if name.startswith("tiny_llm.")]
     if loaded:
         raise ImportError(f"{VARIABLE} must be set before tiny_llm is imported; {loaded[0]} is loaded.")
-    os.environ.setdefault("TINY_LLM_BACKEND", "ref")
+    os.environ.setdefault(BACKEND_VARIABLE, "ref")
     sys.meta_path.insert(0, _Finder(root, os.environ.get(WITHOUT_VARIABLE, "").split()))
 
 

@@ -1,4 +1,4 @@
-"""Owns what pytest says of a learner's code: one traceback for each distinct error. A plugin of pytest.
+"""Owns which of a chapter's tests run on a learner's code, and what pytest says: an error once. A plugin.
 
 Two failures are one error where the innermost line of the learner's, or else of all, is the same.
 Loaded before the package, so it imports none of it.
@@ -7,17 +7,28 @@ Loaded before the package, so it imports none of it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+_OTHERS = {"cpu", "mlx"}
 _AGAIN = "again"
 """What failures are called that have no traceback of their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow comes last: a mistake shows by hand before it shows in a whole model."""
+    """What is slow comes last: a mistake shows by hand before it shows in a whole model.
+
+    Backends whose kernels would run in the place of a learner's code are left out.
+    """
+    items[:] = [item for item in items if not _OTHERS & set(_parameters(item))]
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def _parameters(item: pytest.Item) -> Iterator[str]:
+    spec = getattr(item, "callspec", None)
+    return (value for value in (spec.params.values() if spec else ()) if isinstance(value, str))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

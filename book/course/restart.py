@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from book.course.native import build
-from book.course.overlay import VARIABLE
+from book.course.overlay import BACKEND_VARIABLE, VARIABLE
 from book.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
 
@@ -28,5 +28,8 @@ def restart_with_learner(arguments: Sequence[str]) -> None:
     if not Workbook(folder).written():
         print(f"warning: nothing in {folder} is written yet; all of it is the reference's.", file=sys.stderr)
     os.environ[VARIABLE] = str(folder.resolve())
+    rest = [*arguments[:at], *arguments[at + 2 :]]
+    if rest[:1] == ["memory"]:  # it runs no kernel in a learner's place, and its dtypes are the backend's
+        os.environ.setdefault(BACKEND_VARIABLE, "")
     before = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
-    os.execv(sys.executable, [sys.executable, *before, *arguments[:at], *arguments[at + 2 :]])
+    os.execv(sys.executable, [sys.executable, *before, *rest])

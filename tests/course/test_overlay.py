@@ -58,6 +58,12 @@ def test_a_learner_chats_with_their_own_code(run, mine: Path) -> None:
     assert theirs.returncode == 0 and theirs.stdout != ours.stdout, theirs.stderr
 
 
+def test_what_memory_counts_does_not_depend_on_whose_code_counts_it(run, mine: Path) -> None:
+    asked = ("memory", "--model", "llama-3-8b", "--quantize", "4", "--memory", "16GB", "--json")
+    ours, theirs = run("main.py", *asked), run("main.py", *asked, "--course", mine)
+    assert ours.returncode == 0 and theirs.stdout == ours.stdout, theirs.stderr
+
+
 def test_course_without_a_folder_says_what_to_do(run) -> None:
     done = run("main.py", "--course", "nowhere")
     assert done.returncode == 2 and "course start 1.1" in done.stderr

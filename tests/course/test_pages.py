@@ -72,6 +72,12 @@ def test_pictures_are_there_and_say_what_they_show(page: Path) -> None:
 
 
 @each_page
+def test_a_page_speaks_of_chapters_that_there_are(page: Path) -> None:
+    named = re.findall(r"\bchapters? (\d\.\d+)", page.read_text(encoding="utf-8"), re.I)
+    assert set(named) <= set(read_manifest()), "a chapter that is not written is spoken of by its week"
+
+
+@each_page
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     found = list(blocks(page.read_text(encoding="utf-8")))
     known = {"python", "sh", "text", "mermaid", "cpp", "toml"}

@@ -151,6 +151,7 @@ def survives(path: Path, whole: bytes, original: dict[str, TensorInfo]) -> None:
         assert {n: i.nbytes for n, i in found.items()} == {n: i.nbytes for n, i in original.items()}
 
 
+@pytest.mark.slow
 def test_single_bit_flips_of_the_header(path):
     whole, original = path.read_bytes(), read_header(path)
     header = 8 + struct.unpack("<Q", whole[:8])[0]
@@ -160,6 +161,7 @@ def test_single_bit_flips_of_the_header(path):
         survives(path, bytes(flipped), original)
 
 
+@pytest.mark.slow
 def test_many_bit_flips_at_once(path):
     whole, original = path.read_bytes(), read_header(path)
     rng = random.Random(0)
@@ -170,6 +172,7 @@ def test_many_bit_flips_at_once(path):
         survives(path, bytes(flipped), original)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path, noise):

@@ -17,7 +17,7 @@ from tiny_llm.ops.rms_norm import rms_norm_mlx, rms_norm_ref
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> mx.array:
     """Return float32 [D/2], the radians by which each pair turns a position: ``theta ** (-2i / D)``, scaled.
 
-    Computed in Python's float64, since an error here grows with the position.
+    Not in half precision: an error here grows with the position.
     """
     frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if scaling is not None:
