@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-_OTHERS = {"cpu", "mlx"}
+_OTHERS = frozenset({"cpu", "mlx"})
 _AGAIN = "again"
 """What failures are called that have no traceback of their own."""
 
