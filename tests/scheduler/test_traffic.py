@@ -330,7 +330,8 @@ class Traffic(RuleBasedStateMachine):
         for item in plan.items:
             seq = self.live.get(item.seq_id)
             if seq is None:  # planned ahead, and ended since
-                self.model.spoil(item)
+                for start in range(item.start, item.start + len(item.tokens)):
+                    self.model.spoil(item._replace(start=start))
                 self.seen["for nothing"] += 1
                 yield Advance(item.seq_id, ())
                 continue

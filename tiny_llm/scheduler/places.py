@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
 
-from tiny_llm.data import Join, PlanItem, Sequence
+from tiny_llm.data import Join, Plan, PlanItem, Sequence
 from tiny_llm.kv.block_table import BlockTable
+from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import PoolingParams
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank
@@ -34,9 +36,14 @@ class Place:
 
 
 class StepPlan:
-    """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``."""
+    """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``.
 
-    def __init__(self, tokens: int) -> None:
+    It may have ``most`` decodes, and leaves the ``busy`` sequences as they are: other plans have them.
+    """
+
+    def __init__(self, tokens: int, most: int, beside: Iterable[Plan] = ()) -> None:
+        self.most = most
+        self.busy = frozenset(item.seq_id for plan in beside for item in plan.items)
         self.items: list[PlanItem] = []
         self.preempted: list[tuple[int, bool]] = []
         self.joins: list[Join] = []
@@ -49,3 +56,18 @@ class StepPlan:
     def has_room(self) -> bool:
         """Whether a chunk may start. The first one always may, so that prompts move on."""
         return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
+
+    def finished(self, blocks: BlockManager) -> Plan:
+        """The plan, with what moves between ``blocks`` for it."""
+        return Plan(
+            items=self.items,
+            num_blocks=blocks.capacity,
+            **blocks.drain()._asdict(),
+            decodes=self.decodes,
+            decode_context=self.decode_context,
+            chunk_tokens=self.chunk_tokens,
+            chunk_context=self.chunk_context,
+            preempted=self.preempted,
+            drafted=self.drafted,
+            joins=self.joins,
+        )

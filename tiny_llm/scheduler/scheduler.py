@@ -123,29 +123,22 @@ class Scheduler:
             outputs.append(self._end(entry, "error"))
         return outputs
 
-    def schedule(self) -> Plan:
-        """The next step. It has no items only if there is nothing to do."""
-        step = StepPlan(self.settings.max_num_batched_tokens)
+    def schedule(self, beside: Collection[Plan] = (), groups: int = 1) -> Plan:
+        """The next step. It has no items only if there is nothing to do.
+
+        ``beside`` are plans that are not committed yet: none of their sequences is in this one, nor makes
+        room for it. So several steps may be under way; of those that decode, each has one part of ``groups``.
+        """
+        step = StepPlan(self.settings.max_num_batched_tokens, -(-self.num_running // groups), beside)
         behind = self._decode(step)
         for entry in behind:
             self._admit(step, entry.rank)
             self._chunk(step, entry)
         self._admit(step, _BEHIND_ALL)
-        while not step.items and self.num_running:  # all are held: they make room for whom they wait for
+        while not step.items and not step.busy and self.num_running:  # all are held: room for whom they await
             self._give_way(self._running.items[-1], step)
             self._admit(step, _BEHIND_ALL)
-        return Plan(
-            items=step.items,
-            num_blocks=self.blocks.capacity,
-            **self.blocks.drain()._asdict(),
-            decodes=step.decodes,
-            decode_context=step.decode_context,
-            chunk_tokens=step.chunk_tokens,
-            chunk_context=step.chunk_context,
-            preempted=step.preempted,
-            drafted=step.drafted,
-            joins=step.joins,
-        )
+        return step.finished(self.blocks)
 
     def follow(self, plan: Plan, leaving: Collection[int]) -> Plan | None:
         """The step after ``plan``, before that is committed; None where it cannot be told yet.
@@ -290,10 +283,10 @@ class Scheduler:
         """Put all that are one token behind into the step; return those that are further behind."""
         items, decoding, behind, context = step.items, list[Place](), list[Place](), 0
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
-            if entry.held:
-                continue
             seq = entry.seq
             tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
+            if entry.held or seq.id in step.busy or (len(items) == step.most and start == len(tokens) - 1):
+                continue
             end = min(len(tokens), start + self._ahead)
             if end > table.writable and not self._make_room(entry, end, step):
                 break
@@ -417,7 +410,7 @@ class Scheduler:
     def _make_room(self, entry: Place, end: int, step: StepPlan) -> bool:
         """Give a running sequence blocks up to ``end``. False: it was the last in rank and had to go."""
         while not self.blocks.reserve(entry.table, entry.seq.num_computed_tokens, end):
-            last = self._running.items[-1]
+            last = next(one for one in reversed(self._running.items) if one.seq.id not in step.busy)
             self._give_way(last, step)
             if last is entry:
                 return False
