@@ -124,12 +124,20 @@ class Decoder:
         embed = Embedding.take(weights, config, group)
         turns = enumerate(rotations(config))
         layers = tuple(DecoderLayer.take(weights, config, i, rotation, group) for i, rotation in turns)
+        return cls(
+            of_rank(config, group.size), embed, layers, *cls.take_head(config, weights, embed, group), group
+        )
+
+    @staticmethod
+    def take_head(
+        config: ModelConfig, weights: Weights, embed: Embedding, group: Group
+    ) -> tuple[Norm, OutputMap]:
+        """The last norm, and the map to logits."""
         norm = take_norm(weights, "model.norm", config)
         tied = config.tie_word_embeddings or "lm_head.weight" not in weights  # else it was saved without one
         own = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
         head, scale = gathering(own, group, config.vocab_size), config.logit_scale
-        finished = head if scale == 1 else FinishedLinear(head, None, scale)
-        return cls(of_rank(config, group.size), embed, layers, norm, finished, group)
+        return norm, head if scale == 1 else FinishedLinear(head, None, scale)
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         x, residual = self.embed_tokens(batch.tokens, batch.positions), None

@@ -5,7 +5,7 @@ Owns what weights, and keys and values, are kept in. Refuses to know files and f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ def load_model(
     activations: str = "int8",
     progress: Progress | None = None,
     group: Group = ALONE,
+    shares: Sequence[float] | None = None,
 ) -> Model:
     """Load the model of a checkpoint, or of a folder or GGUF file that is one, for the backend in use.
 
@@ -44,7 +45,8 @@ def load_model(
     disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
     quantized matrix to 8 bits, where the backend is "cpu"; "exact" never does.
     ``progress`` is called with (bytes read, bytes to read) as the weights come. Of a ``group`` each rank
-    loads its part, and the model of all together is as one alone.
+    loads its part, and the model of all together is as one alone: some outputs of all matrices, or with
+    ``shares`` of the work, one a rank, some of the layers.
 
     Raises ConfigError for a config or an option that cannot be used, WeightError for
     tensors that do not fit the config.
@@ -58,10 +60,10 @@ def load_model(
         quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
         finish=partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
         progress=progress,
-        parts=parts_of(config, group),
+        parts=parts_of(config, group, shares),
     )
     keep_memory()
-    return build(config, weights, group)
+    return build(config, weights, group, shares)
 
 
 def check_options(

@@ -9,7 +9,7 @@ ever imported from a model's own folder.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -30,6 +30,7 @@ from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.ranks import rank_parts
 from tiny_llm.models.rotation import head_order
+from tiny_llm.models.stages import stage_layers, stage_parts, take_stage
 from tiny_llm.weights.gguf.facts import read_facts
 from tiny_llm.weights.gguf.header import GGUF, read_gguf
 
@@ -156,21 +157,27 @@ def quantizable_tensors(config: ModelFacts) -> frozenset[str]:
     return frozenset(name for name, shape in expected_tensors(config).items() if len(shape) > 1)
 
 
-def build(config: ModelFacts, weights: Weights, group: Group = ALONE) -> Model:
-    """Build the model of ``config``, or a rank's part, from its named tensors.
+def build(
+    config: ModelFacts, weights: Weights, group: Group = ALONE, shares: Sequence[float] | None = None
+) -> Model:
+    """Build the model of ``config``, or a rank's part, from its named tensors; see ``parts_of``.
 
     Raises WeightError for one that is missing.
     """
     architecture = find(config.model_type)
     if group.size == 1:
         return architecture.build(config, weights)
+    if shares is not None:
+        assert isinstance(config, ModelConfig), "parts_of has refused others"
+        return take_stage(config, weights, group, stage_layers(config, shares)[group.rank])
     assert architecture.split is not None, "parts_of has refused it"
     return architecture.split(config, weights, group)
 
 
-def parts_of(config: ModelFacts, group: Group) -> Mapping[str, range]:
+def parts_of(config: ModelFacts, group: Group, shares: Sequence[float] | None = None) -> Mapping[str, range]:
     """Which rows of each tensor this rank of a group has; those that it has whole are left out.
 
+    With ``shares`` of the work, one a rank, each has some layers; None: some outputs of all.
     Raises ConfigError for a model that so many cannot share.
     """
     if group.size == 1:
@@ -179,4 +186,7 @@ def parts_of(config: ModelFacts, group: Group) -> Mapping[str, range]:
         raise ConfigError(
             f"{config.model_type} is a plug-in's own architecture: it cannot be split over ranks (--ranks)."
         )
+    if shares is not None:
+        layers = stage_layers(config, shares)
+        return stage_parts(config, expected_tensors(config), group.rank, layers)
     return rank_parts(config, expected_tensors(config), group.rank, group.size)

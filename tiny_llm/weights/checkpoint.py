@@ -56,7 +56,7 @@ def load_weights(
     not lie as they are wanted, given all stored names. ``stored`` None: the tensors of the folder.
     ``finish`` is called with each entry when it is read, and its result takes the entry's place.
     ``progress`` is called with (bytes read, bytes to read) after each tensor. ``parts``: the rows to take of
-    tensors of which not all are wanted, as they are in ``expected``.
+    tensors of which not all are wanted, as they are in ``expected``; a tensor of none is left out.
 
     Peak memory is the result plus one source tensor (a block of its rows, if that is to be quantized);
     large ones are read first.
@@ -80,9 +80,10 @@ def load_weights(
     problems = list(_problems(jobs, stored, expected, tuple(unread)))
     if problems:
         raise WeightError(_report(folder, problems))
-    entries = [replace(entry, parts=[[stored[n] for n in part] for part in made]) for entry, made in jobs]
+    wanted = [(entry, made) for entry, made in jobs if parts.get(entry.name) != range(0)]
+    entries = [replace(entry, parts=[[stored[n] for n in part] for part in made]) for entry, made in wanted]
     weights = dict(assemble(entries, dtype, finish, progress))
-    return {name: weights[name] for name in expected}
+    return {name: weights[name] for name in expected if name in weights}
 
 
 def is_headless(names: Collection[str]) -> bool:

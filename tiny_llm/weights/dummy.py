@@ -43,6 +43,8 @@ def dummy_weights(
     weights: dict[str, Matrix] = {}
     for name, shape in shapes.items():
         columns, rows = shape[-1], parts.get(name)
+        if rows == range(0):
+            continue
         format = fit_group(name, columns, quantize) if name in quantizable else None
         if format is not None:
             weights[name] = finish(_quantized(bits, shape, format, dtype, rows))
