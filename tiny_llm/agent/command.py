@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import IO, Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import Field, create_model
 
@@ -47,21 +46,23 @@ except OSError as error:
 
 @dataclass(frozen=True, slots=True)
 class CommandLimits:
-    """Of one command: seconds, bytes of its output and of each file it writes, processes (not root's)."""
+    """Of one command: seconds, bytes of each file it writes and of its output, processes (not root's).
+
+    Of the output, which is such a file, the first ``shown`` bytes are kept.
+    """
 
     seconds: float = 60.0
-    output: int = 2**20
     file: int = 2**26
+    shown: int = 2**20
     processes: int = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What a command printed, and how it ended: ``exit`` is negative for a signal, ``stopped`` why by us."""
+    """What a command printed, and how it ended: ``exit`` is negative for a signal."""
 
     text: str
     exit: int
-    stopped: str = ""
 
 
 def command_tool(
@@ -69,10 +70,11 @@ def command_tool(
 ) -> AgentTool:
     """The action that runs one of the ``allowed`` commands: as it is, or with more arguments after "...".
 
-    Raises ConfigError for a command that cannot be read.
+    Which one is a choice among these, so that no other can be drawn. Raises ConfigError for what is none.
     """
     known = {text: _split(text) for text in allowed}
-    arguments = _arguments(tuple(known))
+    more = Field(max_length=32, description=f"for a command that ends in {MORE}; else []")
+    fields: Any = {"command": (cast(Any, Literal)[tuple(known)], ...), "arguments": (list[str], more)}
 
     def prepare(given: Any) -> Prepared:
         argv = list(known[given.command])
@@ -86,17 +88,17 @@ def command_tool(
             ran = run(argv, workspace, network=network, limits=limits)
             after = workspace.files()
             changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
-            ends = [f"[stopped: {ran.stopped}]"] if ran.stopped else []
-            ends += [f"[changed: {', '.join(changed)[:1000]}]"] if changed else []
-            text = "\n".join([f"[exit {ran.exit}]", ran.text.rstrip("\n"), *ends])
-            return Outcome(text, ran.exit, tree_digest(after))
+            names = f"\n[changed: {', '.join(changed)[:1000]}]" if changed else ""
+            return Outcome(f"[exit {ran.exit}]\n{ran.text}{names}", ran.exit, tree_digest(after))
 
         return Prepared(f"run {shlex.join(argv)}", perform, before=tree_digest(before))
 
-    what = "Run one of the allowed commands."
-    return AgentTool.of(
-        "run", what, arguments, prepare, has_effect=True, digest=lambda _: tree_digest(workspace.files())
-    )
+    def digest(_: Any) -> str:
+        return tree_digest(workspace.files())
+
+    arguments = create_model("_Command", __base__=Arguments, **fields)
+    told = "Run one of the allowed commands."
+    return AgentTool.of("run", told, arguments, prepare, has_effect=True, digest=digest)
 
 
 def run(argv: Sequence[str], workspace: Workspace, *, network: bool, limits: CommandLimits) -> Ran:
@@ -105,31 +107,35 @@ def run(argv: Sequence[str], workspace: Workspace, *, network: bool, limits: Com
     Raises RequestError where the network cannot be cut, and is not allowed.
     """
     if not (isolated := can_isolate()) and not network:
-        raise RequestError(
-            "The network cannot be cut here (no `unshare`), so no command runs; --network allows it."
-        )
+        raise RequestError("The network cannot be cut here, so no command runs; --network leaves it on.")
     inner = [name for name in _NAMESPACES if not (network and name == "--net")] if isolated else []
     bounds = {"RLIMIT_FSIZE": limits.file, "RLIMIT_CORE": 0}
     if isolated:  # else it would count all processes of the user
         bounds["RLIMIT_NPROC"] = limits.processes
-    process = subprocess.Popen(
-        [*inner, sys.executable, "-I", "-S", "-c", _WITH_LIMITS, json.dumps(bounds), *argv],
-        cwd=workspace.root,
-        env={name: os.environ[name] for name in _KEPT if name in os.environ} | {"TERM": "dumb"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdout is not None, "it is a pipe"
-    try:
-        data, stopped = _output(process, process.stdout, limits)
-    finally:
-        with suppress(ProcessLookupError):  # nobody of the group is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    return Ran(data.decode(errors="replace"), process.returncode, stopped)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [*inner, sys.executable, "-I", "-S", "-c", _WITH_LIMITS, json.dumps(bounds), *argv],
+            cwd=workspace.root,
+            env={name: os.environ[name] for name in _KEPT if name in os.environ} | {"TERM": "dumb"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        stopped = ""
+        try:
+            process.wait(limits.seconds)
+        except subprocess.TimeoutExpired:
+            stopped = f"\n[stopped: it took longer than {limits.seconds:g} s]"
+        finally:
+            with suppress(ProcessLookupError, PermissionError):  # nobody of the group is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        size = output.seek(0, os.SEEK_END)
+        output.seek(0)
+        text = output.read(limits.shown).decode(errors="replace").rstrip("\n")
+    cut = f"\n[cut: {size:,} bytes of output]" if size > limits.shown else ""
+    return Ran(text + cut + stopped, process.returncode)
 
 
 @cache
@@ -140,33 +146,6 @@ def can_isolate() -> bool:
     return subprocess.run([*_NAMESPACES, "true"], capture_output=True, check=False).returncode == 0
 
 
-def _output(process: subprocess.Popen[bytes], pipe: IO[bytes], limits: CommandLimits) -> tuple[bytes, str]:
-    """What comes until the command ends, and why it was stopped if it was.
-
-    The pipe may stay open beyond that: what the command left behind may hold it.
-    """
-    data, deadline = b"", time.monotonic() + limits.seconds
-    os.set_blocking(pipe.fileno(), False)
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            ended = process.poll() is not None
-            ready = selector.select(0 if ended else min(0.05, max(0.0, deadline - time.monotonic())))
-            piece = pipe.read1(2**16) if ready else b""  # type: ignore[attr-defined]
-            data += piece or b""
-            if len(data) > limits.output:
-                return data[: limits.output], f"more than {limits.output:,} bytes of output"
-            if ended and not piece:
-                return data, ""
-            if ready and not piece:  # it closed its output, and may go on
-                selector.unregister(pipe)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                    return data, ""
-            if time.monotonic() >= deadline:
-                return data, f"it took longer than {limits.seconds:g} s"
-
-
 def _split(text: str) -> list[str]:
     try:
         argv = shlex.split(text)
@@ -175,13 +154,3 @@ def _split(text: str) -> list[str]:
     if not argv or argv == [MORE]:
         raise ConfigError('An allowed command is empty; give one such as "python -m pytest -q ...".')
     return argv
-
-
-def _arguments(allowed: tuple[str, ...]) -> type[Arguments]:
-    """The arguments of ``run``: which command is a choice among those allowed, so no other can be drawn."""
-    choice = cast(Any, Literal)[allowed]
-    more: Any = Annotated[
-        list[str], Field(max_length=32, description=f"for a command that ends in {MORE}; else []")
-    ]
-    fields: Mapping[str, Any] = {"command": (choice, ...), "arguments": (more, ...)}
-    return create_model("_Command", __base__=Arguments, **fields)

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tiny_llm.agent.action import AgentTool, Arguments, Outcome, Prepared
-from tiny_llm.agent.workspace import FileAbsent, Workspace, digest_of
+from tiny_llm.agent.workspace import FileAbsent, Workspace, digest_of, require_own
 from tiny_llm.errors import RequestError
 
 _MOST_HITS, _LINE = 100, 300
@@ -106,6 +106,7 @@ def _hits(workspace: Workspace, text: str) -> Iterator[str]:
 
 def _before(workspace: Workspace, given: _Edit) -> tuple[str, str]:
     """The digest and text that an edit applies to. Raises RequestError if it does not apply."""
+    require_own(given.path)
     try:
         data = workspace.read(given.path)
     except FileAbsent:

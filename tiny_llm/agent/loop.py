@@ -182,6 +182,9 @@ class Agent:
         match record["kind"]:
             case "begin":
                 self.history = RunHistory(record["task"])
+            case "hint" if self.ended is not None and self.ended["answer"]:
+                answered = RunStep(None, self.ended["answer"], record["text"], f"{self.steps}. answered")
+                self.history = self.history.with_step(answered)
             case "hint":
                 self.history = self.history.with_hint(record["text"])
             case "compact":

@@ -20,6 +20,8 @@ _ENDS: Mapping[str, str] = {
     "tokens": "the tokens are used up (--tokens)",
     "seconds": "the time is over (--seconds)",
     "repeated": "the model repeats itself",
+    "unsolved": "no way passes the check",
+    "refused": "not all of the best way's changes were allowed",
     "malformed": "the model makes no valid action",
     "context": "the prompt has {size} tokens, and the context room for {room}: choose fewer --actions",
 }
@@ -69,12 +71,16 @@ class Terminal:
             case "end" if record["reason"] != "finished":
                 self._print(f"Stopped: {_ENDS[record['reason']].format(**record)}.", "yellow")
 
-    def close(self, told: Mapping[str, Any], head: str) -> None:
+    def close(self, told: Mapping[str, Any]) -> None:
         """The answer, on stdout, and the figures of the run."""
         if told["answer"]:
-            print(told["answer"])
-        counts = f"{told['steps']} steps · {told['tokens']:,} tokens · {told['seconds']:.1f} s"
-        self._print(f"{counts} · log in {told['run']}, last digest {head[:16]}", "dim")
+            print(_plain(told["answer"]))
+        for way in told.get("ways", ()):
+            mark = "✓" if way["is_right"] else "✗"
+            shared = f"{way['shared_tokens']} of {way['prompt_tokens']} tokens of its first prompt shared"
+            self._print(f"{mark} {way['hint']}: {way['steps']} steps, {shared}", "dim")
+        counts = f"{told['steps']} steps · {told['worked_s']:.1f} s · log in {told['run']}"
+        self._print(f"{counts}, last digest {told['head'][:16]}", "dim")
 
     def _print(self, text: str, style: str) -> None:
         self._console.print(Text(_plain(text), style))

@@ -55,7 +55,7 @@ class Workspace:
         """A file's new bytes, whole or not at all; folders are made. Its digest must still be ``before``."""
         if len(data) > MAX_FILE_BYTES:
             raise RequestError(f"{path} would have {len(data):,} bytes; at most {MAX_FILE_BYTES:,}.")
-        _require_own(path)
+        require_own(path)
         with self._at(path, make=True) as (folder, name):
             mode = self._require(path, folder, name, before)
             with _unlinked(folder, _HALF):
@@ -70,7 +70,7 @@ class Workspace:
 
     def remove(self, path: str, before: str) -> None:
         """Remove a file whose digest is ``before``."""
-        _require_own(path)
+        require_own(path)
         with self._at(path) as (folder, name):
             self._require(path, folder, name, before)
             os.unlink(name, dir_fd=folder)
@@ -154,7 +154,7 @@ def _names(path: str) -> list[str]:
     return names
 
 
-def _require_own(path: str) -> None:
+def require_own(path: str) -> None:
     """Raise RequestError for what is not to be changed: git runs what lies in its folder."""
     if not LEFT_OUT.isdisjoint(path.casefold().split("/")):
         raise RequestError(f"{path} must not be changed, as all in {', '.join(sorted(LEFT_OUT))}.")

@@ -1,0 +1,95 @@
+"""Owns trying a task in several ways: from one log on, each in a copy of the workspace, and keeping the best.
+
+The ways share the history so far, and so, in our engine, the blocks of its keys and values. A way's worth is
+its outcome: whether a check holds in its copy. What the best has changed is then done in the workspace, file
+by file, each asked for and with its receipt.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_llm.agent.action import Outcome, Prepared
+from tiny_llm.agent.loop import Agent, Approve
+from tiny_llm.agent.receipts import HEAD, LOG, Log, Record
+from tiny_llm.agent.workspace import LEFT_OUT, Workspace
+
+Start = Callable[[Log, Workspace], Agent]
+Check = Callable[[Workspace], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One try: what the user had it do, how it ``ended``, whether the check holds, and in which ``folder``.
+
+    ``shared_tokens`` of the ``prompt_tokens`` of its first prompt were in the prefix cache.
+    """
+
+    hint: str
+    ended: Record
+    is_right: bool
+    steps: int
+    prompt_tokens: int
+    shared_tokens: int
+    folder: Path
+
+
+def try_ways(log: Log, workspace: Workspace, hints: Sequence[str], start: Start, check: Check) -> list[Way]:
+    """Go on from ``log`` in each way, one after the other. The best comes first: right, then fewest steps."""
+    ways = [_tried(log, workspace, hint, start, check) for hint in hints]
+    return sorted(ways, key=lambda way: (not way.is_right, way.ended["reason"] != "finished", way.steps))
+
+
+def keep(way: Way, log: Log, workspace: Workspace, approve: Approve) -> int:
+    """Make the workspace as the way's copy is; return how many changes were refused."""
+    refused = 0
+    for change in _changes(way, workspace):
+        about = {"what": change.what, "before": change.before, "worked_s": log.records[-1]["worked_s"]}
+        why = approve(change)
+        log.append("take", **about, after=change.after, refused=why)
+        if not why:
+            log.append("taken", **about, after=change.perform().after)
+        refused += bool(why)
+    return refused
+
+
+def _changes(way: Way, workspace: Workspace) -> list[Prepared]:
+    with Workspace(way.folder / "workspace") as copy:
+        before, after = workspace.files(), copy.files()
+        changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+        new = {path: copy.read(path) for path in changed if path in after}
+
+    def change(path: str) -> Prepared:
+        old, digest = before.get(path, ""), after.get(path, "")
+
+        def perform() -> Outcome:
+            if path in new:
+                workspace.write(path, new[path], old)
+            else:
+                workspace.remove(path, old)
+            return Outcome("", 0, digest)
+
+        return Prepared(f"take {path} of {way.folder.name}", perform, before=old, after=digest)
+
+    return [change(path) for path in changed]
+
+
+def _tried(log: Log, workspace: Workspace, hint: str, start: Start, check: Check) -> Way:
+    folder = log.folder / f"way{len(log.records)}"
+    outside = shutil.ignore_patterns(*LEFT_OUT)
+    shutil.copytree(workspace.root, folder / "workspace", symlinks=True, ignore=outside)
+    for name in (LOG, HEAD):
+        shutil.copy(log.folder / name, folder / name)
+    if (log.folder / "results").is_dir():
+        shutil.copytree(log.folder / "results", folder / "results")
+    with Log(folder) as own, Workspace(folder / "workspace") as copy:
+        agent, before = start(own, copy), len(own.records)
+        agent.hint(hint)
+        ended = agent.run()
+        first = next((one for one in own.records[before:] if "prompt_tokens" in one), {})
+        counts = first.get("prompt_tokens", 0), first.get("cached_tokens", 0)
+        log.append("way", hint=hint, folder=folder.name, head=own.head, worked_s=ended["worked_s"])
+        return Way(hint, ended, check(copy), agent.steps, *counts, folder)
