@@ -23,7 +23,7 @@ class Watch:
     """Over ``links`` to ranks, by rank. ``on_fault`` is called once, on the thread, with what is wrong."""
 
     def __init__(self, links: Mapping[int, Link], timeout_s: float, on_fault: Callable[[str], None]) -> None:
-        self._links = dict(links)
+        self._links, self._all = dict(links), list(links.values())
         self._timeout_s = timeout_s
         self._on_fault = on_fault
         self._ended = threading.Event()
@@ -33,7 +33,7 @@ class Watch:
 
     def tell(self, what: str) -> None:
         """Tell the others that this rank ends, and why."""
-        for link in self._links.values():
+        for link in list(self._links.values()):  # its thread takes those out that leave
             with suppress(GroupError):
                 link.send(what.encode())
 
@@ -41,11 +41,11 @@ class Watch:
         """This rank leaves, and nothing is wrong."""
         self._ended.set()
         self.tell(_BYE.decode())
-        for link in self._links.values():
+        for link in self._all:
             link.abort("closed")
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        for link in self._links.values():
+        for link in self._all:
             link.socket.close()
 
     def _work(self) -> None:

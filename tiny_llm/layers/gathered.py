@@ -7,6 +7,7 @@ bits travel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 
@@ -24,13 +25,13 @@ def share_of(count: int, rank: int, size: int) -> range:
 
 def gathered(x: mx.array, group: Group, width: int) -> mx.array:
     """Return [T, width] of what all ranks have of it: x [T, W], as ``share_of`` says."""
-    if group.size == 1 or not x.shape[0]:
-        return x if group.size == 1 else mx.zeros((0, width), x.dtype)
+    if group.size == 1:
+        return x
     T, each = x.shape[0], -(-width // group.size)
     if x.shape[1] < each:  # who gathers wants as much of each
         x = mx.pad(x, [(0, 0), (0, each - x.shape[1])])
     parts = group.all_gather(x).reshape(group.size, T, each)
-    return parts.swapaxes(0, 1).reshape(T, -1)[:, :width]
+    return parts.swapaxes(0, 1).reshape(T, group.size * each)[:, :width]
 
 
 def columns(matrix: Matrix) -> int:
@@ -48,7 +49,7 @@ class GatheredLinear(Linear):
     outputs: int = 0
 
     def __call__(self, x: mx.array) -> mx.array:
-        x, inputs = x.reshape(x.shape[0], -1), columns(self.weight)
+        x, inputs = x.reshape(x.shape[0], prod(x.shape[1:])), columns(self.weight)
         whole = gathered(x, self.group, inputs) if x.shape[1] < inputs else x
         return gathered(linear(whole, self.weight, self.bias), self.group, self.outputs)
 
