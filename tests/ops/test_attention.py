@@ -172,6 +172,11 @@ def test_scores_are_no_half_precision() -> None:
     got = attention(q, q, v, scale=0.125, offset=0)
     assert got.dtype == mx.float16 and not mx.any(mx.isnan(got)).item(), "make scores in float32"
     assert mx.allclose(got[0], v[0], atol=1e-3).item(), "the first token sees itself"
+    # Scores of 128 and 128.25, which bfloat16 cannot tell apart.
+    q, k, v = mx.array([[[16.0, 1]]]), mx.array([[[8.0, 0]], [[8, 0.25]]]), mx.array([[[0.0, 0]], [[1, 1]]])
+    got = attention(*(x.astype(mx.bfloat16) for x in (q, k, v)), scale=1.0, offset=1)
+    weight = 1 / (1 + math.exp(-0.25))
+    assert got.flatten().tolist() == pytest.approx([weight] * 2, abs=3e-3), "take the softmax in float32, too"
 
 
 @pytest.mark.chapter("1.1")
