@@ -52,6 +52,10 @@ class GroupError(TinyLLMError):
     """Processes that run one model together cannot begin, or go on: who of them, and why."""
 
 
+class PeerError(TinyLLMError):
+    """The process at the other end of a connection is gone, silent, or not the one that was expected."""
+
+
 def did_you_mean(given: str, options: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the options nearest to ``given``, or ""."""
     near = get_close_matches(given.lower(), list(options), n=3, cutoff=0.5)
