@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -36,6 +36,8 @@ _TEXTS_AT_ONCE = 64  # of a request's that are to become vectors
 T = TypeVar("T")
 Item = tuple[int, "Chunk | Exception"]
 """What came of a caller's prompt of that number."""
+Supply = Callable[[list[int], SamplingParams, Mapping[str, Any]], Awaitable[None]]
+"""Takes a prompt, its params, and the options of ``Engine.add``."""
 MAX_RESTARTS = 1
 
 
@@ -90,8 +92,12 @@ class AsyncLLM:
 
     Takes what LLM takes, and raises what it raises. Close it at the end, or use it in an ``async with``.
     After ``rest_s`` seconds in which nobody asked, the memory of keys and values is given back.
-    ``restarts`` counts the engines that broke.
+    ``restarts`` counts the engines that broke. ``supply``, where it is set, is awaited with each request
+    before the engine gets it; ``after_step`` is called on the engine's thread.
     """
+
+    supply: Supply | None = None
+    after_step: Callable[[], None] | None = None
 
     def __init__(self, *args: Any, rest_s: float = REST_S, **options: Any) -> None:
         self._rest_s = rest_s
@@ -140,7 +146,9 @@ class AsyncLLM:
         mailbox = _Mailbox()
         options["arrival_s"] = time.perf_counter()  # the engine's clock; it may be in the middle of a step
         asked = [_Asked(i, ids, own, options, mailbox) for i, (ids, own) in enumerate(checked)]
-        self._post(lambda: self._add(asked))
+        if self.supply is not None:
+            await asyncio.gather(*(self.supply(one.ids, one.params, options) for one in asked))
+        self.post(lambda: self._add(asked))
         left = sum(one.left for one in asked)
         try:
             while left:
@@ -156,7 +164,7 @@ class AsyncLLM:
         finally:
             if left:
                 with suppress(EngineDeadError):  # then nothing is left to be cancelled
-                    self._post(lambda: self._cancel(asked))
+                    self.post(lambda: self._cancel(asked))
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -220,13 +228,13 @@ class AsyncLLM:
             except Exception as error:
                 future.set_exception(error)
 
-        self._post(run)
+        self.post(run)
         return await asyncio.wrap_future(future)
 
     def stop_all(self, why: str) -> None:
         """End what was asked until now: whoever awaits it gets a StoppedError that says ``why``."""
         with suppress(EngineDeadError):  # then they have been told already
-            self._post(lambda: self._stop_all(why))
+            self.post(lambda: self._stop_all(why))
 
     def close(self) -> None:
         """End the thread after its step; who still waits is told. The memory of weights, keys and values is
@@ -248,7 +256,8 @@ class AsyncLLM:
         if not self.alive:
             raise EngineDeadError(f"The engine has stopped: {self._fault or 'it was closed'}.")
 
-    def _post(self, job: Callable[[], None]) -> None:
+    def post(self, job: Callable[[], None]) -> None:
+        """Have ``job`` done on the engine's thread between two steps. Raises EngineDeadError."""
         with self._posting:
             self._require_alive()
             self._inbox.put(job)
@@ -283,6 +292,8 @@ class AsyncLLM:
     def _step(self) -> None:
         try:
             self._deliver(self.llm.engine.step())
+            if self.after_step is not None:
+                self.after_step()
         except Exception as error:
             if self.restarts >= MAX_RESTARTS or isinstance(error, GroupError):
                 raise

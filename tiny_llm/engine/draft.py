@@ -9,7 +9,7 @@ A plan comes in, and the same plan goes out with its guesses known.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -161,12 +161,16 @@ class DraftModel:
             read[copied] = read[block]
         for slot, block in plan.swap_in:
             read[block] = host[slot]
-        for _, block in plan.load:
-            read[block] = 0
+        self.forget(block for _, block in plan.load)
         for item in plan.items:
             for block, first in self._reach(item):
                 read[block] = min(read[block], max(0, item.start - first))
         del read[plan.num_blocks :]
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these hold was written by somebody else: it is unread."""
+        for block in blocks:
+            self._read[block] = 0
 
     def _reach(self, item: PlanItem) -> Iterator[tuple[int, int]]:
         """The blocks that the item's tokens go to, each with the position of its first token."""

@@ -150,6 +150,18 @@ class Runner:
             assert self._inv_freq is not None, "keys can be turned"
             self.cache.join(plan.joins, self._inv_freq)
 
+    def give(self, blocks: Sequence[int]) -> list[memoryview]:
+        """What these blocks hold, for another process."""
+        with use(self.kernels.backend, self.kernels.ours):
+            return self.cache.give(blocks)
+
+    def take(self, data: mx.array, count: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let blocks hold what another process gave: see ``PagedCache.take``."""
+        with use(self.kernels.backend, self.kernels.ours):
+            if self.draft is not None:
+                self.draft.forget(block for _, block in pairs)
+            self.cache.take(data, count, pairs)
+
     def warm_up(self, most_blocks: int) -> None:
         """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
         if self._lead is not None:

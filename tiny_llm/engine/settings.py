@@ -159,10 +159,15 @@ def _with_steps_within(
     return replace(scheduler, max_num_batched_tokens=tokens)
 
 
-def open_store(folder: str | Path, size: int, model: Checkpoint, how: tuple[object, ...]) -> BlockStore:
-    """For keys and values of ``model``, computed so and by this version: none else's are taken for them."""
+def fingerprint(model: Checkpoint, how: tuple[object, ...]) -> bytes:
+    """Of keys and values of ``model``, computed so and by this version: none else's are taken for them."""
     told = repr((__version__, isa(), *how)).encode()
-    return BlockStore(Path(folder), size, sha256(model.digest() + told).digest())
+    return sha256(model.digest() + told).digest()
+
+
+def open_store(folder: str | Path | None, size: int, fingerprint: Callable[[], bytes]) -> BlockStore | None:
+    """Where keys and values go that leave the pool; nowhere without a ``folder``."""
+    return None if folder is None else BlockStore(Path(folder), size, fingerprint())
 
 
 def context_limit(asked: int | None, most: int) -> int:

@@ -142,7 +142,7 @@ class BlockManager:
         ``spare`` blocks would be left.
         """
         assert not table.blocks
-        first, hits = self._hits(table, tokens)
+        first, hits = self.hits(table, tokens)
         start = first + len(hits)
         fresh = self._end(table, tokens, start, ahead) - start
         revived = sum(not self._refs[block] for block in hits)
@@ -170,7 +170,7 @@ class BlockManager:
 
     def would_fit(self, table: BlockTable, tokens: Sequence[int], ahead: int = maxsize) -> bool:
         """Whether ``allocate`` would find room with no block to spare."""
-        first, hits = self._hits(table, tokens)
+        first, hits = self.hits(table, tokens)
         start = first + len(hits)
         revived = sum(not self._refs[block] for block in hits)
         return self._end(table, tokens, start, ahead) - start + revived <= self.available
@@ -385,7 +385,7 @@ class BlockManager:
         assert set(self._cached) <= registered, "cached, but not to be found"
         assert not registered & set(self._free), "to be found, but free"
 
-    def _hits(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
+    def hits(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
         """The cached blocks that hold the beginning of ``tokens``, all but the last token at most.
 
         Those before the window need not be there: also, how many these are.

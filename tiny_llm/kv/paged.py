@@ -8,7 +8,7 @@ them through block tables. Knows no sequence, no token and no request.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -82,9 +82,7 @@ class PagedCache:
     def save(self, leaving: Sequence[tuple[int, bytes]]) -> None:
         """Take what these blocks hold, before another is told to write them, for ``saved``."""
         if leaving:
-            blocks = mx.array([block for block, _ in leaving], mx.int32)
-            arrays = [array[blocks] for pool in self._layers for array in settled(pool)]
-            flat = [array.view(mx.uint8).reshape(-1) for array in arrays]
+            flat = self._bytes_of([block for block, _ in leaving])
             mx.async_eval(flat)  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
             self._saved.append(([held for _, held in leaving], flat))
 
@@ -103,7 +101,18 @@ class PagedCache:
         if coming:
             together = b"".join([data for data, _ in coming])
             rows = mx.array(together).reshape(len(coming), -1)  # type: ignore[arg-type]  # as above
-            _move(self._pools_of(rows), self._layers, [(i, block) for i, (_, block) in enumerate(coming)])
+            pools = self._pools_of(lambda start, end: rows[:, start:end])
+            _move(pools, self._layers, [(i, block) for i, (_, block) in enumerate(coming)])
+
+    def give(self, blocks: Sequence[int]) -> list[memoryview]:
+        """What these blocks hold: of one array of the pool after the other, all of them."""
+        flat = self._bytes_of(blocks)
+        mx.eval(flat)
+        return [memoryview(array) for array in flat]  # type: ignore[arg-type]  # as above
+
+    def take(self, data: mx.array, count: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Write what ``give`` gave of ``count`` blocks, uint8 [n]: (which of them, block)."""
+        _move(self._pools_of(lambda start, end: data[count * start : count * end]), self._layers, pairs)
 
     def join(self, joins: Sequence[Join], inv_freq: Sequence[mx.array]) -> None:
         """Move rows as the joins say; each layer's keys are turned by its ``inv_freq`` [D / 2]."""
@@ -115,14 +124,19 @@ class PagedCache:
                 self._layers[layer] = copy_blocks(moved, pool, pairs)
                 mx.eval(*self._layers[layer])  # a layer at a time, so that only one is in memory twice
 
-    def _pools_of(self, rows: mx.array) -> list[Pool]:
-        """Each layer's arrays of blocks that lie as bytes, uint8 [n, block_bytes]."""
+    def _bytes_of(self, blocks: Sequence[int]) -> list[mx.array]:
+        """What blocks hold: uint8, one for each array of each layer."""
+        rows = mx.array(list(blocks), mx.int32)
+        return [array[rows].view(mx.uint8).reshape(-1) for pool in self._layers for array in settled(pool)]
+
+    def _pools_of(self, part: Callable[[int, int], mx.array]) -> list[Pool]:
+        """Each layer's arrays of blocks that lie as bytes; ``part`` has bytes start:end of all of these."""
         pools, end = list[Pool](), 0
         for _ in range(self.format.num_layers):
             arrays = []
             for array in self.format.arrays:
                 start, end = end, end + array.block_bytes
-                arrays.append(rows[:, start:end].view(array.dtype).reshape(-1, *array.shape))
+                arrays.append(part(start, end).view(array.dtype).reshape(-1, *array.shape))
             pools.append(tuple(arrays))
         return pools
 
