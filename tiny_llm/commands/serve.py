@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments, load_async
+from tiny_llm.commands.two import ALONE, PeerOptions
 from tiny_llm.engine.llm import LLM
 from tiny_llm.limits import MOST
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, option
@@ -49,6 +50,7 @@ def serve(
         int, option("Limits", "Answers that may wait beyond those that could run at once; more get a 429.")
     ] = 256,
     max_wait: Annotated[float, option("Limits", "Seconds that a request may wait before a 503.")] = 300.0,
+    two: PeerOptions = ALONE,
     options: EngineOptions = ENGINE,
     debug: DebugOption = False,
 ) -> None:
@@ -71,4 +73,4 @@ def serve(
     )
     if given["ranks"].leader is not None:  # under mlx.launch: only rank 0 has clients
         LLM(**given)
-    run(settings, host, port, lambda: load_async(given))
+    run(settings, host, port, two.joined(lambda: load_async(given)))

@@ -26,8 +26,14 @@ from tiny_llm.engine.follower import join_in
 from tiny_llm.engine.named_contexts import NamedContexts
 from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
 from tiny_llm.engine.ranks import Lead, gather, held
-from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, fingerprint, open_store
-from tiny_llm.engine.settings import usual_block_size
+from tiny_llm.engine.settings import (
+    EngineSettings,
+    Speculation,
+    context_limit,
+    fingerprint,
+    open_store,
+    usual_block_size,
+)
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import RequestError, UsageError
 from tiny_llm.memory import give_back_memory

@@ -150,6 +150,11 @@ class Runner:
             assert self._inv_freq is not None, "keys can be turned"
             self.cache.join(plan.joins, self._inv_freq)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model runs in this process."""
+        return self._lead is None
+
     def give(self, blocks: Sequence[int]) -> list[memoryview]:
         """What these blocks hold, for another process."""
         with use(self.kernels.backend, self.kernels.ours):
