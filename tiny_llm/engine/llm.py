@@ -26,14 +26,7 @@ from tiny_llm.engine.follower import join_in
 from tiny_llm.engine.named_contexts import NamedContexts
 from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
 from tiny_llm.engine.ranks import Lead, gather, held
-from tiny_llm.engine.settings import (
-    EngineSettings,
-    Speculation,
-    context_limit,
-    fingerprint,
-    open_store,
-    usual_block_size,
-)
+from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
 from tiny_llm.errors import RequestError, UsageError
 from tiny_llm.memory import give_back_memory
@@ -155,8 +148,7 @@ class LLM:
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.end_ids)
         engine = engine or self._fitting(kv_memory, swap_memory, speculate, scheduler)
         how = (self.backend, self.kernels.on_ours, dtype, quantize, activations, kept, engine.block_size)
-        self.fingerprint = partial(fingerprint, model, how)  # not called without need: it reads all
-        self._store = open_store(kv_disk, kv_disk_size, self.fingerprint)
+        self.fingerprint, self._store = open_store(kv_disk, kv_disk_size, model, how)
         self._use_engine(join_in(self._team, model, loaded, self.kernels, engine))
 
     @property

@@ -159,15 +159,18 @@ def _with_steps_within(
     return replace(scheduler, max_num_batched_tokens=tokens)
 
 
-def fingerprint(model: Checkpoint, how: tuple[object, ...]) -> bytes:
-    """Of keys and values of ``model``, computed so and by this version: none else's are taken for them."""
-    told = repr((__version__, isa(), *how)).encode()
-    return sha256(model.digest() + told).digest()
+def open_store(
+    folder: str | Path | None, size: int, model: Checkpoint, how: tuple[object, ...]
+) -> tuple[Callable[[], bytes], BlockStore | None]:
+    """The fingerprint of keys and values of ``model``, computed so and by this version: none else's will do.
 
+    It is to be called, which reads all weights. And where they go that leave the pool: perhaps nowhere.
+    """
 
-def open_store(folder: str | Path | None, size: int, fingerprint: Callable[[], bytes]) -> BlockStore | None:
-    """Where keys and values go that leave the pool; nowhere without a ``folder``."""
-    return None if folder is None else BlockStore(Path(folder), size, fingerprint())
+    def fingerprint() -> bytes:
+        return sha256(model.digest() + repr((__version__, isa(), *how)).encode()).digest()
+
+    return fingerprint, None if folder is None else BlockStore(Path(folder), size, fingerprint())
 
 
 def context_limit(asked: int | None, most: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tiny_llm.distributed.links import address_of
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.limits import check_whole
@@ -41,15 +42,12 @@ class Peer:
             raise ConfigError(
                 "No secret is given for the peer; set TINY_LLM_PEER_SECRET to the same words on both sides."
             )
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) >= 2**16:
-            raise ConfigError(f"peer (--peer) is {self.address!r}, but must be HOST:PORT.")
+        address_of(self.address, "peer (--peer)")
 
     @property
     def place(self) -> tuple[str, int]:
         """Host and port."""
-        host, _, port = self.address.rpartition(":")
-        return host.strip("[]"), int(port)
+        return address_of(self.address, "peer")
 
 
 def fingerprint(llm: LLM) -> bytes:
