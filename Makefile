@@ -31,7 +31,7 @@ help:
 	@echo 'make mac     on a Mac: kernel tests, proofs, speed against mlx-lm; a report to paste into an issue'
 	@echo 'make soak    20 minutes of mixed traffic: does the server last?'
 	@echo 'make templates  published chat templates, fetched: our rendering against transformers'
-	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node ...) against our server'
+	@echo 'make clients    clients of others (instructor, litellm, lm-eval, openai for node, Ray ...) against our server'
 	@echo 'make clean   remove the environment and every cache'
 	@echo
 	@echo 'make kernels-test   the CPU kernels alone (C++); also asan, tsan: under sanitizers,'
@@ -108,17 +108,30 @@ templates: .venv/test.stamp
 	$(python) tools/compare_templates.py $(TEMPLATES)
 
 # Clients of others, whose pins are not ours, in an environment of their own (minutes to make).
-clients: .venv/run.stamp .venv/kernels.stamp .venv-clients/stamp build/clients-node/package.json
+clients: .venv/run.stamp .venv/kernels.stamp .venv-clients/stamp .venv-ray/stamp build/clients-node/package.json
 	.venv-clients/bin/python -m pytest clients --rootdir clients -c clients/pytest.ini
 
-.venv-clients/stamp: clients/requirements.txt
-	@echo 'Setting up .venv-clients (once; some minutes) ...' >&2
+# An environment beside .venv: $(call environment,its folder,its requirements)
+define environment
+	@echo 'Setting up $(1) (once; some minutes) ...' >&2
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --clear --python $(python) .venv-clients && \
-		uv pip install --quiet --python .venv-clients/bin/python -r $<; \
+		uv venv --quiet --clear --python $(python) $(1) && \
+		uv pip install --quiet --python $(1)/bin/python -r $(2); \
 	else \
-		$(python) -m venv --clear .venv-clients && .venv-clients/bin/python -m pip install --quiet -r $<; \
+		$(python) -m venv --clear $(1) && $(1)/bin/python -m pip install --quiet -r $(2); \
 	fi
+endef
+
+.venv-clients/stamp: clients/requirements.txt
+	$(call environment,$(@D),$<)
+	@touch $@
+
+# Ray's replicas run our checkout, and want what it wants.
+.venv-ray/stamp: clients/ray.txt pyproject.toml
+	@mkdir -p build && $(python) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >build/ray.txt
+	@cat $< >>build/ray.txt
+	$(call environment,$(@D),build/ray.txt)
 	@touch $@
 
 build/clients-node/package.json: clients/node/package.json
@@ -131,7 +144,7 @@ metal-grid: .venv/test.stamp
 		tests/sampling/test_metal_sampling.py
 
 clean:
-	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
+	rm -rf .venv .venv-clients .venv-ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tiny_llm/_cpu*.so
 	cd kernels/cpu && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt \
 		Makefile *.ninja *.cmake *.a kernel_tests
 	find tiny_llm book tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -131,7 +131,11 @@ def smg(urls: Sequence[str], policy: str, *options: str) -> Server:
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", free_port()]
     command += ["--worker-startup-check-interval", 1, *options, "--worker-urls", *urls]
     server = Server("smg", "demo", [*map(str, command)], port, "/workers", threads=1)
+    end = time.monotonic() + PATIENCE_S
     while sum(one["is_healthy"] for one in workers(server.target.url)) < len(urls):
+        if time.monotonic() > end:
+            server.close()
+            raise ServerError(f"smg did not find {' and '.join(urls)} in {PATIENCE_S:.0f} s.")
         time.sleep(0.1)
     return server
 

@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         settings = service.settings
         self.service = service
         config = uvicorn.Config(
-            _application(service, local_only=is_loopback(listening.getsockname()[0])),
+            application(service, local_only=is_loopback(listening.getsockname()[0])),
             http=DeadlineProtocol.within(settings.read_timeout_s),
             ws="none",
             lifespan="off",
@@ -134,8 +134,8 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
-def _application(service: Service, *, local_only: bool) -> ASGIApp:
-    """Routes, in the guard, in what refusals have too."""
+def application(service: Service, *, local_only: bool) -> ASGIApp:
+    """Routes, in the guard, in what refusals have too; ``local_only`` is the guard's."""
     settings = service.settings
     app: ASGIApp = Guard(create_app(service), settings, service.problem, local_only=local_only)
     if settings.cors_origins:
