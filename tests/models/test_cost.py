@@ -49,6 +49,7 @@ def test_attention_is_counted_pair_by_pair(start: int, tokens: int) -> None:
         pairs - tokens: "a token looks at itself too",
         pairs / 2: "scores or values are missing",
     }
+    assert type(got) is int, "operations are whole numbers"
     assert got == pair * pairs, known.get(got / pair, f"{got / pair} pairs, expected {pairs}")
 
 
@@ -72,6 +73,13 @@ def test_a_prompt_makes_one_row_of_logits() -> None:
     config = ALL["qwen2-0.5b"]
     prompt = step_of(config, 1000, 10, start=0, tokens=50, sequences=2)
     assert prompt.matrices.flops == matrix_flops(config, 100, 2)
+
+
+def test_each_prompt_of_a_batch_looks_at_itself() -> None:
+    config = ALL["qwen2-0.5b"]
+    prompt = step_of(config, 1000, 10, start=30, tokens=50, sequences=2)
+    assert prompt.attention.flops == 2 * attention_flops(config, 30, 50)
+    assert prompt.attention.bytes == 2 * 80 * 10, "new tokens are read, too"
 
 
 def test_the_roof_has_two_sides() -> None:

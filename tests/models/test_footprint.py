@@ -95,6 +95,7 @@ def test_a_quantized_matrix_has_two_numbers_a_group(bits: int, group: int) -> No
     assert tensor_bytes(shape, 4) == mx.zeros(shape).nbytes
     wide = sum(part.nbytes for part in mx.quantize(mx.ones(shape), group_size=group, bits=bits))
     assert tensor_bytes(shape, 4, Quantization(bits, group)) == wide, "scales and biases are of item_bytes"
+    assert type(computed) is int, "bytes are whole numbers"
 
 
 @pytest.mark.chapter("0.2")

@@ -113,3 +113,11 @@ def test_only_wanted_rows_reach_the_head(model: Decoder, seen: dict[str, mx.arra
     got = model(replace(batch, logit_rows=rows), NoCache())
     assert off(got, seen["logits"][rows]) < TOLERANCE
     assert model(replace(batch, logit_rows=mx.zeros((0,), mx.int32)), NoCache()).shape[0] == 0
+    normed: list[int] = []
+
+    def watched(x: mx.array) -> mx.array:
+        normed.append(x.shape[0])
+        return model.norm(x)
+
+    replace(model, norm=watched)(replace(batch, logit_rows=rows), NoCache())  # type: ignore[arg-type]
+    assert normed == [2], "the last norm and the head see those rows alone"

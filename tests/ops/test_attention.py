@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from tiny_llm.ops.attention import attention, causal_mask
+from tiny_llm.ops.attention import attention, attention_ref, causal_mask
 from tiny_llm.ops.backend import use, works
 
 
@@ -175,6 +175,8 @@ def test_scores_are_no_half_precision() -> None:
     # Scores of 128 and 128.25, which bfloat16 cannot tell apart.
     q, k, v = mx.array([[[16.0, 1]]]), mx.array([[[8.0, 0]], [[8, 0.25]]]), mx.array([[[0.0, 0]], [[1, 1]]])
     got = attention(*(x.astype(mx.bfloat16) for x in (q, k, v)), scale=1.0, offset=1)
+    kept = attention_ref(q, k.astype(mx.bfloat16), v.astype(mx.bfloat16), scale=1.0, offset=1)
+    assert kept.dtype == q.dtype, "the result has q's dtype, whatever keys and values are kept in"
     weight = 1 / (1 + math.exp(-0.25))
     assert got.flatten().tolist() == pytest.approx([weight] * 2, abs=3e-3), "take the softmax in float32, too"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,6 +113,17 @@ def test_a_table_larger_than_any_is_not_read(path, monkeypatch):
     monkeypatch.setattr(header, "MAX_HEADER_BYTES", 16)
     with pytest.raises(WeightError, match=r"corrupt: its header claims \d+ bytes"):
         read_header(path)
+
+
+def test_data_are_not_read(tmp_path):
+    file, size = tmp_path / "x", 4_000_000
+    write(file, {"w": row("U8", [size], 0, size)}, bytes(size))
+    tracemalloc.start()
+    try:
+        assert read_header(file).keys() == {"w"}
+        assert tracemalloc.get_traced_memory()[1] < size // 2, "a table is small, and data may be gigabytes"
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_that_lost_its_last_byte_names_a_tensor(path):
