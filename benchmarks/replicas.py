@@ -53,7 +53,7 @@ def cached_share(url: str, seed: int) -> float:
     """Of the prompts' tokens, those that were found in a cache."""
     chance = random.Random(seed)
     texts = [" ".join(chance.choices(WORDS, k=LENGTH)) for _ in range(TEXTS)]
-    told = [ask(url, f"{chance.choice(texts)} {chance.random()}", 4) for _ in range(REQUESTS)]
+    told = [ask(url, f"{chance.choice(texts)} {chance.randrange(100)}", 4) for _ in range(REQUESTS)]
     cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in told)  # type: ignore[index]
     return cached / sum(one["prompt_tokens"] for one in told)  # type: ignore[misc]
 

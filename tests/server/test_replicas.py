@@ -72,7 +72,7 @@ def test_requests_that_begin_alike_come_to_where_that_is_cached(start_process: A
     texts = [" ".join(chance.choices(("the", "a", "of", "to", "in", "is", "it"), k=560)) for _ in range(4)]
 
     def ask(text: str) -> tuple[int, int]:
-        body = {**MODEL, "prompt": f"{text} {chance.random()}", "max_tokens": 4}
+        body = {**MODEL, "prompt": f"{text} {chance.randrange(100)}", "max_tokens": 4}
         with client(url) as http:
             usage = http.post(TEXT, json=body).json()["usage"]
         return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
