@@ -124,6 +124,18 @@ class EngineOptions:
             "given. Under mlx.launch it says how many.",
         ),
     ] = None
+    parallel: Annotated[
+        Literal["tensor", "pipeline"],
+        option(
+            "Machines",
+            "What each rank has: a part of every matrix, or some of the layers, which is less to send and "
+            "faster with many answers at once.",
+        ),
+    ] = "tensor"
+    shares: Annotated[
+        str | None,
+        option("Machines", "How the work of a pipeline is cut, one number a rank, rank 0 first: 2,1."),
+    ] = None
     rank_address: Annotated[
         str | None,
         option("Machines", "HOST:PORT where the other ranks come to, by `follow` on their machines."),

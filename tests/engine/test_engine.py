@@ -321,7 +321,7 @@ def test_who_needs_the_last_token_is_not_run_ahead(llm: LLM) -> None:
         engine.add(prompt(llm, "What is decode?"), replace(GREEDY, **own))
         for _ in range(4):
             engine.step()
-        assert engine._ahead is None, own
+        assert not engine._ahead, own
 
 
 def test_what_the_last_token_does_not_change_is_run_ahead(llm: LLM) -> None:
@@ -330,7 +330,7 @@ def test_what_the_last_token_does_not_change_is_run_ahead(llm: LLM) -> None:
         engine.add(prompt(llm, "What is decode?"), replace(GREEDY, **own))
         for _ in range(4):
             engine.step()
-        assert engine._ahead is not None, own
+        assert engine._ahead, own
 
 
 def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> None:
@@ -345,7 +345,7 @@ def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> 
     late, ends = engine.add(asks[2], long, timeout_s=5), engine.add(asks[3], replace(long, ignore_eos=False))
     for _ in range(4):
         engine.step()
-    assert engine._ahead is not None
+    assert engine._ahead
     engine.cancel(gone)
     now[0] = 6.0
     done = drain(engine)
@@ -355,7 +355,7 @@ def test_what_ends_while_its_next_step_is_under_way_leaves_nothing(llm: LLM) -> 
         stays: "length",
     }
     assert done[stays][0].token_ids == expected
-    assert used(engine) == 0 and engine._ahead is None
+    assert used(engine) == 0 and not engine._ahead
 
 
 def test_a_step_that_cannot_be_prepared_fails_alone(llm: LLM) -> None:

@@ -53,7 +53,7 @@ def test_a_step_ahead_changes_no_token(demo: Path) -> None:
         number = own.engine.add(own.check(PROMPTS[0])[0], GREEDY)
         own.engine.step()
         own.engine.step()
-        assert own.engine._ahead is not None, "nothing is in flight"
+        assert own.engine._ahead, "nothing is in flight"
         own.engine.cancel(number)
         waited = own.with_engine(replace(SETTINGS, async_scheduling=False))
         assert [one.token_ids for one in waited.generate(PROMPTS, GREEDY)] == ahead

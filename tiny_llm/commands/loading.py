@@ -47,21 +47,40 @@ def arguments(options: EngineOptions, **limits: Any) -> dict[str, Any]:
     for name in ("kv_memory", "swap_memory", "kv_disk_size"):
         if given[name] is not None:
             given[name] = parse_bytes(given[name], f"--{name.replace('_', '-')}")
-    given["ranks"] = _ranks(given.pop("ranks"), given.pop("rank_address"), given.pop("rank_timeout"))
+    given["ranks"] = _ranks(
+        given.pop("ranks"),
+        given.pop("rank_address"),
+        given.pop("rank_timeout"),
+        _shares(given.pop("parallel"), given.pop("shares")),
+    )
     given["swap_memory"] = given["swap_memory"] or 0
     given["max_context"] = given.pop("max_model_len")
     given["scheduler"] = SchedulerSettings(max_step_ms=given.pop("max_step_ms"), **limits)
     return given
 
 
-def _ranks(size: int | None, address: str | None, timeout_s: float) -> Ranks:
+def _shares(parallel: str, text: str | None) -> tuple[float, ...] | None:
+    """Of a pipeline, () if they are not given; None where there is none."""
+    if parallel == "tensor":
+        if text is not None:
+            raise ConfigError("--shares cuts the work of --parallel pipeline: give both, or neither.")
+        return None
+    try:
+        return tuple(float(share) for share in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError(f"shares (--shares) are {text!r}, expected numbers, such as 2,1.") from None
+
+
+def _ranks(
+    size: int | None, address: str | None, timeout_s: float, shares: tuple[float, ...] | None
+) -> Ranks:
     """As ``mlx.launch`` says, or as the options do. Raises ConfigError where the two do not agree."""
     found = launched()
     if found is None:
-        return Ranks(1 if size is None else size, address, timeout_s)
+        return Ranks(1 if size is None else size, address, timeout_s, shares=shares)
     if size not in (None, found.size) or address is not None:
         raise ConfigError(f"mlx.launch has started {found.size} ranks: leave --ranks and --rank-address out.")
-    return replace(found, timeout_s=timeout_s)
+    return replace(found, timeout_s=timeout_s, shares=shares)
 
 
 def _progress(bar: Bar) -> Progress:

@@ -42,7 +42,8 @@ class Ranks:
     ``address`` HOST:PORT is where rank 0 waits for the others; without one it starts them on this machine.
     ``leader``: this one is no rank 0, which waits there. They know the same ``secret``. One that is silent
     for ``timeout_s`` ends the group; ``meet_s`` is the time to come. ``backend`` is MLX's, and ``rank`` this
-    one's, where ``mlx.launch`` says so.
+    one's, where ``mlx.launch`` says so. With ``shares`` of the work, one a rank, or none if they are all
+    alike, each has some layers; None: each has a part of every matrix.
     """
 
     size: int = 1
@@ -53,6 +54,15 @@ class Ranks:
     meet_s: float = 120.0
     backend: MlxBackend | None = None
     rank: int | None = None
+    shares: tuple[float, ...] | None = None
+
+    def shares_of(self, size: int) -> tuple[float, ...] | None:
+        """The shares of so many ranks. Raises ConfigError where they are not as many."""
+        if self.shares is not None and len(self.shares or range(size)) != size:
+            raise ConfigError(
+                f"{len(self.shares)} shares are given (--shares), but there are {size} ranks: give each one."
+            )
+        return (1.0,) * size if self.shares == () else self.shares
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that cannot work."""

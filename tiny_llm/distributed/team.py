@@ -43,6 +43,7 @@ class Team:
     ) -> None:
         self.group = group
         self.rank, self.size = group.rank, group.size
+        self.shares: tuple[float, ...] | None = None  # of a pipeline
         self.fault: str | None = None
         self.numbers = count()  # of the engines that are led
         self.gone: list[int] = []  # of these, such as nobody uses any more

@@ -77,17 +77,15 @@ class Engine:
         lead: Lead | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.healthy = True
-        self.totals = EngineStats()
+        self.healthy, self.totals = True, EngineStats()
         self.trace: Trace | None = None  # give it one, and it is written to
         self._tokenizer = tokenizer
-        self._end_ids = end_ids
-        self._max_context = max_context
+        self._end_ids, self._max_context = end_ids, max_context
         self._clock, self._store = clock, store
         self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}  # by sequence
-        self._ahead: InFlightBatch | None = None
+        self._ahead: list[InFlightBatch] = []
         used = (model, draft) if settings.speculate == "draft" else (model,)
         with use(kernels.backend, kernels.ours):
             models = [one if lead else played(one) for one in used if one is not None]
@@ -224,15 +222,13 @@ class Engine:
 
     def cancel(self, request_id: int) -> list[Event]:
         """End a request now; its blocks are free when this returns. Nothing if it has ended."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return []
-        return self._ended([self.scheduler.cancel(answer.seq_id) for answer in request.answers])
+        answers = self._requests[request_id].answers if request_id in self._requests else []
+        return self._ended([self.scheduler.cancel(answer.seq_id) for answer in answers])
 
     def rest(self) -> None:
         """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
         assert not self._requests, "requests are waiting or running"
-        self._ahead = None
+        self.runner.settle(self._ahead)
         self.keep_cached()
         self._shrink_pool(0)
         give_back_memory()
@@ -254,17 +250,17 @@ class Engine:
         events = self._ended(self.scheduler.expire(self._clock()))
         events += self._limit_pool() + self._look_after_contexts()
         clock = StepClock(self.totals, self._clock)
-        was_ahead = self._ahead is not None
-        batch, self._ahead = self._ahead or self._launch_next(clock), None
+        was_ahead = bool(self._ahead)
+        batch = self._ahead.pop(0) if was_ahead else self._launch_next(clock)
         if batch is None:
             return events
         try:
-            self._ahead = self._launch_ahead(batch, clock)
+            self._launch_ahead(batch, clock)
             decisions = batch.decisions(clock.lap)
         except Exception as error:  # whatever it was, those who are not in this step must not pay for it
             return events + self._failed(batch.plan, error)
         # The first of several that run ahead has a part of the next one in its time, the last one too little.
-        is_whole = was_ahead == (self._ahead is not None) and batch.is_usual
+        is_whole = was_ahead == bool(self._ahead) and batch.is_usual
         self._write_saved()
         events += self._commit(batch.plan, decisions) + self._embedded(batch.pooled)
         clock.lap("commit")
@@ -275,7 +271,7 @@ class Engine:
         """Fit the pool to the memory that is there; end those for whom that is too little even alone."""
         blocks, ask = self.scheduler.blocks, self._pool_limit.blocks
         blocks.set_limit(ask(blocks.capacity))
-        if blocks.capacity_within(blocks.limit) < blocks.capacity and self._ahead is None:
+        if blocks.capacity_within(blocks.limit) < blocks.capacity and not self._ahead:
             blocks.set_limit(ask(blocks.capacity, again=True))  # now that no step takes memory
             self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
             self._shrink_pool(blocks.limit)
@@ -287,15 +283,15 @@ class Engine:
         blocks.shrink(self.scheduler.tables(), limit)
         self.runner.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
 
-    def _launch_next(self, clock: StepClock) -> InFlightBatch | None:
-        """Start the step that the scheduler plans; None if there is nothing to do."""
-        plan = self.scheduler.schedule()
+    def _launch_next(self, clock: StepClock, *beside: InFlightBatch) -> InFlightBatch | None:
+        """Start the step that the scheduler plans, ``beside`` others; None if there is nothing to do."""
+        plan = self.scheduler.schedule([batch.plan for batch in beside], self.runner.groups)
         for item in plan.items:
             request = self._requests[self._answers[item.seq_id].request_id]
             if not request.started_s:
                 self._note_start(request, item.seq_id)
         clock.lap("schedule")
-        if plan.items:
+        if plan.items or (beside and plan.preempted):  # what moves, moves in its turn
             return self.runner.launch(plan, self._drawing, None, clock.lap)
         if plan.preempted:  # all had to go, some of them to the host
             self.runner.move(plan)
@@ -308,23 +304,27 @@ class Engine:
         request.cached_tokens = sequence.cached_tokens
         self.totals.queue_s.add(request.started_s - request.arrival)
 
-    def _launch_ahead(self, batch: InFlightBatch, clock: StepClock) -> InFlightBatch | None:
-        """Start the step after one under way, if it is known but for the tokens that are being drawn."""
-        plan, rows = batch.plan, batch.rows
-        if batch.drawing is None or not self.settings.async_scheduling:
-            return None
-        blocks = self.scheduler.blocks
+    def _launch_ahead(self, batch: InFlightBatch, clock: StepClock) -> None:
+        """Start the step after one under way, if it is known but for the tokens that are being drawn. Where
+        ranks work in turns, start as many others beside it as there are turns.
+        """
+        plan, rows, blocks = batch.plan, batch.rows, self.scheduler.blocks
         shrinks = blocks.capacity_within(blocks.limit) < blocks.capacity  # when no step is under way
+        while len(self._ahead) < self.runner.groups - 1 and not shrinks:
+            other = self._launch_next(clock, batch, *self._ahead)
+            if other is None:
+                return
+            self._ahead.append(other)
         one_each = len(rows) == len(plan.items)  # else several answers begin from one prompt, or it goes on
-        if shrinks or not one_each or any(row.answer.needs_last_token for row in rows):
-            return None
+        may = self.settings.async_scheduling and one_each and not shrinks
+        if batch.drawing is None or not may or any(row.answer.needs_last_token for row in rows):
+            return
         leaving = {row.answer.seq_id for row in rows if row.position == row.answer.last_position}
         following = self.scheduler.follow(plan, leaving)
         clock.lap("schedule")
-        if following is None:
-            return None
-        drawn = batch.drawing.tokens
-        return self.runner.launch(following, self._drawing, drawn, clock.lap)
+        if following is not None:
+            drawn = batch.drawing.tokens
+            self._ahead.append(self.runner.launch(following, self._drawing, drawn, clock.lap))
 
     def _commit(self, plan: Plan, decisions: Sequence[Decision]) -> list[Event]:
         """Give each answer its token, and the scheduler what comes of it; forget what has ended."""
@@ -361,7 +361,7 @@ class Engine:
                 chunk.completion = self._end(answer, sequence.finish_reason, now)
             events.append(Event(answer.request_id, chunk))
         if not len(self.scheduler):
-            self._ahead = None  # all of its sequences have ended
+            self.runner.settle(self._ahead)  # all of their sequences have ended
         return events
 
     def _embedded(self, pooled: Iterable[PooledRows]) -> list[Event]:
@@ -490,7 +490,7 @@ class Engine:
 
     def _failed(self, plan: Plan, error: Exception) -> list[Event]:
         """The step broke: its requests end with the error, the pool is made anew, the others start over."""
-        self.healthy, self._ahead = False, None
+        self.healthy, self._ahead = False, []
         self.totals.failed_steps += 1
         outputs = self.scheduler.abandon(plan)
         for context in self.contexts.lost():  # before those who use them: they are older

@@ -139,7 +139,8 @@ class LLM:
         self._team = gather(self.name, locals() | {"backend": self.backend})
         with use(self.backend, self.kernels.ours), held(self._team) as group:
             own = partial(load_model, model, dtype=dtype, quantize=quantize, progress=progress)
-            self._model = loaded = own(activations=activations, group=group)
+            shares = None if self._team is None else self._team.shares
+            self._model = loaded = own(activations=activations, group=group, shares=shares)
             self._draft = None if drafting is None else load_draft(drafting)
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config, self.embedding = loaded.config, model.embedding

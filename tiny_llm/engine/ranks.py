@@ -45,26 +45,31 @@ def gather(name: str, given: Mapping[str, Any]) -> Team | None:
         return None
     if given["kv_disk"] is not None:
         raise ConfigError("kv_disk (--kv-disk) is for one process, and cannot be given with ranks (--ranks).")
+    if ranks.shares is not None and given["draft"] is not None:
+        raise ConfigError("A draft model (--draft) is not for a pipeline of ranks (--parallel pipeline).")
     how = {one: given[one] for one in _GIVEN}
     if ranks.address is None and ranks.leader is None and how["threads"] is None:
         how["threads"] = max(1, (num_threads() or os.cpu_count() or 1) // ranks.size)  # of the same machine
         set_threads(how["threads"])
-    team = meet(ranks, _starting(name, how, ranks.timeout_s))
+    team = meet(ranks, _starting(name, how, ranks))
     if team is not None:
         with held(team):
+            team.shares = ranks.shares_of(team.size)
             same = {one: how[one] for one in _ALIKE}
-            team.agree({"tiny_llm": version, "mlx": metadata.version("mlx"), **same})
+            team.agree({"tiny_llm": version, "mlx": metadata.version("mlx"), "shares": team.shares, **same})
     return team
 
 
-def _starting(name: str, how: Mapping[str, object], timeout_s: float) -> Start:
+def _starting(name: str, how: Mapping[str, object], ranks: Ranks) -> Start:
     """What starts another rank on this machine, of the same options: ``python -m tiny_llm follow``."""
 
     def start(leader: str, secret: str) -> subprocess.Popen[bytes]:
         home = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-P", "-m", "tiny_llm", "follow", "--leader", leader, "--model", name]
-        for option, value in {**how, "rank_timeout": timeout_s}.items():
+        shares = None if not ranks.shares else ",".join(map(str, ranks.shares))
+        own = {"parallel": "tensor" if ranks.shares is None else "pipeline", "shares": shares}
+        for option, value in {**how, "rank_timeout": ranks.timeout_s, **own}.items():
             if value is not None and value is not False:
                 command.append(_FLAGS.get(option, f"--{option.replace('_', '-')}"))
                 command += [] if value is True else [str(value)]
@@ -92,6 +97,7 @@ class Lead:
 
     def __init__(self, team: Team) -> None:
         self.team = team
+        self.groups = 1 if team.shares is None else team.size  # of sequences, where ranks work in turns
         self._engine = next(team.numbers)
         weakref.finalize(self, team.gone.append, self._engine)  # told with what comes next
 

@@ -6,8 +6,9 @@ tokens that are being drawn. Knows no request and no text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -32,7 +33,7 @@ class InFlightBatch:
     """A step under way: ``rows`` says whose each row of its logits is, ``pooled`` whose hidden states are.
 
     ``error`` came up while it was prepared, and is raised when its turn comes. ``is_usual`` is whether such
-    steps take about as long.
+    steps take about as long. Where ranks work in turns, ``compute`` does this one's part.
     """
 
     plan: Plan
@@ -41,11 +42,14 @@ class InFlightBatch:
     drawing: Drawing | None = None
     error: Exception | None = None
     is_usual: bool = True
+    compute: Callable[[Lap], Drawing] | None = None
 
     def decisions(self, lap: Lap) -> list[Decision]:
         """Wait for what it draws. Raises whatever went wrong."""
         if self.error is not None:
             raise self.error
+        if self.compute is not None:
+            self.drawing = self.compute(lap)
         assert self.drawing is not None
         mx.eval([one.pool.gathered for one in self.pooled])
         return self.drawing.decisions(lap)
@@ -70,6 +74,7 @@ class Runner:
         self._tokens, self._most = 0, BUFFER_POOL_BYTES
         self._inv_freq = inv_freq  # by which each layer's keys are turned to another position
         self._lead = lead
+        self.groups = 1 if lead is None else lead.groups
         if lead is not None:
             lead.begin(cache)
 
@@ -77,11 +82,14 @@ class Runner:
         """Start a step: from its plan to tokens that are being drawn for its answers.
 
         See ``forward``, and ``decide.rows_of`` on ``sharing``. The draft model's guesses become the plan's.
+        Of several ``groups`` of sequences, whose steps are under way at once, other ranks begin with it now.
         """
         batch = InFlightBatch(plan, [], is_usual=not (plan.load or plan.joins))  # which takes its own time
         try:
             with use(self.kernels.backend, self.kernels.ours):
-                self._move(plan)
+                in_turns = self.groups > 1
+                if not in_turns:
+                    self._move(plan)
                 batch.plan = within_forms(plan, sharing)
                 if self.draft is not None:
                     batch.plan = self.draft.guessed(batch.plan, sharing)
@@ -89,10 +97,30 @@ class Runner:
                     lap("draft")
                 batch.rows = rows_of(batch.plan, sharing)
                 batch.pooled = pooled_rows(batch.plan, lambda seq_id: sharing(seq_id)[0].pool)
+                if self._lead is not None:
+                    drawn = self._lead.step(batch.plan, drawn)
+                if in_turns:
+                    batch.compute = partial(self._compute, batch)
+                    return batch
                 batch.drawing = draw(self.forward(batch.plan, drawn, lap, batch.pooled), batch.rows, lap)
         except Exception as error:
             batch.error = error
         return batch
+
+    def _compute(self, batch: InFlightBatch, lap: Lap) -> Drawing:
+        """This rank's part of a step that others have begun: the last one, when its turn has come."""
+        with use(self.kernels.backend, self.kernels.ours):
+            self._move(batch.plan)
+            if not batch.plan.items:
+                return draw(mx.zeros((0, self.model.config.vocab_size)), [], lap)
+            return draw(self.forward(batch.plan, None, lap, batch.pooled), batch.rows, lap)
+
+    def settle(self, batches: list[InFlightBatch]) -> None:
+        """Forget steps whose tokens nobody wants; what other ranks have begun is brought to its end."""
+        while batches:
+            batch = batches.pop(0)
+            if batch.compute is not None:
+                batch.decisions(lambda _: None)
 
     def forward(
         self, plan: Plan, drawn: mx.array | None, lap: Lap, pooled: Sequence[PooledRows] = ()
@@ -105,8 +133,6 @@ class Runner:
         Raises ValueError for logits of another shape, which a plug-in's model may give: a token that is
         drawn from them would be an index that nobody checks.
         """
-        if self._lead is not None:
-            drawn = self._lead.step(plan, drawn)
         batch = build_batch(plan, self.cache.format.block_size, drawn)
         self._make_room(batch.tokens.size, batch.logit_rows.size)
         lap("build")
