@@ -12,21 +12,22 @@ from typing import Any
 import pytest
 
 from tiny_llm.agent import command as module
-from tiny_llm.agent.command import CommandLimits, Ran, can_isolate, command_tool, run
+from tiny_llm.agent.action import Outcome
+from tiny_llm.agent.command import CommandLimits, can_isolate, command_tool, run
 from tiny_llm.agent.workspace import Workspace
 from tiny_llm.errors import ConfigError, RequestError
 
 isolated = pytest.mark.skipif(not can_isolate(), reason="needs `unshare` and user namespaces")
 
 
-def ran(workspace: Workspace, script: str, **limits: Any) -> Ran:
+def ran(workspace: Workspace, script: str, **limits: Any) -> Outcome:
     bounds = CommandLimits(**limits)
     return run([sys.executable, "-c", script], workspace, network=not can_isolate(), limits=bounds)
 
 
 def test_what_a_command_says_and_how_it_ends(workspace: Workspace) -> None:
     done = ran(workspace, "import os, sys; os.system('pwd'); sys.stderr.write('bad\\n'); sys.exit(3)")
-    assert done == Ran(f"{workspace.root}\nbad", 3)
+    assert done == Outcome(f"{workspace.root}\nbad", 3)
 
 
 def test_there_is_no_shell_and_no_key_in_the_environment(
@@ -74,7 +75,7 @@ while True:
 def test_what_a_command_leaves_running_is_ended(workspace: Workspace, session: bool) -> None:
     """A child in its group; and with namespaces one that has left it. Neither writes any more."""
     done = ran(workspace, FORKS.format(child=CHILD, session=session))
-    assert done == Ran("", 0)
+    assert done == Outcome("", 0)
     last = (workspace.root / "alive").stat().st_mtime_ns
     time.sleep(0.3)  # a child that lived would write 15 times
     assert (workspace.root / "alive").stat().st_mtime_ns == last

@@ -14,7 +14,7 @@ from tiny_llm.agent.command import CommandLimits, command_tool
 from tiny_llm.agent.files import file_tools
 from tiny_llm.agent.history import RunHistory, RunStep
 from tiny_llm.agent.loop import Agent, Budget, begin
-from tiny_llm.agent.model import EngineModel, call_turns, json_turns, unmarked
+from tiny_llm.agent.model import EngineModel, turns, unmarked
 from tiny_llm.agent.receipts import Log
 from tiny_llm.agent.workspace import Workspace
 from tiny_llm.engine.llm import LLM
@@ -58,7 +58,7 @@ def test_a_result_cannot_pass_for_a_turn(llm: LLM) -> None:
     marks = llm.tokenizer.marks()
 
     def count(one: RunHistory) -> list[int]:
-        ids = llm.chat_prompt(call_turns(one), tools=tools)
+        ids = llm.chat_prompt(turns(one), tools=tools)
         return [ids.count(mark) for mark in marks]
 
     assert count(history) == count(honest)
@@ -73,24 +73,24 @@ def test_turns_of_both_forms(actions: Actions) -> None:
         RunStep(action, "why", "two", "3. read a"),
     )
     history = RunHistory("Do it.", steps, short=1)
-    calls = call_turns(history)
+    calls = turns(history)
     assert [turn["role"] for turn in calls] == ["system", "user", "assistant", "user", "assistant", "tool"]
     assert calls[1]["content"] == "Do it.\n\nDone so far, from the log:\n1. read a"
     assert calls[3]["content"].endswith("\n\nGo on.")
     assert json.loads(calls[4]["tool_calls"][0]["function"]["arguments"]) == action["arguments"]
-    turns = json_turns(history, actions)
-    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant", "user"]
-    assert json.loads(turns[4]["content"]) == {"thought": "why", "action": action}
-    assert all(tool.name in turns[0]["content"] for tool in actions.tools)
+    made = turns(history, actions)
+    assert [turn["role"] for turn in made] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert json.loads(made[4]["content"]) == {"thought": "why", "action": action}
+    assert all(tool.name in made[0]["content"] for tool in actions.tools)
 
 
 def test_one_more_step_keeps_the_prompt_so_far(llm: LLM, actions: Actions) -> None:
     """So the prefix cache holds it: a prompt begins with the one before it."""
     model = EngineModel(llm, actions, WILD)
     history = RunHistory("Do it.")
-    before = llm.chat_prompt(call_turns(history), tools=model._calls)
+    before = llm.chat_prompt(turns(history), tools=model._calls)
     action = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
-    after = llm.chat_prompt(call_turns(history.with_step(RunStep(action, "", "2", ""))), tools=model._calls)
+    after = llm.chat_prompt(turns(history.with_step(RunStep(action, "", "2", ""))), tools=model._calls)
     assert after[: len(before)] == before
 
 

@@ -97,10 +97,12 @@ def test_a_link_put_in_place_of_a_folder_meanwhile_gets_nothing_out(
 def test_what_is_no_plain_file_is_not_read_and_does_not_block(workspace: Workspace) -> None:
     os.mkfifo(workspace.root / "pipe")
     (workspace.root / "folder").mkdir()
+    before = len(os.listdir("/dev/fd"))
     for path in ("pipe", "folder"):
         with pytest.raises(RequestError, match=r"no plain file|cannot be used"):
             workspace.read(path)
     assert workspace.files() == {}
+    assert len(os.listdir("/dev/fd")) == before, "nothing is left open"
 
 
 def test_a_file_that_grows_is_read_to_the_bound_and_refused(

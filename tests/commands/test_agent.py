@@ -151,24 +151,25 @@ def test_a_terminal_asks(server: Speaking, tmp_path: Path, typed: str, after: st
     """In a real terminal: the diff, the question, and what the user types. Escapes of a file are not run."""
     work = tmp_path / "work"
     work.mkdir()
-    (work / "a.py").write_text("x = 1\n")
+    odd = "[red]a.py"  # no markup, where the user is to see what it is
+    (work / odd).write_text("x = 1\n")
     (work / "b").write_text("\x1b[2J\x1b]0;owned\x07")
     look = ("read", {"path": "b", "first": 1, "last": 2})
-    server.says = [look, EDIT, ("finish", {"answer": "the end"})]
+    server.says = [look, ("edit", {**EDIT[1], "path": odd}), ("finish", {"answer": "the end"})]
     options = ["-w", str(work), "--run", str(tmp_path / "run"), "--server", server.url]
     command = ["main.py", "agent", "Make x 2.", *options]
     child = pexpect.spawn(sys.executable, command, cwd=str(ROOT), timeout=120, dimensions=(40, 100))
     try:
         child.expect_exact("Allow it?")
         shown = child.before.decode()
-        assert "x = 1" in shown and "x = 2" in shown and "edit a.py" in shown
+        assert "x = 1" in shown and "x = 2" in shown and f"edit {odd}" in shown
         assert "\x1b[2J" not in shown and "\x1b]0;" not in shown
         child.sendline(typed)
         child.expect(pexpect.EOF)
         assert b"the end" in child.before
     finally:
         child.close(force=True)
-    assert (work / "a.py").read_text() == after
+    assert (work / odd).read_text() == after
     if typed.startswith("not"):
         assert "the user said no. not like that" in server.asked[2]["messages"][-1]["content"]
 

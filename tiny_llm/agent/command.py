@@ -57,14 +57,6 @@ class CommandLimits:
     processes: int = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What a command printed, and how it ended: ``exit`` is negative for a signal."""
-
-    text: str
-    exit: int
-
-
 def command_tool(
     workspace: Workspace, allowed: Sequence[str], *, network: bool, limits: CommandLimits
 ) -> AgentTool:
@@ -91,7 +83,8 @@ def command_tool(
             names = f"\n[changed: {', '.join(changed)[:1000]}]" if changed else ""
             return Outcome(f"[exit {ran.exit}]\n{ran.text}{names}", ran.exit, tree_digest(after))
 
-        return Prepared(f"run {shlex.join(argv)}", perform, before=tree_digest(before))
+        told = f"{'with' if network else 'without'} the network, {limits.seconds:g} s at most"
+        return Prepared(f"run {shlex.join(argv)}", perform, told, tree_digest(before))
 
     def digest(_: Any) -> str:
         return tree_digest(workspace.files())
@@ -101,10 +94,11 @@ def command_tool(
     return AgentTool.of("run", told, arguments, prepare, has_effect=True, digest=digest)
 
 
-def run(argv: Sequence[str], workspace: Workspace, *, network: bool, limits: CommandLimits) -> Ran:
+def run(argv: Sequence[str], workspace: Workspace, *, network: bool, limits: CommandLimits) -> Outcome:
     """Run ``argv`` in the workspace; all that it started is ended when this returns.
 
-    Raises RequestError where the network cannot be cut, and is not allowed.
+    What it printed is the text; an exit code is negative for a signal. Raises RequestError where the network
+    cannot be cut, and is not allowed.
     """
     if not (isolated := can_isolate()) and not network:
         raise RequestError("The network cannot be cut here, so no command runs; --network leaves it on.")
@@ -135,7 +129,7 @@ def run(argv: Sequence[str], workspace: Workspace, *, network: bool, limits: Com
         output.seek(0)
         text = output.read(limits.shown).decode(errors="replace").rstrip("\n")
     cut = f"\n[cut: {size:,} bytes of output]" if size > limits.shown else ""
-    return Ran(text + cut + stopped, process.returncode)
+    return Outcome(text + cut + stopped, process.returncode)
 
 
 @cache

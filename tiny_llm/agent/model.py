@@ -10,7 +10,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,7 +107,7 @@ class EngineModel:
         return Proposal(None, said, "" if said else "nothing was said", *counts)
 
     def _messages(self, history: RunHistory) -> list[Turn]:
-        return call_turns(history) if self._calls else json_turns(history, self._actions)
+        return turns(history, None if self._calls else self._actions)
 
 
 class ServerModel:
@@ -133,11 +133,11 @@ class ServerModel:
 
     def size(self, history: RunHistory) -> int:
         """Guessed: a token has 3 bytes or more."""
-        return len(json.dumps(json_turns(history, self._actions))) // _BYTES_A_TOKEN
+        return len(json.dumps(turns(history, self._actions))) // _BYTES_A_TOKEN
 
     def propose(self, history: RunHistory, seconds: float) -> Proposal:
         """The next action, checked."""
-        body = json.dumps({**self._body, "messages": json_turns(history, self._actions)}).encode()
+        body = json.dumps({**self._body, "messages": turns(history, self._actions)}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request = urllib.request.Request(self._url, body, headers)
         try:
@@ -159,39 +159,28 @@ class ServerModel:
         return _from_json(said, *counts)
 
 
-def call_turns(history: RunHistory) -> list[Turn]:
-    """A history as calls of tools and their results."""
-    turns: list[Turn] = [{"role": "system", "content": SYSTEM}, _user(history.task)]
-    if history.summary:
-        turns.append(_user(unmarked(history.summary)))
-    for number, step in _whole(history):
+def turns(history: RunHistory, actions: Actions | None = None) -> list[Turn]:
+    """A history as messages: as calls of tools and their results; of ``actions``, as objects of JSON."""
+    how = "" if actions is None else f"\nEach answer is one JSON object, by an action:\n{actions.listed()}"
+    made: list[Turn] = [{"role": "system", "content": SYSTEM + how}, _user(history.task)]
+    made += [_user(unmarked(history.summary))] if history.summary else []
+    for number, step in list(enumerate(history.steps, 1))[history.short :]:
+        shown, said = unmarked(step.shown), unmarked(step.said)
         if step.action is None:
-            turns += [
-                {"role": "assistant", "content": unmarked(step.said) or "..."},
-                _user(unmarked(step.shown)),
-            ]
-        else:
-            arguments = unmarked(json.dumps(step.action["arguments"]))
-            function = {"name": step.action["name"], "arguments": arguments}
+            made += [{"role": "assistant", "content": said or "..."}, _user(shown)]
+        elif actions is None:
+            function = {
+                "name": step.action["name"],
+                "arguments": unmarked(json.dumps(step.action["arguments"])),
+            }
             call = {"id": f"call_{number:05d}", "type": "function", "function": function}
-            turns.append({"role": "assistant", "content": step.said or None, "tool_calls": [call]})
-            turns.append({"role": "tool", "tool_call_id": call["id"], "content": unmarked(step.shown)})
-        turns += [_user(step.hint)] if step.hint else []
-    return _joined(turns)
-
-
-def json_turns(history: RunHistory, actions: Actions) -> list[Turn]:
-    """A history as objects of JSON and results as the user's messages, for any model."""
-    how = f"{SYSTEM}\nEach answer is one JSON object with a thought and an action:\n{actions.listed()}"
-    turns = [{"role": "system", "content": how}, _user(history.task)]
-    if history.summary:
-        turns.append(_user(unmarked(history.summary)))
-    for number, step in _whole(history):
-        whole = json.dumps({"thought": step.said, "action": step.action}) if step.action else step.said
-        turns.append({"role": "assistant", "content": unmarked(whole) or "..."})
-        turns.append(_user(f"Result of step {number}:\n{unmarked(step.shown)}"))
-        turns += [_user(step.hint)] if step.hint else []
-    return _joined(turns)
+            made.append({"role": "assistant", "content": said or None, "tool_calls": [call]})
+            made.append({"role": "tool", "tool_call_id": call["id"], "content": shown})
+        else:
+            whole = json.dumps({"thought": step.said, "action": step.action})
+            made += [{"role": "assistant", "content": unmarked(whole)}, _user(f"Result:\n{shown}")]
+        made += [_user(step.hint)] if step.hint else []
+    return _joined(made)
 
 
 def unmarked(text: str) -> str:
@@ -206,7 +195,7 @@ def _shows_calls(llm: LLM, actions: Actions) -> bool:
     tried = RunStep({"name": tools[0]["function"]["name"], "arguments": {}}, "", "done", "")
     try:
         ChatFormat.of(llm.tokenizer, tools=tools, parallel_tool_calls=False)
-        llm.chat_prompt(call_turns(RunHistory("?").with_step(tried)), tools=tools)
+        llm.chat_prompt(turns(RunHistory("?").with_step(tried)), tools=tools)
     except TinyLLMError:
         return False
     return True
@@ -223,18 +212,14 @@ def _from_json(text: str, *counts: int) -> Proposal:
     return Proposal(action, thought, "", *counts)
 
 
-def _whole(history: RunHistory) -> Iterator[tuple[int, RunStep]]:
-    yield from list(enumerate(history.steps, 1))[history.short :]
-
-
 def _user(text: str) -> Turn:
     return {"role": "user", "content": text}
 
 
-def _joined(turns: Sequence[Turn]) -> list[Turn]:
+def _joined(given: Sequence[Turn]) -> list[Turn]:
     """Two messages of the user in a row as one: many templates want them in turns."""
     made: list[Turn] = []
-    for turn in turns:
+    for turn in given:
         if made and turn["role"] == made[-1]["role"] == "user":
             made[-1] = _user(f"{made[-1]['content']}\n\n{turn['content']}")
         else:

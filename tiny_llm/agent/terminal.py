@@ -42,7 +42,8 @@ class Terminal:
             return "the user allows no effects in this run"
         if not sys.stdin.isatty():
             return "there is no terminal in which the user could be asked (--approve always allows all)"
-        self._console.print(Panel(_coloured(prepared.preview or prepared.what), title=_plain(prepared.what)))
+        shown = _coloured(prepared.preview or prepared.what)
+        self._console.print(Panel(shown, title=Text(_plain(prepared.what))))
         try:
             said = self._console.input("Allow it? [b]y[/b]es, [b]n[/b]o, or say why not: ").strip()
         except EOFError:
@@ -92,5 +93,5 @@ def _plain(text: str) -> str:
 
 def _coloured(diff: str) -> Text:
     styles = {"+": "green", "-": "red", "@": "cyan"}
-    lines = [Text(f"{line}\n", styles.get(line[:1], "")) for line in _plain(diff).split("\n")]
-    return Text().join(lines)
+    lines = [Text(line, styles.get(line[:1], "")) for line in _plain(diff).split("\n")]
+    return Text("\n").join(lines)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from tiny_llm.errors import ConfigError, RequestError
 
@@ -165,9 +165,23 @@ def _make(folder: int, name: str) -> None:
         os.mkdir(name, 0o755, dir_fd=folder)
 
 
+@contextmanager
+def _opened(folder: int, name: str) -> Iterator[IO[bytes] | None]:
+    """A plain file; None for what is none."""
+    descriptor = os.open(name, _FILE, dir_fd=folder)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            with open(descriptor, "rb", closefd=False) as file:
+                yield file
+        else:
+            yield None
+    finally:
+        os.close(descriptor)
+
+
 def _contents(folder: int, name: str, path: str) -> bytes:
-    with open(os.open(name, _FILE, dir_fd=folder), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    with _opened(folder, name) as file:
+        if file is None:
             raise RequestError(f'{path} is no plain file. A search for "" lists files.')
         data = file.read(MAX_FILE_BYTES + 1)  # whatever its size is said to be: it may be growing
     if len(data) > MAX_FILE_BYTES:
@@ -177,18 +191,17 @@ def _contents(folder: int, name: str, path: str) -> bytes:
 
 def _measured(folder: int, name: str, most: int) -> tuple[str, int]:
     """A plain file's digest and length, of at most a little more than ``most`` bytes; ("", 0): it is none."""
+    digest, length = hashlib.sha256(), 0
     try:
-        file = open(os.open(name, _FILE, dir_fd=folder), "rb")  # noqa: SIM115 - closed below
-    except OSError:
+        with _opened(folder, name) as file:
+            if file is None:
+                return "", 0
+            while length <= most and (piece := file.read(2**20)):
+                digest.update(piece)
+                length += len(piece)
+    except OSError:  # a link, or gone
         return "", 0
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return "", 0
-        digest, length = hashlib.sha256(), 0
-        while length <= most and (piece := file.read(2**20)):
-            digest.update(piece)
-            length += len(piece)
-        return digest.hexdigest(), length
+    return digest.hexdigest(), length
 
 
 @contextmanager
