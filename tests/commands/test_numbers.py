@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from types import ModuleType
 from typing import get_args
@@ -13,11 +13,10 @@ import pytest
 
 from tiny_llm import cli
 from tiny_llm.commands import bench, generate, serve
-from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.options import EngineOptions
 from tiny_llm.planning import commands as memory
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.server.settings import ServerSettings
+from tiny_llm.server.service import Service
 
 WHOLE = ("-5", "0", "1", "300", str(10**9), str(2**31), "1" + 30 * "0", "-1" + 30 * "0")
 NUMBERS = (*WHOLE, "nan", "inf", "-inf", "1e-320", "1e308")
@@ -57,10 +56,10 @@ CASES = [
 ]
 
 
-def ask_once(settings: ServerSettings, host: str, port: int, load: Callable[[], AsyncLLM]) -> None:
+def ask_once(services: list[Service], host: str, port: int, unload_after_s: float | None) -> None:
     """Instead of serving for ever."""
-    assert settings.max_in_flight >= 1
-    engine = load()
+    assert services[0].settings.max_in_flight >= 1
+    engine = services[0].load()
     (answer,) = asyncio.run(engine.generate("a", SamplingParams(max_tokens=2)))
     engine.close()
     assert answer.error is None, answer.error

@@ -50,8 +50,8 @@ _ERROR = ("message", "type", "param", "code")
 _LOG = logging.getLogger("tiny_llm.server")
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application without its guard, which goes around it."""
+def create_app(service: Service, stored: StoredResponses | None = None) -> FastAPI:
+    """The application without its guard, which goes around it. ``stored`` may be that of several."""
     app = FastAPI(
         title="tiny_llm",
         version=__version__,
@@ -61,7 +61,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.include_router(page_routes())
     told = _documented_errors(*_ERROR)
-    stored = StoredResponses()
+    stored = stored or StoredResponses()
     looking = _operations(service), gateway_routes(service), stored_routes(stored)
     for routes in (*looking, _asking(service, stored)):
         app.include_router(routes, responses=told)
@@ -77,9 +77,9 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/health", responses={503: {"description": "Not ready; the body says what we are."}})
     async def health() -> JSONResponse:
         state = service.state
-        body = {"status": state, "live": state != "dead", "ready": state == "ready"}
-        headers = {} if state == "ready" else {"Retry-After": "1"}
-        return JSONResponse(body, 200 if state == "ready" else 503, headers=headers)
+        body = {"status": state, "live": state != "dead", "ready": state in ("ready", "unloaded")}
+        headers = {} if body["ready"] else {"Retry-After": "1"}
+        return JSONResponse(body, 200 if body["ready"] else 503, headers=headers)
 
     @router.get("/version")
     async def about() -> dict[str, str]:
@@ -94,23 +94,14 @@ def _operations(service: Service) -> APIRouter:
     async def watch() -> Response:
         return EventStream(await live.watch())
 
-    def card() -> dict[str, object]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "tiny_llm",
-            "max_model_len": service.llm.max_context,
-        }
-
     @router.get("/v1/models")
     async def models() -> dict[str, object]:
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [model_card(service)]}
 
     @router.get("/v1/models/{model:path}")
-    async def model_card(model: str) -> dict[str, object]:
+    async def card(model: str) -> dict[str, object]:
         service.require_model(model)
-        return card()
+        return model_card(service)
 
     @router.get("/v1/contexts", responses=_documented("object", "data"))
     async def contexts(request: Request, cache_salt: str | None = None) -> dict[str, object]:
@@ -125,6 +116,13 @@ def _operations(service: Service) -> APIRouter:
         return tokenizer_info(service)
 
     return router
+
+
+def model_card(service: Service) -> dict[str, object]:
+    """What is told of a model; how long its context is, while it is loaded."""
+    length = None if service.state == "unloaded" else service.llm.max_context
+    known = {"id": service.settings.name, "object": "model", "created": service.created}
+    return {**known, "owned_by": "tiny_llm", "max_model_len": length}
 
 
 def _asking(service: Service, stored: StoredResponses) -> APIRouter:

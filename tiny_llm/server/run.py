@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,15 +24,14 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.server.app import create_app
 from tiny_llm.server.connections import Acceptor, max_connections, raise_file_limit
 from tiny_llm.server.envelope import Envelope
 from tiny_llm.server.guard import Guard, is_loopback
+from tiny_llm.server.models import Models
 from tiny_llm.server.protocol import DeadlineProtocol
 from tiny_llm.server.service import Service
-from tiny_llm.server.settings import ServerSettings
 
 BACKLOG = 2048
 GRACE_S = 2.0
@@ -47,11 +46,20 @@ STALLED_S = 5.0
 class Server(uvicorn.Server):
     """uvicorn with our application, and with our word on signals."""
 
-    def __init__(self, service: Service, listening: socket.socket) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listening: socket.socket,
+        others: Sequence[Service] = (),
+        unload_after_s: float | None = None,
+    ) -> None:
         settings = service.settings
-        self.service = service
+        self.service, self._services = service, (service, *others)
+        for other in others:
+            other.rests = True
+        several = Models(self._services, unload_after_s) if others or unload_after_s is not None else None
         config = uvicorn.Config(
-            application(service, local_only=is_loopback(listening.getsockname()[0])),
+            application(service, several, local_only=is_loopback(listening.getsockname()[0])),
             http=DeadlineProtocol.within(settings.read_timeout_s),
             ws="none",
             lifespan="off",
@@ -82,12 +90,26 @@ class Server(uvicorn.Server):
             accepting.cancel()
         await asyncio.gather(*self._accepting, return_exceptions=True)
         loop, drain_s = asyncio.get_running_loop(), self.service.settings.drain_s
-        told = loop.call_later(drain_s, self.service.stop)
+        told = loop.call_later(drain_s, self._stop)
         hung_up = loop.call_later(drain_s + GRACE_S, self._hang_up)
         watched = asyncio.ensure_future(self._leave_stalled())
         await super().shutdown(sockets)
         for waiting in (told, hung_up, watched):
             waiting.cancel()
+
+    def _stop(self) -> None:
+        for service in self._services:
+            service.stop()
+
+    @property
+    def names(self) -> list[str]:
+        """What clients call the models."""
+        return [service.settings.name for service in self._services]
+
+    async def close(self) -> None:
+        """End all engines' threads."""
+        for service in self._services:
+            await service.close()
 
     async def _leave_stalled(self) -> None:
         """Hang up on who reads nothing: an answer that nobody takes would be waited for to the end."""
@@ -113,12 +135,13 @@ class Server(uvicorn.Server):
         """A signal: drain at the first one, end at the second."""
         if self.should_exit:
             os._exit(128 + sig)
-        self.service.draining = True
-        self.should_exit = True
+        self.leave()
 
     def leave(self) -> None:
         """There is nothing to be served any more: let go of who still waits, and end."""
-        self.service.draining = self.should_exit = True
+        self.should_exit = True
+        for service in self._services:
+            service.draining = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -134,10 +157,11 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
-def application(service: Service, *, local_only: bool) -> ASGIApp:
-    """Routes, in the guard, in what refusals have too; ``local_only`` is the guard's."""
+def application(service: Service, several: Models | None = None, *, local_only: bool) -> ASGIApp:
+    """Routes, of one model or ``several``, in the guard, in what refusals have too; ``local_only`` is its."""
     settings = service.settings
-    app: ASGIApp = Guard(create_app(service), settings, service.problem, local_only=local_only)
+    routes = several or create_app(service)
+    app: ASGIApp = Guard(routes, settings, (several or service).problem, local_only=local_only)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -149,14 +173,17 @@ def application(service: Service, *, local_only: bool) -> ASGIApp:
     return Envelope(app)
 
 
-def serve(settings: ServerSettings, host: str, port: int, load: Callable[[], AsyncLLM]) -> None:
-    """Serve until a signal. Raises ConfigError if the port cannot be had, and what ``load`` raises."""
+def serve(services: Sequence[Service], host: str, port: int, unload_after_s: float | None = None) -> None:
+    """Serve until a signal: the first of ``services`` is loaded at once, each other one when asked for.
+
+    Raises ConfigError if the port cannot be had, and what loading raises.
+    """
     raise_file_limit()
     sys.setswitchinterval(SWITCH_S)
     listening = listen(host, port)
-    service = Service(settings, load)
     try:
-        asyncio.run(_serve(Server(service, listening), listening))
+        server = Server(services[0], listening, services[1:], unload_after_s)
+        asyncio.run(_serve(server, listening))
     finally:
         listening.close()
 
@@ -174,20 +201,20 @@ async def _serve(server: Server, listening: socket.socket) -> None:
             gc.collect()
             gc.freeze()  # what is there now stays: the collector took 80 ms each time to look at it
             host, port = listening.getsockname()[:2]
-            name = server.service.settings.name
+            names = ", ".join(server.names)
             place = f"[{host}]" if ":" in host else host
             for line in filter(None, (server.service.llm.memory, server.service.llm.kernels.line)):
                 print(line, file=sys.stderr)
-            said = f"Serving {name} at http://{place}:{port} (a page to chat and to watch; Ctrl-C ends it)"
+            said = f"Serving {names} at http://{place}:{port} (a page to chat and to watch; Ctrl-C ends it)"
             print(said, file=sys.stderr, flush=True)
         await serving
     finally:
         server.should_exit = True
         await serving
         if loading.done() and loading.exception() is None:
-            await server.service.close()
-            if server.service.engine.broken is not None:  # whoever restarts processes is to start this again
-                raise server.service.engine.broken
+            await server.close()
+            if server.service.broken is not None:  # whoever restarts processes is to start this again
+                raise server.service.broken
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,8 +7,9 @@ refusal still has its status; and it ends with its reader, whatever ends that on
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import did_you_mean
+from tiny_llm.memory import give_back_memory
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.jobs import ChunkStream, Job, chunks_of, failure_of
 from tiny_llm.server.problems import Problem
@@ -33,30 +35,40 @@ SMALL_BODY_BYTES = 2**13
 _THREADS = 2
 """For what takes long. Each one that computes delays the event loop's and the engine's turn a little."""
 _STOPPED = "The server is shutting down, and its time to drain is over."
-State = Literal["loading", "ready", "draining", "dead"]
+_SAID: Mapping[str, str] = {
+    "unloaded": "The model is not loaded; a request to it loads it.",
+    "loading": "The model is being loaded.",
+    "draining": "The server is shutting down.",
+    "dead": "The engine has stopped; the server must be started again.",
+}
+State = Literal["unloaded", "loading", "ready", "draining", "dead"]
 
 
 class Service:
     """One model, served. ``load`` makes the engine, and may take long; ``start`` calls it in a thread.
 
+    What is one of several, of ``weight_bytes``, may ``rest`` until it is asked for.
+
     ``prompt_tokens`` counts those of all requests that began.
     """
 
-    def __init__(self, settings: ServerSettings, load: Callable[[], AsyncLLM]) -> None:
+    def __init__(self, settings: ServerSettings, load: Callable[[], AsyncLLM], weight_bytes: int = 0) -> None:
+        self.weight_bytes = weight_bytes
+        self.rests = False
         self.settings = settings
         self.created = int(time.time())
         self.draining = False
         self._is_stopped = False
         self.prompt_tokens = 0
         self._grammars = GrammarThreads(settings.compile_timeout_s)
-        self._load = load
+        self.load = load
         self._engine: AsyncLLM | None = None
 
     @property
     def state(self) -> State:
         """What can be expected of us."""
         if self._engine is None:
-            return "loading"
+            return "unloaded" if self.rests else "loading"
         if not self._engine.alive:
             return "dead"
         return "draining" if self.draining else "ready"
@@ -65,39 +77,52 @@ class Service:
     def engine(self) -> AsyncLLM:
         """The engine's front. Raises Problem while it loads."""
         if self._engine is None:
-            raise Problem(503, "The model is being loaded.", code="loading")
+            raise Problem(503, _SAID[self.state], code=self.state)
         return self._engine
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why the process should leave; see ``AsyncLLM.broken``."""
+        return None if self._engine is None else self._engine.broken
 
     @property
     def llm(self) -> LLM:
         """Model, tokenizer and limits."""
         return self.engine.llm
 
+    def is_called(self, name: str) -> bool:
+        """Whether that is a name of the model."""
+        return name == self.settings.name or any(fnmatchcase(name, one) for one in self.settings.aliases)
+
     def require_model(self, asked: str | None) -> None:
         """Raise Problem if another model than ours is asked for."""
-        name, aliases = self.settings.name, self.settings.aliases
-        if asked not in (None, name) and not any(fnmatchcase(asked, alias) for alias in aliases):
+        name = self.settings.name
+        if asked is not None and not self.is_called(asked):
             asked = asked[:200]
             what = f"The model {asked!r} is not served here; {name!r} is.{did_you_mean(asked, [name])}"
             raise Problem(404, what, code="model_not_found", param="model")
 
     def problem(self) -> Problem | None:
         """Why no request can be served now."""
-        said = {
-            "loading": "The model is being loaded.",
-            "draining": "The server is shutting down.",
-            "dead": "The engine has stopped; the server must be started again.",
-        }
         state = self.state
-        return None if state == "ready" else Problem(503, said[state], code=state)
+        return None if state == "ready" else Problem(503, _SAID[state], code=state)
 
     async def start(self) -> None:
         """Load the model, and make ready for forms, which holds up everybody. Raises what loading raises."""
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="aside"))
-        engine = await asyncio.to_thread(self._load)
+        if not self.rests:  # one of several that comes later finds it done
+            threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="aside")
+            asyncio.get_running_loop().set_default_executor(threads)
+        engine = await asyncio.to_thread(self.load)
         await asyncio.to_thread(engine.llm.grammars.prepare)
-        self._engine = engine
+        self._engine, self.rests = engine, False
+
+    async def rest(self) -> None:
+        """Let go of the model, until ``start``. There must be no request."""
+        engine, self._engine, self.rests = self._engine, None, True
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+            del engine
+            await asyncio.to_thread(_collect)
 
     async def close(self) -> None:
         """End the engine's thread after its step."""
@@ -160,6 +185,13 @@ class Service:
     def _require_time(self) -> None:
         if self._is_stopped:
             raise Problem(503, _STOPPED, code="draining")
+
+
+def _collect() -> None:
+    """What the engine held goes, also what ``gc.freeze`` took out of sight."""
+    gc.unfreeze()
+    gc.collect()
+    give_back_memory()
 
 
 async def aside(request: Request, work: Callable[[], T]) -> T:
