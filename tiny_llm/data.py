@@ -310,6 +310,8 @@ class Plan:
 class StepCosts(NamedTuple):
     """What a step takes, in one unit of time: for itself, for each decode and each token of the decodes'
     context, for each token of a chunk and each of the tokens before it.
+
+    ``windows``: in which share of the layers a token sees so many of the last tokens only.
     """
 
     step: float
@@ -317,6 +319,14 @@ class StepCosts(NamedTuple):
     decode_context: float
     chunk: float
     chunk_context: float
+    windows: tuple[tuple[int, float], ...] = ()
+
+
+def hidden_pairs(window: int, start: int, tokens: int) -> int:
+    """Of ``tokens`` tokens from position ``start`` on, each with all before it, the pairs that it hides."""
+    first = max(start, window)
+    count = start + tokens - first
+    return count * (first + 1 - window) + count * (count - 1) // 2 if window and count > 0 else 0
 
 
 class Advance(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def ids(answers: list[Completion]) -> list[list[int]]:
 
 
 def swapping(preemption: str, host: int = 0) -> EngineSettings:
-    chunks = SchedulerSettings(preemption=preemption, max_num_batched_tokens=30, max_num_seqs=6)
+    limits = SchedulerSettings(max_num_batched_tokens=30, max_num_seqs=6, max_step_ms=inf)  # no clock decides
+    chunks = replace(limits, preemption=preemption)
     return EngineSettings(kv_blocks=56, host_blocks=host, scheduler=chunks)
 
 

@@ -22,7 +22,7 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.scheduler.speed import StepTime, context_of
+from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime, context_of
 
 BOUND_MS = 100.0
 LEAST = 8
@@ -356,3 +356,27 @@ def test_what_is_measured_again_and_again_is_what_is_guessed() -> None:
 
 def test_context_is_what_lies_before_each_token() -> None:
     assert context_of(10, 4) == 10 + 11 + 12 + 13
+
+
+def test_what_a_window_hides_is_no_context() -> None:
+    half = StepTime(UNKNOWN_MODEL._replace(windows=((12, 0.5),)))
+    assert half.context(3, 4) == context_of(3, 4) and half.context(10, 4) == 10 + 11 + 11.5 + 12 - 0.5
+    world = World(even(17.0, 1.4), BOUND_MS)
+    world.scheduler.speed = StepTime(UNKNOWN_MODEL._replace(windows=((100, 1.0),)))
+    plans = world.read(3000)
+    assert plans[-1].decode_context == 99 and plans[1].chunk_context == plans[1].chunk_tokens * 99
+
+
+def test_a_deep_prompt_beside_streams_gets_the_time_that_there_is() -> None:
+    """A token at 30,000 costs eight times what the first one did. Once each part's doubt was added up."""
+    world = World(even(16.0, 1.4, 2.4e-4), BOUND_MS, Chance(noise=0.05))
+    for _ in range(4):
+        world.ask(256)
+    for _ in range(30):
+        world.step()
+    world.gaps.clear()
+    plans = world.read(32_000)
+    world.check()
+    deep = world.gaps[-500:]
+    assert sum(gap.ms for gap in deep) / len(deep) > 0.75 * BOUND_MS
+    assert len(plans) < 3700

@@ -6,10 +6,11 @@ and an addition are two operations. Refuses to know any machine's speed. Chapter
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
-from tiny_llm.config import ModelFacts
-from tiny_llm.data import StepCosts
+from tiny_llm.config import ModelConfig, ModelFacts
+from tiny_llm.data import StepCosts, hidden_pairs
 
 SLOW_PAIRS = 4
 """How much longer an operation of attention may take than one of a large matrix product."""
@@ -40,18 +41,34 @@ def matrix_flops(config: ModelFacts, tokens: int, rows: int) -> int:
     A matrix [O, I] takes 2 O I for each token. A layer has those of queries [H D, E], keys and values
     [K D, E], the output [E, H D], gate and up [F, E] and down [E, F]; the head is [V, E], for ``rows`` only.
     """
-    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
-    layer = 2 * E * D * (config.num_heads + config.num_kv_heads) + 3 * E * F
-    return 2 * tokens * config.num_layers * layer + 2 * rows * config.vocab_size * E
+    E, D = config.hidden_size, config.head_dim
+    attention = 2 * E * D * (config.num_heads + config.num_kv_heads)
+    layers = config.num_layers * attention + _mlp_entries(config)
+    return 2 * tokens * layers + 2 * rows * config.vocab_size * E
+
+
+def _mlp_entries(config: ModelFacts) -> int:
+    """Entries that a token meets in all MLPs: of two matrices where there is no gate, of some experts, and of
+    the matrix that chooses them."""
+    E, layers = config.hidden_size, config.num_layers
+    if not isinstance(config, ModelConfig):
+        return layers * 3 * E * config.intermediate_size
+    matrices = 2 if config.mlp == "gelu" else 3
+    if (facts := config.experts) is None:
+        return layers * matrices * E * config.intermediate_size
+    mixed = len(facts.layers) * (matrices * E * facts.active_width + E * facts.count)
+    return mixed + (layers - len(facts.layers)) * matrices * E * facts.dense_width
 
 
 def attention_flops(config: ModelFacts, start: int, tokens: int) -> int:
     """Operations of attention for ``tokens`` T from position ``start`` on, each on itself and all before it.
 
-    A pair of tokens takes 2 D for its score and 2 D for its part of the values, in each head and layer.
+    A pair of tokens takes 2 D for its score and 2 D for its part of the values, in each head and layer, but
+    for those that a layer's window hides.
     """
     pairs = tokens * start + tokens * (tokens + 1) // 2
-    return 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    hidden = sum(hidden_pairs(window, start, tokens) for window in config.windows)
+    return 4 * config.num_heads * config.head_dim * (config.num_layers * pairs - hidden)
 
 
 def step_of(
@@ -59,11 +76,15 @@ def step_of(
 ) -> Step:
     """The work of a step of ``sequences``, each with ``tokens`` new ones from ``start`` on and one row out.
 
-    ``weights`` bytes are read once for all of them; ``kv_token`` bytes for each token of each one's context.
+    ``weights`` bytes are read once for all of them; ``kv_token`` bytes for each token of each one's context,
+    where a window does not hide it from all of the new ones.
     """
+    context = start + tokens
+    hidden = sum(max(0, start + 1 - window) for window in config.windows if window)
+    read = sequences * (context * kv_token - hidden * kv_token // config.num_layers)
     return Step(
         Work(matrix_flops(config, sequences * tokens, sequences), weights),
-        Work(sequences * attention_flops(config, start, tokens), sequences * (start + tokens) * kv_token),
+        Work(sequences * attention_flops(config, start, tokens), read),
     )
 
 
@@ -83,7 +104,13 @@ def step_costs(config: ModelFacts, weights: int, kv_token: int) -> StepCosts:
         decode_context=kv_token + pair,
         chunk=token,
         chunk_context=SLOW_PAIRS * pair,
+        windows=_shares(config.windows),
     )
+
+
+def _shares(windows: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """Each window, and the share of the layers that have it."""
+    return tuple((window, count / len(windows)) for window, count in Counter(windows).items() if window)
 
 
 def least_seconds(work: Work, flops_s: float, bytes_s: float) -> float:

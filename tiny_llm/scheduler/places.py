@@ -11,6 +11,7 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import PoolingParams
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank
+from tiny_llm.scheduler.speed import Work
 
 
 class Place:
@@ -48,9 +49,15 @@ class StepPlan:
         self.preempted: list[tuple[int, bool]] = []
         self.joins: list[Join] = []
         self.tokens = tokens
-        self.ms = inf
+        self.ms = self.bound_ms = inf  # what is left of its time, and all of it
         self.least_ms = inf  # what the first chunk may take whatever is left
         self.decodes = self.decode_context = self.chunk_tokens = self.chunk_context = self.drafted = 0
+
+    @property
+    def work(self) -> Work:
+        """What is planned so far, as the guess of its time counts it."""
+        rows = self.decodes + self.drafted
+        return 1.0, rows, self.decode_context, self.chunk_tokens, self.chunk_context
 
     @property
     def has_room(self) -> bool:

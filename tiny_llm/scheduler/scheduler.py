@@ -28,7 +28,7 @@ from tiny_llm.scheduler.pins import Pins
 from tiny_llm.scheduler.places import Place, StepPlan
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
-from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime, context_of
+from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime
 
 _MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
@@ -163,7 +163,7 @@ class Scheduler:
             start, being_drawn = item.start + 1, array("i", (-1 - row,))
             blocks = self._blocks(self._entries[item.seq_id], start + 1)
             items.append(PlanItem(item.seq_id, being_drawn, start, blocks, 1))
-            context += start
+            context += self.speed.context(start, 1)
         moves = self.blocks.drain()._asdict()
         return Plan(items, self.blocks.capacity, decodes=len(items), decode_context=context, **moves)
 
@@ -295,7 +295,7 @@ class Scheduler:
             else:
                 items.append(PlanItem(seq.id, tokens[start:], start, self._blocks(entry, len(tokens)), 1))
                 decoding.append(entry)
-                context += start
+                context += self.speed.context(start, 1) if self.speed.windows else start
         if items:
             step.decodes, step.decode_context = len(items), context
             step.tokens -= len(items)
@@ -304,8 +304,8 @@ class Scheduler:
             if behind or self.num_waiting:
                 rows, bound = len(items) + step.drafted, self.settings.max_step_ms
                 alone = self.speed.decode_ms(rows, context)
-                step.ms = _MARGIN * bound - alone
-                step.least_ms = max(bound, alone) / 2
+                step.bound_ms, step.least_ms = _MARGIN * bound, max(bound, alone) / 2
+                step.ms = step.bound_ms - alone
         return behind
 
     def _add_drafts(self, step: StepPlan, decoding: list[Place], speculation: Speculation) -> None:
@@ -341,7 +341,7 @@ class Scheduler:
             self._load(entry, step.ms)
         reach = min(self.pins.join(entry.seq, entry.table, step.joins), entry.table.writable)
         seq, start = entry.seq, entry.seq.num_computed_tokens
-        within = self.speed.tokens_within(step.ms, start)
+        within = self.speed.tokens_within(step.bound_ms, start, step.work)
         if not step.chunk_tokens:
             least = min(_LEAST_CHUNK, self.speed.tokens_within(step.least_ms, start))
             within = max(within, least, 1)
@@ -357,7 +357,7 @@ class Scheduler:
             step.tokens -= count
             step.ms -= self.speed.chunk_ms(start, count)
             step.chunk_tokens += count
-            step.chunk_context += context_of(start, count)
+            step.chunk_context += self.speed.context(start, count)
         if count < wanted or scored:  # what may be left of the time is a crumb; rows take memory
             step.tokens = 0
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import exp, inf, log, sqrt
 from operator import mul
+from typing import TypeAlias
 
-from tiny_llm.data import Plan, StepCosts
+from tiny_llm.data import Plan, StepCosts, hidden_pairs
 
 UNKNOWN_MODEL = StepCosts(step=1.0, decode=1.0, decode_context=1e-5, chunk=1.0, chunk_context=5e-4)
 """How costs compare where no model says it: a token takes no longer than the step that it is in."""
@@ -24,6 +25,10 @@ _FAR = 3.0  # deviations
 _ENOUGH = 16  # steps of decodes alone in a row, after which one in so many is looked at
 _INSTANT = 1e-3  # milliseconds: the least that a clock is believed
 _MOST = log(2.0)  # of a change that one step is believed: it may be a hiccup, else the next will say the same
+_ROUNDS = 3  # of Newton's method
+Work: TypeAlias = tuple[float, float, float, float, float]
+"""How often each of the five costs is there: (1, decodes, their context, a chunk's tokens, their context)."""
+_NOTHING: Work = (0.0, 0.0, 0.0, 0.0, 0.0)
 # How far off the costs may be at the start, as covariances of their logarithms: each by itself, and the two
 # of a chunk together, as one arithmetic does both.
 _OWN, _TOGETHER = 1.25, 1.0
@@ -31,12 +36,16 @@ _UNSURE = {(i, i): _OWN for i in range(5)} | {(3, 4): _TOGETHER, (4, 3): _TOGETH
 
 
 class StepTime:
-    """Milliseconds of a step, in five costs. ``costs`` are the guess before the first step, in any unit."""
+    """Milliseconds of a step, in five costs. ``costs`` are the guess before the first step, in any unit.
+
+    ``windows`` are theirs: what a window hides is no context.
+    """
 
     def __init__(self, costs: StepCosts = UNKNOWN_MODEL) -> None:
         self._is_measured = False
         self._without_chunk = 0  # steps since the last one with a chunk
-        self._costs = list(costs)
+        self.windows = costs.windows
+        self._costs = list(costs[:5])
         self._doubts = [[_UNSURE.get((i, j), 0.0) for i in range(5)] for j in range(5)]  # covariances
 
     def observe(self, plan: Plan, ms: float) -> None:
@@ -89,20 +98,44 @@ class StepTime:
     def chunk_ms(self, start: int, tokens: int) -> float:
         """What ``tokens`` tokens from position ``start`` on add to a step."""
         token, look = self._of_chunk(start)
-        return token * tokens + look * context_of(start, tokens)
+        return token * tokens + look * self.context(start, tokens)
 
-    def tokens_within(self, ms: float, start: int) -> float:
-        """How many tokens from position ``start`` on add ``ms`` to a step."""
+    def tokens_within(self, ms: float, start: int, beside: Work = _NOTHING) -> float:
+        """How many tokens from position ``start`` on a step of ``ms`` has room for, ``beside`` what it does.
+
+        What is measured is the sum: much of what its parts are doubted by cancels in it. So the doubt is that
+        of the whole step. It is less than its parts' together, from which Newton's method sets out.
+        """
         if ms == inf:
             return inf
-        token, look = self._of_chunk(start)
-        ms = max(0.0, ms)
-        linear = token + look * start  # linear * n + look * n * n / 2 = ms, solved without cancelling
-        return 2 * ms / (linear + sqrt(linear * linear + 2 * look * ms))
+        start, left = self.context(start, 1), ms - _dot(self._costs, beside)
+        token, look = self._costs[3] + self._costs[4] * start, self._costs[4]
+        own, both, more = self._doubt_of(beside, (0.0, 0.0, 0.0, 1.0, start))
+        count = _root(token + sqrt(more), look, max(0.0, left - sqrt(own)))
+        for _ in range(_ROUNDS):  # its deviation, at so many tokens, by a line
+            doubt = sqrt(max(own + count * (2 * both + count * more), 0.0))
+            if doubt == 0.0:
+                break
+            slope = max((both + count * more) / doubt, -token / 2)
+            count = _root(token + slope, look, max(0.0, left - doubt + slope * count))
+        return count
+
+    def context(self, start: int, tokens: int) -> int:
+        """The tokens that each of ``tokens`` tokens from position ``start`` on sees before it, summed."""
+        hidden = sum([share * hidden_pairs(window, start, tokens) for window, share in self.windows])
+        return context_of(start, tokens) - round(hidden)
 
     def _of_chunk(self, start: int) -> tuple[float, float]:
         """The costs of a chunk's token from ``start`` on, and of each of its context: rather too high."""
-        return self._costs[3] + self._deviation((0.0, 0.0, 0.0, 1.0, start)), self._costs[4]
+        seen = self.context(start, 1)
+        return self._costs[3] + self._deviation((0.0, 0.0, 0.0, 1.0, seen)), self._costs[4]
+
+    def _doubt_of(self, beside: Work, token: Work) -> tuple[float, float, float]:
+        """The variances of both, and between them their covariance."""
+        first, second = (list(map(mul, self._costs, work)) for work in (beside, token))
+        blame = [_dot(row, first) for row in self._doubts]
+        of_token = _dot([_dot(row, second) for row in self._doubts], second)
+        return max(0.0, _dot(blame, first)), _dot(blame, second), max(0.0, of_token)
 
     def _deviation(self, work: tuple[float, ...]) -> float:
         """The standard deviation of a guess."""
@@ -113,6 +146,11 @@ class StepTime:
 def context_of(start: int, tokens: int) -> int:
     """The tokens before each of ``tokens`` tokens from position ``start`` on, summed."""
     return tokens * start + tokens * (tokens - 1) // 2
+
+
+def _root(linear: float, look: float, ms: float) -> float:
+    """``linear * n + look * n * n / 2 = ms``, solved without cancelling."""
+    return 2 * ms / (linear + sqrt(linear * linear + 2 * look * ms)) if ms else 0.0
 
 
 def _dot(a: Iterable[float], b: Iterable[float]) -> float:
