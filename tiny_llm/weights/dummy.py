@@ -34,14 +34,15 @@ def dummy_weights(
 
     Matrices have a standard deviation of ``1 / sqrt(columns)``, so that a product keeps its input's
     size; vectors are ones. Floats are of ``dtype``. ``parts``: the rows to make of tensors of which not all
-    are wanted.
+    are wanted. Large ones come first, as a checkpoint's do: what they are made of is then in memory while
+    little else is.
     """
     noise = mx.random.normal((PIECE,), key=mx.random.key(0)).astype(dtype)
     halves = mx.random.randint(0, 2**16, (2, PIECE), mx.uint32, key=mx.random.key(1))  # 24 bits are its most
     bits = halves[0] * 2**16 + halves[1]
     mx.eval(noise, bits)
     weights: dict[str, Matrix] = {}
-    for name, shape in shapes.items():
+    for name, shape in sorted(shapes.items(), key=lambda entry: -math.prod(entry[1])):
         columns, rows = shape[-1], parts.get(name)
         if rows == range(0):
             continue
