@@ -79,9 +79,8 @@ def step_of(
     ``weights`` bytes are read once for all of them; ``kv_token`` bytes for each token of each one's context,
     where a window does not hide it from all of the new ones.
     """
-    context = start + tokens
-    hidden = sum(max(0, start + 1 - window) for window in config.windows if window)
-    read = sequences * (context * kv_token - hidden * kv_token // config.num_layers)
+    hidden = sum(max(0, start + 1 - window) for window in config.windows if window) / config.num_layers
+    read = sequences * (start + tokens) * kv_token - round(sequences * hidden * kv_token)
     return Step(
         Work(matrix_flops(config, sequences * tokens, sequences), weights),
         Work(sequences * attention_flops(config, start, tokens), read),
