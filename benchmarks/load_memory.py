@@ -7,8 +7,9 @@ JSON line. Linux counts a parent's peak as its child's, so writing, too, has a p
 
 ``--serve qwen2-0.5b,llama-3-8b --context 64,1024`` instead has models with random weights of 4 bits read one
 prompt of so many tokens each; it compares the peak with what ``main.py memory`` predicts, and shows what
-``stats()`` then tells. ``--layers 8`` for a long context of a large one: more take more of weights, keys and
-values only, whose size is known.
+``stats()`` then tells. ``--layers 14`` for a long context of a large one: more take more of weights, keys and
+values only, whose size is known. With fewer, what the first layers free is given back before the last ones
+want it: 8 layers of LLaMA-3-8B's took 11 % less at 4,096 tokens than was predicted.
 """
 
 from __future__ import annotations
