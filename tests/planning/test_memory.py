@@ -116,6 +116,18 @@ def test_the_command_tells_and_draws(call: Call, tmp_path: Path, backend: str) -
     assert "memory: 16.00 GB" in texts and f"keys and values {kept}" in texts
 
 
+def test_several_ranks_are_told_what_travels(call: Call) -> None:
+    code, out, _ = call("--model", "qwen2-0.5b", "--ranks", "2", "--batch", "4", "--dtype", "float32")
+    *_, told, slow, fast = out.splitlines()
+    # A layer of 896 + 896 + 4,864 + 896 floats, of which half is lacking; then the embedding, the head.
+    layer = 2 * (896 + 896 + 4864 + 896) / 2
+    assert code == 0 and f"{2 * layer / 1e3:,.1f} KB a layer and token" in told, told
+    assert f"{(48 * layer + 4 * 896 + 2 * 151936) / 1e3:,.1f} KB a token in all, 98 gathers a step" in told, (
+        told
+    )
+    assert "10 GbE" in slow and "Thunderbolt 5" in fast and "ms a step of 4" in fast
+
+
 def test_json_is_one_line(call: Call) -> None:
     _, out, _ = call("--json", "--memory", "1GB", "--context", "100")
     (line,) = out.splitlines()

@@ -23,6 +23,7 @@ from tiny_llm.distributed.socket_group import SocketGroup
 from tiny_llm.distributed.watch import Watch
 from tiny_llm.errors import GroupError
 
+_REASON_S = 1.0
 _LEAVE_S = 5.0
 """For who waits to be told, before a process ends that MLX does not let go; and for a child to leave."""
 
@@ -45,6 +46,7 @@ class Team:
         self.rank, self.size = group.rank, group.size
         self.shares: tuple[float, ...] | None = None  # of a pipeline
         self.fault: str | None = None
+        self._over = threading.Event()
         self.numbers = count()  # of the engines that are led
         self.gone: list[int] = []  # of these, such as nobody uses any more
         self._plans = plans
@@ -60,8 +62,8 @@ class Team:
         """What each rank has said here, by rank: plain values, of a size for people to read."""
         if self.rank:
             self._plans[0].send(written(mine))
-            return list(read(self._plans[0].receive(), list))
-        all_said = [mine, *(read(self._plans[rank].receive(), object) for rank in sorted(self._plans))]
+            return list(read(self._received(0), list))
+        all_said = [mine, *(read(self._received(rank), object) for rank in sorted(self._plans))]
         for link in self._plans.values():
             link.send(written(all_said))
         return all_said
@@ -85,8 +87,19 @@ class Team:
 
     def hear(self) -> Told:
         """Others: what to do next."""
-        told: Told = read(self._plans[0].receive(), Told)
+        told: Told = read(self._received(0), Told)
         return told
+
+    def why(self, error: GroupError) -> str:
+        """What stands behind an error: a link may be gone a moment before its reason has come."""
+        self._over.wait(_REASON_S)
+        return self.fault or str(error)
+
+    def _received(self, rank: int) -> bytearray:
+        try:
+            return self._plans[rank].receive()
+        except GroupError as error:
+            raise GroupError(self.why(error)) from None
 
     def when_broken(self, call: Callable[[str], None]) -> None:
         """``call`` with the reason when the team is over by a fault, on whatever thread notices it."""
@@ -119,6 +132,7 @@ class Team:
         if self.fault is not None or not self._is_open:
             return
         self.fault = why
+        self._over.set()
         if not self.rank:
             self._watch.tell(why)
         for link in self._plans.values():

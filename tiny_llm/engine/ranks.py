@@ -86,9 +86,13 @@ def held(team: Team | None) -> Iterator[Group]:
     try:
         yield ALONE if team is None else team.group
     except BaseException as error:
-        if team is not None:
-            team.give_up(str(error))
-            team.close()
+        if team is None:
+            raise
+        what = team.why(error) if isinstance(error, GroupError) else str(error)
+        team.give_up(what)
+        team.close()
+        if isinstance(error, GroupError):
+            raise GroupError(what) from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from tiny_llm.config import Quantization
 from tiny_llm.errors import RequestError
 from tiny_llm.memory import available_memory_bytes, parse_bytes
-from tiny_llm.ops.backend import use
+from tiny_llm.models.loading import weight_dtype
+from tiny_llm.ops.backend import active, use
 from tiny_llm.options import (
     BackendOption,
     DebugOption,
@@ -25,6 +27,7 @@ from tiny_llm.options import (
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
 from tiny_llm.planning.speed import FORMAT, measure_machine, predict
+from tiny_llm.planning.wires import traffic, traffic_lines
 
 app = command_app()
 
@@ -34,6 +37,7 @@ def memory(
     model: ModelOption = "demo",
     context: Annotated[int | None, option("Work", "Tokens of prompt and answer together.")] = None,
     batch: Annotated[int, option("Work", "Sequences at a time.")] = 1,
+    ranks: Annotated[int, option("Work", "Processes that share it: also say what travels between them.")] = 1,
     memory: Annotated[
         str | None, option("Work", "What there is, such as 16GB; by default what is free.")
     ] = None,
@@ -66,13 +70,19 @@ def memory(
         if speed and quantize is None:
             raise RequestError("--speed measures quantized matrices; give --quantize 4 or 8.")
         machine = measure_machine() if speed else None
+        config = find_config(model)
+        stored = weight_dtype(config, dtype=dtype, quantize=quantize)
+        item = 4 if active() == "cpu" else stored.size  # which computes in float32 whatever they are
     if json:
         print(as_json(plan))
     else:
         show(plan, Console())
+    if ranks > 1:
+        lines = traffic_lines(traffic(config, ranks, batch, item))
+        print("\n".join(lines), file=sys.stderr if json else sys.stdout)
     if machine is not None and quantize is not None:
         format = Quantization(quantize, FORMAT.group_size)
         size = {"prompt": plan.context, "answer": 1, "batch": batch}
-        print(roofs(machine, predict(find_config(model), machine, quantize=format, **size)))
+        print(roofs(machine, predict(config, machine, quantize=format, **size)))
     if svg is not None:
         svg.write_text(as_svg(plan), encoding="utf-8")
