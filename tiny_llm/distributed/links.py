@@ -1,24 +1,22 @@
 """One connection between two ranks that know the same secret: frames of bytes, each behind its length.
 
-Each side proves that it knows the secret by a digest of what the other has just thought of: it is never sent.
-What travels afterwards is neither hidden nor signed: ranks are in one machine, or on a network of their own.
+What travels after the handshake is neither hidden nor signed: ranks are in one machine, or on a network of
+their own.
 """
 
 from __future__ import annotations
 
-import hmac
-import secrets
 import socket
 import struct
 import time
 from contextlib import suppress
 
-from tiny_llm.errors import ConfigError, GroupError
+from tiny_llm.distributed.handshake import shake_hands
+from tiny_llm.errors import ConfigError, GroupError, PeerError
 
 MAX_FRAME = 2**26
 """Bytes of what is read at once: a length beyond it is no message of ours, and nothing is read."""
-_MAGIC = b"tiny_llm ranks 1"
-_NONCE = 32
+_RANKS = b"ranks of one model".ljust(32, b"\0")  # what both are, in place of a fingerprint
 _PATIENCE_S = 5.0  # for a stranger to say who it is
 _RETRY_S = 0.1
 _LENGTH = struct.Struct("<I")
@@ -118,7 +116,7 @@ def connect(address: tuple[str, int], secret: bytes, until: float) -> socket.soc
                 ) from None
             time.sleep(_RETRY_S)
     sock.settimeout(max(_RETRY_S, until - time.monotonic()))
-    return _proven(sock, secret, b"came")
+    return _known(sock, secret, accepting=False)
 
 
 def accept(listening: socket.socket, secret: bytes, until: float) -> socket.socket:
@@ -131,27 +129,16 @@ def accept(listening: socket.socket, secret: bytes, until: float) -> socket.sock
         sock, _ = listening.accept()
         sock.settimeout(min(_PATIENCE_S, max(_RETRY_S, until - time.monotonic())))
         with suppress(GroupError):
-            return _proven(sock, secret, b"listened")
+            return _known(sock, secret, accepting=True)
 
 
-def _proven(sock: socket.socket, secret: bytes, here: bytes) -> socket.socket:
+def _known(sock: socket.socket, secret: bytes, *, accepting: bool) -> socket.socket:
     """``sock``, once each side knows that the other one has the secret. Raises GroupError if it has not."""
-    there = b"came" if here == b"listened" else b"listened"
-    link, own = Link(sock, "Who is there"), secrets.token_bytes(_NONCE)
     try:
-        sock.sendall(_MAGIC + own)
-        greeting = bytes(link._exactly(len(_MAGIC) + _NONCE))
-        if not greeting.startswith(_MAGIC):
-            raise GroupError("Who is there runs another version of tiny_llm, or is none of it.")
-        other = greeting[len(_MAGIC) :]
-        sock.sendall(hmac.digest(secret, here + other + own, "sha256"))
-        proof = link._exactly(32)
-        if not hmac.compare_digest(bytes(proof), hmac.digest(secret, there + own + other, "sha256")):
-            raise GroupError("The secret of the ranks differs: give all the same TINY_LLM_RANK_SECRET.")
-    except OSError as error:
+        shake_hands(sock, secret.decode(), _RANKS, accepting=accepting)
+    except (PeerError, OSError) as error:
         sock.close()
-        raise GroupError(f"Who is there hung up: {error.strerror}.") from None
-    except GroupError:
-        sock.close()
-        raise
+        raise GroupError(
+            f"Ranks cannot meet: {error} Give all the same TINY_LLM_RANK_SECRET and tiny_llm."
+        ) from None
     return sock

@@ -24,10 +24,10 @@ from tiny_llm.options import (
     command_app,
     option,
 )
+from tiny_llm.planning.cables import traffic, traffic_lines
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
 from tiny_llm.planning.speed import FORMAT, measure_machine, predict
-from tiny_llm.planning.wires import traffic, traffic_lines
 
 app = command_app()
 

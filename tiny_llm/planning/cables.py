@@ -9,7 +9,7 @@ from tiny_llm.config import ModelFacts
 from tiny_llm.models.ranks import gathered_bytes
 
 
-class Wire(NamedTuple):
+class Cable(NamedTuple):
     """A link between two machines: seconds that a message takes at least, and bytes a second."""
 
     name: str
@@ -17,7 +17,7 @@ class Wire(NamedTuple):
     bytes_s: float
 
 
-WIRES: Sequence[Wire] = (Wire("10 GbE, TCP", 300e-6, 1.25e9), Wire("Thunderbolt 5, RDMA", 9e-6, 7.4e9))
+CABLES: Sequence[Cable] = (Cable("10 GbE, TCP", 300e-6, 1.25e9), Cable("Thunderbolt 5, RDMA", 9e-6, 7.4e9))
 """As others report them: 300 us a message over TCP between Macs; 5-9 us and 7.4 GB/s by RDMA over Thunderbolt
 5 (macOS 26.2, December 2025 and April 2026). 10 GbE's bytes by its name."""
 
@@ -31,9 +31,9 @@ class StepTraffic(NamedTuple):
     step_bytes: int
     gathers: int
 
-    def seconds(self, wire: Wire) -> float:
+    def seconds(self, cable: Cable) -> float:
         """What the step waits for a link. Each gather is as late as its latest message."""
-        return self.gathers * wire.latency_s + self.step_bytes / wire.bytes_s
+        return self.gathers * cable.latency_s + self.step_bytes / cable.bytes_s
 
 
 def traffic(config: ModelFacts, ranks: int, rows: int, item_bytes: int) -> StepTraffic:
@@ -48,10 +48,10 @@ def traffic_lines(found: StepTraffic) -> list[str]:
         f"on {found.ranks} ranks: {found.layer_bytes / 1e3:,.1f} KB a layer and token, "
         f"{found.step_bytes / found.rows / 1e3:,.1f} KB a token in all, {found.gathers} gathers a step"
     ]
-    for wire in WIRES:
-        took = found.seconds(wire)
+    for cable in CABLES:
+        took = found.seconds(cable)
         lines.append(
-            f"  {wire.name} ({1e6 * wire.latency_s:g} us, {wire.bytes_s / 1e9:g} GB/s): "
+            f"  {cable.name} ({1e6 * cable.latency_s:g} us, {cable.bytes_s / 1e9:g} GB/s): "
             f"{1e3 * took:.1f} ms a step of {found.rows}, so at most {found.rows / took:,.0f} tokens a second"
         )
     return lines
