@@ -190,7 +190,9 @@ def _lead(ranks: Ranks, start: Start, until: float) -> Team:
         watched = {hello.rank: link for hello, link in arrived.all_of("watch")}
         if ranks.backend is None:
             data = {hello.rank: link.socket for hello, link in arrived.all_of("data")}
-        listening.close()  # MLX wants the place
+        listening.close()  # MLX wants the place, and who came there now would come to nobody
+        for link in plans.values():
+            link.send(b"")
         for rank, link in watched.items():
             link.who = f"Rank {rank}"
         group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(0, data, ranks.timeout_s)
@@ -250,13 +252,13 @@ def _follow(ranks: Ranks, leader: str, until: float) -> Team:
         welcome = read(link.receive(), _Welcome)
         rank, places = welcome.rank, [address, *welcome.places[1:]]
         watched = come(address, _Hello("watch", rank), 0)
-        group: SocketGroup | MlxGroup
-        if ranks.backend:
-            group = MlxGroup(ranks.backend)
-        else:
-            data = {other: come(places[other], _Hello("data", rank), other).socket for other in range(rank)}
+        data: dict[int, socket.socket] = {}
+        if ranks.backend is None:
+            for other in range(rank):
+                data[other] = come(places[other], _Hello("data", rank), other).socket
             while len(data) < len(places) - 1:
                 late = Link(accept(own, secret, until), "A rank that comes")
                 data[read(late.receive(), _Hello).rank] = late.socket
-            group = SocketGroup(rank, data, ranks.timeout_s)
+    link.receive()  # the word that rank 0 waits there no more
+    group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(rank, data, ranks.timeout_s)
     return Team(group, {0: link}, {0: watched}, ranks.timeout_s)
