@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,7 +80,19 @@ def to_blame(
 
     ``without`` are those for which it stands in anyway.
     """
-    for definition in written:
-        done = run_tests([chapter], folder, without=[*without, definition], first_only=True)
-        if done.returncode == 0:
-            yield definition
+    with quick_runs() as forks:
+        for definition in written:
+            left_out = [*without, definition]
+            done = run_tests([chapter], folder, without=left_out, first_only=True, forks=forks)
+            if done.returncode == 0:
+                yield definition
+
+
+@contextmanager
+def quick_runs() -> Iterator[Forks | None]:
+    """What many runs of tests share; None where a fork of what MLX has loaded is not safe."""
+    if sys.platform != "linux":
+        yield None
+        return
+    with Forks() as forks:
+        yield forks

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from book.course.check import run_tests
-from book.course.forks import Forks
+from book.course.check import quick_runs, run_tests
 from book.course.manifest import ROOT, Chapter, Mutant, read_manifest
 from book.course.merge import STUB
 from book.course.workbook import Workbook, in_parts, module_file
@@ -28,10 +26,7 @@ Tested = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="module")
 def tested() -> Iterator[Tested]:
     """``tested(it, folder)``: the chapter's tests, in a process of their own, forked where forks are safe."""
-    if sys.platform != "linux":
-        yield lambda it, folder, **options: run_tests([it], folder, **options)
-        return
-    with Forks() as forks:
+    with quick_runs() as forks:
         yield lambda it, folder, **options: run_tests([it], folder, forks=forks, **options)
 
 

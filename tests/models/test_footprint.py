@@ -168,6 +168,9 @@ def test_a_step_by_hand() -> None:
         layers = min(config.num_layers, 7)
         assert activation_bytes(config, 10, 3) == 4 * (layers * 10 * token + 3 * config.vocab_size)
     assert CONFIG.num_layers < 7 < deep.num_layers
+    for config, layers in ((CONFIG, CONFIG.num_layers), (deep, 7)):
+        more = activation_bytes(config, 10, 3, gathered=1000) - activation_bytes(config, 10, 3)
+        assert more == 1000 * layers, "each layer that is there at once gathers its own"
 
 
 @pytest.mark.chapter("0.2")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.config_rope import RopeScaling
-from tiny_llm.ops.rope import rope, rope_frequencies
+from tiny_llm.ops.rope import rope, rope_frequencies, rope_ref
 
 pytestmark = pytest.mark.chapter("1.2")
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -75,6 +75,13 @@ def test_turning_changes_no_length() -> None:
     turned = rope(x, mx.array([0, 5, 900]), rope_frequencies(8, 10_000.0))
     pairs = [mx.square(a[..., :4]) + mx.square(a[..., 4:]) for a in (x, turned)]
     assert mx.allclose(*pairs, atol=1e-5).item()
+
+
+def test_what_is_turned_stays_as_it_is() -> None:
+    x = mx.random.normal((2, 1, 8), key=mx.random.key(0))
+    before = mx.array(x)
+    rope_ref(x, mx.array([1, 2]), rope_frequencies(8, 10_000.0))
+    assert mx.array_equal(x, before).item(), "return a new array"
 
 
 def test_position_zero_changes_nothing() -> None:

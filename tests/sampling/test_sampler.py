@@ -148,6 +148,14 @@ def test_a_row_without_a_finite_largest_logit_is_greedy() -> None:
     assert sample(mx.array(rows * 4), params * 4, range(12)).tolist() == [0, 1, 2] * 4
 
 
+def test_the_logits_stay_as_they_are() -> None:
+    logits = mx.array([[3.0, 2.0, 1.0]])
+    params = SamplingParams(temperature=0.5, top_k=1, seed=1)
+    filter_logits(logits, [params])
+    sampler.sample_ref(logits, [params], [0])
+    assert logits.tolist() == [[3.0, 2.0, 1.0]], "others report them"
+
+
 def test_temperature_acts_before_the_filters() -> None:
     shares = logits_of(0.5, 0.3, 0.2)
     assert kept(shares, top_p=0.6) == [0, 1]

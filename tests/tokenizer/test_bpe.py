@@ -86,6 +86,7 @@ def test_each_place_in_a_word_counts() -> None:
 def test_training_ends_when_nothing_is_left() -> None:
     assert train({"ab": 1}, 1000) == [("a", "b")]
     assert train({}, 300) == []
+    assert train(HUGS, 256) == train(HUGS, 100) == [], "the letters alone are 256"
 
 
 def test_the_library_learns_the_same_merges(bundled: tuple[BPE, Backend]) -> None:
