@@ -13,6 +13,7 @@ from typing import Any
 import pexpect
 import pytest
 
+from tiny_llm.agent.command import can_isolate
 from tiny_llm.agent.receipts import read_log
 from tiny_llm.cli import main
 
@@ -134,7 +135,7 @@ def test_two_ways_and_a_check(call: Any, server: Speaking, tmp_path: Path) -> No
     done = ("finish", {"answer": "done"})
     server.says = [("edit", {"path": "a.py", "old": "1", "new": "3"}), done, EDIT, done]
     ways = ["--way", "Three!", "--way", "Two!", "--check", "grep 2 a.py"]
-    network = [] if sys.platform == "linux" else ["--network"]
+    network = [] if can_isolate() else ["--network"]
     code, out, _ = call("Change x.", "--server", server.url, "--approve", "always", *ways, *network, "--json")
     told = json.loads(out)
     assert code == 0 and [(way["hint"], way["is_right"]) for way in told["ways"]] == [
