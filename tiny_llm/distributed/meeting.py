@@ -33,6 +33,7 @@ SECRET = "TINY_LLM_RANK_SECRET"
 MOST_RANKS = 64
 _LOOPBACK = "127.0.0.1:0"
 _LOOK_S = 0.2  # after the children
+_MANY = 20  # times as long as a rank may be silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,11 @@ class Ranks:
     backend: MlxBackend | None = None
     rank: int | None = None
     shares: tuple[float, ...] | None = None
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that arrays may be waited for: in a pipeline, as long as another rank does all its work."""
+        return self.timeout_s if self.shares is None else _MANY * self.timeout_s
 
     def shares_of(self, size: int) -> tuple[float, ...] | None:
         """The shares of so many ranks. Raises ConfigError where they are not as many."""
@@ -195,7 +201,7 @@ def _lead(ranks: Ranks, start: Start, until: float) -> Team:
             link.send(b"")
         for rank, link in watched.items():
             link.who = f"Rank {rank}"
-        group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(0, data, ranks.timeout_s)
+        group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(0, data, ranks.patience_s)
         undo.pop_all()
         return Team(group, plans, watched, ranks.timeout_s, children)
 
@@ -260,5 +266,5 @@ def _follow(ranks: Ranks, leader: str, until: float) -> Team:
                 late = Link(accept(own, secret, until), "A rank that comes")
                 data[read(late.receive(), _Hello).rank] = late.socket
     link.receive()  # the word that rank 0 waits there no more
-    group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(rank, data, ranks.timeout_s)
+    group = MlxGroup(ranks.backend) if ranks.backend else SocketGroup(rank, data, ranks.patience_s)
     return Team(group, {0: link}, {0: watched}, ranks.timeout_s)
