@@ -39,11 +39,12 @@ class Place:
 class StepPlan:
     """A plan in the making, and what is left of its budget: ``tokens`` and ``ms``.
 
-    It may have ``most`` decodes, and leaves the ``busy`` sequences as they are: other plans have them.
+    It may have ``most`` decodes and ``most_items`` in all, and leaves the ``busy`` sequences as they are:
+    other plans have them.
     """
 
-    def __init__(self, tokens: int, most: int, beside: Iterable[Plan] = ()) -> None:
-        self.most = most
+    def __init__(self, tokens: int, most: int, most_items: int, beside: Iterable[Plan] = ()) -> None:
+        self.most, self.most_items = most, most_items
         self.busy = frozenset(item.seq_id for plan in beside for item in plan.items)
         self.items: list[PlanItem] = []
         self.preempted: list[tuple[int, bool]] = []
@@ -62,7 +63,8 @@ class StepPlan:
     @property
     def has_room(self) -> bool:
         """Whether a chunk may start. The first one always may, so that prompts move on."""
-        return self.tokens > 0 and (self.ms > 0 or not self.chunk_tokens)
+        has_place = self.tokens > 0 and len(self.items) < self.most_items
+        return has_place and (self.ms > 0 or not self.chunk_tokens)
 
     def finished(self, blocks: BlockManager) -> Plan:
         """The plan, with what moves between ``blocks`` for it."""

@@ -127,9 +127,12 @@ class Scheduler:
         """The next step. It has no items only if there is nothing to do.
 
         ``beside`` are plans that are not committed yet: none of their sequences is in this one, nor makes
-        room for it. So several steps may be under way; of those that decode, each has one part of ``groups``.
+        room for it. So several steps may be under way; of those that go on or begin, each has one part of
+        ``groups``.
         """
-        step = StepPlan(self.settings.max_num_batched_tokens, -(-self.num_running // groups), beside)
+        all_of_them = min(len(self), self.settings.max_num_seqs)
+        parts = -(-self.num_running // groups), -(-all_of_them // groups)
+        step = StepPlan(self.settings.max_num_batched_tokens, *parts, beside)
         behind = self._decode(step)
         for entry in behind:
             self._admit(step, entry.rank)
