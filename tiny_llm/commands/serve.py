@@ -17,15 +17,11 @@ from tiny_llm.limits import MOST, check_number
 from tiny_llm.memory import available_memory_bytes
 from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, option
 from tiny_llm.planning.memory import plan_memory
-from tiny_llm.scheduler.settings import MAX_NUM_BATCHED_TOKENS
 from tiny_llm.server.run import serve as run
 from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
 
 app = command_app()
-
-PROMPT_TOKENS = 1024
-"""Of a step, at least, for prompts."""
 
 
 ModelsOption = Annotated[
@@ -85,10 +81,11 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients expect it."""
     if unload_after is not None:
         check_number("unload_after (--unload-after)", unload_after, zero=True)
+        if two != ALONE:
+            raise ConfigError("--unload-after and --role do not go together: the other server counts on it.")
     limits = {
         "max_num_seqs": max_concurrent,
-        # Of a step's tokens, each sequence has one; the rest is for prompts.
-        "max_num_batched_tokens": max(MAX_NUM_BATCHED_TOKENS, max_concurrent + PROMPT_TOKENS),
+        "max_num_batched_tokens": two.step_tokens(max_concurrent),
         "max_queued_requests": max_queue,
         "max_wait_s": max_wait,
     }

@@ -9,10 +9,14 @@ from typing import Annotated, Literal
 from tiny_llm.engine.async_llm import AsyncLLM
 from tiny_llm.errors import ConfigError
 from tiny_llm.options import option
+from tiny_llm.scheduler.settings import MAX_NUM_BATCHED_TOKENS
 from tiny_llm.server.decode_side import DecodeSide
 from tiny_llm.server.peer import Peer
 from tiny_llm.server.prefill_side import PrefillSide
 
+PROMPT_TOKENS = 1024
+"""Of a step, at least, for prompts."""
+_PREFILL_TOKENS = 256
 _PANEL = "Two processes"
 
 
@@ -33,6 +37,15 @@ class PeerOptions:
     peer_timeout: Annotated[
         int, option(_PANEL, "Seconds without news after which a prompt is computed at home.")
     ] = 10
+
+    def step_tokens(self, sequences: int) -> int:
+        """Tokens of a step: one for each of the sequences, the rest for prompts.
+
+        Few where those are all there is: a short prompt waits for the step of a long one.
+        """
+        if self.role == "prefill":
+            return sequences + _PREFILL_TOKENS
+        return max(MAX_NUM_BATCHED_TOKENS, sequences + PROMPT_TOKENS)
 
     def joined(self, load: Callable[[], AsyncLLM]) -> Callable[[], AsyncLLM]:
         """``load``, and its part is taken. Raises ConfigError, now or when it is called."""

@@ -114,8 +114,7 @@ class DecodeSide:
         self._beginnings[beginning] = self._coming[number] = coming
         self.counts["asked"] += 1
         try:
-            own = encode(ids[: coming.handover.num_blocks * size + 1])
-            wire.put(Frame(ASK, number, coming.first, int(keep)), [root(salt), own])
+            wire.put(Frame(ASK, number, coming.first, int(keep)), [root(salt), encode(ids)])
             if self._wire is wire:  # else it was lost meanwhile
                 await self._wait(coming, len(ids) - coming.first * size)
         finally:
@@ -131,7 +130,7 @@ class DecodeSide:
         if blocks.prefix is None:
             return None
         first = handover.there()
-        missing = (handover.num_blocks - first) * blocks.block_size
+        missing = len(ids) - 1 - first * blocks.block_size
         return _Coming(handover, first) if missing >= self._peer.least_tokens else None
 
     async def _wait(self, coming: _Coming, tokens: int) -> None:

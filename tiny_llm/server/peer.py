@@ -14,8 +14,7 @@ from tiny_llm.limits import check_whole
 
 ASK, BLOCKS, END, CANCEL = range(1, 5)
 """Kinds of frames. A prompt of which blocks from ``first`` on are wanted (``amount`` 0: none may go to disk):
-its root, and its tokens up to the one behind the last full block. Of these ``amount`` blocks from ``first``
-on. No more of them. No more wanted."""
+its root, and its tokens. ``amount`` of these, from ``first`` on. No more of them. No more wanted."""
 _FRAME_BYTES = 2**22
 
 

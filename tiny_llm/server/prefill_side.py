@@ -20,9 +20,11 @@ from tiny_llm.engine.handover import Handover
 from tiny_llm.errors import ConfigError, PeerError, TinyLLMError
 from tiny_llm.kv.prefix import DIGEST
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.scheduler.settings import MAX_PRIORITY
 from tiny_llm.server.peer import ASK, BLOCKS, CANCEL, END, Peer, blocks_of_frame, fingerprint
 
 _COMPUTED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+_LEVEL_TOKENS = 1024  # by which a longer prompt ranks a level lower: short ones do not wait for it
 _MOST_WAITING = 2  # frames of a connection
 _LOG = logging.getLogger("tiny_llm.peer")
 
@@ -124,6 +126,8 @@ class _Asking:
                 count, data = (0, []) if is_lost else going.handover.give(going.first, self._most)
                 if not count:
                     if is_lost or engine.scheduler.sequence(going.request) is None:
+                        if data := [] if is_lost else going.handover.give_last(going.first):
+                            self.wire.put(Frame(BLOCKS, number, going.first, 1), data)
                         self.wire.put(Frame(END, number))
                         del self._going[number]
                     break
@@ -146,7 +150,9 @@ class _Asking:
         llm, keep = self._llm.llm, bool(frame.amount)
         salt, tokens = body[:DIGEST].hex(), body[DIGEST:].cast("i").tolist()
         try:
-            request = llm.engine.add(*llm.check(tokens[:-1], _COMPUTED), salt=salt, keep=keep)
+            asked, params = llm.check(tokens[:-1], _COMPUTED)
+            rank = -min(len(asked) // _LEVEL_TOKENS, MAX_PRIORITY)
+            request = llm.engine.add(asked, params, priority=rank, salt=salt, keep=keep)
         except TinyLLMError as error:
             _LOG.warning("a prompt is not computed here: %s", error)
             self.wire.put(Frame(END, frame.number))
