@@ -3,7 +3,7 @@
 A model of random weights in the shape of --shape, 4 bits. Some streams run all the time; beside them come
 long prompts, one after the other, and short chats. The sides, in turns: "known", the same traffic of prompts
 that the prefix cache has, so that none is computed; "one", a process of both cores that does it all; "apart",
-one thread that answers and another process of one thread that computes prompts. Gaps are those of the streams,
+one thread that answers and another process of one thread that computes prompts. Gaps are those of a stream,
 by the clock, and by the processor time of the process that answers, which a busy machine does not stretch.
 Then how fast the wire alone is. Prints a table and one JSON line.
 """
