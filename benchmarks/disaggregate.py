@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import mlx.core as mx
@@ -54,7 +55,7 @@ class Felt:
 def made(shape: str, **more: object) -> AsyncLLM:
     """The model on one thread."""
     options = {"quantize": 4, "kv_memory": 2**30, "speculate": "off", "threads": 1, **more}
-    return AsyncLLM(DummyCheckpoint(shape), **options)
+    return AsyncLLM("demo" if shape == "demo" else DummyCheckpoint(shape), **options)
 
 
 def prefill(shape: str) -> None:
@@ -64,15 +65,16 @@ def prefill(shape: str) -> None:
     sys.stdin.read()
 
 
-async def stream(llm: AsyncLLM, prompt: list[int], felt: Felt | None) -> None:
+async def stream(llm: AsyncLLM, next_prompt: Callable[[], list[int]], felt: Felt) -> None:
     """Answer until it is cancelled; note when each token came."""
-    last = None
-    async for _ in llm.stream(prompt, SamplingParams(max_tokens=10**4, ignore_eos=True)):
-        now = time.perf_counter(), time.process_time()
-        if felt is not None and last is not None:
-            felt.gaps.append(now[0] - last[0])
-            felt.busy.append(now[1] - last[1])
-        last = now
+    while True:
+        last = None
+        async for _ in llm.stream(next_prompt(), SamplingParams(max_tokens=10**4, ignore_eos=True)):
+            now = time.perf_counter(), time.process_time()
+            if last is not None:
+                felt.gaps.append(now[0] - last[0])
+                felt.busy.append(now[1] - last[1])
+            last = now
 
 
 async def ask(
@@ -92,28 +94,29 @@ async def one_round(
     llm: AsyncLLM, side: str, decode: DecodeSide, given: argparse.Namespace, felt: Felt
 ) -> None:
     """Some seconds of one side."""
-    chance = random.Random()
+    chance, vocab = random.Random(), min(5000, llm.llm.config.vocab_size)
 
-    def prompts(length: int) -> Iterator[list[int]]:
-        known = [[chance.randrange(5000) for _ in range(length)] for _ in range(2)]
+    def prompts(length: int, known: bool) -> Iterator[list[int]]:
+        fixed = [[chance.randrange(vocab) for _ in range(length)] for _ in range(2)]
         while True:
-            yield from known if side == "known" else [[chance.randrange(5000) for _ in range(length)]]
+            yield from fixed if known else [[chance.randrange(vocab) for _ in range(length)]]
 
-    kinds = [(prompts(given.prompt), 0.5, felt.long), (prompts(CHAT), 0.3, felt.chat)]
     llm.supply = decode.supply if side == "apart" else None
     set_threads(2 if side == "one" else 1)
+    kinds = [(given.prompt, 0.5, felt.long), (CHAT, 0.3, felt.chat)]
+    asked = [(prompts(length, side == "known"), pause, first) for length, pause, first in kinds]
     if side == "known":
-        for own, _, _ in kinds:
-            for _ in range(2):
-                await llm.generate(next(own), SamplingParams(max_tokens=1, ignore_eos=True))
-    starts = [[chance.randrange(5000) for _ in range(64)] for _ in range(STREAMS)]
-    tasks = [asyncio.ensure_future(stream(llm, own, None)) for own in starts[1:]]
-    await asyncio.sleep(given.seconds / 4)
-    tasks.append(asyncio.ensure_future(stream(llm, starts[0], felt)))
-    tasks += [
-        asyncio.ensure_future(ask(llm, lambda own=own: next(own), pause, first))
-        for own, pause, first in kinds
+        for own, _, _ in asked * 2:
+            await llm.generate(next(own), SamplingParams(max_tokens=1, ignore_eos=True))
+    starts, unseen = prompts(64, False), Felt()
+    tasks = [
+        asyncio.ensure_future(stream(llm, partial(next, starts), unseen if number else felt))
+        for number in range(STREAMS)
     ]
+    before = len(felt.gaps)
+    await asyncio.sleep(given.seconds / 4)
+    del felt.gaps[before:], felt.busy[before:]  # while they began
+    tasks += [asyncio.ensure_future(ask(llm, partial(next, own), *more)) for own, *more in asked]
     await asyncio.sleep(given.seconds)
     for task in tasks:
         task.cancel()
