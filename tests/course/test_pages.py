@@ -109,7 +109,8 @@ def test_commands_exist(page: Path) -> None:
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
         else:
-            assert line in ("source .venv/bin/activate",), line
+            others = page.parent.name == "appendix"  # which tells of programs that stand beside this one
+            assert others or line in ("source .venv/bin/activate",), line
 
 
 def close(got: str, expected: str) -> bool:
