@@ -6,12 +6,14 @@ before it, as two that are evaluated in another order on another rank would be m
 
 from __future__ import annotations
 
+import faulthandler
 from typing import Literal
 
 import mlx.core as mx
 
 from tiny_llm.errors import GroupError
 
+_BEGIN_S = 60.0  # to connect, once all ranks are there; then the process ends
 MlxBackend = Literal["ring", "jaccl"]
 
 
@@ -19,10 +21,14 @@ class MlxGroup:
     """The processes that ``mlx.launch`` started for ``backend``. Raises GroupError where it cannot begin."""
 
     def __init__(self, backend: MlxBackend) -> None:
+        # It waits for its neighbours without an end, and no thread of ours runs meanwhile: this one is C's.
+        faulthandler.dump_traceback_later(_BEGIN_S, exit=True)
         try:
             self._group = mx.distributed.init(strict=True, backend=backend)
         except (RuntimeError, ValueError) as error:
             raise GroupError(f"MLX's {backend} cannot begin: {error}") from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self.rank: int = self._group.rank()
         self.size: int = self._group.size()
         self._last: mx.array | None = None
