@@ -157,7 +157,11 @@ def test_the_command_loads_no_mlx_and_draws(tmp_path: Path) -> None:
     assert [row["policy"] for row in rows] == ["block-size=8", "block-size=16"]
     assert all(row["requests"] == 30 for row in rows)
     pictures = sorted(path.name for path in tmp_path.glob("*.svg"))
-    assert "block-size-8-pool.svg" in pictures and "block-size-16-blocks.svg" in pictures
+    assert (
+        len(pictures) == 6
+        and "block-size-8-pool.svg" in pictures
+        and "block-size-16-timeline.svg" in pictures
+    )
 
 
 @pytest.mark.parametrize(

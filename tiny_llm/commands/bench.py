@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
@@ -29,6 +30,10 @@ def bench(
     new_tokens: Annotated[int, option("Work", "Tokens of an answer.")] = 64,
     batch: Annotated[int, option("Work", "Sequences at a time.")] = 1,
     rounds: Annotated[int, option("Work", "Of which the median counts.")] = 3,
+    fit: Annotated[
+        Path | None,
+        option("Output", "Also measure steps of many kinds, into this file for `simulate --costs`."),
+    ] = None,
     options: EngineOptions = ENGINE,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -43,7 +48,7 @@ def bench(
         rounds=rounds,
         **{name: given.pop(name) for name in ("model", "dtype", "quantize", "activations")},
     )
-    row = run(task, **given)
+    row = run(task, fit, **given)
     print(json_format.dumps(row)) if json else _print(row)
 
 

@@ -21,6 +21,7 @@ from tiny_llm.planning.simulation.figures import ServedWell
 from tiny_llm.planning.simulation.load import Load
 from tiny_llm.planning.simulation.policy import Policy
 from tiny_llm.planning.simulation.report import POOL, USERS, blocks_over_time, pool_over_time, table
+from tiny_llm.planning.timeline import MOST_ROWS, draw
 
 app = command_app()
 LOAD, POLICY, LIMITS = Load(), Policy(), ServedWell()
@@ -91,6 +92,7 @@ def _draw(folder: Path, name: str, outcome: Simulated) -> None:
     for what, picture in (
         ("pool", pool_over_time(outcome.samples)),
         ("blocks", blocks_over_time(outcome.samples)),
+        ("timeline", draw(outcome.bars, MOST_ROWS)),
     ):
         called = "-".join([*name.replace("=", "-").split(), what])
         (folder / f"{called}.svg").write_text(picture, encoding="utf-8")

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tiny_llm.engine.engine import Engine
@@ -18,6 +19,7 @@ from tiny_llm.limits import MOST
 from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import isa, num_threads, use
+from tiny_llm.planning.fit import fit_steps
 from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -58,10 +60,10 @@ class Throughput:
     ttft_s: float
 
 
-def bench(task: Task, **options: Any) -> dict[str, object]:
+def bench(task: Task, fit: Path | None = None, **options: Any) -> dict[str, object]:
     """Load the model, measure, and return the task, the machine's side of it and the figures in one row.
 
-    ``options`` are further ones of ``LLM``.
+    ``options`` are further ones of ``LLM``. Costs of steps, for ``simulate``, go to the file ``fit``.
     """
     began = time.perf_counter()
     limits = options.pop("scheduler", SchedulerSettings())
@@ -76,6 +78,11 @@ def bench(task: Task, **options: Any) -> dict[str, object]:
     loaded = time.perf_counter() - began
     with llm, use(llm.backend):
         speed = measure(llm, task)
+        if fit is not None:
+            told = (
+                f"{task.model}, {task.quantize or 16} bits, on {llm.backend} {isa()}, {num_threads()} threads"
+            )
+            fit_steps(llm.engine, llm.config, told).save(fit)
         return {
             **asdict(task),
             "backend": llm.backend,

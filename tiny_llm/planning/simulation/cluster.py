@@ -13,6 +13,7 @@ from tiny_llm.planning.simulation.engine import Going, SimulatedEngine, Simulate
 from tiny_llm.planning.simulation.figures import Figures, Sample, Samples, ServedWell, pool_row
 from tiny_llm.planning.simulation.load import Asked
 from tiny_llm.planning.simulation.policy import Policy
+from tiny_llm.planning.timeline import FirstSequences, Stretch, bars_of
 
 _REMEMBERED = 2**20  # names of texts, by a router
 _UNEVEN = 8  # requests that an engine may have beyond twice the fewest, for the sake of a prefix
@@ -20,10 +21,11 @@ _UNEVEN = 8  # requests that an engine may have beyond twice the fewest, for the
 
 @dataclass(slots=True)
 class Simulated:
-    """Figures by name, and the pool of the first engine over time."""
+    """Figures by name, the pool of the first engine over time, and what the first sequences did when."""
 
     row: Mapping[str, float]
     samples: list[Sample]
+    bars: list[Stretch]
 
 
 class Router:
@@ -94,7 +96,10 @@ class Cluster:
 
         self.readers = made(policy.prefill, self._hand_over, has_all=False)
         self.engines = made(policy.replicas, self._end, has_all=policy.prefill > 0)
+        self.trace = FirstSequences() if draw else None
         self.engines[0].samples, self.engines[0].draw_owners = self.samples, draw
+        for engine in self.engines:
+            engine.trace = self.trace
 
     def run(
         self, requests: Iterable[Asked], progress: Callable[[int], None] = lambda done: None
@@ -113,7 +118,7 @@ class Cluster:
         self._hand_until(inf)
         for engine in self.engines:
             engine.run_until(inf)
-        return Simulated(self._row(), self.samples.kept)
+        return Simulated(self._row(), self.samples.kept, bars_of(self.trace.events if self.trace else ()))
 
     def _give(
         self,
