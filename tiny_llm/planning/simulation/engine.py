@@ -27,6 +27,7 @@ from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
 
 _STRIDE = 4096  # steps at once, at most
+_LEARNT, _SELDOM = 2000, 16  # after so many steps the scheduler's guess is told of one in so many
 _ROWS = 160  # of the pool that are looked at for a picture
 
 
@@ -193,8 +194,9 @@ class SimulatedEngine:
         ms = self._moves_ms(plan) + self._costs.ms(
             rows + plan.chunk_tokens, rows + len(ends), plan.decode_context, plan.chunk_context
         )
-        self._pass(ms, min(plan.decodes, self._decoding))
-        scheduler.speed.observe(plan, ms)
+        self._pass(ms, 1, min(plan.decodes, self._decoding))
+        if self.steps < _LEARNT or not self.steps % _SELDOM:
+            scheduler.speed.observe(plan, ms)
         more = self._more_steps(plan, until) if self._strides and not plan.chunk_tokens else 0
         if self.trace is not None:
             self.trace.step(plan, began, self.now)
@@ -202,12 +204,13 @@ class SimulatedEngine:
         if self.samples is not None and self.now >= self.samples.due:
             self.samples.add(self._sample())
 
-    def _pass(self, ms: float, decodes: int) -> None:
-        self.now += ms / 1e3
-        self.busy_s += ms / 1e3
-        self.steps += 1
+    def _pass(self, ms: float, steps: int, decodes: int) -> None:
+        """Steps of so long each, in which so many got a token that had one before."""
+        self.now += steps * ms / 1e3
+        self.busy_s += steps * ms / 1e3
+        self.steps += steps
         if decodes:
-            self._figures.itl.add(ms / 1e3, decodes)
+            self._figures.itl.add(ms / 1e3, steps * decodes)
 
     def _moves_ms(self, plan: Plan) -> float:
         """What blocks take on their way to the host or the disk, and back."""
@@ -231,13 +234,19 @@ class SimulatedEngine:
         blocks = self.scheduler.blocks
         most = min(_STRIDE, due[0][0] - self.steps, blocks.available // plan.decodes * blocks.block_size - 1)
         count, context, decodes = 0, plan.decode_context, plan.decodes
+        # Each step takes longer than the last by the same: those of a hundredth's difference are one sum.
         while count < most and self.now < until:
-            context += decodes
-            ms = self._costs.ms(decodes, decodes, context, 0)
-            self._pass(ms, decodes)
-            following = Plan([], 0, [], [], [], decodes=decodes, decode_context=context)
-            self.scheduler.speed.observe(following, ms)
-            count += 1
+            ms = self._costs.ms(decodes, decodes, context + decodes, 0)
+            alike = 1 + int(ms / (100 * decodes * self._costs.decode_context_ms + 1e-9 * ms))
+            left = (until - self.now) * 1e3 / ms
+            run = min(alike, most - count, max(1, int(min(left / 1.01, _STRIDE))))
+            run = run if self.steps >= _LEARNT else 1
+            context += run * decodes
+            self._pass(self._costs.ms(decodes, decodes, context - (run - 1) * decodes // 2, 0), run, decodes)
+            if self.steps < _LEARNT or self.steps // _SELDOM > (self.steps - run) // _SELDOM:
+                following = Plan([], 0, [], [], [], decodes=decodes, decode_context=context)
+                self.scheduler.speed.observe(following, ms)
+            count += run
         return count
 
     def _commit(self, plan: Plan, steps: int) -> None:
