@@ -141,7 +141,7 @@ def pools() -> dict[str, dict[str, float]]:
     """Percent of the pool that holds tokens while requests wait, by lengths and by how memory is given."""
     costs, found = replace(costs_of("qwen2-7b", "a100-40gb"), kv_tokens=OPT_13B_TOKENS), {}
     print(f"{'percent of the pool holds tokens':<34}" + "".join(f"{name:>26}" for name, *_ in POOLS))
-    for lengths, rate, count in (("sharegpt", 4.0, 1000), ("alpaca", 60.0, 4000)):
+    for lengths, rate, count in (("sharegpt", 4.0, 1000), ("alpaca", 300.0, 6000)):
         load = Load(lengths=lengths, rate=rate, requests=count)
         row = {}
         for name, memory, reserve in POOLS:

@@ -157,7 +157,7 @@ class BlockManager:
         if is_whole and not self._refs[source]:  # a text that goes on: its end is ours to fill
             self._forget(source)  # and is the next to be taken
         table.blocks = array("i", [0] * first + hits)
-        table.blocks.extend(self._take() for _ in range(fresh))
+        table.blocks += self._take(fresh)
         table.writable = len(table.blocks) * self.block_size
         known = start * self.block_size
         table.full_at = known + self.block_size if self.prefix is not None else maxsize
@@ -210,11 +210,11 @@ class BlockManager:
         if more + shared > self.available:
             return False
         if shared:
-            copy = self._take()
+            copy = self._take(1)[0]
             self._moves.copies.append((blocks[first], copy))
             self._drop(blocks[first])
             blocks[first] = copy
-        blocks.extend(self._take() for _ in range(more))
+        blocks += self._take(more)
         table.writable = len(blocks) * self.block_size
         return True
 
@@ -443,16 +443,19 @@ class BlockManager:
         table.host = []
         return max(table.host_tokens, hits * self.block_size)
 
-    def _take(self) -> int:
-        """A block that nobody holds, for the caller to hold."""
-        if not self._free:
+    def _take(self, count: int) -> array[int]:
+        """Blocks that nobody holds, for the caller to hold."""
+        while (first := len(self._free) - count) < 0:
             if len(self._refs) < self.max_blocks:
                 self.grow(self._slab)
             else:
                 self._evict(next(iter(self._cached)))
-        block = self._free.pop()
-        self._refs[block] = 1
-        return block
+        taken = self._free[first:]
+        taken.reverse()
+        del self._free[first:]
+        for block in taken:
+            self._refs[block] = 1
+        return taken
 
     def unsaved(self, first: int = 0) -> list[tuple[int, bytes]]:
         """The cached blocks from ``first`` on that the store is to have and has not, with what they hold."""

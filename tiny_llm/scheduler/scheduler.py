@@ -181,40 +181,39 @@ class Scheduler:
         """
         advanced: list[Sequence] = []
         entries, remaining = self._entries, iter(advances)
-        for item in plan.items:
-            advance = next(remaining) if item.logit_rows else None
-            entry = entries.get(item.seq_id)
+        for seq_id, given, start, _, logit_rows in plan.items:
+            advance = next(remaining) if logit_rows else None
+            entry = entries.get(seq_id)
             if entry is None:
                 continue
-            seq, end = entry.seq, item.start + len(item.tokens)
+            seq, table, end = entry.seq, entry.table, start + len(given)
             drafted = end - len(seq.tokens)
             seq.num_computed_tokens = end
             if advance is not None:
-                assert advance.seq_id == item.seq_id
+                assert advance.seq_id == seq_id
                 if self.speculation is not None:
                     self.speculation.count(entry.acceptance, drafted, advance)
                 entry.held = drafted == 0 and not advance.tokens
-                advanced += self._advance(entry, advance)
+                forks = self._fork(entry, advance.forks) if advance.forks else ()
+                seq.tokens.extend(advance.tokens)
+                advanced += (seq, *forks)
             if drafted > 0:  # what was rejected of it is not kept
                 seq.num_computed_tokens = end = min(end, len(seq.tokens) - 1)
-            if end >= entry.table.full_at:
-                self.blocks.register(entry.table, seq.tokens, end)
-            self.blocks.leave_behind(entry.table, end)
+            if end >= table.full_at:
+                self.blocks.register(table, seq.tokens, end)
+            if table.window:
+                self.blocks.leave_behind(table, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
         for advance in of_held:
             entry = entries[advance.seq_id]
-            advanced += self._advance(entry, advance)
+            forks = self._fork(entry, advance.forks) if advance.forks else ()
+            entry.seq.tokens.extend(advance.tokens)
+            advanced += (entry.seq, *forks)
             if entry.held and entry.seq.status == "waiting":
                 self._wait(entry)
             entry.held = False
         return advanced
-
-    def _advance(self, entry: Place, advance: Advance) -> list[Sequence]:
-        """Give a sequence its new tokens, its forks what it had before; return those that got any."""
-        forks = self._fork(entry, advance.forks) if advance.forks else []
-        entry.seq.tokens.extend(advance.tokens)
-        return [entry.seq, *forks]
 
     def abandon(self, plan: Plan) -> list[Output]:
         """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
@@ -284,19 +283,20 @@ class Scheduler:
 
     def _decode(self, step: StepPlan) -> list[Place]:
         """Put all that are one token behind into the step; return those that are further behind."""
-        items, decoding, behind, context = step.items, list[Place](), list[Place](), 0
+        items, decoding, behind = step.items, list[Place](), list[Place]()
+        context, size = 0, self.blocks.block_size
         for entry in self._running.items:  # _make_room takes from the end, never what is planned already
-            seq = entry.seq
-            tokens, start, table = seq.tokens, seq.num_computed_tokens, entry.table
-            if entry.held or seq.id in step.busy or (len(items) == step.most and start == len(tokens) - 1):
+            seq, table = entry.seq, entry.table
+            tokens, start, total = seq.tokens, seq.num_computed_tokens, len(seq.tokens)
+            if entry.held or seq.id in step.busy or (len(items) == step.most and start == total - 1):
                 continue
-            end = min(len(tokens), start + self._ahead)
+            end = min(total, start + self._ahead)
             if end > table.writable and not self._make_room(entry, end, step):
                 break
-            if len(tokens) - start > 1 or entry.pooled:
+            if total - start > 1 or entry.pooled:
                 behind.append(entry)
             else:
-                items.append(PlanItem(seq.id, tokens[start:], start, self._blocks(entry, len(tokens)), 1))
+                items.append(PlanItem(seq.id, tokens[start:], start, table.blocks[: -(-total // size)], 1))
                 decoding.append(entry)
                 context += self.speed.context(start, 1) if self.speed.windows else start
         if items:

@@ -71,7 +71,7 @@ def pool_over_time(samples: Sequence[Sample]) -> str:
         parts = [getattr(one, name) for one in samples]
         totals = [max(1, sum(getattr(one, other) for other in PARTS)) for one in samples]
         upper = [low + part / total for low, part, total in zip(lower, parts, totals, strict=True)]
-        places = [(LEFT + (WIDTH - LEFT - 10) * one.at / end) for one in samples]
+        places = [(LEFT + (WIDTH - LEFT - 30) * one.at / end) for one in samples]
         edge = [*zip(places, upper, strict=True), *reversed([*zip(places, lower, strict=True)])]
         points = " ".join(f"{x:.1f},{TOP + HEIGHT * (1 - share):.1f}" for x, share in edge)
         drawn.append(f'<polygon points="{points}" fill="{colour}"/>')
@@ -86,7 +86,7 @@ def pool_over_time(samples: Sequence[Sample]) -> str:
 def blocks_over_time(samples: Sequence[Sample]) -> str:
     """Whose each block is, from the first moment to the last: a colour a sequence."""
     end, rows = samples[-1].at or 1.0, len(samples[-1].owners)
-    places = [LEFT + (WIDTH - LEFT - 10) * one.at / end for one in samples]
+    places = [LEFT + (WIDTH - LEFT - 30) * one.at / end for one in samples]
     drawn: dict[str, list[str]] = {}
     high = HEIGHT / max(1, rows)
     for row in range(rows):
@@ -113,7 +113,7 @@ def _legend(names: Mapping[str, str], colours: Mapping[str, str]) -> Iterable[st
 def _picture(parts: Iterable[str], end: float) -> str:
     height = TOP + HEIGHT + 30
     axis = [
-        f'<text x="{LEFT + (WIDTH - LEFT - 10) * mark / 5:.0f}" y="{height - 10}" text-anchor="middle">'
+        f'<text x="{LEFT + (WIDTH - LEFT - 30) * mark / 5:.0f}" y="{height - 10}" text-anchor="middle">'
         f"{end * mark / 5:,.4g} s</text>"
         for mark in range(6)
     ]
