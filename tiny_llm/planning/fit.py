@@ -15,8 +15,8 @@ from tiny_llm.engine.trace import Trace
 from tiny_llm.planning.simulation.costs import ROWS, StepMs
 from tiny_llm.sampling_params import SamplingParams
 
-_TOGETHER, _ALONE, _MIXED = (1, 2, 4, 8, 16, 32), (8, 16, 32, 64, 128, 256, 512, 1024), 16
-_CONTEXTS, _TOKENS = (16, 256), 8
+_TOGETHER, _ALONE, _MIXED = (1, 2, 4, 8, 16, 32), (8, 16, 32, 64, 128, 256, 512), 8
+_SHORT, _LONG, _FEW, _TOKENS = 16, 256, 4, 8  # contexts; how many have long ones; tokens of each
 _SWEEPS = 3000
 _KINDS = len(ROWS) + 3  # of costs
 
@@ -36,7 +36,7 @@ class StepSamples(Trace):
         self.kept.append((work, (ended - began) * 1e3))
 
 
-def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 2) -> StepMs:
+def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 1) -> StepMs:
     """Measure steps of an idle engine: decodes of few and many, prompts alone, and both together."""
     chance, samples = random.Random(0), StepSamples()
     room = engine.settings.kv_blocks * engine.settings.block_size
@@ -53,9 +53,9 @@ def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 2) ->
     before, engine.trace = engine.trace, samples
     for _ in range(rounds):
         for count in _TOGETHER:
-            for context in _CONTEXTS:
-                if count * (context + _TOKENS) <= room:
-                    serve([(context, _TOKENS)] * count)
+            serve([(_SHORT, _TOKENS)] * count)
+            if count <= _FEW:
+                serve([(_LONG, _TOKENS)] * count)
         for tokens in _ALONE:
             serve([(min(tokens, longest), 1)])
         serve([(chance.randrange(16, 256), chance.randrange(4, 32)) for _ in range(_MIXED)])

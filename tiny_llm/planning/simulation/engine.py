@@ -262,7 +262,7 @@ class SimulatedEngine:
         if steps > 1:
             items = self._stretch(plan, steps)
             plan = Plan(items, plan.num_blocks, [], [], [], decodes=plan.decodes)
-            advances = [Advance(item.seq_id, going[item.seq_id].token * steps) for item in items]
+            advances = [Advance(item[0], going[item[0]].token * steps) for item in items]
         elif one_by_one:
             advances = [self._accept(item, ended) for item in items[: plan.decodes]]
         else:
@@ -287,7 +287,7 @@ class SimulatedEngine:
             start = seq.num_computed_tokens
             if start + steps > table.writable:
                 assert blocks.reserve(table, start, start + steps), "they were counted"
-        return [item._replace(tokens=tokens) for item in plan.items]
+        return [PlanItem(seq_id, tokens, start, own, 1) for seq_id, _, start, own, _ in plan.items]
 
     def _first(self, one: Going, ended: list[Going]) -> Advance:
         """A token behind a chunk: a request's first, or the next after it had to make room."""
