@@ -1,0 +1,52 @@
+"""Chapter 3.1: tables are what the experiment prints, answers are computed, symptoms as told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from book.course.manifest import ROOT, read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+def text_of(number: str) -> str:
+    """A chapter's page."""
+    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
+
+
+def tables_of(number: str) -> list[str]:
+    """What the page says that its experiments print."""
+    return re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
+
+
+def test_the_predictions_of_3_1() -> None:
+    text, slots, size = text_of("3.1"), 16_384, 16
+    wasted = sum(range(size)) / size
+    assert (
+        f"16,384 / 2,048 = **{slots // 2048}**" in text
+        and f"At best, with no slot wasted: **{slots // 430}**" in text
+    )
+    assert f"{wasted} on average: **{100 * wasted / (430 + wasted):.1f} %** of {430 + wasted}" in text
+    alone, shared = -(-1100 // size), 1000 // size
+    assert f"takes {alone}, four of them **{4 * alone}**" in text and f"the {shared} full blocks" in text
+    assert f"**{shared + 4 * (alone - shared)}**" in text
+
+
+def test_the_tables_of_3_1(run, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.svg"
+    printed = run("book/experiments/blocks.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
+    assert printed == tables_of("3.1")[1], f"copy this into the page:\n{printed}"
+    assert drawn.read_text() == (ROOT / "book/docs/img/blocks.svg").read_text(), "draw it again"
+    copied = {int(line.split()[0]): int(line.split()[-1]) for line in printed.splitlines()[-4:]}
+    assert f"Copied: **{copied[4]}**" in text_of("3.1")
+
+
+def test_the_mistakes_of_3_1(run) -> None:
+    printed = run("book/experiments/blocks.py", "--mistakes", PYTHONPATH=ROOT).stdout
+    assert printed == tables_of("3.1")[0], f"copy this into the page:\n{printed}"
+    right, *_, last_but_one, last = printed.splitlines()[1:]
+    assert right.split()[1:] == ["0.0%", str(19 * 3), "0"], "nineteen questions make three copies each"
+    assert last.split()[1] == last_but_one.split()[1] == "0.0%", "they only cost"
