@@ -5,7 +5,53 @@
 // A lane loads a chunk's weights by 16 bytes, its inputs by 4. A weight's bits are not moved: the scale is divided
 // by what they are worth there, a power of two, which changes no bit of the product.
 
-// Adds to a lane's sums its part of R rows of x times two rows of one matrix, or one of each of two.
+// begin 2.4 add_chunk
+// Adds a chunk of 32 inputs of R rows of x, from `row` on, times two outputs' weights. A weight is taken out of its
+// word once, whatever R is. Rows past the end are the last one.
+template <int I, int BITS, int R, typename T>
+inline void add_chunk(
+    const device T* x,
+    int row,
+    int rows,
+    int chunk,
+    thread const uint (&words)[2][BITS],
+    thread const float (&scale)[2],
+    thread const float (&bias)[2],
+    thread float (&sums)[R][2]) {
+    constexpr int WEIGHTS = 32 / BITS;  // in a word
+    float scales[2][WEIGHTS];
+    UNROLL for (int c = 0; c < 2; c++) {
+        UNROLL for (int w = 0; w < WEIGHTS; w++) {
+            scales[c][w] = scale[c] * (1.0f / static_cast<float>(1u << (w * BITS)));
+        }
+    }
+    UNROLL for (int k = 0; k < 32; k += 4) {
+        float weights[2][4];
+        UNROLL for (int c = 0; c < 2; c++) {
+            uint word = words[c][k / WEIGHTS];
+            UNROLL for (int i = 0; i < 4; i++) {
+                int w = k % WEIGHTS + i;
+                uint number = word & (((1u << BITS) - 1) << (w * BITS));
+                weights[c][i] = fma(scales[c][w], static_cast<float>(number), bias[c]);
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            ulong at = ulong(min(row + r, rows - 1)) * I + chunk * 32 + k;
+            vec<T, 4> values = *(const device vec<T, 4>*)(x + at);
+            UNROLL for (int i = 0; i < 4; i++) {
+                float value = static_cast<float>(values[i]);
+                UNROLL for (int c = 0; c < 2; c++) {
+                    sums[r][c] = fma(value, weights[c][i], sums[r][c]);
+                }
+            }
+        }
+    }
+}
+// end 2.4
+
+// begin 2.4 add_rows
+// A lane's part of R rows of x times two rows of one matrix, or one of each of two; then, in each of the 8 lanes
+// that share the two outputs, all parts' sum.
 template <int I, int BITS, int GROUP, int R, typename T, typename S>
 inline void add_rows(
     const device T* x,
@@ -21,49 +67,28 @@ inline void add_rows(
     int column_1,
     int part,
     thread float (&sums)[R][2]) {
-    constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
     constexpr int CHUNKS = I / 32;
     UNROLL for (int r = 0; r < R; r++) {
         sums[r][0] = 0.0f;
         sums[r][1] = 0.0f;
     }
     for (int chunk = part; chunk < CHUNKS; chunk += 8) {
-        float scale[2][WEIGHTS], bias[2];
-        uint4 words[2][BITS / 4];
+        float scale[2], bias[2];
+        uint words[2][BITS];  // of the chunk
         UNROLL for (int c = 0; c < 2; c++) {
             ulong column = c == 0 ? column_0 : column_1;
             ulong group = column * (I / GROUP) + chunk * 32 / GROUP;
-            float whole = static_cast<float>(c == 0 ? scales_0[group] : scales_1[group]);
-            UNROLL for (int w = 0; w < WEIGHTS; w++) {
-                scale[c][w] = whole * (1.0f / static_cast<float>(1u << (w * BITS)));
-            }
+            scale[c] = static_cast<float>(c == 0 ? scales_0[group] : scales_1[group]);
             bias[c] = static_cast<float>(c == 0 ? biases_0[group] : biases_1[group]);
             const device uint* at = (c == 0 ? packed_0 : packed_1) + (column * CHUNKS + chunk) * BITS;
-            UNROLL for (int i = 0; i < BITS / 4; i++) {
-                words[c][i] = *(const device uint4*)(at + i * 4);
-            }
-        }
-        UNROLL for (int k = 0; k < 32; k += 4) {
-            float weights[2][4];
-            UNROLL for (int c = 0; c < 2; c++) {
-                uint word = words[c][k / WEIGHTS / 4][k / WEIGHTS % 4];
-                UNROLL for (int i = 0; i < 4; i++) {
-                    int w = k % WEIGHTS + i;
-                    uint number = word & (((1u << BITS) - 1) << (w * BITS));
-                    weights[c][i] = fma(scale[c][w], static_cast<float>(number), bias[c]);
-                }
-            }
-            UNROLL for (int r = 0; r < R; r++) {
-                ulong at = ulong(min(row + r, rows - 1)) * I + chunk * 32 + k;
-                vec<T, 4> values = *(const device vec<T, 4>*)(x + at);
-                UNROLL for (int i = 0; i < 4; i++) {
-                    float value = static_cast<float>(values[i]);
-                    UNROLL for (int c = 0; c < 2; c++) {
-                        sums[r][c] = fma(value, weights[c][i], sums[r][c]);
-                    }
+            UNROLL for (int i = 0; i < BITS; i += 4) {
+                uint4 four = *(const device uint4*)(at + i);
+                UNROLL for (int j = 0; j < 4; j++) {
+                    words[c][i + j] = four[j];
                 }
             }
         }
+        add_chunk<I, BITS>(x, row, rows, chunk, words, scale, bias, sums);
     }
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int c = 0; c < 2; c++) {
@@ -73,6 +98,7 @@ inline void add_rows(
         }
     }
 }
+// end 2.4
 
 // A sum as it is stored: the bias is added to what was rounded.
 template <typename T, bool BIAS, typename B>
@@ -80,6 +106,22 @@ inline T biased(float sum, B bias, int column) {
     T rounded = static_cast<T>(sum);
     return BIAS ? static_cast<T>(static_cast<float>(rounded) + static_cast<float>(bias[column])) : rounded;
 }
+
+// begin 2.4 store_rows
+// Stores the sums of rows from `row` and of the outputs `column` and `column + 4` that there are: of 8 lanes, one.
+template <bool BIAS, int R, typename T, typename B>
+inline void store_rows(
+    thread const float (&sums)[R][2], device T* out, B bias, int row, int rows, int column, int outputs, int part) {
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int c = 0; c < 2; c++) {
+            int o = column + c * 4;
+            if (part == 0 && row + r < rows && o < outputs) {
+                out[ulong(row + r) * outputs + o] = biased<T, BIAS>(sums[r][c], bias, o);
+            }
+        }
+    }
+}
+// end 2.4
 
 // kernel quantized_matmul(x, packed, scales, biases, bias, rows, outputs) -> (out)
     int lane = int(thread_index_in_simdgroup);
@@ -89,14 +131,7 @@ inline T biased(float sum, B bias, int column) {
     float sums[R][2];
     add_rows<I, BITS, GROUP>(
         x, row, rows, packed, packed, scales, scales, biases, biases, first, second, lane % 8, sums);
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int c = 0; c < 2; c++) {
-            int o = column + c * 4;
-            if (lane % 8 == 0 && row + r < rows && o < outputs) {
-                out[ulong(row + r) * outputs + o] = biased<T, BIAS>(sums[r][c], bias, o);
-            }
-        }
-    }
+    store_rows<BIAS>(sums, out, bias, row, rows, column, outputs, lane % 8);
 
 // kernel quantized_matmul_three(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, packed_2, scales_2, biases_2, bias_2, rows, outputs_0, outputs_1, outputs_2) -> (out_0, out_1, out_2)
     int lane = int(thread_index_in_simdgroup);
@@ -116,14 +151,7 @@ inline T biased(float sum, B bias, int column) {
     float sums[R][2];
     add_rows<I, BITS, GROUP>(
         x, row, rows, packed, packed, scales, scales, biases, biases, first, second, lane % 8, sums);
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int c = 0; c < 2; c++) {
-            int o = column + c * 4;
-            if (lane % 8 == 0 && row + r < rows && o < outputs) {
-                out[ulong(row + r) * outputs + o] = biased<T, BIAS>(sums[r][c], bias, o);
-            }
-        }
-    }
+    store_rows<BIAS>(sums, out, bias, row, rows, column, outputs, lane % 8);
 
 // kernel quantized_matmul_gated(x, packed_0, scales_0, biases_0, bias_0, packed_1, scales_1, biases_1, bias_1, rows, outputs) -> (out)
     int lane = int(thread_index_in_simdgroup);
@@ -160,14 +188,7 @@ inline T biased(float sum, B bias, int column) {
         float sums[R][2];
         add_rows<I, BITS, GROUP>(
             x, row, end, words, words, own_scales, own_scales, own_biases, own_biases, first, second, lane % 8, sums);
-        UNROLL for (int r = 0; r < R; r++) {
-            UNROLL for (int c = 0; c < 2; c++) {
-                int o = column + c * 4;
-                if (lane % 8 == 0 && row + r < end && o < outputs) {
-                    out[ulong(row + r) * outputs + o] = static_cast<T>(sums[r][c]);
-                }
-            }
-        }
+        store_rows<false>(sums, out, x, row, end, column, outputs, lane % 8);
     }
 
 // kernel quantized_matmul_experts_gated(x, packed_0, scales_0, biases_0, packed_1, scales_1, biases_1, experts, starts, rows, outputs) -> (out)

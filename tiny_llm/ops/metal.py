@@ -22,6 +22,7 @@ import mlx.core as mx
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import MODES
 from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
+from tiny_llm.metalsim.source import numbered
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, runs_ours
 from tiny_llm.ops.cuda import cuda_kernel
@@ -145,9 +146,13 @@ def texts(file: str) -> dict[str, Text]:
     return _texts(folder(), f"{file}.metal")
 
 
+def _source(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 @cache
 def _texts(place: Path, name: str) -> dict[str, Text]:
-    text = (place / name).read_text(encoding="utf-8")
+    text = _source(place / name)
     heads = list(_KERNEL.finditer(text))
     # A compiler's message then names the line of the file, not of the text that MLX makes of it.
     header = f'#line 1 "{name}"\n{text[: heads[0].start()]}'
@@ -168,5 +173,5 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _body(file: str, text: str, start: int, end: int) -> str:
-    line = text.count("\n", 0, start) + 1
+    *_, (file, line, _) = numbered(file, text[:start])  # what a learner wrote moves the lines after it
     return f'#line {line} "{file}"\n{text[start:end]}'
