@@ -16,7 +16,7 @@ import typer
 
 from book.course.check import crash_site, run_tests, to_blame
 from book.course.manifest import Chapter, chapter, read_manifest
-from book.course.native import build
+from book.course.native import prepare
 from book.course.workbook import Workbook, in_parts, module_file, whole
 from tiny_llm.errors import ConfigError, did_you_mean
 
@@ -154,8 +154,8 @@ def _check_all(book: Workbook) -> None:
 
 def _red(chapters: Sequence[Chapter], book: Workbook, without: Sequence[str]) -> bool:
     """Run the tests and show what they say; whether one failed. Raises ConfigError if they did not run."""
-    for kernel in book.kernels():
-        build(kernel, book.folder)
+    for file in book.kernels():
+        prepare(file, book.folder)
     done = run_tests(chapters, book.folder, without=without)
     print(done.stdout.strip() or done.stderr.strip())
     _refuse_broken(done)

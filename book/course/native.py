@@ -1,6 +1,7 @@
-"""Owns compiling one kernel file, with a learner's parts in it, into a library that Python can call.
+"""Owns kernel files with a learner's parts in them: C++ as a library that Python can call, Metal as text.
 
 Knows the system's C++ compiler, and no kernel. What it made is kept in the checkout's .cache.
+Metal is compiled where it is run.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
+
 from book.course.manifest import ROOT
 from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
 from book.course.sections import merged
 from tiny_llm.errors import ConfigError
+from tiny_llm.metalsim.build import why_not
 from tiny_llm.user_cache import writable
 
 CPU = ROOT / "kernels" / "cpu"
@@ -82,7 +86,30 @@ def _compile(command: list[str], text: str, library: Path) -> None:
 @cache
 def learners(kernel: str) -> ctypes.CDLL:
     """The library with this process's learner's parts, as the overlay's variables name them."""
-    file = f"kernels/cpu/{kernel}.cpp:"
-    listed = os.environ.get(WITHOUT_VARIABLE, "").split()
-    without = [name.removeprefix(file) for name in listed if name.startswith(file)]
+    without = _without(f"kernels/cpu/{kernel}.cpp")
     return ctypes.CDLL(str(build(kernel, Path(os.environ[VARIABLE]), without)))
+
+
+def with_learners_parts(file: str, text: str) -> str:
+    """A Metal file's ``text`` with this process's learner's parts, whose lines are those of "your ...".
+
+    No folder's name: reports know a file by the last part of its path.
+    """
+    own, name = Path(os.environ[VARIABLE]) / file, Path(file).name
+    if not own.is_file():
+        return text
+    return merged(text, name, own.read_text(encoding="utf-8"), f"your {name}", _without(file))
+
+
+def _without(file: str) -> Collection[str]:
+    """The parts of a file that are the reference's all the same."""
+    listed = os.environ.get(WITHOUT_VARIABLE, "").split()
+    return [name.removeprefix(f"{file}:") for name in listed if name.startswith(f"{file}:")]
+
+
+def prepare(file: str, folder: Path) -> None:
+    """Find what keeps a learner's kernel file from being run. Raises ConfigError."""
+    if file.endswith(".cpp"):
+        build(Path(file).stem, folder)
+    elif not mx.metal.is_available() and (reason := why_not()):
+        raise ConfigError(f"Metal needs a Mac's GPU, or metalsim, which says: {reason}")

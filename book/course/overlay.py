@@ -21,8 +21,11 @@ BACKEND_VARIABLE = "TINY_LLM_BACKEND"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
 """Definitions to take from the reference all the same, as ``module:name``, between spaces."""
 
-BRIDGES: Mapping[str, str] = {"tiny_llm.ops.quantized_matmul": "kernels/cpu/quantized_rows.cpp"}
-"""Modules that a file of ``bridges`` makes call a learner's kernel, where the learner has that kernel."""
+BRIDGES: Mapping[str, str] = {
+    "tiny_llm.ops.metal": "kernels/metal",
+    "tiny_llm.ops.quantized_matmul": "kernels/cpu/quantized_rows.cpp",
+}
+"""Modules that a file of ``bridges`` makes run a learner's kernel, where there is that file or folder."""
 
 
 def install(folder: str) -> None:
@@ -52,7 +55,7 @@ class _Finder(MetaPathFinder):
         """The reference's spec with our loader, for a module of which the learner has a file."""
         package, *inner = fullname.split(".")
         owns = [self._root.joinpath(*inner).with_suffix(".py")]
-        if fullname in BRIDGES and (self._root / BRIDGES[fullname]).is_file():
+        if fullname in BRIDGES and (self._root / BRIDGES[fullname]).exists():
             owns.insert(0, Path(__file__).with_name("bridges") / f"{inner[-1]}.py")
         owns = [own for own in owns if own.is_file()]
         if package != "tiny_llm" or not inner or not owns:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from book.course.native import build
+from book.course.native import prepare
 from book.course.overlay import BACKEND_VARIABLE, VARIABLE
 from book.course.workbook import Workbook
 from tiny_llm.errors import ConfigError
@@ -23,8 +23,8 @@ def restart_with_learner(arguments: Sequence[str]) -> None:
     folder = Path(arguments[at + 1]) if at + 1 < len(arguments) else None
     if folder is None or not folder.is_dir():
         raise ConfigError(f"--course needs a learner's folder, got {folder}; `course start 1.1` makes one.")
-    for kernel in Workbook(folder).kernels():
-        build(kernel, folder)
+    for file in Workbook(folder).kernels():
+        prepare(file, folder)
     if not Workbook(folder).written():
         print(f"warning: nothing in {folder} is written yet; all of it is the reference's.", file=sys.stderr)
     os.environ[VARIABLE] = str(folder.resolve())

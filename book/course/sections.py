@@ -45,7 +45,8 @@ def stub(source: str, name: str, chapter: str) -> str:
     text = whole(source, name)
     signature = _SIGNATURE.search(text)
     assert signature is not None, f"{name} has no function"
-    return f"{text[: signature.end()]}\n    return {{}};  // {STUB} {chapter})\n}}\n// end {chapter}\n"
+    body = "" if " void " in f" {signature[0]}" else "return {};  "
+    return f"{text[: signature.end()]}\n    {body}// {STUB} {chapter})\n}}\n// end {chapter}\n"
 
 
 def heading(source: str, about: str) -> str:

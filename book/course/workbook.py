@@ -40,7 +40,7 @@ class Language(Protocol):
 
 
 def is_native(module: str) -> bool:
-    """Whether a module is a kernel's file, ``kernels/cpu/<name>.cpp``, and not ``tiny_llm.<name>``."""
+    """Whether a module is a kernel's file, as ``kernels/cpu/<name>.cpp``, not ``tiny_llm.<name>``."""
     return "/" in module
 
 
@@ -145,8 +145,8 @@ class Workbook:
         return [definition for module in self._modules() for definition in self._written_in(module)]
 
     def kernels(self) -> list[str]:
-        """The names of the kernel files of which something is written."""
-        return [Path(m).stem for m in self._modules() if is_native(m) and list(self._written_in(m))]
+        """The kernel files of which something is written."""
+        return [m for m in self._modules() if is_native(m) and list(self._written_in(m))]
 
     def _modules(self) -> Iterator[str]:
         """The modules of ours of which there is a file."""
@@ -154,7 +154,7 @@ class Workbook:
             module = ".".join(["tiny_llm", *path.relative_to(self.folder).with_suffix("").parts])
             if module_file(ROOT / "tiny_llm", module).is_file():
                 yield module
-        for path in sorted(self.folder.glob("kernels/*/*.cpp")):
+        for path in sorted(self.folder.glob("kernels/*/*.*")):
             if (ROOT / (module := path.relative_to(self.folder).as_posix())).is_file():
                 yield module
 
