@@ -2,19 +2,25 @@
 
 python book/experiments/quantized_matmul_gpu.py [--svg book/docs/img/quantized_matmul_gpu.svg]
 python book/experiments/quantized_matmul_gpu.py --mine my_llm
+python book/experiments/quantized_matmul_gpu.py --mistake every-lane-writes
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 from command_line import parser_of
 
+from book.course.manifest import read_manifest
 from book.course.overlay import VARIABLE
+from book.course.workbook import Workbook
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
 from tiny_llm.metalsim.run import Traffic
@@ -106,14 +112,28 @@ def picture() -> str:
     return "\n".join([head, *texts, *lines, "</svg>\n"])
 
 
+def by_code_of(folder: Path) -> str:
+    """What this prints with a learner's code, which must be there before the package is loaded."""
+    environment = {**os.environ, VARIABLE: str(folder.resolve())}
+    command = [sys.executable, sys.argv[0]]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def main() -> None:
     """Print the tables, and draw."""
     parser = parser_of(__doc__)
     parser.add_argument("--mine", type=Path, help="a learner's folder, whose kernel is run")
+    parser.add_argument("--mistake", help="one of those that course break 2.4 lists, to be run instead")
     arguments = parser.parse_args()
-    if arguments.mine and os.environ.get(VARIABLE) != str(arguments.mine):
-        os.environ[VARIABLE] = str(arguments.mine)
-        os.execv(sys.executable, sys.orig_argv)
+    if arguments.mine:
+        print(by_code_of(arguments.mine), end="")
+        return
+    if arguments.mistake:
+        (mutant,) = (it for it in read_manifest()["2.4"].mutants if it.name == arguments.mistake)
+        with tempfile.TemporaryDirectory() as folder:
+            Workbook(Path(folder)).add_mutant(mutant)
+            print(by_code_of(Path(folder)), end="")
+        return
     if arguments.svg:
         arguments.svg.write_text(picture(), encoding="utf-8")
     if reason := why_not():
@@ -122,8 +142,9 @@ def main() -> None:
         with use("metalsim"):
             print("\n".join(table()))
     except KernelFault as fault:
-        sys.exit(str(fault))
-    print(f"\n{roundings()}")
+        print(textwrap.fill(str(fault), 110, break_long_words=False, break_on_hyphens=False))
+    else:
+        print(f"\n{roundings()}")
 
 
 if __name__ == "__main__":
