@@ -40,6 +40,10 @@ def test_the_tables_of_3_1(run, tmp_path: Path) -> None:
     printed = run("book/experiments/blocks.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
     assert printed == tables_of("3.1")[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/blocks.svg").read_text(), "draw it again"
+    at_once = re.findall(r">(\d+) at once", drawn.read_text())
+    assert at_once == ["8", "13", "40"], "the page's picture is described in words, too"
+    foretold = next(line for line in printed.splitlines() if "foretold" in line)
+    assert f"{float(foretold.split()[-2].rstrip('%')):.0f} % of the pool lie in holes" in text_of("3.1")
     copied = {int(line.split()[0]): int(line.split()[-1]) for line in printed.splitlines()[-4:]}
     assert f"Copied: **{copied[4]}**" in text_of("3.1")
 

@@ -44,7 +44,8 @@ def state(manager: BlockManager, table: BlockTable) -> list[object]:
 def test_taken_blocks_come_lowest_first_and_are_held_once() -> None:
     manager = plain()
     taken = manager._take(3)
-    assert taken.tolist() == [0, 1, 2] and manager.reference_counts[:3].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
+    assert taken.tolist() == [0, 1, 2], "from the stack's end, and the top one first"
+    assert [*manager.reference_counts[:4]] == [1, 1, 1, 0], "who takes them holds them"
     assert manager._take(2).tolist() == [3, 4] and manager.available == 3, "a block was handed out twice"
 
 
@@ -56,9 +57,9 @@ def test_to_take_none_takes_none() -> None:
 
 def test_the_last_one_back_is_the_first_one_out() -> None:
     manager = plain()
-    for block in (first := manager._take(4)):
+    manager._take(4)
+    for block in range(4):
         manager._drop(block)
-    assert first.tolist() == [0, 1, 2, 3]
     assert manager._take(1).tolist() == [3], "block 3 came back last"
     assert manager._take(2).tolist() == [2, 1], "of several, the one that lay on top comes first"
 
@@ -131,10 +132,11 @@ def test_what_a_block_costs_does_not_depend_on_the_pool(call: str) -> None:
 def test_a_table_gets_blocks_as_it_grows_and_can_write_to_the_end_of_the_last() -> None:
     manager = plain()
     table = with_room(manager, 5)
-    assert table.blocks.tolist() == [0, 1] and table.writable == 8, "two blocks, written up to their end"
-    assert manager.reserve(table, 5, 8) and table.blocks.tolist() == [0, 1], "they have room for three more"
-    assert manager.reserve(table, 8, 9) and table.blocks.tolist() == [0, 1, 2] and table.writable == 12
-    assert manager.reserve(table, 9, 21) and table.blocks.tolist() == [0, 1, 2, 3, 4, 5]
+    first = table.blocks.tolist()
+    assert len(first) == 2 and table.writable == 8, "two blocks, written up to their end"
+    assert manager.reserve(table, 5, 8) and table.blocks.tolist() == first, "they have room for three more"
+    assert manager.reserve(table, 8, 9) and len(table.blocks) == 3 and table.writable == 12
+    assert manager.reserve(table, 9, 21) and len(table.blocks) == 6 and table.blocks[:2].tolist() == first
     assert manager.drain().copies == [], "nothing is shared"
     manager.check_integrity([table])
 
@@ -154,7 +156,7 @@ def test_a_fork_shares_all_and_copies_nothing_until_it_writes() -> None:
     parent = with_room(manager, 10)
     child = manager.fork(parent, 10)
     assert child.blocks == parent.blocks and child.blocks is not parent.blocks
-    assert manager.reference_counts[:3].tolist() == [2, 2, 2] and manager.available == 5  # type: ignore[attr-defined]
+    assert [manager.reference_counts[block] for block in child.blocks] == [2, 2, 2] and manager.available == 5
     assert manager.drain().copies == []
     assert parent.writable == 0 and child.writable == 0, "both must ask before they write"
     manager.check_integrity([parent, child])
@@ -163,14 +165,16 @@ def test_a_fork_shares_all_and_copies_nothing_until_it_writes() -> None:
 def test_who_writes_first_gets_a_copy_and_the_last_one_writes_in_place() -> None:
     manager = plain()
     parent = with_room(manager, 10)
+    *full, begun = parent.blocks
     children = [manager.fork(parent, 10) for _ in range(2)]
     for child in children:
         assert manager.reserve(child, 10, 11)
-    assert manager.drain().copies == [(2, 3), (2, 4)], "(from, to), and the full blocks are left alone"
-    assert [child.blocks.tolist() for child in children] == [[0, 1, 3], [0, 1, 4]]
-    assert manager.reserve(parent, 10, 11) and manager.drain().copies == []
-    assert parent.blocks.tolist() == [0, 1, 2] and parent.writable == 12
-    assert manager.reference_counts[:5].tolist() == [3, 3, 1, 1, 1]  # type: ignore[attr-defined]
+    copies = [(begun, child.blocks[2]) for child in children]
+    assert manager.drain().copies == copies, "(from, to), and the full blocks are left alone"
+    assert all(child.blocks[:2].tolist() == full for child in children)
+    assert len({begun, *(child.blocks[2] for child in children)}) == 3, "each has a block of its own"
+    assert manager.reserve(parent, 10, 11) and manager.drain().copies == [], "the last one is alone with it"
+    assert parent.blocks.tolist() == [*full, begun] and parent.writable == 12
     manager.check_integrity([parent, *children])
 
 
@@ -178,23 +182,20 @@ def test_at_a_blocks_border_nothing_shared_is_written() -> None:
     manager = plain()
     parent = with_room(manager, 8)
     child = manager.fork(parent, 8)
-    assert manager.reserve(child, 8, 9) and manager.drain().copies == [], (
-        "position 8 is the first of a new block"
-    )
-    assert child.blocks.tolist() == [0, 1, 2] and parent.blocks.tolist() == [0, 1]
+    assert manager.reserve(child, 8, 9) and manager.drain().copies == [], "position 8 begins a new block"
+    assert child.blocks[:2] == parent.blocks and len(child.blocks) == 3 and len(parent.blocks) == 2
 
 
 def test_the_block_that_is_written_need_not_be_the_last_one() -> None:
     manager = plain()
-    parent = with_room(manager, 6)
+    parent = with_room(manager, 12)
+    full, begun, ahead = parent.blocks
     child = manager.fork(parent, 6)
-    assert manager.reserve(parent, 6, 6 + SIZE) and parent.blocks.tolist() == [0, 2, 3]
-    manager.drain()
-    other = manager.fork(parent, 7)
-    assert other.blocks.tolist() == [0, 2] and parent.blocks.tolist() == [0, 2, 3]
-    assert manager.reserve(parent, 7, 8), "its second block is shared, its third is its own"
-    assert parent.blocks.tolist() == [0, 4, 3] and manager.drain().copies == [(2, 4)]
-    manager.check_integrity([parent, child, other])
+    assert manager.reserve(parent, 6, 7), "its second block is shared, its third is its own"
+    assert parent.blocks.tolist() == [full, copy := parent.blocks[1], ahead]
+    assert manager.drain().copies == [(begun, copy)] and copy not in (full, begun, ahead)
+    assert parent.writable == 12, "up to the end of its last block, though that was not asked for"
+    manager.check_integrity([parent, child])
 
 
 def test_a_copy_and_new_blocks_are_given_both_or_neither() -> None:
@@ -203,9 +204,10 @@ def test_a_copy_and_new_blocks_are_given_both_or_neither() -> None:
     child = manager.fork(parent, 6)
     before = state(manager, child)
     assert not manager.reserve(child, 6, 13), "two more and a copy are three, and there are two"
-    assert state(manager, child) == before
+    assert state(manager, child) == before, "a refusal changes nothing"
     assert manager.reserve(child, 6, 12) and manager.available == 0, "one more and a copy"
-    assert manager.drain().copies == [(1, child.blocks[1])] and child.blocks[0] == 0
+    assert manager.drain().copies == [(parent.blocks[1], child.blocks[1])]
+    assert child.blocks[0] == parent.blocks[0]
 
 
 def test_more_room_than_is_asked_for_does_not_pay_for_a_copy() -> None:
@@ -222,29 +224,42 @@ def test_more_room_than_is_asked_for_does_not_pay_for_a_copy() -> None:
 def test_a_fork_of_less_shares_less() -> None:
     manager = plain()
     parent = with_room(manager, 16)
-    assert manager.fork(parent, 9).blocks.tolist() == [0, 1, 2], "two full blocks and the one that is begun"
-    assert manager.fork(parent, 8).blocks.tolist() == [0, 1], "two full blocks"
-    assert manager.reference_counts[:4].tolist() == [3, 3, 2, 1]  # type: ignore[attr-defined]
+    assert manager.fork(parent, 9).blocks == parent.blocks[:3], "two full blocks and the one that is begun"
+    assert manager.fork(parent, 8).blocks == parent.blocks[:2], "two full blocks"
+    assert [manager.reference_counts[block] for block in parent.blocks] == [3, 3, 2, 1]
 
 
 def test_a_fork_goes_on_under_names_of_its_own() -> None:
-    manager = BlockManager(SIZE, 12)
-    text = [*range(6)]
+    manager = BlockManager(SIZE, 16)
+    text = [*range(10)]
     parent = manager.table("key", is_kept=False)
     assert manager.allocate(parent, text) == 0
-    manager.register(parent, text, 6)
-    child = manager.fork(parent, 6)
+    manager.register(parent, text, 10)
+    child = manager.fork(parent, 10)
     assert (child.root, child.is_kept, child.full_at) == (parent.root, False, parent.full_at)
+    assert child.names == parent.names and child.names is not parent.names
     for table, token in ((child, 70), (parent, 80)):
-        assert manager.reserve(table, 6, 12)
-        manager.register(table, [*text, *[token] * 6], 12)
-    assert child.names != parent.names and len(child.names) == len(parent.names)
+        assert manager.reserve(table, 10, 16)
+        manager.register(table, [*text, *[token] * 6], 16)
+    assert child.names != parent.names, "each goes on with names of its own"
+    assert len(child.names) == len(parent.names), "and has those of its beginning"
     for token in (70, 80):
         found = manager.table("key")
-        assert manager.allocate(found, [*text, *[token] * 6, 1]) == 12, "both ends are found by their tokens"
+        assert manager.allocate(found, [*text, *[token] * 6, 1]) == 16, "both ends are found by their tokens"
         manager.free(found)
     manager.check_integrity([parent, child])
     assert manager.allocate(manager.table(), [*text, 1]) == 0, "without the key nothing is"
+
+
+def test_what_was_full_before_the_fork_can_still_be_registered() -> None:
+    manager, text = BlockManager(SIZE, 8), [*range(10)]
+    parent = manager.table()
+    assert manager.allocate(parent, text) == 0
+    child = manager.fork(parent, 10)
+    manager.register(child, text, 10)
+    assert manager.allocate(manager.table(), [*text, 1]) == 8, "both of its full blocks are found"
+    manager = plain()
+    manager.register(manager.fork(with_room(manager, 10), 10), text, 10)  # which there is nobody to tell
 
 
 def test_what_lies_before_the_window_is_not_its_own() -> None:
@@ -252,7 +267,7 @@ def test_what_lies_before_the_window_is_not_its_own() -> None:
     other = with_room(manager, 3)
     table = with_room(manager, 16)
     manager.leave_behind(table, 14)
-    assert table.gone == 2 and table.blocks[0] == other.blocks[0] == 0, "block 0 stands in their place"
+    assert table.gone == 2 and 0 in other.blocks and table.blocks[0] == 0, "block 0 stands in their place"
     child = manager.fork(table, 14)
     assert (child.gone, child.window, child.blocks) == (2, 4, table.blocks)
     manager.check_integrity([other, table, child])
@@ -266,10 +281,11 @@ def test_what_lies_before_the_window_is_not_its_own() -> None:
 def test_what_is_freed_is_all_there_again() -> None:
     manager = plain()
     table, other = with_room(manager, 10), with_room(manager, 3)
+    before = table.blocks.tolist()
     manager.free(table)
     assert manager.available == 7 and table.blocks.tolist() == [] and table.writable == 0
     manager.check_integrity([table, other])
-    assert manager.reserve(table, 0, 10) and table.blocks.tolist() == [0, 1, 2], "in the order that they had"
+    assert manager.reserve(table, 0, 10) and table.blocks.tolist() == before, "in the order that they had"
     manager.free(manager.table())
 
 
@@ -278,7 +294,7 @@ def test_a_fork_outlives_its_parent() -> None:
     parent = with_room(manager, 10)
     child = manager.fork(parent, 10)
     manager.free(parent)
-    assert manager.reference_counts[:3].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
+    assert [manager.reference_counts[block] for block in child.blocks] == [1, 1, 1], "the fork holds them"
     assert manager.reserve(child, 10, 11) and manager.drain().copies == [], "it is the only reader now"
 
 
