@@ -1,4 +1,4 @@
-"""The commands chat, generate, embed, serve, agent, follow, bench, models, course, memory and doctor.
+"""The commands chat, generate, embed, serve, agent, follow, bench, models, course, memory, simulate, doctor.
 
 ``python main.py --help`` says what they do; without a command's name it is chat.
 """

@@ -92,12 +92,17 @@ def told(service: Service, form: ChatFormat, pieces: Sequence[str]) -> dict[str,
     asked = ResponseBody(input="a")
     ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
     whole: Any = ChatWriter(service, body, form, job).whole([chunks], ended)
-    streamed, events = ChatWriter(service, body, form, job), ResponsesWriter(service, asked, form)
+    streamed, events = (
+        ChatWriter(service, body, form, job),
+        ResponsesWriter(service, asked, form, lambda _: None),
+    )
     grown = events_in(b"".join(events.events(0, chunk) for chunk in chunks))
     return {
         "chat": of_chat(whole["choices"][0]["message"]),
         "chat's stream": of_deltas(events_in(b"".join(streamed.events(0, chunk) for chunk in chunks))),
-        "responses": of_items(ResponsesWriter(service, asked, form).whole([chunks], ended)["output"]),
+        "responses": of_items(
+            ResponsesWriter(service, asked, form, lambda _: None).whole([chunks], ended)["output"]
+        ),
         "responses' stream": of_items([e["item"] for e in grown if e["type"] == "response.output_item.done"]),
     }
 

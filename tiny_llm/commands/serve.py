@@ -89,6 +89,7 @@ def serve(
         "max_queued_requests": max_queue,
         "max_wait_s": max_wait,
     }
+    given = arguments(options, **limits)
     settings = ServerSettings(
         api_keys=tuple(api_key or ()),
         max_in_flight=min(max_concurrent + max_queue, MOST),
@@ -96,7 +97,6 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     aliases = _aliases(alias or (), _names(model, name, options, two))
-    given = arguments(options, **limits)
     served = _several(model, given) if len(model) > 1 else [given | {"model": model[0]}]
     if served[0]["ranks"].leader is not None:  # under mlx.launch: only rank 0 has clients
         LLM(**served[0])

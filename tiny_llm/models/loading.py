@@ -15,7 +15,7 @@ import mlx.core as mx
 from tiny_llm.config import DTYPES, ModelFacts, Quantization
 from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.errors import ConfigError
-from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, open_checkpoint
+from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, Reading, open_checkpoint
 from tiny_llm.models.registry import Model, build, find, parts_of
 from tiny_llm.ops.backend import active, keep_memory
 from tiny_llm.ops.pack import pack
@@ -55,13 +55,15 @@ def load_model(
     config = checkpoint.config
     check_options(dtype, quantize, activations)
     packed = find(config.model_type).packed
-    weights = checkpoint.tensors(
-        dtype=_stored_dtype(dtype, quantize, packed),
-        quantize=None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        finish=partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
-        progress=progress,
-        parts=parts_of(config, group, shares),
-    )
+    reading: Reading = {
+        "dtype": _stored_dtype(dtype, quantize, packed),
+        "quantize": None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
+        "finish": partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
+        "progress": progress,
+    }
+    if parts := parts_of(config, group, shares):  # a checkpoint of another's need not know them
+        reading["parts"] = parts
+    weights = checkpoint.tensors(**reading)
     keep_memory()
     return build(config, weights, group, shares)
 
