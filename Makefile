@@ -43,8 +43,9 @@ help:
 run: .venv/run.stamp .venv/kernels.stamp
 	@$(python) main.py
 
-# Processes of their own share the cores; one that is done takes tests from another.
-pytest := $(python) -m pytest -n $(cores) --dist worksteal
+# Processes of their own share the cores, one more than there are, as some wait for servers that they started;
+# one that is done takes tests from another.
+pytest := $(python) -m pytest -n $(shell expr $(cores) + 1) --dist worksteal
 
 test: .venv/test.stamp .venv/kernels.stamp
 	$(python) -m ruff check
