@@ -11,7 +11,7 @@ import struct
 import time
 from contextlib import suppress
 
-from tiny_llm.distributed.handshake import shake_hands
+from tiny_llm.distributed.handshake import read_exactly, shake_hands
 from tiny_llm.errors import ConfigError, GroupError, PeerError
 
 MAX_FRAME = 2**26
@@ -54,15 +54,12 @@ class Link:
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)
-        left = memoryview(data)
-        while left:
-            try:
-                count = self.socket.recv_into(left)
-            except OSError as error:
-                raise self._lost(error) from None
-            if not count:
-                raise self._lost(None)
-            left = left[count:]
+        try:
+            read_exactly(self.socket, memoryview(data))
+        except OSError as error:
+            raise self._lost(error) from None
+        except PeerError:
+            raise self._lost(None) from None
         return data
 
     def _lost(self, error: OSError | None) -> GroupError:

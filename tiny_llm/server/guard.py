@@ -63,7 +63,8 @@ class Guard:
         else:
             if body is not None:  # else the client is gone
                 scope["state"]["body_bytes"] = len(body)
-                await self._app(scope, _replayed(body, receive), send)
+                message: Message = {"type": "http.request", "body": body, "more_body": False}
+                await self._app(scope, replayed(message, receive), send)
         finally:
             self.in_flight -= takes_place
 
@@ -165,9 +166,9 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, then what comes after it: the client's going away."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def replayed(message: Message, receive: Receive) -> Receive:
+    """``message`` once more, then what comes after it."""
+    messages = [message]
 
     async def replay() -> Message:
         return messages.pop() if messages else await receive()

@@ -12,11 +12,12 @@ from urllib.parse import parse_qs
 
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tiny_llm.errors import TinyLLMError, did_you_mean
 from tiny_llm.memory import available_memory_bytes
 from tiny_llm.server.app import create_app, model_card
+from tiny_llm.server.guard import replayed
 from tiny_llm.server.problems import Problem, problem_of
 from tiny_llm.server.service import Service
 from tiny_llm.server.stored import StoredResponses
@@ -63,7 +64,7 @@ class Models:
         asked = None
         if scope["method"] == "POST":
             message = await receive()
-            asked, receive = await _asked(message.get("body", b"")), _again(message, receive)
+            asked, receive = await _asked(message.get("body", b"")), replayed(message, receive)
         try:
             one = self._named(asked or _named_in_address(scope))
         except Problem as problem:
@@ -164,13 +165,3 @@ def _named_in_address(scope: Scope) -> str | None:
         return str(scope["path"]).removeprefix(f"{_CARDS}/")
     given = parse_qs(scope["query_string"].decode("latin-1")).get("model")
     return given[0] if given else None
-
-
-def _again(message: Message, receive: Receive) -> Receive:
-    """``message`` once more, then what comes after it."""
-    messages = [message]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay

@@ -82,15 +82,15 @@ async def respond(
         before = body.previous_response_id
         said = body.input
         if before is not None:
-            said = [*stored.get(key_salt, before, "previous_response_id").items, *said]
+            found = stored.get(key_salt, before, "previous_response_id")
+            answered_before = _ITEMS.validate_python(json.loads(found.response)["output"])
+            said = [*found.items, *answered_before, *said]
             _require_few(len(said))
         form, job = chat_job(service.llm, chat_of(body.model_copy(update={"input": said})), key_salt)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                told = b"".join(dumped(response))
-                items = [*said, *_ITEMS.validate_python(json.loads(told)["output"])]
-                stored.add(key_salt, response["id"], told, items, asked_bytes)
+                stored.add(key_salt, response["id"], b"".join(dumped(response)), said, asked_bytes)
 
         return job, ResponsesWriter(service, body, form, keep)
 

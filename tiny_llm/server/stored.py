@@ -22,7 +22,7 @@ _POINTER_BYTES = 8
 
 
 class StoredResponse(NamedTuple):
-    """A response as JSON, and its whole conversation: what came before it, what was asked, what it says."""
+    """A response as JSON, and the conversation that it answers: what came before, and what was asked."""
 
     salt: str
     response: bytes
