@@ -108,9 +108,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ref() -> Iterator[None]:
-    """Plain MLX, whose matrices are arrays that a test can look at."""
+    """Plain MLX, whose matrices are arrays that a test can look at.
+
+    For one test: two fixtures of a module's that each choose a backend may end in the order they began in,
+    and the second would bring back what the first had chosen.
+    """
     with use("ref"):
         yield
 

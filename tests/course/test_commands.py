@@ -101,7 +101,7 @@ def test_an_error_has_one_traceback(book: Workbook) -> None:
     book.fill([SOFTMAX])
     change(book, "ops/softmax.py", "    wide =", "    nonsense\n    wide =")
     red = course(book, "check", "1.1", "softmax_ref").output
-    assert red.count("NameError: name 'nonsense' is not defined") == 1, red
+    assert red.count("E   NameError: name 'nonsense' is not defined") == 1, red
     assert " more failed as one of these did." in red and red.count("in softmax_ref\n") == 1, red
 
 

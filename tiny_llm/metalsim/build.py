@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import mlx.core as mx
-
 from tiny_llm.errors import ConfigError, TinyLLMError
 from tiny_llm.user_cache import user_cache, writable
 
@@ -133,7 +131,9 @@ def _native() -> Path:
 
 def includes() -> tuple[Path, Path]:
     """The folders of headers: ours, which goes first, and MLX's."""
-    return _native() / "include", Path(str(mx.__file__)).parent / "include"
+    mlx = importlib.util.find_spec("mlx")  # without loading it
+    assert mlx is not None and mlx.submodule_search_locations, "the package needs it"
+    return _native() / "include", Path(mlx.submodule_search_locations[0]) / "include"
 
 
 @cache
