@@ -1,4 +1,4 @@
-"""Owns what the scheduler notes: a sequence's place with it, a plan in the making. Decides nothing."""
+"""Owns what the scheduler notes: a sequence's place with it; a plan in the making, and the room it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.sampling_params import PoolingParams
 from tiny_llm.scheduler.drafts import Acceptance
 from tiny_llm.scheduler.queues import Rank
-from tiny_llm.scheduler.speed import Work
+from tiny_llm.scheduler.speed import StepTime, Work
+
+_MARGIN = 0.9  # of a step's time is planned for; the rest is for what the guess does not see
+_LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
 
 
 class Place:
@@ -65,6 +68,29 @@ class StepPlan:
         """Whether a chunk may start. The first one always may, so that prompts move on."""
         has_place = self.tokens > 0 and len(self.items) < self.most_items
         return has_place and (self.ms > 0 or not self.chunk_tokens)
+
+    def limit_time(self, speed: StepTime, most_ms: float) -> None:
+        """Leave to chunks what a step of ``most_ms`` has beside the decodes that are planned."""
+        alone = speed.decode_ms(self.decodes + self.drafted, self.decode_context)
+        self.bound_ms, self.least_ms = _MARGIN * most_ms, max(most_ms, alone) / 2
+        self.ms = self.bound_ms - alone
+
+    def tokens_for(self, speed: StepTime, start: int) -> int:
+        """How many tokens from position ``start`` on there is room for; of the first chunk always a few."""
+        within = speed.tokens_within(self.bound_ms, start, self.work)
+        if not self.chunk_tokens:
+            least = min(_LEAST_CHUNK, speed.tokens_within(self.least_ms, start))
+            within = max(within, least, 1)
+        return int(min(within, self.tokens))
+
+    def add_chunk(self, item: PlanItem, speed: StepTime) -> None:
+        """Put tokens of a sequence that catches up into the step."""
+        count = len(item.tokens)
+        self.items.append(item)
+        self.tokens -= count
+        self.ms -= speed.chunk_ms(item.start, count)
+        self.chunk_tokens += count
+        self.chunk_context += speed.context(item.start, count)
 
     def finished(self, blocks: BlockManager) -> Plan:
         """The plan, with what moves between ``blocks`` for it."""

@@ -30,8 +30,6 @@ from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
 from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime
 
-_MARGIN = 0.9  # of max_step_ms is planned for; the rest is for what the guess does not see
-_LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
 _BEHIND_ALL: Rank = (inf, 0)
 _MOST_ROWS = 128  # of logits in a step, for a prompt whose own log-probabilities are wanted
 
@@ -205,15 +203,7 @@ class Scheduler:
                 self.blocks.leave_behind(table, end)
             if advance is not None and advance.finish_reason:
                 self._end(entry, advance.finish_reason)
-        for advance in of_held:
-            entry = entries[advance.seq_id]
-            forks = self._fork(entry, advance.forks) if advance.forks else ()
-            entry.seq.tokens.extend(advance.tokens)
-            advanced += (entry.seq, *forks)
-            if entry.held and entry.seq.status == "waiting":
-                self._wait(entry)
-            entry.held = False
-        return advanced
+        return [*advanced, *self._released(of_held)] if of_held else advanced
 
     def abandon(self, plan: Plan) -> list[Output]:
         """The step failed and the pool's arrays are lost: its sequences end, the others start over."""
@@ -305,10 +295,7 @@ class Scheduler:
             if self.speculation is not None:
                 self._add_drafts(step, decoding, self.speculation)
             if behind or self.num_waiting:
-                rows, bound = len(items) + step.drafted, self.settings.max_step_ms
-                alone = self.speed.decode_ms(rows, context)
-                step.bound_ms, step.least_ms = _MARGIN * bound, max(bound, alone) / 2
-                step.ms = step.bound_ms - alone
+                step.limit_time(self.speed, self.settings.max_step_ms)
         return behind
 
     def _add_drafts(self, step: StepPlan, decoding: list[Place], speculation: Speculation) -> None:
@@ -344,23 +331,15 @@ class Scheduler:
             self._load(entry, step.ms)
         reach = min(self.pins.join(entry.seq, entry.table, step.joins), entry.table.writable)
         seq, start = entry.seq, entry.seq.num_computed_tokens
-        within = self.speed.tokens_within(step.bound_ms, start, step.work)
-        if not step.chunk_tokens:
-            least = min(_LEAST_CHUNK, self.speed.tokens_within(step.least_ms, start))
-            within = max(within, least, 1)
         wanted = reach - start
         # Once it has answered, its prompt's rows are known: it catches up like any other.
         scored = seq.params.prompt_logprobs is not None and len(seq.tokens) == seq.prompt_len
-        count = int(min(wanted, step.tokens, within, _MOST_ROWS if scored else wanted))
+        count = min(wanted, step.tokens_for(self.speed, start), _MOST_ROWS if scored else wanted)
         if count:
             end = start + count
             rows = count if scored else int(end == len(seq.tokens) and not entry.pooled)
-            blocks = self._blocks(entry, end)
-            step.items.append(PlanItem(seq.id, seq.tokens[start:end], start, blocks, rows))
-            step.tokens -= count
-            step.ms -= self.speed.chunk_ms(start, count)
-            step.chunk_tokens += count
-            step.chunk_context += self.speed.context(start, count)
+            item = PlanItem(seq.id, seq.tokens[start:end], start, self._blocks(entry, end), rows)
+            step.add_chunk(item, self.speed)
         if count < wanted or scored:  # what may be left of the time is a crumb; rows take memory
             step.tokens = 0
 
@@ -443,6 +422,19 @@ class Scheduler:
             return False
         swap_ms = self.blocks.blocks_for(computed) * each
         return swap_ms < self.speed.chunk_ms(0, computed)
+
+    def _released(self, of_held: Iterable[Advance]) -> list[Sequence]:
+        """Let held sequences go on; return them, each followed by its forks."""
+        advanced: list[Sequence] = []
+        for advance in of_held:
+            entry = self._entries[advance.seq_id]
+            forks = self._fork(entry, advance.forks) if advance.forks else ()
+            entry.seq.tokens.extend(advance.tokens)
+            advanced += (entry.seq, *forks)
+            if entry.held and entry.seq.status == "waiting":
+                self._wait(entry)
+            entry.held = False
+        return advanced
 
     def _fork(self, entry: Place, forks: Iterable[Advance]) -> list[Sequence]:
         """Start a sequence for each fork, with all that ``entry`` holds and the fork's own tokens."""
