@@ -473,6 +473,7 @@ class Scheduler:
         self._waiting.push(entry.rank, entry)
 
     def _end(self, entry: Place, reason: EndReason) -> Output:
+        """Let a sequence go, wherever it is, and free its blocks."""
         seq = entry.seq
         if seq.status == "running":
             self._running.remove(entry.rank)
