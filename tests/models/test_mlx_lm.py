@@ -102,9 +102,24 @@ def test_same_greedy_tokens_quantized_by_mlx_lm(
     assert_same(model, tmp_path / "quantized")
 
 
-def test_a_router_is_float32_though_it_is_stored_quantized(golden: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"), [("affine", 5, 32), ("mxfp4", 4, 32), ("nvfp4", 4, 16)]
+)
+def test_same_greedy_tokens_of_odd_bits_and_small_floats(
+    golden: Path, tmp_path: Path, assert_same, mode: str, bits: int, group_size: int
+) -> None:
+    model, config = peer(respelled(golden / "qwen3_moe", tmp_path / "float"))
+    model, config = mlx_lm.quantize_model(model, config, group_size, bits, mode=mode)
+    save(model, config, tmp_path / "quantized")
+    assert_same(model, tmp_path / "quantized")
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_router_is_float32_though_it_is_stored_quantized(golden: Path, tmp_path: Path, mode: str) -> None:
     """What meets quantized matrices is rounded to int8 on the CPU: a token might go to other experts."""
-    model, config = mlx_lm.quantize_model(*peer(respelled(golden / "qwen3_moe", tmp_path / "float")), 32, 4)
+    model, config = peer(respelled(golden / "qwen3_moe", tmp_path / "float"))
+    everything = None if mode == "affine" else lambda path, module: hasattr(module, "to_quantized")
+    model, config = mlx_lm.quantize_model(model, config, 32, 4, mode=mode, quant_predicate=everything)
     save(model, config, tmp_path / "quantized")
     router = load_model(tmp_path / "quantized").layers[1].mlp.router.weight
     assert getattr(router, "bits", 32) == 32 and router.shape == (5, 64)

@@ -12,7 +12,7 @@ from tiny_llm.cli import app
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.models import registry
 from tiny_llm.ops.backend import BACKENDS, works
-from tiny_llm.planning.compatibility import OPS
+from tiny_llm.planning.compatibility import OPS, fallen_back, ops_of
 from tiny_llm.proving.choice import OPS as KERNELS
 from tiny_llm.proving.record import KernelTiming, Proof, Record, Shapes
 
@@ -96,3 +96,19 @@ def test_ops_are_those_that_the_model_has() -> None:
     rows = dict(cells(doctor("--model", "gpt2", "--quantize", "8", "--backend", "cpu")))
     assert {op for op, runs in rows.items() if runs.startswith("plain MLX")} == {"layer_norm"}
     assert not rows.keys() & {"rope", "rms_norm", "swiglu"} and rows["gelu"] == "our C++ kernel"
+
+
+@pytest.mark.skipif(not works(), reason="there are no CPU kernels")
+def test_experts_are_an_op_though_the_first_layer_has_none(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = registry.load_config(golden / "qwen3_moe")
+    assert config.experts is not None and config.experts.layers == {1}
+    assert ops_of(config) == [*OPS, "experts"] and "experts" not in ops_of(
+        registry.load_config(golden / "llama")
+    )
+    how = {"dtype": None, "quantize": None}
+    assert not fallen_back(config, "cpu", **how).get("experts")
+    decoder_of = registry.decoder_of
+    monkeypatch.setattr(registry, "decoder_of", lambda family: replace(decoder_of(family), packed=False))
+    assert fallen_back(config, "cpu", **how)["experts"], "they were not run"

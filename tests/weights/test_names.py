@@ -32,6 +32,7 @@ PUBLISHED_BYTES = {
     "qwen3-32b": 65_524_246_528,
     "llama-3.3-70b": 141_107_412_992,
     "mistral-7b": 14_496_047_104,
+    "mistral-7b-v0.1": 14_483_464_192,
 }
 
 
@@ -41,6 +42,13 @@ def test_every_built_in_family_has_a_short_name():
 
 def test_download_sizes_are_the_published_ones():
     assert {name: short_names()[name].download_bytes for name in PUBLISHED_BYTES} == PUBLISHED_BYTES
+
+
+def test_the_first_mistral_sees_a_window_and_later_ones_do_not():
+    windows = {
+        name: ModelConfig.from_hf(config_of(name)).windows for name in short_names() if "mistral" in name
+    }
+    assert windows == {"mistral-7b": (), "mistral-7b-v0.1": (4096,) * 32}
 
 
 def test_long_context_llama_stretches_its_slow_frequencies():

@@ -21,9 +21,11 @@ class _OneLayer(DummyCheckpoint):
     """Random weights in one layer of a model's shapes."""
 
     def __init__(self, config: ModelConfig) -> None:
+        experts = config.experts and replace(config.experts, layers=frozenset({0}))
         self.config = replace(
             config,
             num_layers=1,
+            experts=experts,
             vocab_size=min(config.vocab_size, VOCAB),
             max_position_embeddings=min(config.max_position_embeddings, 64),
         )
@@ -38,7 +40,7 @@ def ops_of(config: ModelFacts) -> list[str]:
         "rope": "" if config.learned_positions else "rope",
         "swiglu": "swiglu" if config.mlp == "swiglu" else "gelu",
     }
-    return [name for op in OPS if (name := others.get(op, op))]
+    return [name for op in OPS if (name := others.get(op, op))] + ["experts"] * (config.experts is not None)
 
 
 def fallen_back(

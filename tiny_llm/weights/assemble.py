@@ -137,11 +137,13 @@ def _packed(entry: Entry, format: Quantization, arrays: Iterator[mx.array]) -> M
         read = [[next(arrays) for _ in part] for part in entry.parts]
         whole = stacked([made(of_one, format, entry.name) for of_one in zip(*read, strict=True)])
         rows = entry.place.rows
-        return whole if rows is None else combined([whole], lambda arrays: _rows(arrays[0], rows))
-    parts = [_stacked(entry, arrays, number) for number in range(3)]
-    packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
-    whole = QuantizedTensor(packed, scales, biases, format.group_size, format.bits)
-    return dequantized(whole) if entry.name.endswith(ROUTERS) else whole
+        whole = whole if rows is None else combined([whole], lambda arrays: _rows(arrays[0], rows))
+    else:
+        parts = [_stacked(entry, arrays, number) for number in range(3)]
+        packed, scales, biases = (part for part in parts if isinstance(part, mx.array))
+        whole = QuantizedTensor(packed, scales, biases, format.group_size, format.bits)
+    is_router = entry.name.endswith(ROUTERS)
+    return dequantized(whole) if is_router and isinstance(whole, QuantizedTensor) else whole
 
 
 def _stacked(entry: Entry, arrays: Iterator[mx.array], part: int) -> Matrix:
@@ -177,8 +179,8 @@ def _ordered(array: mx.array, order: Sequence[int]) -> mx.array:
 
 
 def _of_dtype(matrix: Matrix, dtype: mx.Dtype | None) -> Matrix:
-    """A packed matrix with its scales and biases cast, too, where they were made here."""
-    if dtype is None or not isinstance(matrix, QuantizedTensor) or matrix.scales.dtype == dtype:
+    """What was made here is cast, too, scales and biases as well; but float32 is to stay that."""
+    if dtype is None or (isinstance(matrix, mx.array) and matrix.dtype == mx.float32):
         return matrix
     return combined([matrix], lambda arrays: _cast(arrays[0], dtype))
 
