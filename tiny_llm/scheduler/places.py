@@ -17,13 +17,19 @@ _MARGIN = 0.9  # of a step's time is planned for; the rest is for what the guess
 _LEAST_CHUNK = 8  # tokens that get in even where the decodes alone take all the time, if they are not dear
 
 
+def rank_of(seq: Sequence, ageing_s: float) -> Rank:
+    """Smaller goes first: a level of priority makes a request as old as one that came ``ageing_s`` earlier.
+
+    It never changes, so ageing costs nothing: of two that wait, both get older by the same.
+    """
+    return (seq.arrival - seq.priority * ageing_s, seq.id)
+
+
 class Place:
     """A sequence's place. ``blocked_at``: the blocks available when last there was no room for it.
 
     ``held``: all of it is computed, and its next token depends on sequences that are not as far yet.
     ``pooled``: nothing is drawn for it, so no logits are wanted.
-    ``rank`` never changes, so ageing costs nothing: a level of priority is worth some seconds of
-    waiting, which is to say that it makes a request as old as one that came so much earlier.
     """
 
     __slots__ = ("acceptance", "answers", "blocked_at", "held", "pooled", "rank", "seq", "table")
@@ -32,7 +38,7 @@ class Place:
         self.seq = seq
         self.table = table
         self.answers = answers  # that are to come of it: several until it forks
-        self.rank: Rank = (seq.arrival - seq.priority * ageing_s, seq.id)
+        self.rank = rank_of(seq, ageing_s)
         self.blocked_at = -1
         self.held = False
         self.pooled = isinstance(seq.params, PoolingParams)

@@ -111,7 +111,7 @@ class SimulatedEngine:
                 max_num_batched_tokens=policy.chunk_budget,
                 max_step_ms=policy.max_step_ms,
                 max_queued_requests=10**9,
-                ageing_s=1e6 if policy.order == "shortest" else 10.0,
+                ageing_s=1e6 if policy.order == "shortest" else policy.ageing_s,
                 preemption=policy.preemption,
                 swap_ms_per_block=self._swap_ms,
             ),

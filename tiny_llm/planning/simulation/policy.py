@@ -54,6 +54,9 @@ class Policy:
         Literal["fcfs", "priority", "shortest"],
         option(_ORDER, "Who is first: who came first, is --urgent, or is shortest, prompt and answer."),
     ] = "fcfs"
+    ageing_s: Annotated[
+        float, option(_ORDER, "Seconds of waiting that a level of priority is worth.", "--ageing-s")
+    ] = 10.0
     acceptance: Annotated[
         float,
         option(_ORDER, "Of guessed tokens this share is right; guesses cost nothing. 0: none are made."),
@@ -73,7 +76,7 @@ class Policy:
         check_whole("prefill", self.prefill, least=0)
         if self.kv_tokens is not None:
             check_whole("kv_tokens", self.kv_tokens)
-        for name in ("disk_gb_s", "link_gb_s", "max_step_ms"):
+        for name in ("disk_gb_s", "link_gb_s", "max_step_ms", "ageing_s"):
             check_number(name, getattr(self, name))
         check_number("acceptance", self.acceptance, zero=True, most=1.0)
         if self.prefill and self.memory != "paged":
