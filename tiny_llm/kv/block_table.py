@@ -26,7 +26,7 @@ class BlockTable:
         self.window = window
         self.gone = 0
         self.blocks = array("i")
-        self.names = bytearray()  # digests of its full blocks, one after the other, as far as needed
+        self.names: list[bytes] = []  # of its full blocks, as far as needed
         self.full_at = maxsize
         self.writable = 0
         self.host: list[int] = []
@@ -36,3 +36,7 @@ class BlockTable:
     def held(self) -> array[int]:
         """The blocks that are its own."""
         return self.blocks[self.gone :]
+
+    def before(self, index: int) -> bytes:
+        """The name of what block ``index`` follows."""
+        return self.names[index - 1] if index else self.root

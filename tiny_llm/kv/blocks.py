@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.disk import BlockStore
-from tiny_llm.kv.prefix import DIGEST, PrefixCache, chain, content, encode, root
+from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
 
 
 class Moves(NamedTuple):
@@ -150,7 +150,7 @@ class BlockManager:
             return None
         for block in hits:
             self._share(block)
-        if table.is_kept:
+        if table.is_kept and self._kept_out:
             self._kept_out.difference_update(hits)
         source, alike = (-1, 0) if table.host else self._part(table, tokens, start)
         is_whole = self.prefix is not None and alike and alike == self.prefix.tokens_of_part(source)
@@ -223,21 +223,23 @@ class BlockManager:
 
         If another block holds the same already, the table takes that one and gives its own back.
         """
+        size, prefix = self.block_size, self.prefix
         while table.full_at <= computed:
-            assert self.prefix is not None
-            index = table.full_at // self.block_size - 1
-            held = self._content(table, tokens, index)
-            block, known = table.blocks[index], self.prefix.find(held)
+            assert prefix is not None
+            index = table.full_at // size - 1
+            held, block = self._content(table, tokens, index), table.blocks[index]
+            known = prefix.find(held)
             if known is None:
-                self.prefix.add(block, held)
-                self._kept_out.add(block)
+                prefix.add(block, held)
+                if not table.is_kept:
+                    self._kept_out.add(block)
             elif known != block:
                 self._share(known)
                 self._drop(block)
                 table.blocks[index] = known
-            if table.is_kept:
+            if table.is_kept and self._kept_out:
                 self._kept_out.discard(table.blocks[index])
-            table.full_at += self.block_size
+            table.full_at += size
 
     def leave_behind(self, table: BlockTable, computed: int) -> None:
         """Let go of the blocks of which no row from position ``computed`` on sees a token."""
@@ -412,28 +414,24 @@ class BlockManager:
         rest = tokens[start : min(start + self.block_size, len(tokens) - 1)]
         if self.prefix is None or not rest:
             return -1, 0
-        return self.prefix.find_part(self._before(table, index), encode(rest))
+        return self.prefix.find_part(table.before(index), encode(rest))
 
     def _register_part(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
         index = computed // self.block_size
         rest = encode(tokens[index * self.block_size : computed])
         if self.prefix is not None and rest:
-            before, block = self._before(table, index), table.blocks[index]
+            before, block = table.before(index), table.blocks[index]
             known, alike = self.prefix.find_part(before, rest)
             if known != block and alike < computed % self.block_size:
                 self.prefix.add(block, content(before, rest))
 
     def _content(self, table: BlockTable, tokens: Sequence[int], index: int) -> bytes:
         """What the table's full block ``index`` is to hold; each name is computed once."""
-        start = index * self.block_size
+        start, before = index * self.block_size, table.before(index)
         own = encode(tokens[start : start + self.block_size])
-        before = self._before(table, index)
-        if len(table.names) == index * DIGEST:
-            table.names += chain(before, own)
-        return content(before, own, _name(table, index))
-
-    def _before(self, table: BlockTable, index: int) -> bytes:
-        return _name(table, index - 1) if index else table.root
+        if len(table.names) == index:
+            table.names.append(chain(before, own))
+        return content(before, own, table.names[index])
 
     def _swap_in(self, table: BlockTable, hits: int) -> int:
         """Bring back what the prefix cache did not have; return how many tokens are there now."""
@@ -470,7 +468,7 @@ class BlockManager:
         return b"" if held in self.store else held
 
     def _evict(self, block: int) -> None:
-        if held := self._to_be_saved(block):
+        if self.store is not None and (held := self._to_be_saved(block)):
             self._moves.save.append((block, held))
         self._forget(block)
 
@@ -493,7 +491,3 @@ class BlockManager:
                 self._cached[block] = None
             else:
                 self._free.append(block)
-
-
-def _name(table: BlockTable, index: int) -> bytes:
-    return bytes(table.names[index * DIGEST : (index + 1) * DIGEST])

@@ -25,7 +25,7 @@ _FIRST = slice(DIGEST, 2 * DIGEST + _ITEM)  # of a content: the block before, an
 
 def encode(tokens: Sequence[int]) -> bytes:
     """Token ids as bytes, a fixed number for each."""
-    return array("i", tokens).tobytes()
+    return (tokens if isinstance(tokens, array) else array("i", tokens)).tobytes()
 
 
 def root(salt: str) -> bytes:
@@ -80,9 +80,10 @@ class PrefixCache:
             self.forget(block)
         self._contents[block] = content
         self._newest[content[_FIRST]] = block
-        if not content.startswith(_NAMELESS):
-            assert content[:DIGEST] not in self._named
-            self._named[content[:DIGEST]] = block
+        name = content[:DIGEST]
+        if name != _NAMELESS:
+            assert name not in self._named
+            self._named[name] = block
 
     def content(self, block: int) -> bytes:
         """What the full ``block`` holds; nothing where it is not full."""
@@ -103,10 +104,11 @@ class PrefixCache:
     def forget(self, block: int) -> None:
         """``block`` is about to hold something else."""
         content = self._contents.pop(block)
-        if not content.startswith(_NAMELESS):
-            del self._named[content[:DIGEST]]
-        if self._newest.get(content[_FIRST]) == block:
-            del self._newest[content[_FIRST]]
+        name, first = content[:DIGEST], content[_FIRST]
+        if name != _NAMELESS:
+            del self._named[name]
+        if self._newest.get(first) == block:
+            del self._newest[first]
 
 
 def _alike(a: bytes, b: bytes) -> int:

@@ -84,7 +84,7 @@ class StepPlan:
     def tokens_for(self, speed: StepTime, start: int) -> int:
         """How many tokens from position ``start`` on there is room for; of the first chunk always a few."""
         within = speed.tokens_within(self.bound_ms, start, self.work)
-        if not self.chunk_tokens:
+        if not self.chunk_tokens and within < _LEAST_CHUNK:
             least = min(_LEAST_CHUNK, speed.tokens_within(self.least_ms, start))
             within = max(within, least, 1)
         return int(min(within, self.tokens))

@@ -89,7 +89,7 @@ class StepTime:
     def decode_ms(self, decodes: int, context: int) -> float:
         """A step of ``decodes`` sequences with ``context`` tokens before them, and nothing else."""
         work = (1.0, decodes, context, 0.0, 0.0)
-        return _dot(self._costs, work) + self._deviation(work)
+        return _dot(self._costs, work) + sqrt(self._doubt_of(work)[0])
 
     def row_ms(self) -> float:
         """What one more row of a decode adds to a step, its context's keys and values being read anyway."""
@@ -110,7 +110,7 @@ class StepTime:
             return inf
         start, left = self.context(start, 1), ms - _dot(self._costs, beside)
         token, look = self._costs[3] + self._costs[4] * start, self._costs[4]
-        own, both, more = self._doubt_of(beside, (0.0, 0.0, 0.0, 1.0, start))
+        own, both, more = self._doubt_of(beside, start)
         count = _root(token + sqrt(more), look, max(0.0, left - sqrt(own)))
         for _ in range(_ROUNDS):  # its deviation, at so many tokens, by a line
             doubt = sqrt(max(own + count * (2 * both + count * more), 0.0))
@@ -127,20 +127,19 @@ class StepTime:
 
     def _of_chunk(self, start: int) -> tuple[float, float]:
         """The costs of a chunk's token from ``start`` on, and of each of its context: rather too high."""
-        seen = self.context(start, 1)
-        return self._costs[3] + self._deviation((0.0, 0.0, 0.0, 1.0, seen)), self._costs[4]
+        doubt = self._doubt_of(_NOTHING, self.context(start, 1))[2]
+        return self._costs[3] + sqrt(doubt), self._costs[4]
 
-    def _doubt_of(self, beside: Work, token: Work) -> tuple[float, float, float]:
-        """The variances of both, and between them their covariance."""
-        first, second = (list(map(mul, self._costs, work)) for work in (beside, token))
-        blame = [_dot(row, first) for row in self._doubts]
-        of_token = _dot([_dot(row, second) for row in self._doubts], second)
-        return max(0.0, _dot(blame, first)), _dot(blame, second), max(0.0, of_token)
-
-    def _deviation(self, work: tuple[float, ...]) -> float:
-        """The standard deviation of a guess."""
-        parts = list(map(mul, self._costs, work))
-        return sqrt(max(0.0, _dot([_dot(row, parts) for row in self._doubts], parts)))
+    def _doubt_of(self, beside: Work, seen: int = 0) -> tuple[float, float, float]:
+        """The variances of that and of a chunk's token with ``seen`` before it; between, their covariance."""
+        token, look = self._costs[3], self._costs[4] * seen
+        of_token, of_look = self._doubts[3], self._doubts[4]
+        own = token * (token * of_token[3] + 2 * look * of_token[4]) + look * look * of_look[4]
+        if beside is _NOTHING:
+            return 0.0, 0.0, max(0.0, own)
+        parts = list(map(mul, self._costs, beside))
+        blame = [_dot(row, parts) for row in self._doubts]
+        return max(0.0, _dot(blame, parts)), blame[3] * token + blame[4] * look, max(0.0, own)
 
 
 def context_of(start: int, tokens: int) -> int:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from heapq import heappop, heappush
+from math import ceil, inf, sqrt
 
 from tiny_llm.data import Advance, Plan, PlanItem, SamplingParams, Sequence
 from tiny_llm.engine.trace import Trace
@@ -69,7 +70,7 @@ class Going:
         self.asked, self.seq = asked, seq
         self.first = self.last = -1.0
         self.due = -1  # the step that brings its last token
-        self.token = (-2 - seq.id,)  # that it says over and over, and no other does
+        self.token = array("i", (-2 - seq.id,))  # that it says over and over, and no other does
         self.advance = Advance(seq.id, self.token)
 
 
@@ -233,19 +234,22 @@ class SimulatedEngine:
         assert due, "somebody decodes"
         blocks = self.scheduler.blocks
         most = min(_STRIDE, due[0][0] - self.steps, blocks.available // plan.decodes * blocks.block_size - 1)
-        count, context, decodes = 0, plan.decode_context, plan.decodes
-        # Each step takes longer than the last by the same: those of a hundredth's difference are one sum.
+        count, context, decodes = 0, plan.decode_context + plan.decodes, plan.decodes
+        more = decodes * self._costs.decode_context_ms
+        ms = self._costs.ms(decodes, decodes, context, 0)
+        # Each step takes longer than the last by as much: those of a hundredth's difference are one sum.
         while count < most and self.now < until:
-            ms = self._costs.ms(decodes, decodes, context + decodes, 0)
-            alike = 1 + int(ms / (100 * decodes * self._costs.decode_context_ms + 1e-9 * ms))
-            left = (until - self.now) * 1e3 / ms
-            run = min(alike, most - count, max(1, int(min(left / 1.01, _STRIDE))))
-            run = run if self.steps >= _LEARNT else 1
-            context += run * decodes
-            self._pass(self._costs.ms(decodes, decodes, context - (run - 1) * decodes // 2, 0), run, decodes)
-            if self.steps < _LEARNT or self.steps // _SELDOM > (self.steps - run) // _SELDOM:
+            if self.steps < _LEARNT:
+                run = 1
                 following = Plan([], 0, [], [], [], decodes=decodes, decode_context=context)
                 self.scheduler.speed.observe(following, ms)
+            else:
+                alike, left, first = ms / (100 * more + 1e-9 * ms), (until - self.now) * 1e3, ms - more / 2
+                fill = 2 * left / (first + sqrt(first * first + 2 * more * left)) if left < inf else inf
+                run = min(1 + int(min(alike, _STRIDE)), most - count, ceil(min(fill, _STRIDE)))
+            self._pass(ms + more * (run - 1) / 2, run, decodes)
+            context += run * decodes
+            ms += run * more
             count += run
         return count
 
@@ -260,8 +264,7 @@ class SimulatedEngine:
             if one is not None and one.due == step:
                 ended.append(one)
         if steps > 1:
-            items = self._stretch(plan, steps)
-            plan = Plan(items, plan.num_blocks, [], [], [], decodes=plan.decodes)
+            self._stretch(items, steps)
             advances = [Advance(item[0], going[item[0]].token * steps) for item in items]
         elif one_by_one:
             advances = [self._accept(item, ended) for item in items[: plan.decodes]]
@@ -280,14 +283,14 @@ class SimulatedEngine:
             one.last = now
             self._ended(one)
 
-    def _stretch(self, plan: Plan, steps: int) -> list[PlanItem]:
-        """The items of a plan for more steps, with the blocks for those."""
+    def _stretch(self, items: list[PlanItem], steps: int) -> None:
+        """Make the items of a plan those of more steps, with the blocks for them."""
         tokens, blocks = array("i", bytes(4 * steps)), self.scheduler.blocks
-        for seq, table in self.scheduler.running():
+        for number, (seq, table) in enumerate(self.scheduler.running()):
             start = seq.num_computed_tokens
             if start + steps > table.writable:
                 assert blocks.reserve(table, start, start + steps), "they were counted"
-        return [PlanItem(seq_id, tokens, start, own, 1) for seq_id, _, start, own, _ in plan.items]
+            items[number] = PlanItem(seq.id, tokens, start, table.blocks, 1)
 
     def _first(self, one: Going, ended: list[Going]) -> Advance:
         """A token behind a chunk: a request's first, or the next after it had to make room."""
