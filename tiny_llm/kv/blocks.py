@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from sys import maxsize
 from typing import NamedTuple
 
@@ -194,8 +194,8 @@ class BlockManager:
             first + self.store.worth_reading(computed_ms, within_ms),
             (min(len(tokens), table.writable) - 1) // self.block_size,
         )
-        for index in range(first, last):
-            held, block = self._content(table, tokens, index), table.blocks[index]
+        for index, held in enumerate(self._contents(table, tokens, first, last), first):
+            block = table.blocks[index]
             if self._refs[block] > 1 or (data := self.store.read(held)) is None:
                 break
             self._moves.load.append((data, block))
@@ -223,12 +223,12 @@ class BlockManager:
 
         If another block holds the same already, the table takes that one and gives its own back.
         """
-        size, prefix = self.block_size, self.prefix
-        while table.full_at <= computed:
-            assert prefix is not None
-            index = table.full_at // size - 1
-            held, block = self._content(table, tokens, index), table.blocks[index]
-            known = prefix.find(held)
+        if table.full_at > computed:
+            return
+        prefix, first, last = self.prefix, table.full_at // self.block_size - 1, computed // self.block_size
+        assert prefix is not None
+        for index, held in enumerate(self._contents(table, tokens, first, last), first):
+            block, known = table.blocks[index], prefix.find(held)
             if known is None:
                 prefix.add(block, held)
                 if not table.is_kept:
@@ -239,7 +239,7 @@ class BlockManager:
                 table.blocks[index] = known
             if table.is_kept and self._kept_out:
                 self._kept_out.discard(table.blocks[index])
-            table.full_at += size
+        table.full_at = (last + 1) * self.block_size
 
     def leave_behind(self, table: BlockTable, computed: int) -> None:
         """Let go of the blocks of which no row from position ``computed`` on sees a token."""
@@ -396,9 +396,10 @@ class BlockManager:
             return table.gone, []  # what lies there is all that is needed
         found: list[int] = []  # of each block in turn where it is cached, or -1
         run = end = 0
-        for index in range((len(tokens) - 1) // self.block_size if self.prefix is not None else 0):
-            assert self.prefix is not None
-            block = self.prefix.find(self._content(table, tokens, index))
+        if self.prefix is None:
+            return 0, found
+        for index, held in enumerate(self._contents(table, tokens, 0, (len(tokens) - 1) // self.block_size)):
+            block = self.prefix.find(held)
             if block is None and not table.window:
                 break
             found.append(-1 if block is None else block)
@@ -425,13 +426,16 @@ class BlockManager:
             if known != block and alike < computed % self.block_size:
                 self.prefix.add(block, content(before, rest))
 
-    def _content(self, table: BlockTable, tokens: Sequence[int], index: int) -> bytes:
-        """What the table's full block ``index`` is to hold; each name is computed once."""
-        start, before = index * self.block_size, table.before(index)
-        own = encode(tokens[start : start + self.block_size])
-        if len(table.names) == index:
-            table.names.append(chain(before, own))
-        return content(before, own, table.names[index])
+    def _contents(self, table: BlockTable, tokens: Sequence[int], first: int, last: int) -> Iterator[bytes]:
+        """What the table's full blocks ``first:last`` are to hold; each name is computed once."""
+        size, names, before = self.block_size, table.names, table.before(first)
+        for index in range(first, last):
+            own = encode(tokens[index * size : (index + 1) * size])
+            if len(names) == index:
+                names.append(chain(before, own))
+            name = names[index]
+            yield content(before, own, name)
+            before = name
 
     def _swap_in(self, table: BlockTable, hits: int) -> int:
         """Bring back what the prefix cache did not have; return how many tokens are there now."""

@@ -100,15 +100,7 @@ class StepPlan:
 
     def finished(self, blocks: BlockManager) -> Plan:
         """The plan, with what moves between ``blocks`` for it."""
-        return Plan(
-            items=self.items,
-            num_blocks=blocks.capacity,
-            **blocks.drain()._asdict(),
-            decodes=self.decodes,
-            decode_context=self.decode_context,
-            chunk_tokens=self.chunk_tokens,
-            chunk_context=self.chunk_context,
-            preempted=self.preempted,
-            drafted=self.drafted,
-            joins=self.joins,
-        )
+        save, swap_out, copies, swap_in, load = blocks.drain()
+        chunks, preempted = (self.chunk_tokens, self.chunk_context), self.preempted
+        done = (self.decodes, self.decode_context, *chunks, preempted, self.drafted, save, load, self.joins)
+        return Plan(self.items, blocks.capacity, swap_out, copies, swap_in, *done)

@@ -191,9 +191,9 @@ class SimulatedEngine:
             return
         began = self.now
         rows = plan.decodes + plan.drafted
-        ends = [item for item in plan.items[plan.decodes :] if item.logit_rows]
+        ends = sum(item.logit_rows for item in plan.items[plan.decodes :])
         ms = self._moves_ms(plan) + self._costs.ms(
-            rows + plan.chunk_tokens, rows + len(ends), plan.decode_context, plan.chunk_context
+            rows + plan.chunk_tokens, rows + ends, plan.decode_context, plan.chunk_context
         )
         self._pass(ms, 1, min(plan.decodes, self._decoding))
         if self.steps < _LEARNT or not self.steps % _SELDOM:
