@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from measure.engine import BITS, engine_of
 from measure.machine import Watch, foreign_share_now, warning
@@ -35,6 +36,7 @@ from tiny_llm.planning.simulation.policy import Policy
 from tiny_llm.weights.hub import resolve
 
 AT_ONCE = 1e6  # requests a second
+LOADS = ("at once", "as they come", "bundled, as they come")
 SHOWN = ("tok_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms")
 WITHIN = {"tok_s": 0.10, "ttft_p50_ms": 0.20, "ttft_p95_ms": 0.20}
 POOLS: Sequence[tuple[str, str, str]] = (
@@ -55,8 +57,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="of each load of that shape")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pools-only", action="store_true", help="nothing is measured")
+    parser.add_argument("--load", choices=LOADS, help="this one alone, and no pools; by default all three")
     options = parser.parse_args()
-    result: dict[str, object] = {"benchmark": "simulate", "pools": pools()}
+    result: dict[str, object] = {"benchmark": "simulate"}
+    if options.load is None:
+        result["pools"] = pools()
     if not options.pools_only:
         if said := warning(foreign_share_now(), "before the start"):
             print(said)
@@ -71,16 +76,14 @@ def main() -> None:
 def loads(options: argparse.Namespace) -> dict[str, object]:
     """Each load, really and simulated."""
     load = Load(requests=options.requests, rate=AT_ONCE, lengths="128:32", spread=0.6, longest=512)
-    big = load_model(DummyCheckpoint(options.shape), quantize=BITS)
-    small = load_model(resolve("demo"))
+    coming = replace(load, rate=None)
+    big = cache(lambda: load_model(DummyCheckpoint(options.shape), quantize=BITS))
+    asked = {LOADS[0]: load, LOADS[1]: coming, LOADS[2]: replace(coming, requests=10 * load.requests)}
     found: dict[str, object] = {}
     print(f"\n{'':<44}" + "".join(f"{name:>14}" for name in SHOWN))
-    for name, model, own in (
-        ("at once", big, load),
-        ("as they come", big, replace(load, rate=None)),
-        ("bundled, as they come", small, replace(load, requests=10 * load.requests, rate=None)),
-    ):
-        found[name] = both(name, model, own)
+    for name, own in asked.items():
+        if options.load in (None, name):
+            found[name] = both(name, load_model(resolve("demo")) if name == LOADS[2] else big(), own)
     return found
 
 

@@ -111,13 +111,13 @@ class StepTime:
         start, left = self.context(start, 1), ms - _dot(self._costs, beside)
         token, look = self._costs[3] + self._costs[4] * start, self._costs[4]
         own, both, more = self._doubt_of(beside, start)
-        count = _root(token + sqrt(more), look, max(0.0, left - sqrt(own)))
+        count = root_of(token + sqrt(more), look, max(0.0, left - sqrt(own)))
         for _ in range(_ROUNDS):  # its deviation, at so many tokens, by a line
             doubt = sqrt(max(own + count * (2 * both + count * more), 0.0))
             if doubt == 0.0:
                 break
             slope = max((both + count * more) / doubt, -token / 2)
-            count = _root(token + slope, look, max(0.0, left - doubt + slope * count))
+            count = root_of(token + slope, look, max(0.0, left - doubt + slope * count))
         return count
 
     def context(self, start: int, tokens: int) -> int:
@@ -147,8 +147,8 @@ def context_of(start: int, tokens: int) -> int:
     return tokens * start + tokens * (tokens - 1) // 2
 
 
-def _root(linear: float, look: float, ms: float) -> float:
-    """``linear * n + look * n * n / 2 = ms``, solved without cancelling."""
+def root_of(linear: float, look: float, ms: float) -> float:
+    """The n of ``linear * n + look * n * n / 2 = ms``, solved without cancelling."""
     return 2 * ms / (linear + sqrt(linear * linear + 2 * look * ms)) if ms else 0.0
 
 

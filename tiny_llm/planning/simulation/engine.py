@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from heapq import heappop, heappush
-from math import ceil, inf, sqrt
+from math import ceil
 
 from tiny_llm.data import Advance, Plan, PlanItem, SamplingParams, Sequence
 from tiny_llm.engine.trace import Trace
@@ -26,6 +26,7 @@ from tiny_llm.planning.simulation.load import Asked
 from tiny_llm.planning.simulation.policy import Policy
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
+from tiny_llm.scheduler.speed import root_of
 
 _STRIDE = 4096  # steps at once, at most
 _LEARNT, _SELDOM = 2000, 16  # after so many steps the scheduler's guess is told of one in so many
@@ -92,7 +93,7 @@ class SimulatedEngine:
         strides: bool = True,
         seed: int = 0,
     ) -> None:
-        self.now = 0.0
+        self.now = self._decided = 0.0  # until when the next step is known
         self.busy_s = 0.0
         self.steps = 0
         self.trace: Trace | None = None
@@ -149,7 +150,7 @@ class SimulatedEngine:
         It had its ``first`` token already, if that was at any time. One that can never fit is refused.
         """
         if not self._going:
-            self.now = max(self.now, at)
+            self.now = self._decided = max(self.now, at)
         seq = Sequence(
             number,
             _tokens(number, asked),
@@ -174,8 +175,8 @@ class SimulatedEngine:
         return asked.priority if self._policy.order == "priority" else 0
 
     def run_until(self, until: float) -> None:
-        """Run the steps that begin before ``until``."""
-        while self._going and self.now < until:
+        """Run the steps that are decided before ``until``: one of decodes alone, as the last one begins."""
+        while self._going and self._decided < until:
             self._step(until)
 
     def _step(self, until: float) -> None:
@@ -188,6 +189,7 @@ class SimulatedEngine:
                 self._decoding -= 1
         if not plan.items:
             self.now += self._moves_ms(plan) / 1e3 + 1e-6
+            self._decided = self.now
             return
         began = self.now
         rows = plan.decodes + plan.drafted
@@ -196,6 +198,8 @@ class SimulatedEngine:
             rows + plan.chunk_tokens, rows + ends, plan.decode_context, plan.chunk_context
         )
         self._pass(ms, 1, min(plan.decodes, self._decoding))
+        is_followed = plan.decodes == scheduler.num_running and not self._policy.acceptance
+        self._decided = began if is_followed else self.now
         if self.steps < _LEARNT or not self.steps % _SELDOM:
             scheduler.speed.observe(plan, ms)
         more = self._more_steps(plan, until) if self._strides and not plan.chunk_tokens else 0
@@ -238,18 +242,19 @@ class SimulatedEngine:
         more = decodes * self._costs.decode_context_ms
         ms = self._costs.ms(decodes, decodes, context, 0)
         # Each step takes longer than the last by as much: those of a hundredth's difference are one sum.
-        while count < most and self.now < until:
+        while count < most and self._decided < until:
             if self.steps < _LEARNT:
                 run = 1
                 following = Plan([], 0, [], [], [], decodes=decodes, decode_context=context)
                 self.scheduler.speed.observe(following, ms)
             else:
-                alike, left, first = ms / (100 * more + 1e-9 * ms), (until - self.now) * 1e3, ms - more / 2
-                fill = 2 * left / (first + sqrt(first * first + 2 * more * left)) if left < inf else inf
-                run = min(1 + int(min(alike, _STRIDE)), most - count, ceil(min(fill, _STRIDE)))
+                alike = 1 + min(_STRIDE, int(ms / (100 * more + 1e-9 * ms)))
+                left = min(max(0.0, until - self.now) * 1e3, _STRIDE * ms)
+                run = min(alike, most - count, 1 + ceil(root_of(ms - more / 2, more, left)))
             self._pass(ms + more * (run - 1) / 2, run, decodes)
             context += run * decodes
             ms += run * more
+            self._decided = self.now - (ms - more) / 1e3
             count += run
         return count
 
