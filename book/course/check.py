@@ -16,7 +16,7 @@ from pathlib import Path
 
 from book.course.forks import Forks
 from book.course.manifest import ROOT, Chapter
-from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from book.course.overlay import QUICK_VARIABLE, VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.errors import ConfigError
 
 _QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "book.course.report")
@@ -45,6 +45,7 @@ def run_tests(
         **os.environ,
         VARIABLE: str(folder.resolve()),
         WITHOUT_VARIABLE: " ".join(without),
+        QUICK_VARIABLE: "1",
         "TINY_LLM_BACKEND": "ref",
         # A chapter's tests need none of the plugins that are installed, and those take longer than the tests.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",

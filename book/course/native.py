@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
 from book.course.manifest import ROOT
-from book.course.overlay import VARIABLE, WITHOUT_VARIABLE
+from book.course.overlay import QUICK_VARIABLE, VARIABLE, WITHOUT_VARIABLE
 from book.course.sections import merged
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
@@ -28,12 +28,16 @@ from tiny_llm.user_cache import writable
 CPU = ROOT / "kernels" / "cpu"
 _FLAGS = (
     "-std=c++20",
-    "-O3",
+    "-DTINY_ISA=own",
+    "-DTINY_ALONE",
+    "-shared",
+    "-fPIC",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-exceptions",
 )
+_QUICK = ("-O0",)
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
 
@@ -49,19 +53,33 @@ def compiler() -> str:
     return found
 
 
-def build(kernel: str, folder: Path | None, without: Collection[str] = ()) -> Path:
+def build(
+    kernel: str,
+    folder: Path | None,
+    without: Collection[str] = (),
+    *,
+    quick: bool = False,
+    headers: Sequence[Path] = (),
+) -> Path:
     """Compile ``kernels/cpu/<kernel>.cpp`` for this machine, with the parts of ``folder``'s file of it.
 
-    Returns the library; what the compiler says, at the learner's lines, goes to stderr. Raises ConfigError if
-    it finds errors, and if there is no compiler.
+    ``quick``: to be tested and not measured, so it is compiled in a second. ``headers``: folders whose
+    headers come before the project's. Returns the library; what the compiler says, at the learner's lines,
+    goes to stderr. Raises ConfigError if it finds errors, and if there is no compiler.
     """
     path, alone = CPU / f"{kernel}.cpp", CPU / "alone" / f"{kernel}.cpp"
     own = folder / "kernels" / "cpu" / f"{kernel}.cpp" if folder else path
     reference, mine = path.read_text(encoding="utf-8"), own.read_text(encoding="utf-8")
     text = merged(reference, str(path), mine, os.path.relpath(own), without)
-    machine = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [compiler(), *_FLAGS, *_WARNINGS, machine, "-DTINY_ISA=own", f"-I{CPU}", "-shared", "-fPIC"]
-    parts = (text, alone.read_text(encoding="utf-8"), path.with_suffix(".h").read_text(encoding="utf-8"))
+    command = [
+        compiler(),
+        *_FLAGS,
+        *(_QUICK if quick else _fast()),
+        *_WARNINGS,
+        *(f"-I{it}" for it in (*headers, CPU)),
+    ]
+    around = [alone, *(it for of in (*headers, CPU, alone.parent) for it in sorted(of.glob("*.h")))]
+    parts = (text, *(it.read_text(encoding="utf-8") for it in around))
     digest = hashlib.sha256("\0".join([*command, *parts]).encode()).hexdigest()[:24]
     kept = ROOT / ".cache" / "course" / "native"
     library = kept / f"{digest}.so"
@@ -69,6 +87,11 @@ def build(kernel: str, folder: Path | None, without: Collection[str] = ()) -> Pa
         library = writable(kept) / library.name
         _compile([*command, "-x", "c++", "-", "-x", "c++", str(alone)], text, library)
     return library
+
+
+def _fast() -> tuple[str, ...]:
+    arm = platform.machine() in ("arm64", "aarch64")
+    return "-O3", "-mcpu=native" if arm else "-march=native"
 
 
 def _compile(command: list[str], text: str, library: Path) -> None:
@@ -84,8 +107,8 @@ def _compile(command: list[str], text: str, library: Path) -> None:
 @cache
 def learners(kernel: str) -> ctypes.CDLL:
     """The library with this process's learner's parts, as the overlay's variables name them."""
-    without = _without(f"kernels/cpu/{kernel}.cpp")
-    return ctypes.CDLL(str(build(kernel, Path(os.environ[VARIABLE]), without)))
+    without, quick = _without(f"kernels/cpu/{kernel}.cpp"), bool(os.environ.get(QUICK_VARIABLE))
+    return ctypes.CDLL(str(build(kernel, Path(os.environ[VARIABLE]), without, quick=quick)))
 
 
 def with_learners_parts(file: str, text: str) -> str:
@@ -108,6 +131,6 @@ def _without(file: str) -> Collection[str]:
 def prepare(file: str, folder: Path) -> None:
     """Find what keeps a learner's kernel file from being run. Raises ConfigError."""
     if file.endswith(".cpp"):
-        build(Path(file).stem, folder)
+        build(Path(file).stem, folder, quick=True)
     elif sys.platform != "darwin" and (reason := why_not()):
         raise ConfigError(f"Metal needs a Mac's GPU, or metalsim, which says: {reason}")

@@ -20,8 +20,11 @@ VARIABLE = "TINY_LLM_COURSE"
 BACKEND_VARIABLE = "TINY_LLM_BACKEND"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
 """Definitions to take from the reference all the same, as ``module:name``, between spaces."""
+QUICK_VARIABLE = "TINY_LLM_COURSE_QUICK"
+"""Set where a learner's C++ is tested, not measured: it is compiled fast and runs slowly."""
 
 BRIDGES: Mapping[str, str] = {
+    "tiny_llm.ops.attention": "kernels/cpu/attention.cpp",
     "tiny_llm.ops.metal": "kernels/metal",
     "tiny_llm.ops.quantized_matmul": "kernels/cpu/quantized_rows.cpp",
 }

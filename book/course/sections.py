@@ -45,7 +45,7 @@ def stub(source: str, name: str, chapter: str) -> str:
     text = whole(source, name)
     signature = _SIGNATURE.search(text)
     assert signature is not None, f"{name} has no function"
-    body = "" if " void " in f" {signature[0]}" else "return {};  "
+    body = "" if "void" in signature[0].partition("(")[0].split() else "return {};  "
     return f"{text[: signature.end()]}\n    {body}// {STUB} {chapter})\n}}\n// end {chapter}\n"
 
 

@@ -190,6 +190,7 @@ float largest_score(float* scores, int64_t begin, int64_t count, int64_t padded,
     return max_of(largest);
 }
 
+// begin 2.5 soften
 // Scores to weights 2^(score - most), in place; their sum is returned. `most` becomes the largest score,
 // rounded up, so that what spans are merged by are powers of two. Weights are then times their values' scales.
 float soften(float* scores, int64_t begin, int64_t count, const float* key_scales, const float* value_scales,
@@ -209,9 +210,34 @@ float soften(float* scores, int64_t begin, int64_t count, const float* key_scale
     *most = highest;
     return sum(total);
 }
+// end 2.5
 
-// Each row adds the values that it sees and no others: what lies around them may be anything, a NaN too. Several rows
-// add together what all of them see, and each alone what it sees before and behind that.
+// begin 2.5 weigh_rows
+// The weighted sums of a span's values for rows [row, row + size): some columns of them, which `panel` holds. Each row
+// adds what it sees, in order, and nothing else: what lies around it may be anything, a NaN too. The rows add together
+// what all of them see, and each alone what it sees before and behind that.
+//   weights: the first row's, kSpan a row; sums: the first row's, `stride` a row, written over
+template <class T>
+void weigh_rows(const Rows& rows, int64_t row, int64_t size, int64_t first, const float* weights, const Right<T>& panel,
+                float* sums, int64_t stride, int64_t columns) {
+    const int64_t begin = hidden(rows, row + size - 1, first), end = seen(rows, row, first, kSpan);
+    if (begin == hidden(rows, row, first)) {
+        product<false>(size, {weights, kSpan}, begin, end, panel, sums, stride, columns);
+    } else {
+        for (int64_t r = 0; r < size; ++r)
+            product<false>(1, {weights + r * kSpan, kSpan}, hidden(rows, row + r, first),
+                           least(begin, seen(rows, row + r, first, kSpan)), panel, sums + r * stride, stride, columns);
+        if (begin < end) product<true>(size, {weights, kSpan}, begin, end, panel, sums, stride, columns);
+    }
+    const int64_t behind = end > begin ? end : begin;
+    for (int64_t r = 0; r < size; ++r) {
+        const int64_t more = seen(rows, row + r, first, kSpan);
+        if (more > behind)
+            product<true>(1, {weights + r * kSpan, kSpan}, behind, more, panel, sums + r * stride, stride, columns);
+    }
+}
+// end 2.5
+
 template <class From>
 void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const From& source, const Records& out) {
     const int64_t unit = source.value_unit();
@@ -219,26 +245,8 @@ void weigh_span(const Rows& rows, int64_t from, int64_t to, int64_t first, const
         const auto panel = source.values_at(at / unit);
         const int64_t columns = least(round_up(unit, kWidth), out.padded - at);
         in_pieces(from, to, From::kRowsInRegisters, [&](int64_t row, int64_t size) {
-            const int64_t begin = hidden(rows, row + size - 1, first), end = seen(rows, row, first, kSpan);
-            const float* weights = rows.scores + (row - from) * kSpan;
-            float* sums = out.at(row - from) + at;
-            const bool begins = begin == hidden(rows, row, first);
-            for (int64_t r = 0; r < size && !begins; ++r)
-                product<false>(1, {weights + r * kSpan, kSpan}, hidden(rows, row + r, first),
-                               least(begin, seen(rows, row + r, first, kSpan)), panel, sums + r * out.stride(),
-                               out.stride(), columns);
-            if (begins) {
-                product<false>(size, {weights, kSpan}, begin, end, panel, sums, out.stride(), columns);
-            } else if (begin < end) {
-                product<true>(size, {weights, kSpan}, begin, end, panel, sums, out.stride(), columns);
-            }
-            const int64_t behind = end > begin ? end : begin;
-            for (int64_t r = 0; r < size; ++r) {
-                const int64_t more = seen(rows, row + r, first, kSpan);
-                if (more > behind)
-                    product<true>(1, {weights + r * kSpan, kSpan}, behind, more, panel, sums + r * out.stride(),
-                                  out.stride(), columns);
-            }
+            weigh_rows(rows, row, size, first, rows.scores + (row - from) * kSpan, panel, out.at(row - from) + at,
+                       out.stride(), columns);
         });
     }
 }
@@ -258,6 +266,8 @@ void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int
 
 // ---- spans to rows
 
+// begin 2.5 merge
+// Record j of `part` joins record i of `total`, both to the base of the larger `most`.
 void merge(const Records& total, int64_t i, const Records& part, int64_t j) {
     const float most = total.most(i) > part.most(j) ? total.most(i) : part.most(j);
     vf factors[] = {splat(total.most(i)), splat(part.most(j))};
@@ -269,6 +279,7 @@ void merge(const Records& total, int64_t i, const Records& part, int64_t j) {
     total.sum(i) = total.sum(i) * old_factor[0] + part.sum(j) * new_factor[0];
     total.most(i) = most;
 }
+// end 2.5
 
 void write_row(const Records& total, int64_t i, float* out, int64_t dim) {
     const float factor = 1.0f / total.sum(i), *sums = total.at(i);
@@ -310,7 +321,7 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
     rows.scores = take<float>(at, most * kSpan);
     rows.keys = take<float>(at, span);
     rows.values = take<float>(at, span);
-    if (a.pool.type == KvType::i8) rows.key_scales = take<float>(at, kSpan), rows.value_scales = take<float>(at, kSpan);
+    if (a.pool.key_scales) rows.key_scales = take<float>(at, kSpan), rows.value_scales = take<float>(at, kSpan);
     rows.total = {take<float>(at, count * stride), padded};
     rows.part = {take<float>(at, most * stride), padded};
     const float scale = a.scale * kLog2e;
@@ -335,6 +346,24 @@ void begin_with(const AttendPrior* priors, int64_t spans, int64_t head, const Ro
     }
 }
 
+// begin 2.5 add_rows
+// What rows [row, row + count) see of the span that starts at key `first`, into their records in rows.total, which
+// begin with this span if begins(row) says so; if it does so of a row, then of those behind it too.
+template <class From, class Begins>
+void add_rows(const Rows& rows, int64_t row, int64_t count, int64_t first, int64_t dim, const From& source,
+              const Begins& begins) {
+    if (begins(row)) return compute_span(rows, row, row + count, first, dim, source, {rows.total.at(row), rows.total.padded});
+    compute_span(rows, row, row + count, first, dim, source, rows.part);
+    for (int64_t r = 0; r < count; ++r) {
+        if (begins(row + r)) {
+            memcpy(rows.total.at(row + r), rows.part.at(r), rows.part.stride() * sizeof(float));
+        } else {
+            merge(rows.total, row + r, rows.part, r);
+        }
+    }
+}
+// end 2.5
+
 template <class From>
 void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& rows, const From& source,
            const Records& records) {
@@ -356,16 +385,7 @@ void sweep(const Attend& a, const AttendItem& item, int64_t head, const Rows& ro
             return !goes_on && (span == item.first_span || rows.firsts[row] >= first);
         };
         in_pieces(from, to, From::kRowsAtOnce, [&](int64_t row, int64_t count) {
-            const bool all_begin = begins(row);  // the first one has begun before the others do
-            const Records sums = all_begin ? Records{rows.total.at(row), rows.total.padded} : rows.part;
-            compute_span(rows, row, row + count, first, a.pool.dim, source, sums);
-            for (int64_t r = 0; r < count && !all_begin; ++r) {
-                if (begins(row + r)) {
-                    memcpy(rows.total.at(row + r), sums.at(r), sums.stride() * sizeof(float));
-                } else {
-                    merge(rows.total, row + r, sums, r);
-                }
-            }
+            add_rows(rows, row, count, first, a.pool.dim, source, begins);
         });
     }
     if (item.partial >= 0) return;
@@ -452,9 +472,11 @@ void attend_all(const Attend& a) {
 void attend(const Attend& a) {
     if (a.item_count == 0) return;
     if (a.pool.type == KvType::f32) return attend_all<float>(a);
+#if !defined(TINY_ALONE)  // the course's library has floats
     if (a.pool.type == KvType::bf16) return attend_all<bf16>(a);
     if (a.pool.type == KvType::i8) return attend_all<int8_t>(a);
     attend_all<f16>(a);
+#endif
 }
 
 }  // namespace tiny_llm::TINY_ISA

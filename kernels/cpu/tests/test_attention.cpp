@@ -104,7 +104,8 @@ struct Pool {
         }
         const size_t tokens = blocks * c.kv_heads * S, item = c.type == KvType::f32 ? 4 : c.type == KvType::i8 ? 1 : 2;
         for (auto* array : {&keys, &values}) array->assign(tokens * c.dim * item, char(0xff));
-        for (auto* array : {&key_scales, &value_scales}) array->assign(tokens * 2, char(0xff));
+        if (c.type == KvType::i8)
+            for (auto* array : {&key_scales, &value_scales}) array->assign(tokens * 2, char(0xff));
     }
 
     std::vector<float> run() {

@@ -1,0 +1,63 @@
+"""What ``ops/attention.py`` becomes where a learner has a kernels/cpu/attention.cpp of their own.
+
+The overlay puts these definitions in, and below them whatever the learner's Python file has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, cast
+
+import mlx.core as mx
+
+from book.course.native import learners
+
+_BLOCK, _ALL = 64, 1 << 62
+
+
+def windowed_ref(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, window: int
+) -> mx.array:
+    """Attention of q [T, H, D] over k, v [S, K, D] by the learner's kernel, at once, in q's dtype.
+
+    Behind the last key that a row sees lie NaNs. Keys and values of 16 bits come to the kernel as those of
+    int8 do: with scales, which are powers of two, so that nothing rounds.
+    """
+    seen, scaled = offset + q.shape[0], k.itemsize == 2
+    if not q.size:
+        return q
+    key_units, value_units = (_units(seen, first) if scaled else mx.ones(seen) for first in (0, 3))
+    keys, values = (
+        _pages(x[:seen].astype(mx.float32) / units[:, None, None])
+        for x, units in ((k, key_units), (v, value_units))
+    )
+    of_tokens = (
+        mx.broadcast_to(units[:, None, None], (seen, k.shape[1], 1)) for units in (key_units, value_units)
+    )
+    arrays = [
+        mx.contiguous(q.astype(mx.float32)),
+        mx.contiguous(keys.swapaxes(2, 3)),
+        values,
+        *(_pages(units).astype(mx.float16) for units in of_tokens),
+        mx.zeros(q.shape),
+    ]
+    mx.eval(arrays)
+    places: list[Any] = [
+        ctypes.byref(ctypes.c_char.from_buffer(memoryview(cast(Any, array)))) for array in arrays
+    ]
+    if not scaled:
+        places[3:5] = [None, None]
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[0], _BLOCK, seen, window or _ALL)
+    learners("attention").attention(*places, *map(ctypes.c_int64, sizes), ctypes.c_float(scale))
+    return arrays[-1].astype(q.dtype)
+
+
+def _units(seen: int, first: int) -> mx.array:
+    """A scale for each token: 2, 0.5, ..., from another place of the same row of seven on."""
+    return mx.array([2, 0.5, 1, 4, 0.25, 0.5, 8])[(mx.arange(seen) + first) % 7]
+
+
+def _pages(x: mx.array) -> mx.array:
+    """x [seen, K, D] as blocks [N, K, S, D], NaN behind its end."""
+    padded = mx.pad(x, [(0, -x.shape[0] % _BLOCK), (0, 0), (0, 0)], constant_values=mx.array(mx.nan))
+    return mx.contiguous(padded.reshape(-1, _BLOCK, *x.shape[1:]).swapaxes(1, 2))
