@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
+
 from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
+
+pytestmark = pytest.mark.chapter("4.1")
 
 
 def full(before: bytes, tokens: list[int]) -> bytes:
