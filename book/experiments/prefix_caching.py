@@ -118,7 +118,8 @@ def trace(path: Path) -> Load:
     if not path.is_file():
         where = "FAST25-release/traces of github.com/kvcache-ai/Mooncake"
         sys.exit(f"There is no trace {path}. Mooncake's are in {where}.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     return Load([Prompt(row["timestamp"] / 1e3, tuple(row["hash_ids"])) for row in rows])
 
 
