@@ -34,7 +34,7 @@ SHOWN = (
     "tokens-alone + names-trusted",
     "never-revived",
     "two-of-a-kind",
-    "one-block-a-step",
+    "full-one-token-late",
     "names-what-is-asked",
 )
 MINUTES = (1, 2, 5, 10)

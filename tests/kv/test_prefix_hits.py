@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from tiny_llm.kv import block_table
+from tiny_llm.kv import blocks as in_blocks
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.blocks import BlockManager
-from tiny_llm.kv.prefix import DIGEST, PrefixCache, chain, content, encode, root
+from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
 
 pytestmark = pytest.mark.chapter("4.1")
 
@@ -38,30 +38,37 @@ def found(manager: BlockManager, tokens: list[int], salt: str = "") -> list[int]
     return blocks
 
 
-def test_a_table_names_its_blocks_in_a_chain() -> None:
+def contents(table: BlockTable, tokens: list[int], first: int, last: int) -> list[bytes]:
+    """What blocks of two tokens are to hold."""
+    return [*BlockManager(2, 8)._contents(table, tokens, first, last)]
+
+
+def test_a_tables_blocks_are_named_in_a_chain() -> None:
     table, tokens = BlockTable(root("salt")), [5, 6, 7, 8, 9]
     first = hashlib.sha256(root("salt") + encode([5, 6])).digest()
     second = hashlib.sha256(first + encode([7, 8])).digest()
-    assert table.content(tokens, 0, 2) == content(root("salt"), encode([5, 6]), first)
-    assert table.content(tokens, 1, 2) == content(first, encode([7, 8]), second), (
-        "its own tokens, and no more"
-    )
-    assert table.names == first + second
+    expected = [content(root("salt"), encode([5, 6]), first), content(first, encode([7, 8]), second)]
+    assert contents(table, tokens, 0, 2) == expected, "its own tokens, after what the one before is named"
+    assert table.names == [first, second]
+    assert contents(table, tokens, 1, 2) == expected[1:] and contents(table, tokens, 1, 1) == []
+    again = BlockTable(root("salt"))
+    assert contents(again, tokens, 0, 1) + contents(again, tokens, 1, 2) == expected, "a block at a time"
 
 
-def test_a_name_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_made_once_and_not_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def watched(before: bytes, tokens: bytes) -> bytes:
         made.append(tokens)
         return chain(before, tokens)
 
-    monkeypatch.setattr(block_table, "chain", watched)
-    table, tokens = BlockTable(root("")), list(range(9))
-    for _ in range(2):
-        contents = [table.content(tokens, index, 3) for index in range(3)]
-    assert len(made) == 3 and len(table.names) == 3 * DIGEST, "asked twice, hashed once"
-    assert table.content(tokens, 1, 3) == contents[1] and len(made) == 3
+    monkeypatch.setattr(in_blocks, "chain", watched)
+    table, tokens = BlockTable(root("")), list(range(8))
+    next(iter(BlockManager(2, 8)._contents(table, tokens, 0, 4)))
+    assert len(made) <= 1, "who stops after the first needs no second name"
+    whole = contents(table, tokens, 0, 4)
+    assert contents(table, tokens, 0, 4) == whole and len(made) == 4, "asked twice, hashed once"
+    assert contents(table, tokens, 2, 4) == whole[2:] and len(made) == len(table.names) == 4
 
 
 def test_block_0_is_found_like_any_other() -> None:
@@ -140,7 +147,7 @@ def test_names_are_made_as_far_as_blocks_are_found() -> None:
     manager = BlockManager(SIZE, 100)
     freed(manager, list(range(300, 309)))
     table = manager.table()
-    assert manager.hits(table, list(range(300))) == (0, []) and len(table.names) <= DIGEST, (
+    assert manager.hits(table, list(range(300))) == (0, []) and len(table.names) <= 1, (
         "where the first block is not there, the others' names are of no use"
     )
 
@@ -209,6 +216,11 @@ def test_a_block_is_entered_when_its_last_token_is_computed() -> None:
     assert table.full_at == 12, "whatever a pass brings, blocks are full at their ends"
     manager.register(table, tokens, 12)
     assert found(manager, [*tokens, 1]) == table.blocks.tolist()
+    other, tokens = manager.table(), list(range(50, 62))
+    assert manager.allocate(other, tokens) == 0
+    manager.register(other, tokens, 5)
+    manager.register(other, tokens, 8)
+    assert len(found(manager, tokens)) == 2 and other.full_at == 12, "full at 8, though 5 came before"
 
 
 def test_who_computed_the_same_takes_the_first_ones_block() -> None:

@@ -28,16 +28,13 @@ from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
 
 
 class Moves(NamedTuple):
-    """What to do to the arrays before a step, in this order; each list as pairs (from, to).
+    """What to do to the arrays before a step, in this order; each list as pairs (from, to)."""
 
-    ``save`` has (block, content), ``load`` (keys and values, block).
-    """
-
-    save: list[tuple[int, bytes]]
+    save: list[tuple[int, bytes]]  # block, content
     swap_out: list[tuple[int, int]]
     copies: list[tuple[int, int]]
     swap_in: list[tuple[int, int]]
-    load: list[tuple[bytes, int]]
+    load: list[tuple[bytes, int]]  # keys and values, block
 
 
 class Usage(NamedTuple):
@@ -388,26 +385,31 @@ class BlockManager:
         assert not registered & set(self._free), "to be found, but free"
 
     def hits(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
-        """The cached blocks that hold the beginning of ``tokens``, all but the last token at most.
-
-        Those before the window need not be there: also, how many these are.
-        """
-        if table.window and table.host:
-            return table.gone, []  # what lies there is all that is needed
-        found: list[int] = []  # of each block in turn where it is cached, or -1
-        run = end = 0
+        """How many blocks lie before the window, and those found behind it; never the last token's."""
+        if table.window:
+            return self._hits_in_window(table, tokens)
+        found: list[int] = []
         if self.prefix is None:
             return 0, found
-        for index, held in enumerate(self._contents(table, tokens, 0, (len(tokens) - 1) // self.block_size)):
+        for held in self._contents(table, tokens, 0, (len(tokens) - 1) // self.block_size):
             block = self.prefix.find(held)
-            if block is None and not table.window:
+            if block is None:
                 break
-            found.append(-1 if block is None else block)
+            found.append(block)
+        return 0, found
+
+    def _hits_in_window(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        if table.host or self.prefix is None:
+            return table.gone, []  # what lies there is all that is needed
+        size, run, end = self.block_size, 0, 0
+        contents = self._contents(table, tokens, 0, (len(tokens) - 1) // size)
+        found = [self.prefix.find(held) for held in contents]
+        for index, block in enumerate(found):
             run = 0 if block is None else run + 1
-            if run > max(0, index - self._before_window((index + 1) * self.block_size, table.window)):
+            if run > max(0, index - self._before_window((index + 1) * size, table.window)):
                 end = index + 1
-        first = self._before_window(end * self.block_size, table.window)
-        return first, found[first:end]
+        first = self._before_window(end * size, table.window)
+        return first, [block for block in found[first:end] if block is not None]
 
     def _part(self, table: BlockTable, tokens: Sequence[int], index: int) -> tuple[int, int]:
         """A cached block that begins like the table's block ``index``, and how many tokens agree."""
