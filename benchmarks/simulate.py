@@ -31,6 +31,7 @@ from tiny_llm.planning.fit import fit_steps
 from tiny_llm.planning.simulation.cluster import Cluster
 from tiny_llm.planning.simulation.costs import StepMs, costs_of
 from tiny_llm.planning.simulation.figures import ServedWell
+from tiny_llm.planning.simulation.load import Asked as Coming
 from tiny_llm.planning.simulation.load import Load
 from tiny_llm.planning.simulation.policy import Policy
 from tiny_llm.weights.hub import resolve
@@ -75,10 +76,10 @@ def main() -> None:
 
 def loads(options: argparse.Namespace) -> dict[str, object]:
     """Each load, really and simulated."""
-    load = Load(requests=options.requests, rate=AT_ONCE, lengths="128:32", spread=0.6, longest=512)
-    coming = replace(load, rate=None)
+    load = Load(requests=options.requests, rate=AT_ONCE, lengths="64:32", spread=0.6, longest=512)
+    later = replace(load, rate=None)
     big = cache(lambda: load_model(DummyCheckpoint(options.shape), quantize=BITS))
-    asked = {LOADS[0]: load, LOADS[1]: coming, LOADS[2]: replace(coming, requests=10 * load.requests)}
+    asked = {LOADS[0]: load, LOADS[1]: later, LOADS[2]: replace(later, requests=10 * load.requests)}
     found: dict[str, object] = {}
     print(f"\n{'':<44}" + "".join(f"{name:>14}" for name in SHOWN))
     for name, own in asked.items():
@@ -104,25 +105,30 @@ def both(name: str, model: Model, load: Load) -> Mapping[str, object]:
 
 def simulated(costs: StepMs, load: Load) -> Mapping[str, float]:
     """What the simulator says."""
-    return Cluster(Policy(), costs, ServedWell()).run(load).row
+    return Cluster(Policy(), costs, ServedWell()).run(coming(load)).row
+
+
+def coming(load: Load) -> list[Coming]:
+    """Its requests, to the millisecond: at once is at one moment."""
+    return [one._replace(at=round(one.at, 3)) for one in load]
 
 
 def real(model: Model, load: Load) -> Mapping[str, float]:
     """What the engine does."""
     engine, chance = engine_of(model), random.Random(1)
-    prompts = [[chance.randrange(model.config.vocab_size) for _ in range(one.prompt)] for one in load]
+    prompts = [[chance.randrange(model.config.vocab_size) for _ in range(one.prompt)] for one in coming(load)]
     warm(engine)
-    waiting = [Asked(one.prompt, one.answer, one.at) for one in load]
-    began, coming, served = time.perf_counter(), list(zip(waiting, prompts, strict=True))[::-1], {}
-    while coming or len(engine):
+    waiting = [Asked(one.prompt, one.answer, one.at) for one in coming(load)]
+    began, left, served = time.perf_counter(), list(zip(waiting, prompts, strict=True))[::-1], {}
+    while left or len(engine):
         now = time.perf_counter() - began
-        while coming and coming[-1][0].at <= now:
-            asked, ids = coming.pop()
+        while left and left[-1][0].at <= now:
+            asked, ids = left.pop()
             asked.began = began + asked.at
             params = SamplingParams(max_tokens=asked.answer, ignore_eos=True, speculate=False)
             served[engine.add(ids, params, arrival_s=asked.began)] = asked
         if not len(engine):
-            time.sleep(max(0.0, coming[-1][0].at - now))
+            time.sleep(max(0.0, left[-1][0].at - now))
             continue
         events = engine.step()
         now = time.perf_counter()
