@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from operator import add
 
 from tiny_llm.config import ModelFacts
 from tiny_llm.data import Plan
@@ -22,18 +23,28 @@ _KINDS = len(ROWS) + 3  # of costs
 
 
 class StepSamples(Trace):
-    """What each step was made of, and its milliseconds."""
+    """What steps were made of, and their milliseconds.
+
+    Decodes in a row are one sample: each is launched while the one before it runs, so that the first has a
+    part of the second in its time and the last has too little, but together they have what they took.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: list[tuple[list[float], float]] = []
+        self._in_a_row = False
 
     def step(self, plan: Plan, began: float, ended: float) -> None:
         """Look at a step, and keep nothing else of it."""
         rows = plan.decodes + plan.drafted + plan.chunk_tokens
         logits = sum(item.logit_rows for item in plan.items)
         work = [*_hats(rows), float(logits), float(plan.decode_context), float(plan.chunk_context)]
-        self.kept.append((work, (ended - began) * 1e3))
+        ms, goes_on = (ended - began) * 1e3, self._in_a_row and not plan.chunk_tokens
+        if goes_on:
+            before, before_ms = self.kept.pop()
+            work, ms = list(map(add, work, before)), ms + before_ms
+        self.kept.append((work, ms))
+        self._in_a_row = not plan.chunk_tokens
 
 
 def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 1) -> StepMs:
