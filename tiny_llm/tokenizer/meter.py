@@ -1,4 +1,4 @@
-"""What one render of a chat template may use: seconds, and characters or elements.
+"""What one render of a chat template may use: seconds of its thread, and characters or elements.
 
 Time is looked at wherever a template can repeat itself; a size is worked out before
 the one call that could make something huge, because nothing can interrupt such a call.
@@ -43,12 +43,12 @@ class Meter:
     def __init__(self, seconds: float) -> None:
         """Start the clock."""
         self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
+        self._deadline = time.thread_time() + seconds  # of this thread: a busy machine stops no render
         self._memory = 0
 
     def tick(self) -> None:
-        """Look at the clock."""
-        if time.monotonic() > self._deadline:
+        """Look at the thread's clock."""
+        if time.thread_time() > self._deadline:
             raise RequestError(
                 f"The model's chat template was stopped after {self._seconds:g} s. It repeats itself without "
                 f"end, or the conversation is too long for it."
