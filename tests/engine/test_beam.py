@@ -107,7 +107,7 @@ def test_a_search_that_ends_early_leaves_nothing(llm: LLM, end: str, monkeypatch
     engine.scheduler.check_integrity()
     while len(engine):
         assert {event.request_id for event in engine.step()} <= {other}
-    assert engine.scheduler.usage().used == 0 and not engine._answers
+    assert engine.scheduler.usage().used == 0 and not engine._open._answers
 
 
 def test_a_search_of_a_form_finds_all_it_allows(llm: LLM) -> None:

@@ -24,8 +24,8 @@ import mlx.core as mx
 
 from tiny_llm.config_embedding import EmbedOptions, TextEmbedding
 from tiny_llm.data import Chunk, Completion
-from tiny_llm.engine.engine import Event
 from tiny_llm.engine.llm import LLM
+from tiny_llm.engine.open_requests import Event
 from tiny_llm.engine.prompts import Prompt, as_list
 from tiny_llm.engine.turn import require_process
 from tiny_llm.errors import GroupError, TinyLLMError

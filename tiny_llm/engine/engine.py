@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import count
-from math import isfinite
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from tiny_llm.data import Advance, Chunk, Completion, EndReason, Output, Plan
+from tiny_llm.data import Plan
 from tiny_llm.data import Sequence as TokenSequence
-from tiny_llm.decoding.answer import Answer
-from tiny_llm.decoding.decide import NOT_FINITE, Decision, by_sequence
-from tiny_llm.decoding.pooling import PooledRows
+from tiny_llm.decoding.decide import Decision
 from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt, Joining, NewContext
 from tiny_llm.engine.draft import DraftModel, drafters_of
+from tiny_llm.engine.open_requests import Event, OpenRequests
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.ranks import Lead
 from tiny_llm.engine.request import Request
@@ -52,13 +48,6 @@ _KEPT_AT_ONCE = 64  # blocks
 _COMPUTED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)  # of a context: its tokens
 
 
-class Event(NamedTuple):
-    """A chunk of an answer, and whose."""
-
-    request_id: int
-    chunk: Chunk
-
-
 class Engine:
     """Serves requests on one model. ``healthy`` is whether the last step worked."""
 
@@ -77,14 +66,12 @@ class Engine:
         lead: Lead | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.healthy, self.totals = True, EngineStats()
+        self.healthy = True
+        self.totals = EngineStats()
         self.trace: Trace | None = None  # give it one, and it is written to
-        self._tokenizer = tokenizer
-        self._end_ids, self._max_context = end_ids, max_context
-        self._clock, self._store = clock, store
-        self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
-        self._requests: dict[int, Request] = {}
-        self._answers: dict[int, Answer] = {}  # by sequence
+        self._max_context = max_context
+        self._clock = clock
+        self._store = store
         self._ahead: list[InFlightBatch] = []
         used = (model, draft) if settings.speculate == "draft" else (model,)
         with use(kernels.backend, kernels.ours):
@@ -108,6 +95,7 @@ class Engine:
         blocks, drafters = settings.block_manager(store, *models), drafters_of(speculate)
         self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
+        self._open = OpenRequests(self.scheduler, self.contexts, self.totals, tokenizer, end_ids)
         most = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, *most, formats[0].gathered_bytes(max_context))
         slab = settings.slab_blocks
@@ -117,7 +105,7 @@ class Engine:
 
     def __len__(self) -> int:
         """Requests that are waiting or running."""
-        return len(self._requests)
+        return len(self._open)
 
     @property
     def cache(self) -> PagedCache:
@@ -187,7 +175,7 @@ class Engine:
             )
         seed = secrets.randbits(64) if params.seed is None else params.seed
         own = replace(params, max_tokens=min(params.max_tokens, room), seed=seed)
-        number = next(self._numbers)
+        number = self._open.number()
         if params.reads_prompt:
             if prompt.parts:
                 raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
@@ -196,11 +184,7 @@ class Engine:
         sequence = TokenSequence(
             number, tokens, own, priority, now, deadline, salt, keep, prompt.parts, prompt.pin
         )
-        request = Request.of(sequence, own, self._tokenizer, self._end_ids, self._numbers)
-        request.contexts, request.pin = prompt.contexts, prompt.pin and prompt.pin[0]
-        self.scheduler.add(sequence)
-        self._requests[number] = request
-        self._answers |= {answer.seq_id: answer for answer in request.answers}
+        self._open.add(sequence, own, prompt)
         if self.trace is not None:
             self.trace.arrived(number, now)
         return number
@@ -222,12 +206,12 @@ class Engine:
 
     def cancel(self, request_id: int) -> list[Event]:
         """End a request now; its blocks are free when this returns. Nothing if it has ended."""
-        answers = self._requests[request_id].answers if request_id in self._requests else []
-        return self._ended([self.scheduler.cancel(answer.seq_id) for answer in answers])
+        ended = [self.scheduler.cancel(answer.seq_id) for answer in self._open.answers(request_id)]
+        return self._open.ended(ended, self._clock())
 
     def rest(self) -> None:
         """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
-        assert not self._requests, "requests are waiting or running"
+        assert not self._open, "requests are waiting or running"
         self.runner.settle(self._ahead)
         self.keep_cached()
         self._shrink_pool(0)
@@ -247,7 +231,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step and return what came of it; nothing to do is no step."""
-        events = self._ended(self.scheduler.expire(self._clock()))
+        now = self._clock()
+        events = self._open.ended(self.scheduler.expire(now), now)
         events += self._limit_pool() + self._look_after_contexts()
         clock = StepClock(self.totals, self._clock)
         was_ahead = bool(self._ahead)
@@ -262,7 +247,7 @@ class Engine:
         # The first of several that run ahead has a part of the next one in its time, the last one too little.
         is_whole = was_ahead == bool(self._ahead) and batch.is_usual
         self._write_saved()
-        events += self._commit(batch.plan, decisions) + self._embedded(batch.pooled)
+        events += self._commit(batch, decisions)
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)
         return events
@@ -276,7 +261,8 @@ class Engine:
             self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
             self._shrink_pool(blocks.limit)
             blocks.set_limit(ask(blocks.capacity))
-        return self._ended(self.scheduler.refuse(), NO_MEMORY.format(blocks.max_blocks, blocks.block_size))
+        what = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
+        return self._open.ended(self.scheduler.refuse(), self._clock(), what)
 
     def _shrink_pool(self, limit: int) -> None:
         blocks = self.scheduler.blocks
@@ -287,12 +273,12 @@ class Engine:
         """Start the step that the scheduler plans, ``beside`` others; None if there is nothing to do."""
         plan = self.scheduler.schedule([batch.plan for batch in beside], self.runner.groups)
         for item in plan.items:
-            request = self._requests[self._answers[item.seq_id].request_id]
+            request = self._open.of(item.seq_id)
             if not request.started_s:
                 self._note_start(request, item.seq_id)
         clock.lap("schedule")
         if plan.items or (beside and plan.preempted):  # what moves, moves in its turn
-            return self.runner.launch(plan, self._drawing, None, clock.lap)
+            return self.runner.launch(plan, self._open.drawing, None, clock.lap)
         if plan.preempted:  # all had to go, some of them to the host
             self.runner.move(plan)
         return None
@@ -324,123 +310,16 @@ class Engine:
         clock.lap("schedule")
         if following is not None:
             drawn = batch.drawing.tokens
-            self._ahead.append(self.runner.launch(following, self._drawing, drawn, clock.lap))
+            self._ahead.append(self.runner.launch(following, self._open.drawing, drawn, clock.lap))
 
-    def _commit(self, plan: Plan, decisions: Sequence[Decision]) -> list[Event]:
+    def _commit(self, batch: InFlightBatch, decisions: Sequence[Decision]) -> list[Event]:
         """Give each answer its token, and the scheduler what comes of it; forget what has ended."""
         self.healthy = True
         now = self._clock()
-        chunks: dict[int, Chunk] = {}  # by sequence
-        for decision in decisions if plan.drafted else ():
-            decision.row.answer.drafted_tokens += len(decision.row.guesses) > 0
-        events: list[Event] = []
-        advances, searching = list[Advance](), dict[int, Request]()
-        for seq_id, own in by_sequence(plan, decisions):
-            parts: dict[int, Advance] = {}  # by answer
-            for decision in own:
-                answer = decision.row.answer
-                request = self._requests[answer.request_id]
-                if request.search is not None:
-                    request.search.take(decision)
-                    searching[request.id] = request
-                elif not answer.ended:  # else by a token before this one
-                    begun = parts.get(answer.seq_id, Advance(answer.seq_id, ()))
-                    parts[answer.seq_id] = self._take(decision, begun, now, chunks)
-                    answer.accepted_tokens += len(decision.row.guesses) > 0
-            # Of several answers that begin from one prompt, all but the first become forks of its sequence.
-            first, *forks = parts.values() or (Advance(seq_id, ()),)
-            advances.append(first._replace(forks=tuple(forks)))
-        of_beams = [advance for own in searching.values() for advance in self._search(own, now, events)]
-        for sequence in self.scheduler.commit(plan, advances, of_beams):
-            answer = self._answers[sequence.id]
-            answer.tokens = sequence.tokens  # a fork's are its own from here on
-            chunk = chunks.get(sequence.id)
-            if chunk is None:  # in the middle of its prompt, or a beam
-                continue
-            if sequence.finish_reason is not None:
-                chunk.completion = self._end(answer, sequence.finish_reason, now)
-            events.append(Event(answer.request_id, chunk))
+        events = self._open.commit(batch.plan, decisions, now)
         if not len(self.scheduler):
             self.runner.settle(self._ahead)  # all of their sequences have ended
-        return events
-
-    def _embedded(self, pooled: Iterable[PooledRows]) -> list[Event]:
-        """The texts that have been read to their ends are over: their vectors are there."""
-        events: list[Event] = []
-        for one in pooled:
-            if one.pool.is_whole:
-                error = None if all(map(isfinite, one.pool.vector())) else NOT_FINITE
-                output = self.scheduler.cancel(one.seq_id, "error" if error else "stop")
-                events += self._ended([output], error)
-        return events
-
-    def _take(self, decision: Decision, begun: Advance, now: float, chunks: dict[int, Chunk]) -> Advance:
-        """One token more for one answer, or its end by an error of its own; ``chunks`` has what to tell."""
-        answer = decision.row.answer
-        request = self._requests[answer.request_id]
-        if decision.error is not None:
-            answer.error, answer.ended = decision.error, True
-            shown = answer.checker.shown_tokens
-            chunks.setdefault(answer.seq_id, Chunk("", index=answer.index, shown_tokens=shown))
-            return begun._replace(finish_reason="error")
-        self.totals.count_token(answer, request.arrival, now)
-        chunk = request.chunk(answer, decision.token, decision.logprobs, now)
-        if answer.seq_id in chunks:
-            chunk = chunks[answer.seq_id].followed_by(chunk)
-        chunks[answer.seq_id] = chunk
-        return begun._replace(
-            tokens=(*begun.tokens, decision.token), finish_reason=answer.checker.finish_reason
-        )
-
-    def _search(self, request: Request, now: float, events: list[Event]) -> list[Advance]:
-        """Let a request's beams go on, if all are ready; those left behind give their blocks back at once."""
-        search, before = request.search, request.answers
-        assert search is not None
-        if not search.is_ready and search.error is None:
-            return []
-        for beam in before:
-            self.totals.count_token(beam, request.arrival, now)
-            beam.last_s = now
-        request.first_token_s = request.first_token_s or now
-        advances = search.advance(self._numbers) if search.error is None else []
-        if search.is_over:
-            events += self._end_search(request, "error" if search.error else None, now)
-            return []
-        alive = {advance.seq_id for advance in advances}
-        self._leave(beam for beam in before if beam.seq_id not in alive)
-        request.answers = search.beams
-        self._answers |= {beam.seq_id: beam for beam in search.beams}
-        return advances
-
-    def _leave(self, beams: Iterable[Answer]) -> None:
-        """Forget beams, and free their blocks."""
-        for beam in beams:
-            self.scheduler.cancel(beam.seq_id)
-            del self._answers[beam.seq_id]
-
-    def _end_search(self, request: Request, reason: EndReason | None, now: float) -> list[Event]:
-        """A search is over, or ended by something else: its answers are what has been found."""
-        self._leave(request.answers)
-        assert request.search is not None
-        ended = []
-        for answer in request.search.answers():
-            completion = self._end(answer, reason or answer.checker.finish_reason or "stop", now)
-            ended.append(Event(request.id, request.whole(answer, completion)))
-        return ended
-
-    def _end(self, answer: Answer, reason: EndReason, now: float) -> Completion:
-        """Forget an answer, and its request with the last one; return the whole of it."""
-        self.totals.ends[reason] += 1
-        answer.ended = True
-        self._answers.pop(answer.seq_id, None)  # one that a search has found is in no sequence
-        request = self._requests[answer.request_id]
-        request.left -= 1
-        if not request.left:
-            del self._requests[request.id]
-            self.contexts.leave(request.contexts)
-            if request.pin is not None:
-                self.contexts.settle(request.pin)
-        return request.completion(answer, reason, now)
+        return events + self._open.embedded(batch.pooled, now)
 
     def _look_after_contexts(self) -> list[Event]:
         """Those whose time is up go; who waits for one that could not be computed ends."""
@@ -448,10 +327,9 @@ class Engine:
         events: list[Event] = []
         while self.contexts.broken:
             context = self.contexts.broken.pop()
-            users = [one.answers[0] for one in self._requests.values() if context in one.contexts]
-            ended = [self.scheduler.cancel(one.seq_id, "error") for one in users]
+            ended = [self.scheduler.cancel(one.seq_id, "error") for one in self._open.users(context)]
             what = f"The context {context.name!r} could not be computed."
-            events += self._ended(ended, what)
+            events += self._open.ended(ended, self._clock(), what)
         return events
 
     def _count(self, plan: Plan, clock: StepClock, is_whole: bool) -> None:
@@ -465,29 +343,6 @@ class Engine:
             if plan.drafted and self.scheduler.speculation is not None:
                 self.trace.guesses(now, self.scheduler.speculation)
 
-    def _drawing(self, seq_id: int) -> list[Answer]:
-        """The answers that draw from a sequence's rows."""
-        answer = self._answers[seq_id]
-        return self._requests[answer.request_id].drawing(answer)
-
-    def _ended(self, outputs: Sequence[Output | None], error: str | None = None) -> list[Event]:
-        """The chunks of sequences that the scheduler ended. One that had not begun ends all its answers."""
-        events, now = list[Event](), self._clock()
-        for output in outputs:
-            if output is None or output.seq_id not in self._answers:  # a beam, ended with its search
-                continue
-            request = self._requests[self._answers[output.seq_id].request_id]
-            if request.search is not None:
-                request.search.error = error
-                events += self._end_search(request, output.finish_reason, now)
-                continue
-            for answer in self._drawing(output.seq_id):
-                answer.error = error
-                completion = self._end(answer, output.finish_reason, now)
-                chunk = Chunk("", (), completion, answer.index, shown_tokens=completion.shown_tokens)
-                events.append(Event(answer.request_id, chunk))
-        return events
-
     def _failed(self, plan: Plan, error: Exception) -> list[Event]:
         """The step broke: its requests end with the error, the pool is made anew, the others start over."""
         self.healthy, self._ahead = False, []
@@ -497,4 +352,5 @@ class Engine:
             self._pin(context)
         self.scheduler.blocks.shrink()  # it may have been too large: what is needed is asked for anew
         self.runner.clear(error)
-        return self._ended(outputs, f"The step failed: {type(error).__name__}: {error}")
+        what = f"The step failed: {type(error).__name__}: {error}"
+        return self._open.ended(outputs, self._clock(), what)
