@@ -109,23 +109,39 @@ def experts_mlx(
     Rows are sorted by expert where there are many, so that each one's weights are read once for all or some.
     """
     chosen, weights = route_ref(logits, routing)
-    T, k = chosen.shape
-    stacks = stacks_of(x, (gate, up, down))
-    if not stacks and T * k < SORTED_FROM:
+    if stacks := stacks_of(x, (gate, up, down)):
+        rows, experts, places = by_expert(x, chosen)
+        count = len(rows) // len(stacks[0].packed) + (len(x) > 1)
+        hidden = expert_products(rows, stacks[:2], experts, count)
+        y = expert_products(hidden, stacks[2:], experts, count)[places][:, :, None]
+    elif chosen.size < SORTED_FROM:
         inputs = x[:, None, None, :]
         hidden = swiglu(_product(inputs, gate, chosen), _product(inputs, up, chosen))
-        return _weighed(_product(hidden, down, chosen), weights, x.dtype)
+        y = _product(hidden, down, chosen)
+    else:
+        y = in_groups(x, chosen, gate, up, down)
+    return _weighed(y, weights, x.dtype)
+
+
+def by_expert(x: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return rows of x [T, E], one for each of the pairs in chosen [T, k], sorted by expert: [T k, E].
+
+    With them whose each row is, [T k], and in which row the answer to each pair lies, [T, k].
+    """
     flat = chosen.flatten()
     order = mx.argsort(flat)
-    inputs, experts = x[order // k], flat[order]
-    if stacks:
-        count = T * k // stacks[0].packed.shape[0] + (T > 1)
-        y = expert_products(expert_products(inputs, stacks[:2], experts, count), stacks[2:], experts, count)
-    else:
-        inputs = inputs[:, None, :]
-        hidden = swiglu(_product(inputs, gate, experts, True), _product(inputs, up, experts, True))
-        y = _product(hidden, down, experts, True)
-    return _weighed(y[mx.argsort(order)].reshape(T, k, 1, -1), weights, x.dtype)
+    return x[order // chosen.shape[1]], flat[order], mx.argsort(order).reshape(chosen.shape)
+
+
+def in_groups(x: mx.array, chosen: mx.array, gate: Matrix, up: Matrix, down: Matrix) -> mx.array:
+    """What each row of x [T, E] gets of the experts chosen for it [T, k], not weighed yet: [T, k, 1, E].
+
+    An expert's rows lie side by side, so that its weights are read once for all of them.
+    """
+    rows, experts, places = by_expert(x, chosen)
+    inputs = rows[:, None, :]
+    hidden = swiglu(_product(inputs, gate, experts, True), _product(inputs, up, experts, True))
+    return _product(hidden, down, experts, True)[places]
 
 
 def _gathered(x: mx.array, weight: Matrix, chosen: mx.array) -> mx.array:
