@@ -147,15 +147,16 @@ def test_scales_of_int8() -> None:
     check(got, defined(q, k, v))
 
 
-def test_a_row_has_the_bits_of_a_decode(where: str) -> None:
+def test_rows_have_the_bits_of_decodes(where: str) -> None:
     """In blocks of 64, of which a decode's lane has two tokens: by which order they are added shows."""
     if where != "metalsim":
         pytest.skip("a GPU's matrix instruction may sum in another order; then tiles are not used")
     q, k, v = normal(9, 200, D=8)
     together = by_tiles(q, k, v, size=64)
     pool: Pool = (mx.contiguous(paged(k, 64).swapaxes(2, 3)), mx.contiguous(paged(v, 64)))
-    alone = attention._rows(q[-1:], pool, step(1, 200, 64), 8**-0.5)[0]
-    assert mx.array_equal(together[-1:], alone).item(), "the last row has other bits than its decode"
+    decoded = attention._rows(q, pool, step(9, 200, 64), 8**-0.5)[0]
+    differing = mx.mean(together != decoded).item()
+    assert differing == 0, f"{differing:.0%} of the numbers have other bits than the decode kernel's"
 
 
 def test_a_key_is_read_once_for_all_queries_of_a_tile(where: str) -> None:
