@@ -104,11 +104,11 @@ def test_scores_of_any_size() -> None:
 
 def test_one_key_that_is_far_ahead_wins_wherever_it_lies() -> None:
     """In each block of a part, in each part, in each span; others come before it and after it."""
-    for at in (0, 3, 70, 100, 140, 215, 279):
+    for at, lead in ((0, 40), (3, 120), (70, 120), (100, 40), (140, 120), (215, 40), (279, 120)):
         scores = [-3.0] * 280
-        scores[at] += 40
+        scores[at] += lead
         got = by_tiles(*with_scores(scores)).tolist()[0][0]
-        assert got == pytest.approx([at] * 16, rel=1e-4, abs=1e-4)
+        assert got == pytest.approx([at] * 16, rel=1e-4, abs=1e-4), f"token {at} is {lead} ahead"
 
 
 @pytest.mark.parametrize("window", [1, 3, 18, 130])
