@@ -365,8 +365,8 @@ def paged_attention_ref(
     New keys and values are written first, and read back as they are kept: of int8, what was rounded is the
     same for a row whether it came with others or alone.
     """
-    keys, values, *scales = pool = kv_write_ref(pool, k, v, pages.slot_mapping)
-    size = keys.shape[3]
+    pool = kv_write_ref(pool, k, v, pages.slot_mapping)
+    size = pool[0].shape[3]
     starts = cast(list[int], pages.query_start_loc.tolist())
     lens = cast(list[int], pages.context_lens.tolist())
     outs = []
@@ -375,13 +375,19 @@ def paged_attention_ref(
         unseen = max(0, offset + 1 - window) // size if window else 0  # blocks
         table = pages.block_tables[b, unseen : -(-length // size)]
         length, offset = length - unseen * size, offset - unseen * size
-        own_k, own_v = _tokens(keys[table].swapaxes(2, 3)), _tokens(values[table])
-        if scales:
-            factors = [_tokens(one[table][..., None]).astype(mx.float32) for one in scales]
-            own_k, own_v = own_k * factors[0], own_v * factors[1]
-        own_k, own_v = own_k[:length].astype(q.dtype), own_v[:length].astype(q.dtype)
-        outs.append(windowed_ref(q[start:end], own_k, own_v, scale=scale, offset=offset, window=window))
+        own = (one[:length].astype(q.dtype) for one in held_ref(pool, table))
+        outs.append(windowed_ref(q[start:end], *own, scale=scale, offset=offset, window=window))
     return mx.concatenate(outs), pool
+
+
+def held_ref(pool: Pool, table: mx.array) -> tuple[mx.array, mx.array]:
+    """The keys and values [W * S, K, D] in the blocks ``table`` [W]; int8 times scales is float32."""
+    keys, values, *scales = pool
+    k, v = _tokens(keys[table].swapaxes(2, 3)), _tokens(values[table])
+    if scales:
+        k_unit, v_unit = (_tokens(one[table][..., None]).astype(mx.float32) for one in scales)
+        k, v = k * k_unit, v * v_unit
+    return k, v
 
 
 def _tokens(blocks: mx.array) -> mx.array:
