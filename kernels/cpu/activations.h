@@ -1,7 +1,8 @@
 // The rows of x as the quantized kernels read them. Owns rounding to int8 and the order in memory. Kernel files only.
 //
 // Rows go in even blocks. A block of R rows is in one of these orders:
-//   words   [k / 4][R]  four int8 of a row; within each 8 inputs k = 0 2 4 6, then 1 3 5 7 (matrix.h)
+//   words   [k / 4][R]  four int8 of a row; within each 8 inputs k = 0 2 4 6, then 1 3 5 7 (matrix.h);
+//                       with kLead more [kLead][R] before each piece of a group
 //   rows    [R][k / 4]  the same, for tile registers
 //   floats  [k][R]      in their place, where activations are exact
 // and with it are scales and sums [group][R].
@@ -20,6 +21,16 @@ enum class Order : uint8_t { words, rows, floats };
 
 constexpr int kPartsSlot = 3;
 
+// Before the words of each 64 inputs of a row, or of a group of fewer, are so many more: -8 times the sum of each
+// word's first two inputs and of its last two, in 16 bits each; and 8 times the sum of all.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int kLead = 2;
+#else
+constexpr int kLead = 0;
+#endif
+constexpr int piece_of(int group) { return group < 64 ? group : 64; }
+constexpr int words_of(int group) { return group / 4 + group / piece_of(group) * kLead; }
+
 struct Block {
     const int32_t* words;
     const float* values;
@@ -31,7 +42,8 @@ struct Block {
 
 struct Activations {
     int64_t rows, columns, groups, blocks;
-    char* values;  // of 1 or 4 bytes
+    int64_t stride;  // bytes of a row's values
+    char* values;
     float* scales;
     float* sums;
     Order order;
@@ -41,9 +53,10 @@ struct Activations {
     // The first row of block b. One row's work is so little that divisions show: they take 20 ns on older machines.
     int64_t begin(int64_t b) const { return starts ? starts[b] : b == 0 ? 0 : b == blocks ? rows : rows * b / blocks; }
     Block block(int64_t b) const {
-        const int64_t first = begin(b), at = first * columns, part = first * groups;
+        const int64_t first = begin(b), part = first * groups;
         const int count = (int)(begin(b + 1) - first);
-        return {(const int32_t*)(values + at), (const float*)values + at, scales + part, sums + part, first, count};
+        const char* at = values + first * stride;
+        return {(const int32_t*)at, (const float*)at, scales + part, sums + part, first, count};
     }
 };
 
@@ -82,6 +95,24 @@ static inline float largest_size(const float* x, int count) {
     return size;
 }
 
+// Fills in what lies before the words of each piece of a group.
+static inline void lead_pieces([[maybe_unused]] int32_t* words, [[maybe_unused]] int group) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    for (int piece = piece_of(group), k = 0; k < group; k += piece, words += kLead + piece / 4) {
+        __m256i pairs = {};
+        for (int i = 0; i < piece / 4; i += 8) {
+            const __m256i eight = _mm256_loadu_si256((const __m256i*)(words + kLead + i));
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi8(1), eight));
+        }
+        __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        sum = _mm_add_epi16(sum, _mm_unpackhi_epi64(sum, sum));
+        sum = _mm_slli_epi16(_mm_add_epi16(sum, _mm_srli_epi64(sum, 32)), 3);
+        words[0] = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), sum));
+        words[1] = _mm_cvtsi128_si32(_mm_madd_epi16(sum, _mm_set1_epi16(1)));
+    }
+#endif
+}
+
 // One group of a row: x = scale * bytes, each to nearest. Sizes below 1e-30 count as 0.
 static inline void round_group(const float* x, int group, int32_t* words, float* scale, float* sum) {
     const float size = largest_size(x, group);
@@ -96,8 +127,9 @@ static inline void round_group(const float* x, int group, int32_t* words, float*
             integers[v] = (vi)(scaled + splat(12582912.0f)) - 0x4b400000;
             total += integers[v];
         }
-        store_bytes(words + i / 4, narrow(integers));
+        store_bytes(words + i / 4 + (i / piece_of(group) + 1) * kLead, narrow(integers));
     }
+    lead_pieces(words, group);
     *scale = finite ? size / 127.0f : (float)NAN;
     *sum = *scale * (float)sum_of(total);
 }
@@ -116,20 +148,22 @@ static inline void interleave(const T* from, int count, int rows, T* to) {
 static inline void read_group(const Linear& all, const Activations& a, const Block& to, int64_t g, int group) {
     for (int r = 0; r < to.rows; ++r) {
         const float* from = all.x + source_of(all, to.first + r) * a.columns + g * group;
-        const int64_t at = g * group * to.rows, part = g * to.rows + r;
+        const int64_t part = g * to.rows + r;
         if (a.order == Order::floats) {
             vf total = {};
             for (int i = 0; i < group; i += kWidth) total += load(from + i);
             const_cast<float*>(to.sums)[part] = sum(total);
-            interleave(from, group, to.rows, const_cast<float*>(to.values) + at + r);
+            interleave(from, group, to.rows, const_cast<float*>(to.values) + g * group * to.rows + r);
         } else {
-            int32_t words[32];
+            int32_t words[words_of(128)];
             round_group(from, group, words, const_cast<float*>(to.scales) + part, const_cast<float*>(to.sums) + part);
             int32_t* const all = const_cast<int32_t*>(to.words);
             if (a.order == Order::rows) {
-                memcpy(all + (r * a.columns + g * group) / 4, words, group);
+                for (int piece = piece_of(group), k = 0; k < group; k += piece)
+                    memcpy(all + (r * a.columns + g * group + k) / 4, words + k / 4 + (k / piece + 1) * kLead, piece);
             } else {
-                interleave(words, group / 4, to.rows, all + at / 4 + r);
+                const int count = words_of(group);
+                interleave(words, count, to.rows, all + g * count * to.rows + r);
             }
         }
     }
@@ -155,9 +189,11 @@ static inline void cut_parts(const Linear& all, Activations& a, int most) {
 static inline Activations read_activations(const Linear& all, Order order, int most) {
     const int64_t rows = all.rows, columns = all.matrices[0].columns;
     const int group = all.matrices[0].group_size;
-    Activations a{rows, columns, columns / group, (rows + most - 1) / most, nullptr, nullptr, nullptr, order, nullptr, nullptr};
+    const int64_t groups = columns / group, words = order == Order::words ? groups * words_of(group) : columns / 4;
+    const int64_t stride = order == Order::floats ? columns * 4 : words * 4;
+    Activations a{rows, columns, groups, (rows + most - 1) / most, stride, nullptr, nullptr, nullptr, order, nullptr, nullptr};
     if (all.parts) cut_parts(all, a, most);
-    const size_t bytes = (size_t)(rows * columns * (order == Order::floats ? 4 : 1) + 63) / 64 * 64;
+    const size_t bytes = (size_t)(rows * stride + 63) / 64 * 64;
     a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * rows * a.groups);
     a.scales = (float*)(a.values + bytes);
     a.sums = a.scales + rows * a.groups;

@@ -4,6 +4,7 @@
 // line, at these outputs, and `x` its words, [word][R].
 #pragma once
 
+#include "activations.h"
 #include "isa.h"
 #include "matrix.h"
 #include "simd.h"
@@ -14,7 +15,7 @@ namespace tiny_llm::TINY_ISA {
 // enough (Zen 1, one thread: one row's 278 MB in 26 ms, not 40; two rows 42, not 55). Except Zen 4 and what follows
 // it, which read one or two rows faster when left alone: 35 GB/s a thread against 29.
 template <int R>
-static inline void ask_ahead(const char* line) {
+[[gnu::always_inline]] inline void ask_ahead(const char* line) {
     constexpr int kAhead = 4096;
 #if defined(__AVX512VNNI__)
     if (R < 3 && reads_ahead()) return;
@@ -54,43 +55,83 @@ static inline void dot_group(const char* line, int group, const int32_t* x, vi (
 
 #elif defined(__AVX2__)
 
-constexpr int kMostRows = 6;
+constexpr int kMostRows = 4;  // with as many sums of two registers of outputs, and what a line needs
 
-// Pairs of products of half bytes, in 16 bits: eight such sums still fit.
-static inline __m256i dot2(__m256i sum, vu weights, int32_t x) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(x)));
+// Pairs of products of half bytes, in 16 bits. Sixteen such sums may be too much for those, but would fit if each weight
+// had 8 less: so a sum begins with what that takes off (activations.h), and what passes 16 bits meanwhile comes back.
+static inline __m256i dot2(__m256i sum, vu weights, __m256i x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)weights, x));
     asm("" : "+x"(sum));  // GCC would put off all additions, and run out of registers
     return sum;
 }
 static inline vi widen(__m256i pairs, int16_t factor) {
     return (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(factor));
 }
+static inline __m256i word_of(const int32_t* x) { return _mm256_set1_epi32(*x); }
 
-template <Kind K, int R, int W>
-static inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
-    constexpr int kLines = K == Kind::q4 ? 4 : 8;  // eight words of x
-    for (int k = 0; k < group; k += 32, line += kLines * kLine, x += 8 * R) {
+// 32 inputs: four lines of W registers, times R rows' eight words of x.
+template <int R, int W>
+[[gnu::always_inline]] inline void dot_q4_lines(const char* line, const int32_t* x, __m256i (&sums)[R][W]) {
+    for (int l = 0; l < 4; ++l, line += kLine, x += 2 * R) {
+        ask_ahead<R>(line);
+        vu low[W], high[W];
         for (int w = 0; w < W; ++w) {
-            __m256i low_sum[R] = {}, high_sum[R] = {};
-            for (int l = 0; l < kLines; ++l) {
-                if (w == 0) ask_ahead<R>(line + l * kLine);
-                const vu words = load_words(line + l * kLine + w * 4 * kWidth);
-                const vu low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
-                for (int r = 0; r < R; ++r) {
-                    if constexpr (K == Kind::q4) {
-                        low_sum[r] = dot2(dot2(low_sum[r], low, x[2 * l * R + r]), high, x[(2 * l + 1) * R + r]);
-                    } else {
-                        low_sum[r] = dot2(low_sum[r], low, x[l * R + r]);
-                        high_sum[r] = dot2(high_sum[r], high, x[l * R + r]);
-                    }
-                }
-            }
-            for (int r = 0; r < R; ++r) {
-                dot[r][w] += widen(low_sum[r], 1);
-                if constexpr (K == Kind::q8) dot[r][w] += widen(high_sum[r], 16);
-            }
+            const vu words = load_words(line + w * 4 * kWidth);
+            low[w] = words & 0x0f0f0f0f, high[w] = (words >> 4) & 0x0f0f0f0f;
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m256i first = word_of(x + r), second = word_of(x + R + r);
+            for (int w = 0; w < W; ++w) sums[r][w] = dot2(dot2(sums[r][w], low[w], first), high[w], second);
         }
     }
+}
+
+// The same for eight lines of one register.
+template <int R>
+[[gnu::always_inline]] inline void dot_q8_lines(const char* line, const int32_t* x, bool asks, __m256i (&lows)[R],
+                                                __m256i (&highs)[R]) {
+    for (int l = 0; l < 8; ++l, line += kLine, x += R) {
+        if (asks) ask_ahead<R>(line);
+        const vu words = load_words(line), low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
+        for (int r = 0; r < R; ++r) {
+            const __m256i word = word_of(x + r);
+            lows[r] = dot2(lows[r], low, word), highs[r] = dot2(highs[r], high, word);
+        }
+    }
+}
+
+// One piece of a group.
+template <Kind K, int R, int W>
+[[gnu::always_inline]] inline void dot_piece(const char* line, int piece, const int32_t* x, vi (&dot)[R][W]) {
+    const int32_t *totals = x + R, *words = x + kLead * R;
+    if constexpr (K == Kind::q4) {
+        __m256i sums[R][W];
+        for (int r = 0; r < R; ++r)
+            for (int w = 0; w < W; ++w) sums[r][w] = word_of(x + r);
+#pragma GCC unroll 1
+        for (int k = 0; k < piece; k += 32) dot_q4_lines(line + k / 8 * kLine, words + k / 4 * R, sums);
+        for (int r = 0; r < R; ++r)
+            for (int w = 0; w < W; ++w) dot[r][w] = widen(sums[r][w], 1) + totals[r];
+    } else {
+        for (int w = 0; w < W; ++w) {
+            __m256i lows[R], highs[R];
+            for (int r = 0; r < R; ++r) lows[r] = highs[r] = word_of(x + r);
+            for (int k = 0; k < piece; k += 32)
+                dot_q8_lines(line + k / 4 * kLine + w * 4 * kWidth, words + k / 4 * R, w == 0, lows, highs);
+            for (int r = 0; r < R; ++r) dot[r][w] = widen(lows[r], 1) + widen(highs[r], 16) + 17 * totals[r];
+        }
+    }
+}
+
+template <Kind K, int R, int W>
+[[gnu::always_inline]] inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
+    constexpr int kLines = K == Kind::q4 ? 8 : 16;  // of 64 inputs
+    dot_piece<K, R, W>(line, piece_of(group), x, dot);
+    if (group <= 64) return;
+    vi more[R][W];
+    dot_piece<K, R, W>(line + kLines * kLine, 64, x + words_of(64) * R, more);
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) dot[r][w] += more[r][w];
 }
 
 #else

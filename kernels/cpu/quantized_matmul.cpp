@@ -9,10 +9,10 @@
 namespace tiny_llm::TINY_ISA {
 namespace {
 
-constexpr int kExactRows = kMostRows < 6 ? 2 : 6;
+constexpr int kExactRows = kWidth == 4 ? 2 : 6, kBlockRows = kMostRows < kExactRows ? kExactRows : kMostRows;
 
 // Registers of outputs that a kernel of R rows takes at a time: all of a tile's, if there are registers enough.
-constexpr int vectors_at_once(int rows) { return kWidth == kTile || rows > 2 ? 1 : 2; }
+constexpr int vectors_at_once(int rows) { return kWidth == kTile || (kWidth == 4 && rows > 2) ? 1 : 2; }
 
 // W registers of a tile's outputs, from number v on, times R rows of int8: to out [R][16].
 template <Kind K, int R, int W>
@@ -26,7 +26,7 @@ void multiply(const char* tile, const Groups& groups, const Block& x, int v, flo
         vi dot[R][W] = {};
         ask_ahead<R>(tile);
         dot_group<K, R, W>(line, groups.size, words, dot);
-        words += groups.size / 4 * R;
+        words += words_of(groups.size) * R;
         for (int w = 0; w < W; ++w) {
             const vf scale = load_any(tile, groups.scales, (v + w) * kWidth);
             const vf bias = load_any(tile, groups.scales, kTile + (v + w) * kWidth);
@@ -80,7 +80,7 @@ void multiply_tile(const Matrix& m, const Groups& groups, const char* tile, cons
 
 // Tile `index` of matrix `at` (with its up tile, if gated) times blocks [begin, end) of x.
 void run_tile(const Linear& a, int at, int64_t expert, int64_t index, const Activations& x, int64_t begin, int64_t end) {
-    float tile[kMostRows * kTile], other[kMostRows * kTile];
+    float tile[kBlockRows * kTile], other[kBlockRows * kTile];
     const Matrix &m = a.matrices[at], &other_m = a.matrices[a.gated ? 1 : at];
     const Groups groups = groups_of(m, x.groups), up = groups_of(other_m, x.groups);
     const char *from = tile_of(m, expert, index), *up_from = tile_of(other_m, expert, index);
