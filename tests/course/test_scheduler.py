@@ -63,7 +63,7 @@ def test_the_picture(run, tmp_path: Path) -> None:
 def test_the_mistakes(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
     assert printed == tables()[0], f"copy this into the page:\n{printed}"
-    rows = {line.split()[0]: numbers(line) for line in printed.splitlines()[1:-1]}
+    rows = {line.split()[0]: numbers(line) for line in printed.splitlines()[1:]}
     right, small, spared = rows["(none)"], rows["small-ones-overtake"], rows["no-block-spared"]
     assert small[0] > 2 * right[0], "an urgent one waits for longer if small ones may pass"
     assert 1.8 < spared[2] / right[2] < 2.2, "the page says twice as many"
@@ -79,5 +79,5 @@ def test_the_table_of_the_trace(run, shared_data: Path) -> None:
     assert printed == tables()[1], f"copy this into the page:\n{printed}"
     first, _, aged, never = (numbers(line) for line in printed.splitlines()[2:])
     assert aged[5] - first[5] < 10, "others wait longer by less than a level"
-    assert round(never[5] / first[5]) == 2, "without ageing the longest wait doubles"
+    assert round(never[5] / first[5]) == 2, "without ageing the longest wait nearly doubles"
     assert aged[0] / first[0] < 0.3 and 0.7 < aged[2] / first[2] < 0.8, "a quarter; and by only a quarter"

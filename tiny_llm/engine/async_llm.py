@@ -1,4 +1,4 @@
-"""Owns the engine's thread, and the way from asyncio to it and back. Chapter 3.5.
+"""Owns the engine's thread, and the way from asyncio to it and back. Chapter 3.6.
 
 MLX's streams belong to the thread that made them, so one thread loads the model and runs every
 step; requests reach it through a queue, and chunks come back through the event loop of whoever
