@@ -15,6 +15,8 @@ kernel_tests = PATH="$(CURDIR)/.venv/bin:$$PATH" && \
 module_cmake = $$(sed -n 's/^CMAKE_COMMAND:INTERNAL=//p' kernels/cpu/CMakeCache.txt)
 
 MAKEFLAGS += --no-print-directory
+# Tests start hundreds of processes that load the package: they find it compiled, as elsewhere.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # One environment: not to be set up twice at once.
 .NOTPARALLEL:

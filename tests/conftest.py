@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     on a GPU, tests that name no backend run on ``ref``.
     """
     _share_cores()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled
     if not works() or mx.default_device().type != mx.cpu:  # no warning in each test, no trial of GPU kernels
         os.environ.setdefault(VARIABLE, "ref")
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

@@ -20,6 +20,8 @@ from book.course.overlay import QUICK_VARIABLE, VARIABLE, WITHOUT_VARIABLE
 from tiny_llm.errors import ConfigError
 
 _QUIET = ("-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "book.course.report")
+_BARE = ("-x", "--assert=plain", *(f"-pno:{name}" for name in ("unraisableexception", "threadexception")))
+"""Whether they pass is all that is asked: of pytest's start, what tells why a test failed takes a third."""
 SECONDS = 300
 """What a chapter's tests may take: learners' loops do not always end."""
 
@@ -52,7 +54,7 @@ def run_tests(
     }
     arguments = [f"--chapter={it.id}" for it in chapters]
     arguments += [*_QUIET, *dict.fromkeys(test for it in chapters for test in it.tests)]
-    arguments += ["-x"] if first_only else []
+    arguments += _BARE if first_only else []
     arguments += ["-o", f"faulthandler_timeout={seconds / 8:g}"]  # prints where it was, on stderr
     try:
         if forks is not None:

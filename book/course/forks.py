@@ -16,7 +16,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_LOADED = ("mlx.core", "mlx.nn", "numpy", "hypothesis.strategies", "pytest", "tokenizers", "typer.testing")
+_LOADED = (
+    *("mlx.core", "mlx.nn", "numpy", "hypothesis.strategies", "pytest", "tokenizers", "typer.testing"),
+    *("huggingface_hub", "jinja2.sandbox", "llguidance", "msgspec", "rich.console"),
+)
 """What the tests of chapters import of others. Nothing that starts a thread: a fork would not have it."""
 
 
