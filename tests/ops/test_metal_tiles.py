@@ -193,7 +193,7 @@ def test_loads_of_a_decode_row_are_wide(where: str) -> None:
 
 @pytest.mark.parametrize("name", ["ref", "cpu", "cuda"])
 def test_only_metal_has_tiles(name: str) -> None:
-    assert not matmul_tiles_keep_bits(name) and not attention.attention_tiles_keep_bits(name)
+    assert not matmul_tiles_keep_bits(name) and not attention.attention_tiles_keep_bits(name, scaled=False)
 
 
 Case = tuple[mx.array, mx.array, mx.array, Pool, Pages]
@@ -297,7 +297,7 @@ def test_a_prompt_has_the_same_bits_whole_or_in_chunks(dtype: mx.Dtype, int8: bo
 def test_pages_are_read_once_for_all_queries_of_a_tile(where: str) -> None:
     if where != "metalsim":
         pytest.skip("what runs is seen in the simulator alone")
-    assert attention.attention_tiles_keep_bits(where)
+    assert attention.attention_tiles_keep_bits(where, scaled=False)
     q, k, v, pool, pages = paged([64], [4], 8, 2, 64, 16, mx.bfloat16)  # 16 pairs for each of the 2 heads
     with metal.watch() as seen:
         paged_attention(q, k, v, pool, pages)

@@ -1,4 +1,4 @@
-"""Owns the step loop: requests in, chunks out, many at a time. Chapter 3.4.
+"""Owns the step loop: requests in, chunks out, many at a time. Chapter 2.9.
 
 One step: the scheduler plans, the runner makes logits of the plan, each row gets a token, text is made
 of it, the scheduler commits. All of it on one thread, the caller's. While a step runs, the next one may

@@ -315,7 +315,7 @@ def tile_fits(size: int, dim: int) -> bool:
 
 
 @cache
-def attention_tiles_keep_bits(backend: str, *, scaled: bool = False) -> bool:
+def attention_tiles_keep_bits(backend: str, *, scaled: bool) -> bool:
     """Whether attention may go by tiles on ``backend``: it has some, and a row keeps the bits it has alone.
 
     Asked of the device, once a process: Apple does not say in which order its matrix instruction sums.
