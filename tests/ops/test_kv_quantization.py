@@ -8,7 +8,7 @@ import pytest
 from tiny_llm.data import Pages
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.kv_pool import KvFormat, Pool
-from tiny_llm.ops.paged_attention import held_ref, kv_write_ref, paged_attention_ref, quantized
+from tiny_llm.ops.paged_attention import blocks_read, kv_write_ref, paged_attention_ref, quantized
 
 pytestmark = pytest.mark.chapter("4.2")
 
@@ -114,7 +114,7 @@ def test_a_row_is_written_where_its_slot_is() -> None:
 def test_pages_without_scales_hold_what_came() -> None:
     k, v = vectors(2, 5), vectors(2, 6)
     pool = kv_write_ref(pool_of(mx.float32), k, v, mx.array([9, 2], mx.int32))
-    own_k, own_v = held_ref(pool, mx.array([2, 0], mx.int32))
+    own_k, own_v = blocks_read(pool, mx.array([2, 0], mx.int32))
     assert mx.array_equal(own_k[mx.array([1, 6])], k) and mx.array_equal(own_v[mx.array([1, 6])], v)
 
 
@@ -122,7 +122,7 @@ def test_what_is_read_back_is_near_in_the_tables_order() -> None:
     k, v = vectors(2 * S, 7, size=50), vectors(2 * S, 8, size=0.1)
     table = mx.array([4, 1], mx.int32)
     slots = mx.concatenate([mx.arange(16, 20), mx.arange(4, 8)]).astype(mx.int32)
-    own_k, own_v = held_ref(kv_write_ref(pool_of(), k, v, slots), table)
+    own_k, own_v = blocks_read(kv_write_ref(pool_of(), k, v, slots), table)
     for got, x in ((own_k, k), (own_v, v)):
         steps, scales = quantized(x)
         unit = scales.astype(mx.float32)[..., None]
@@ -133,7 +133,7 @@ def test_what_is_read_back_is_near_in_the_tables_order() -> None:
 
 def test_large_keys_stay_finite() -> None:
     k = mx.full((1, K, D), 9e4)
-    own_k, _ = held_ref(kv_write_ref(pool_of(), k, k, mx.array([0], mx.int32)), mx.array([0], mx.int32))
+    own_k, _ = blocks_read(kv_write_ref(pool_of(), k, k, mx.array([0], mx.int32)), mx.array([0], mx.int32))
     assert mx.allclose(own_k[:1], k, rtol=1e-2).item(), "no float16 holds 90,000, but a scale of 708 it does"
 
 

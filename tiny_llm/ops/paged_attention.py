@@ -375,12 +375,12 @@ def paged_attention_ref(
         unseen = max(0, offset + 1 - window) // size if window else 0  # blocks
         table = pages.block_tables[b, unseen : -(-length // size)]
         length, offset = length - unseen * size, offset - unseen * size
-        own = (one[:length].astype(q.dtype) for one in held_ref(pool, table))
+        own = (one[:length].astype(q.dtype) for one in blocks_read(pool, table))
         outs.append(windowed_ref(q[start:end], *own, scale=scale, offset=offset, window=window))
     return mx.concatenate(outs), pool
 
 
-def held_ref(pool: Pool, table: mx.array) -> tuple[mx.array, mx.array]:
+def blocks_read(pool: Pool, table: mx.array) -> tuple[mx.array, mx.array]:
     """The keys and values [W * S, K, D] in the blocks ``table`` [W]; int8 times scales is float32."""
     keys, values, *scales = pool
     k, v = _tokens(keys[table].swapaxes(2, 3)), _tokens(values[table])
