@@ -17,7 +17,7 @@ from tiny_llm.data import Plan
 from tiny_llm.decoding import decide
 from tiny_llm.decoding.decide import Decision
 from tiny_llm.decoding.grammar import regex_grammar, schema_grammar
-from tiny_llm.engine import engine as engine_module
+from tiny_llm.engine import open_requests
 from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.engine.settings import EngineSettings, Speculation
 from tiny_llm.kv.block_table import BlockTable
@@ -416,7 +416,7 @@ def test_guesses_change_no_token(
         accepted.extend(len(own) for _, own in found if own and own[-1].row.guesses)
         return found
 
-    monkeypatch.setattr(engine_module, "by_sequence", counted)
+    monkeypatch.setattr(open_requests, "by_sequence", counted)
     assert together(llm, SETTINGS[name], with_predictions(asks, expected, 3)) == expected
     assert len(accepted) > 20 and max(accepted) > 4, "hardly a guess was checked"
 
