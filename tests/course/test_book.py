@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from book.course.manifest import ROOT, read_manifest
-from book.course.workbook import Workbook
+from book.course.workbook import Workbook, in_parts, whole
 
 BOOK = ROOT / "book"
 SITE = BOOK / "site"
@@ -105,8 +105,9 @@ def test_a_mistake_changes_one_place_of_what_is_taught(tmp_path: Path) -> None:
     """What book/chapters says of the code, seen in two seconds: the gates see it too, but take minutes."""
     for chapter in read_manifest().values():
         Workbook(tmp_path / chapter.id).fill(chapter.teaches)
+        texts = {definition: whole(*in_parts(definition)) for definition in chapter.teaches}
         for mutant in chapter.mutants:
-            Workbook(tmp_path / f"{chapter.id}-{mutant.name}").add_mutant(mutant)
+            assert texts[mutant.definition].count(mutant.old) == 1, f"{chapter.id} {mutant.name}"
 
 
 def test_without_npm_it_says_what_to_do(tmp_path: Path) -> None:
