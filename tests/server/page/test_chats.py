@@ -67,7 +67,7 @@ def test_a_conversation_outlives_a_reload_and_goes_on(visit: Visit) -> None:
 
 def test_a_reload_in_mid_answer_keeps_what_there_is(visit: Visit) -> None:
     page = visit.page
-    saying(page, "on and on " * 60)
+    saying(page, "on and on " * 200)
     write(page, "Go on.")
     expect(answer(page).locator(".text").last).to_contain_text("on and on")
     page.reload()
