@@ -5,25 +5,18 @@ python book/experiments/batching.py [--mistakes] [--svg book/docs/img/batching.s
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
-from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
-from command_line import parser_of
+from by_mistakes import show, told_with
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.data import Advance, Plan, Sequence
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.trace import Trace
@@ -230,15 +223,8 @@ def story() -> str:
 def mistakes() -> str:
     """The story with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<29}  wrong  steps  computed"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["2.9"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<29} {done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "2.9", SHOWN):
+        lines.append(f"{name:<29} {told}")
     return "\n".join(lines)
 
 
@@ -299,16 +285,7 @@ def drawn(trace: FirstSequences, top: int) -> Iterator[str]:
 
 def main() -> None:
     """Print the table, and draw."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--mistakes", action="store_true")
-    parser.add_argument("--story", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mistakes or arguments.story:
-        print(mistakes() if arguments.mistakes else story())
-        return
-    print(table())
-    if arguments.svg:
-        arguments.svg.write_text(picture(), encoding="utf-8")
+    show(__doc__, table, picture, mistakes, story)
 
 
 if __name__ == "__main__":

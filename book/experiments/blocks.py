@@ -5,20 +5,13 @@ python book/experiments/blocks.py [--mistakes] [--svg book/docs/img/blocks.svg]
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
-from command_line import parser_of
+from by_mistakes import show, told_with
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.planning.simulation.contiguous import ContiguousBlocks
@@ -213,15 +206,8 @@ class Story:
 def mistakes() -> str:
     """The story with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<24}  wrong   copied   lost"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["3.1"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<24} {done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "3.1", SHOWN):
+        lines.append(f"{name:<24} {told}")
     return "\n".join(lines)
 
 
@@ -261,18 +247,7 @@ def drawn(manager: BlockManager, running: Sequence[Running]) -> Mapping[str, lis
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--mistakes", action="store_true")
-    parser.add_argument("--story", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mistakes or arguments.story:
-        print(mistakes() if arguments.mistakes else Story().told())
-        return
-    print(pool_table())
-    print()
-    print(fork_table())
-    if arguments.svg:
-        arguments.svg.write_text(picture(), encoding="utf-8")
+    show(__doc__, lambda: f"{pool_table()}\n\n{fork_table()}", picture, mistakes, lambda: Story().told())
 
 
 if __name__ == "__main__":

@@ -5,20 +5,13 @@ python book/experiments/chunks.py [--mistakes] [--svg book/docs/img/chunks.svg]
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
 from math import inf
-from pathlib import Path
 from typing import NamedTuple
 
-from command_line import parser_of
+from by_mistakes import show, told_with
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm import data
 from tiny_llm.data import Advance, Plan, StepCosts
 from tiny_llm.kv.blocks import BlockManager
@@ -138,15 +131,8 @@ def told(one: Run) -> str:
 def mistakes() -> str:
     """The story with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<24} longest gap  30,000 wait  beside 400"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["2.10"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<24} {done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "2.10", SHOWN):
+        lines.append(f"{name:<24} {told}")
     return "\n".join(lines)
 
 
@@ -195,16 +181,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--mistakes", action="store_true")
-    parser.add_argument("--story", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mistakes or arguments.story:
-        print(mistakes() if arguments.mistakes else story())
-        return
-    print(tables())
-    if arguments.svg:
-        arguments.svg.write_text(picture(), encoding="utf-8")
+    show(__doc__, tables, picture, mistakes, story)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,9 @@ python book/experiments/experts.py --mistakes
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import mlx.core as mx
-from command_line import parser_of
+from by_mistakes import show, told_with
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.config import ModelConfig, Quantization
 from tiny_llm.models.footprint import read_bytes
 from tiny_llm.ops.experts import Routing, by_expert, experts_mlx, route_ref
@@ -103,15 +95,8 @@ def story() -> str:
 def mistakes() -> str:
     """The same with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<23} {'one':>9} {'normed':>9} {'not':>9} {'corrected':>9}"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["3.3"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<23}{done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "3.3", SHOWN):
+        lines.append(f"{name:<23}{told}")
     return "\n".join(lines)
 
 
@@ -165,16 +150,7 @@ def cell(x: int, y: int, colour: str, text: str) -> str:
 
 def main() -> None:
     """Print a table, and draw."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--mistakes", action="store_true")
-    parser.add_argument("--story", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mistakes or arguments.story:
-        print(mistakes() if arguments.mistakes else story())
-        return
-    print(table())
-    if arguments.svg:
-        arguments.svg.write_text(picture(), encoding="utf-8")
+    show(__doc__, table, picture, mistakes, story)
 
 
 if __name__ == "__main__":

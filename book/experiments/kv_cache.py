@@ -5,10 +5,6 @@ python book/experiments/kv_cache.py [--mistakes | --say] [--svg book/docs/img/kv
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -16,10 +12,10 @@ from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
+from by_mistakes import told_with
 from command_line import parser_of
 
 from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.data import Batch, KVCache, SamplingParams
 from tiny_llm.decoding.generate import Forward, generate, generate_without_cache, one_sequence, prefill
 from tiny_llm.kv.dense import DenseCache
@@ -64,15 +60,9 @@ def said() -> str:
 def mistakes() -> str:
     """What it answers with the chapter's first mistakes, every one in a process of its own."""
     lines = [f"{'mistake':<24} {ASKED}"]
-    for mutant in (None, *read_manifest()["2.1"].mutants[:SHOWN]):
-        with tempfile.TemporaryDirectory() as folder:
-            if mutant is not None:
-                Workbook(Path(folder)).add_mutant(mutant)
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--say"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        answer = " ".join((done.stdout.strip() or done.stderr.strip().splitlines()[-1]).split())
-        lines.append(f"{mutant.name if mutant else '(none)':<24} {answer}")
+    shown = [mutant.name for mutant in read_manifest()["2.1"].mutants[:SHOWN]]
+    for name, told in told_with(__file__, "2.1", shown, "--say"):
+        lines.append(f"{name:<24} {' '.join(told.split())}")
     return "\n".join(lines)
 
 

@@ -8,11 +8,8 @@ python book/experiments/prefix_caching.py [--trace FILE] [--mistakes] [--svg boo
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapify, heapreplace
@@ -20,10 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from by_mistakes import told_with
 from command_line import parser_of
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.prefix import chain, encode, root
@@ -197,15 +193,8 @@ class Story:
 def mistakes() -> Iterator[str]:
     """The story with mistakes of this chapter, each in a process of its own."""
     yield f"{'mistake':<29} found  wrong   used"
-    mutants = {mutant.name: mutant for mutant in read_manifest()["4.1"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            for one in name.split(" + ") if name in SHOWN else ():
-                Workbook(Path(folder)).add_mutant(mutants[one])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        yield f"{name:<28} {done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}"
+    for name, told in told_with(__file__, "4.1", SHOWN):
+        yield f"{name:<28} {told}"
 
 
 DRAWN = (

@@ -6,18 +6,13 @@ python book/experiments/scheduler.py [--mistakes] [--svg book/docs/img/scheduler
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
 
+from by_mistakes import told_with
 from command_line import parser_of
 
-from book.course.manifest import read_manifest
-from book.course.workbook import Workbook
 from tiny_llm.data import Plan
 from tiny_llm.planning.simulation.costs import costs_of
 from tiny_llm.planning.simulation.engine import Going, SimulatedEngine
@@ -106,15 +101,8 @@ def story() -> str:
 def mistakes() -> str:
     """The rush with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<23}  urgent  others  gave way   again   all done"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["3.5"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<23}{done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "3.5", SHOWN):
+        lines.append(f"{name:<23}{told}")
     return "\n".join(lines)
 
 

@@ -5,22 +5,16 @@ python book/experiments/speculation.py [--mistakes] [--svg book/docs/img/specula
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import subprocess
-import sys
-import tempfile
 from array import array
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, cast
 
-from command_line import parser_of
+from by_mistakes import show, told_with
 
-from book.course.manifest import ROOT, read_manifest
-from book.course.workbook import Workbook
+from book.course.manifest import ROOT
 from tiny_llm.data import Sequence, StepCosts
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.decoding.decide import Decision, Row, _guessed_right
@@ -160,15 +154,8 @@ def story() -> str:
 def mistakes() -> str:
     """The story with mistakes of this chapter, each in a process of its own."""
     lines = [f"{'mistake':<26}  wrong   tokens a step   believed"]
-    mutants = {mutant.name: mutant for mutant in read_manifest()["2.11"].mutants}
-    for name in ("(none)", *SHOWN):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in mutants:
-                Workbook(Path(folder)).add_mutant(mutants[name])
-            environment = {**os.environ, "TINY_LLM_COURSE": folder}
-            command = [sys.executable, __file__, "--story"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines.append(f"{name:<26} {done.stdout.rstrip() or done.stderr.strip().splitlines()[-1]}")
+    for name, told in told_with(__file__, "2.11", SHOWN):
+        lines.append(f"{name:<26} {told}")
     return "\n".join(lines)
 
 
@@ -206,16 +193,7 @@ def picture() -> str:
 
 def main() -> None:
     """Print the tables, and draw."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--mistakes", action="store_true")
-    parser.add_argument("--story", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mistakes or arguments.story:
-        print(mistakes() if arguments.mistakes else story())
-        return
-    print(table())
-    if arguments.svg:
-        arguments.svg.write_text(picture(), encoding="utf-8")
+    show(__doc__, table, picture, mistakes, story)
 
 
 if __name__ == "__main__":
