@@ -21,7 +21,7 @@ def text() -> str:
 
 def tables() -> list[str]:
     """What the page says that its experiment prints."""
-    return re.findall(r"^python book\S+.*\n```\n\n```text\n(.*?)^```$", text(), re.S | re.M)
+    return re.findall(r"^python book[^\n]+\n```\n\n```text\n(.*?)^```$", text(), re.S | re.M)
 
 
 def states(pattern: str) -> list[State]:

@@ -179,6 +179,10 @@ def test_a_mask_has_a_byte_a_token() -> None:
     assert not any(mask_ref(frozenset(), VOCABULARY, [END])), "nothing is left, not even the end"
 
 
+def test_tokens_that_spell_the_same_are_alike() -> None:
+    assert mask_ref(state_of("ab|c"), [b"a", b"b", b"a", b"c", b"a"], []) == bytes([255, 0, 255, 255, 255])
+
+
 def test_the_end_is_allowed_where_the_text_may_end() -> None:
     ends = [b"a", b"", b"b", b"ab"]
     assert mask_ref(state_of("a?"), ends, [1, 2]) == bytes([255, 255, 255, 0]), (
@@ -186,6 +190,7 @@ def test_the_end_is_allowed_where_the_text_may_end() -> None:
     )
     assert mask_ref(state_of("ab?"), ends, [1, 2]) == bytes([255, 0, 0, 255])
     assert mask_ref(state_of("ab?", "a"), ends, [1]) == bytes([0, 255, 255, 0]), "and what goes on, as well"
+    assert mask_ref(state_of("ab"), [b"a", b"a"], [1]) == bytes([255, 0]), "its own text is none"
     assert mask_ref(state_of("a?"), ends, []) == bytes([255, 0, 0, 0])
 
 

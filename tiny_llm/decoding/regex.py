@@ -95,11 +95,11 @@ def opened(rests: Iterable[Rest]) -> State:
         if rest in seen:
             continue
         seen.add(rest)
-        match rest:
-            case (Choice(options), *tail):
-                left += [(*option, *tail) for option in options]
-            case (Star(body), *tail):
-                left += [tuple(tail), body + rest]
+        match rest[:1]:
+            case (Choice(options),):
+                left += [option + rest[1:] for option in options]
+            case (Star(body),):
+                left += [rest[1:], body + rest]
     return frozenset(rest for rest in seen if not rest or isinstance(rest[0], frozenset))
 
 
