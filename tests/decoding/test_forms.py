@@ -166,9 +166,9 @@ def test_behind_its_end_a_form_is_told_nothing() -> None:
 
 def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
     for size in (len(VOCABULARY), 256, 100):
-        place, _ = watched("a+", size)
+        (place, _), (whole, _) = watched("[a-c]+", size), watched("[a-c]+")
         mask = place([])
-        assert isinstance(mask, bytes) and len(mask) == size and mask[97]
+        assert isinstance(mask, bytes) and mask == whole([])[:size] and mask[97]
 
 
 def test_the_end_waits_for_what_is_complete() -> None:
@@ -181,6 +181,28 @@ def test_where_the_library_gives_up_the_answer_hears_of_it() -> None:
     place, _ = watched("ab")
     with pytest.raises(ValueError):
         place(ids("no"))
+
+
+def test_the_library_may_give_up_over_a_mask() -> None:
+    class Failing(Watched):
+        failed = False
+
+        def compute_logit_bias(self) -> bytes:
+            """A mask, and a fault."""
+            self.failed = True
+            return bytes(len(VOCABULARY))
+
+        def is_error(self) -> bool:
+            """Whether it has failed."""
+            return self.failed
+
+        def get_error(self) -> str:
+            """What the library says of a form that grows."""
+            return "Too many items (limit 2000)\n<state>"
+
+    place = GrammarConstraint(cast(LLMatcher, Failing("ab")), len(VOCABULARY), [END])
+    with pytest.raises(ValueError, match="it is too complex"):
+        place([])
 
 
 def test_guesses_are_counted_up_to_the_first_that_cannot_come() -> None:
@@ -200,6 +222,12 @@ def test_guesses_come_behind_what_has_not_been_told_yet() -> None:
     assert place.count_allowed(ids("ab", "a", "a"), ids("b")) == 0, (
         "what cannot come itself has nothing behind"
     )
+
+
+def test_what_has_been_told_is_not_told_again() -> None:
+    place, _ = watched("ab(ba)?c")
+    place(ids("ab"))
+    assert place.count_allowed(ids("ab", "b"), ids("a", "c")) == 2
 
 
 def test_to_count_moves_nothing() -> None:
