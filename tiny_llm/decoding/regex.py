@@ -126,7 +126,7 @@ def mask_ref(state: State, vocabulary: Sequence[bytes], end_ids: Collection[int]
 def constraint_ref(
     pattern: str, vocabulary: Sequence[bytes], end_ids: Collection[int]
 ) -> Callable[[], Constraint]:
-    """A ``SamplingParams.constraint``: answers that ``pattern`` matches whole. A mask is made once a state."""
+    """A ``SamplingParams.constraint``: answers that ``pattern`` matches. A mask is made once a state."""
     start = opened([parsed(pattern)])
     kept: dict[State, bytes] = {}
 
