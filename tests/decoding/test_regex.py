@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from tiny_llm.decoding.regex import (
-    Choice,
+    OneOf,
     Star,
     State,
     after,
@@ -76,17 +76,17 @@ def names(mask: bytes) -> set[bytes]:
 def test_the_last_item_is_repeated() -> None:
     assert repeated((A, B), "*") == (A, Star((B,)))
     assert repeated((A, B), "+") == (A, B, Star((B,))), "once, and then any number of times"
-    group = Choice(((A, B), ()))
+    group = OneOf(((A, B), ()))
     assert repeated((group,), "*") == (Star((group,)),) and repeated((group,), "+") == (group, Star((group,)))
     assert opened([repeated((B,), "?")]) == {(B,), ()}, "perhaps"
     assert after(opened([repeated((A, B), "?")]), b"a") == {(B,), ()}, "only the last one"
 
 
 def test_a_choice_is_taken_in_each_way() -> None:
-    assert opened([(Choice(((A, B), (C,))), A)]) == {(A, B, A), (C, A)}
-    assert opened([(Choice(((A,), ())), B)]) == {(A, B), (B,)}, "an option without items is passed by"
-    assert opened([(Choice(((Choice(((A,), (B,))), C), ())),)]) == {(A, C), (B, C), ()}, "choices in choices"
-    assert opened([(Choice(()), A)]) == frozenset(), "without an option nothing is left"
+    assert opened([(OneOf(((A, B), (C,))), A)]) == {(A, B, A), (C, A)}
+    assert opened([(OneOf(((A,), ())), B)]) == {(A, B), (B,)}, "an option without items is passed by"
+    assert opened([(OneOf(((OneOf(((A,), (B,))), C), ())),)]) == {(A, C), (B, C), ()}, "choices in choices"
+    assert opened([(OneOf(()), A)]) == frozenset(), "without an option nothing is left"
 
 
 def test_a_star_is_entered_and_passed_by() -> None:
@@ -101,14 +101,14 @@ def test_a_star_is_entered_and_passed_by() -> None:
 
 def test_what_begins_with_a_byte_stays_as_it_is() -> None:
     assert opened([(A, Star((B,))), ()]) == {(A, Star((B,))), ()} and opened([]) == frozenset()
-    assert opened([(A,), (Choice(((B,), (A,))),)]) == {(A,), (B,)}, "all of them, each once"
+    assert opened([(A,), (OneOf(((B,), (A,))),)]) == {(A,), (B,)}, "all of them, each once"
 
 
 def test_a_star_of_what_may_be_nothing_comes_to_an_end() -> None:
     with soon():
         inner = Star((A,))
         assert opened([(Star((inner,)), B)]) == {(A, inner, Star((inner,)), B), (B,)}
-        perhaps = Choice(((A,), ()))
+        perhaps = OneOf(((A,), ()))
         assert opened([(Star((perhaps,)),)]) == {(A, Star((perhaps,))), ()}
 
 

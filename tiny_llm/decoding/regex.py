@@ -15,7 +15,7 @@ from tiny_llm.sampling_params import Constraint
 _SIGN = re.compile(r"\[(?:\\.|[^][\\])+\]|\\.|.", re.S)
 _REPEATS, _UNKNOWN = "*+?", "[].^$)\\{}"
 
-Item: TypeAlias = "frozenset[int] | Choice | Star"
+Item: TypeAlias = "frozenset[int] | OneOf | Star"
 """A set of bytes stands for one byte of it."""
 Rest: TypeAlias = "tuple[Item, ...]"
 """What is left of a pattern: items, one behind the other."""
@@ -24,7 +24,7 @@ State: TypeAlias = "frozenset[Rest]"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class OneOf:
     """An item: one of ``options``."""
 
     options: tuple[Rest, ...]
@@ -51,18 +51,18 @@ def parsed(pattern: str) -> Rest:
             options.append(())
         elif sign == ")" and len(groups) > 1:
             groups.pop()
-            groups[-1][-1] += (Choice(tuple(options)),)
+            groups[-1][-1] += (OneOf(tuple(options)),)
         elif sign in (*_REPEATS, *_UNKNOWN) or sign[:2] == "[^" or re.search(r"\\\w", sign):
             raise ValueError(f"{sign!r} is not known here, in {pattern!r}.")
         else:
-            options[-1] += (_one_of(sign),)
+            options[-1] += (_characters(sign),)
         before = sign
     if len(groups) > 1:
         raise ValueError(f"A group does not end in {pattern!r}.")
-    return (Choice(tuple(groups[0])),)
+    return (OneOf(tuple(groups[0])),)
 
 
-def _one_of(sign: str) -> Item:
+def _characters(sign: str) -> Item:
     """A character, or one of a class: all that are one byte make one set."""
     ranges = re.findall(r"(\\.|.)(?:-(\\.|.))?", sign[1:-1] if len(sign) > 2 else sign, re.S)
     spans = [range(ord(first[-1]), ord((last or first)[-1]) + 1) for first, last in ranges]
@@ -71,7 +71,7 @@ def _one_of(sign: str) -> Item:
     codes = {code for span in spans for code in span}
     longer = [tuple(frozenset([byte]) for byte in chr(code).encode()) for code in codes if code > 127]
     short = frozenset(code for code in codes if code <= 127)
-    return Choice(((short,), *longer) if short else tuple(longer)) if longer else short
+    return OneOf(((short,), *longer) if short else tuple(longer)) if longer else short
 
 
 def repeated(rest: Rest, sign: str) -> Rest:
@@ -83,7 +83,7 @@ def repeated(rest: Rest, sign: str) -> Rest:
         case "+":
             return (*rest, Star((last,)))
         case _:
-            return (*before, Choice(((last,), ())))
+            return (*before, OneOf(((last,), ())))
 
 
 def opened(rests: Iterable[Rest]) -> State:
@@ -96,7 +96,7 @@ def opened(rests: Iterable[Rest]) -> State:
             continue
         seen.add(rest)
         match rest[:1]:
-            case (Choice(options),):
+            case (OneOf(options),):
                 left += [option + rest[1:] for option in options]
             case (Star(body),):
                 left += [rest[1:], body + rest]
