@@ -12,9 +12,8 @@ from tiny_llm.agent.action import Actions, Prepared
 from tiny_llm.agent.calculator import calculator
 from tiny_llm.agent.command import CommandLimits, can_isolate, command_tool
 from tiny_llm.agent.files import file_tools
-from tiny_llm.agent.history import RunHistory
+from tiny_llm.agent.history import Proposal, RunHistory
 from tiny_llm.agent.loop import Agent, Budget, begin
-from tiny_llm.agent.model import Proposal
 from tiny_llm.agent.receipts import Log, Record
 from tiny_llm.agent.results import Results
 from tiny_llm.agent.workspace import Workspace

@@ -12,9 +12,9 @@ from tiny_llm.agent.action import Actions, AgentTool, Outcome, Prepared
 from tiny_llm.agent.calculator import calculator
 from tiny_llm.agent.command import CommandLimits, command_tool
 from tiny_llm.agent.files import file_tools
-from tiny_llm.agent.history import RunHistory, RunStep
+from tiny_llm.agent.history import RunHistory, RunStep, turns, unmarked
 from tiny_llm.agent.loop import Agent, Budget, begin
-from tiny_llm.agent.model import EngineModel, turns, unmarked
+from tiny_llm.agent.model import EngineModel
 from tiny_llm.agent.receipts import Log
 from tiny_llm.agent.workspace import Workspace
 from tiny_llm.engine.llm import LLM

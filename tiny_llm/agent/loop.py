@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tiny_llm.agent.action import Actions, AgentTool, Outcome, Prepared
-from tiny_llm.agent.history import RunHistory, RunStep
-from tiny_llm.agent.model import Proposal, Proposing
+from tiny_llm.agent.history import Proposal, Proposing, RunHistory, RunStep
 from tiny_llm.agent.receipts import Log, Record
 from tiny_llm.agent.results import Results, shortened
 from tiny_llm.errors import RequestError

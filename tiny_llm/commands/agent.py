@@ -19,9 +19,10 @@ from tiny_llm.agent.calculator import calculator
 from tiny_llm.agent.command import CommandLimits, command_tool, run
 from tiny_llm.agent.files import file_tools
 from tiny_llm.agent.fork import Start, keep, try_ways
+from tiny_llm.agent.history import Proposing
 from tiny_llm.agent.loop import Agent, Budget, begin
 from tiny_llm.agent.mcp_tools import McpServer
-from tiny_llm.agent.model import EngineModel, Proposing, ServerModel
+from tiny_llm.agent.model import EngineModel, ServerModel
 from tiny_llm.agent.receipts import LOG, Log
 from tiny_llm.agent.results import Results
 from tiny_llm.agent.terminal import Terminal
