@@ -18,7 +18,7 @@ from pathlib import Path
 
 _LOADED = (
     *("mlx.core", "mlx.nn", "numpy", "hypothesis.strategies", "pytest", "tokenizers", "typer.testing"),
-    *("huggingface_hub", "jinja2.sandbox", "llguidance", "msgspec", "rich.console"),
+    *("fastapi", "huggingface_hub", "jinja2.sandbox", "llguidance", "msgspec", "rich.console"),
 )
 """What the tests of chapters import of others. Nothing that starts a thread: a fork would not have it."""
 
