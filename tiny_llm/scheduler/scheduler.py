@@ -446,12 +446,9 @@ class Scheduler:
         self._answers -= entry.answers - 1
         entry.answers = 1
         for fork in forks:
-            assert fork.seq_id not in self._entries
-            child = replace(seq, id=fork.seq_id, tokens=seq.tokens[:], cached_tokens=0)
-            child.tokens.extend(fork.tokens)
+            branch = self._branch(entry, fork)
+            child, table = branch.seq, branch.table
             children.append(child)
-            table = self.blocks.fork(entry.table, seq.num_computed_tokens)
-            branch = Place(child, table, self.settings.ageing_s, 1)
             self._enter(branch)
             has_place = self.num_running < self.settings.max_num_seqs or fork.finish_reason
             if seq.status == "running" and has_place:
@@ -463,6 +460,14 @@ class Scheduler:
             if fork.finish_reason:
                 self._end(branch, fork.finish_reason)
         return children
+
+    def _branch(self, entry: Place, fork: Advance) -> Place:
+        """A place for a fork's sequence: ``entry``'s tokens and the fork's own, in the same blocks."""
+        assert fork.seq_id not in self._entries
+        child = replace(entry.seq, id=fork.seq_id, tokens=entry.seq.tokens[:], cached_tokens=0)
+        child.tokens.extend(fork.tokens)
+        table = self.blocks.fork(entry.table, child.num_computed_tokens)
+        return Place(child, table, self.settings.ageing_s, answers=1)
 
     def _enter(self, entry: Place) -> None:
         self._entries[entry.seq.id] = entry
