@@ -51,7 +51,7 @@ class BeamSearch:
         """
         width, beams, parts = self._params.width, list[Answer](), dict[int, list[Advance]]()
         for rank, (score, beam, token) in enumerate(self._best_continuations()):
-            if rank >= width and len(beams) == width:
+            if len(beams) == width:
                 break
             grown = self._grown(beam, token, score)
             if grown.ended and rank < width:
