@@ -132,15 +132,6 @@ def width_table() -> str:
     return "\n".join(lines)
 
 
-class Forks(NamedTuple):
-    """What a search took: most blocks at once, blocks copied, forks, tokens that copies of whole beams have."""
-
-    most: int
-    copied: int
-    forks: int
-    tokens: int
-
-
 class Served:
     """Searches over a real scheduler and real blocks, and what every slot of the pool holds."""
 

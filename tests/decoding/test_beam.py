@@ -221,17 +221,23 @@ def test_what_is_impossible_is_no_continuation() -> None:
     assert [token for _, _, token in search._best_continuations()] == [2]
 
 
+def test_scores_that_are_nearly_equal_are_not() -> None:
+    search = BeamSearch(begun(BeamParams(width=2, max_tokens=9)))
+    search._likeliest[10] = {1: -1.0, 2: -1.0 + 1e-9, 3: -1.0 + 1e-6}
+    assert [token for _, _, token in search._best_continuations()] == [3, 2, 1]
+
+
 def test_of_equal_scores_the_better_beam_goes_first() -> None:
     """And of one beam the token that it names first. All sums here are exact."""
     search, numbers = BeamSearch(begun(BeamParams(width=2, max_tokens=9))), count(11)
     search.take(offered(search.beams[0], {1: -1.0, 2: -2.0}))
     search.advance(numbers)
-    search._likeliest = {10: {4: -2.0, 3: -2.0}, 11: {2: -1.0, 0: -1.0}}
+    search._likeliest = {10: {4: -2.0, 3: -2.0}, 11: {0: -1.0, 2: -1.0}}
     assert [(beam.seq_id, token) for _, beam, token in search._best_continuations()] == [
         (10, 4),
         (10, 3),
-        (11, 2),
         (11, 0),
+        (11, 2),
     ]
     assert search.advance(numbers) == [Advance(10, (4,), None, (Advance(12, (3,)),))]
 
@@ -254,11 +260,11 @@ def test_a_first_continuation_stays_where_it_is() -> None:
         "a beam that others come of is not changed"
     )
     assert not search._likeliest and not search.is_ready, "what was said of the last token holds no more"
-    for beam, likeliest in zip(search.beams, ({1: -8.0}, {1: -0.5, 2: -1.0}, {4: -0.25}), strict=True):
+    for beam, likeliest in zip(search.beams, ({1: -8.0}, {1: -1.5, 2: -2.0}, {4: -0.25}), strict=True):
         assert not search.is_ready
         search.take(offered(beam, likeliest))
-    assert search.advance(numbers) == [Advance(11, (1,), None, (Advance(13, (2,)),)), Advance(12, (4,))]
-    assert [(b.seq_id, b.token_ids) for b in search.beams] == [(11, [2, 1]), (13, [2, 2]), (12, [3, 4])]
+    assert search.advance(numbers) == [Advance(12, (4,)), Advance(11, (1,), None, (Advance(13, (2,)),))]
+    assert [(b.seq_id, b.token_ids) for b in search.beams] == [(12, [3, 4]), (11, [2, 1]), (13, [2, 2])]
     assert next(numbers) == 14, "a number is taken for a fork and for nothing else"
 
 
@@ -344,6 +350,7 @@ def ended_at(scores: list[float], params: BeamParams, *, best: float, length: in
         (False, 0.0, -1.9, False),
         (False, 0.0, -2.1, True),
         (False, -1.0, -0.6, True),  # times 4
+        (False, -1.0, -0.4, False),
         ("never", 1.0, -8.1, False),  # at 10 tokens it could be -0.81
         ("never", 1.0, -19.9, False),
         ("never", 1.0, -20.1, True),
@@ -380,6 +387,15 @@ def test_a_beam_with_nothing_left_dies_alone() -> None:
     search.take(offered(search.beams[0], None, NOTHING_LEFT))
     assert search.advance(numbers) == [] and search.is_over
     assert search.error == NOTHING_LEFT, "all have died, and nothing is found"
+
+
+@pytest.mark.parametrize("known", [None, "a fault"])
+def test_one_beam_with_nothing_left(known: str | None) -> None:
+    """An error that is there already is the one that is told."""
+    search = BeamSearch(begun(BeamParams(width=1, max_tokens=9)))
+    search.take(offered(search.beams[0], None, NOTHING_LEFT))
+    search.error = known
+    assert search.advance(count(11)) == [] and search.error == (known or NOTHING_LEFT)
 
 
 def test_who_found_something_is_without_error_when_all_beams_die() -> None:
@@ -423,7 +439,8 @@ def test_only_so_many_answers_as_were_asked_for() -> None:
         (-inf, 0, "a fault"),
         (-inf, 1, "a fault"),
     ]
-    assert answers[0] is not answers[1] and empty._empty.score == 0.0
+    assert [one.seq_id for one in answers] == [10, 10] and answers[0] is not answers[1]
+    assert empty._empty.score == 0.0
 
 
 @pytest.mark.parametrize("rule", [True, False, "never"])
@@ -452,16 +469,17 @@ def test_wide_enough_it_finds_the_likeliest_of_all() -> None:
 
 
 def test_a_branch_has_its_own_tokens_and_the_same_blocks() -> None:
-    """It goes on where the other one is, whose newest token is not computed yet."""
+    """It goes on where the other one is, two of whose tokens are not computed yet."""
     scheduler = Scheduler(BlockManager(4, 20), SchedulerSettings(ageing_s=100.0))
-    parent = Sequence(10, array("i", PROMPT), BeamParams(), 3, 50.0, 900.0, "salt", prompt_len=2)
+    tokens = array("i", [7, 8, 9, 8, 7])
+    parent = Sequence(10, tokens, BeamParams(), 3, 50.0, 900.0, "salt", prompt_len=2)
     table = scheduler.blocks.table("salt")
     assert scheduler.blocks.allocate(table, parent.tokens) == 0
     scheduler.blocks.reserve(table, 3, 9)
     parent = replace(parent, num_computed_tokens=3, cached_tokens=2, status="running")
     entry = Place(parent, table, 100.0, 4)
     branch = scheduler._branch(entry, Advance(11, (5, 6)))
-    assert parent.tokens.tolist() == PROMPT and branch.seq.tokens.tolist() == [*PROMPT, 5, 6]
+    assert parent.tokens.tolist() == [7, 8, 9, 8, 7] and branch.seq.tokens.tolist() == [7, 8, 9, 8, 7, 5, 6]
     own = {"id": 11, "tokens": branch.seq.tokens, "cached_tokens": 0}
     for name in (field.name for field in fields(Sequence)):
         assert getattr(branch.seq, name) == own.get(name, getattr(parent, name)), f"{name} is the other one's"

@@ -120,4 +120,5 @@ class BeamSearch:
         self._found = nlargest(self._params.width, [*self._found, answer], key=lambda one: one.score)
 
     def _finish(self, answer: Answer) -> None:
+        """Make a sum of log-probabilities the answer's final score."""
         answer.score /= max(1, answer.checker.num_tokens) ** self._params.length_penalty
