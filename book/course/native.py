@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from book.course.manifest import ROOT
 from book.course.overlay import QUICK_VARIABLE, VARIABLE, WITHOUT_VARIABLE
@@ -24,6 +25,9 @@ from book.course.sections import merged
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.user_cache import writable
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 CPU = ROOT / "kernels" / "cpu"
 _FLAGS = (
@@ -105,10 +109,18 @@ def _compile(command: list[str], text: str, library: Path) -> None:
 
 
 @cache
-def learners(kernel: str) -> ctypes.CDLL:
-    """The library with this process's learner's parts, as the overlay's variables name them."""
-    without, quick = _without(f"kernels/cpu/{kernel}.cpp"), bool(os.environ.get(QUICK_VARIABLE))
-    return ctypes.CDLL(str(build(kernel, Path(os.environ[VARIABLE]), without, quick=quick)))
+def learners(kernel: str, quick: bool = False) -> ctypes.CDLL:
+    """The library with this process's learner's parts, where they have any: the overlay's variables say."""
+    file, folder = f"kernels/cpu/{kernel}.cpp", Path(os.environ.get(VARIABLE, ""))
+    quick = quick or bool(os.environ.get(QUICK_VARIABLE))
+    own = folder if VARIABLE in os.environ and (folder / file).is_file() else None
+    return ctypes.CDLL(str(build(kernel, own, _without(file), quick=quick)))
+
+
+def pointers(arrays: Sequence[mx.array | None]) -> list[Any]:
+    """Where the numbers of each array lie, for a library's function; None is null. All must be evaluated."""
+    views = [None if it is None else ctypes.c_char.from_buffer(memoryview(cast(Any, it))) for it in arrays]
+    return [None if view is None else ctypes.byref(view) for view in views]
 
 
 def with_learners_parts(file: str, text: str) -> str:

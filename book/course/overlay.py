@@ -27,6 +27,9 @@ BRIDGES: Mapping[str, str] = {
     "tiny_llm.ops.attention": "kernels/cpu/attention.cpp",
     "tiny_llm.ops.metal": "kernels/metal",
     "tiny_llm.ops.quantized_matmul": "kernels/cpu/quantized_rows.cpp",
+    "tiny_llm.ops.rms_norm": "kernels/cpu/rms_norm.cpp",
+    "tiny_llm.ops.rope": "kernels/cpu/rope.cpp",
+    "tiny_llm.ops.swiglu": "kernels/cpu/swiglu.cpp",
 }
 """Modules that a file of ``bridges`` makes run a learner's kernel, where there is that file or folder."""
 

@@ -6,11 +6,18 @@
 namespace tiny_llm::TINY_ISA {
 namespace {
 
-void add(const float* a, const float* b, float* out, int64_t width) {
+// begin 2.7 add_norm_row
+// Row `row` of sum = x + residual, and in out that sum's norm, while it is still near.
+void add_norm_row(const RmsNorm& a, int64_t row) {
+    const int64_t at = row * a.width;
+    const float *x = a.x + at, *residual = a.residual + at;
+    float* sum = a.sum + at;
     int64_t i = 0;
-    for (; i + kWidth <= width; i += kWidth) store(out + i, load(a + i) + load(b + i));
-    for (; i < width; ++i) out[i] = a[i] + b[i];
+    for (; i + kWidth <= a.width; i += kWidth) store(sum + i, load(x + i) + load(residual + i));
+    for (; i < a.width; ++i) sum[i] = x[i] + residual[i];
+    norm_row(sum, a.weight, a.eps, a.width, a.out + at);
 }
+// end 2.7
 
 }  // namespace
 
@@ -18,13 +25,11 @@ void rms_norm(const RmsNorm& a) {
     const int64_t grain = 1 + 16384 / (a.width + 1);
     parallel_for(a.rows, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            const int64_t at = row * a.width;
-            const float* x = a.x + at;
             if (a.residual) {
-                add(x, a.residual + at, a.sum + at, a.width);
-                x = a.sum + at;
+                add_norm_row(a, row);
+            } else {
+                norm_row(a.x + row * a.width, a.weight, a.eps, a.width, a.out + row * a.width);
             }
-            norm_row(x, a.weight, a.eps, a.width, a.out + at);
         }
     });
 }

@@ -40,6 +40,7 @@ void sin_cos(Angles angles, float* sines, float* cosines) {
     store_negated_where(cosines, second, -(((quarter + 1) >> 1) & 1));
 }
 
+// begin 2.7 sines_and_cosines
 // Of position * inv_freq, a float32 product as in the formula. sines and cosines have room for kWidth more.
 void sines_and_cosines(int32_t position, const float* inv_freq, int64_t count, float* sines, float* cosines) {
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -48,7 +49,9 @@ void sines_and_cosines(int32_t position, const float* inv_freq, int64_t count, f
         sin_cos((float)position * frequencies, sines + i, cosines + i);
     }
 }
+// end 2.7
 
+// begin 2.7 turn
 // Turns the pairs (x[i], x[i + half]); out may be x.
 void turn(const float* x, const float* sines, const float* cosines, int64_t half, float* out) {
     int64_t i = 0;
@@ -63,7 +66,10 @@ void turn(const float* x, const float* sines, const float* cosines, int64_t half
         out[half + i] = b * cosines[i] + a * sines[i];
     }
 }
+// end 2.7
 
+// begin 2.7 turn_token
+// All heads of a token, normed if there is a norm, then turned: its angles are made once.
 void turn_token(const Rope& a, int64_t token, float* sines, float* cosines) {
     sines_and_cosines(a.positions[token], a.inv_freq, a.dim / 2, sines, cosines);
     for (const Heads& part : a.parts)
@@ -74,6 +80,7 @@ void turn_token(const Rope& a, int64_t token, float* sines, float* cosines) {
             turn(part.norm ? out : x, sines, cosines, a.dim / 2, out);
         }
 }
+// end 2.7
 
 }  // namespace
 

@@ -6,11 +6,10 @@ The overlay puts these definitions in, and below them whatever the learner's Pyt
 from __future__ import annotations
 
 import ctypes
-from typing import Any, cast
 
 import mlx.core as mx
 
-from book.course.native import learners
+from book.course.native import learners, pointers
 
 _BLOCK, _ALL = 64, 1 << 62
 
@@ -42,9 +41,7 @@ def windowed_ref(
         mx.zeros(q.shape),
     ]
     mx.eval(arrays)
-    places: list[Any] = [
-        ctypes.byref(ctypes.c_char.from_buffer(memoryview(cast(Any, array)))) for array in arrays
-    ]
+    places = pointers(arrays)
     if not scaled:
         places[3:5] = [None, None]
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[0], _BLOCK, seen, window or _ALL)

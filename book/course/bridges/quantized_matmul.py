@@ -6,11 +6,10 @@ The overlay puts these definitions in, and below them whatever the learner's Pyt
 from __future__ import annotations
 
 import ctypes
-from typing import Any, cast
 
 import mlx.core as mx
 
-from book.course.native import learners
+from book.course.native import learners, pointers
 from tiny_llm.data import QuantizedTensor
 
 
@@ -21,9 +20,7 @@ def quantized_matmul_ref(x: mx.array, weight: QuantizedTensor) -> mx.array:
     wide = [mx.contiguous(a.astype(mx.float32)) for a in (x, weight.scales, weight.biases)]
     words, out = mx.contiguous(weight.packed), mx.zeros((x.shape[0], weight.packed.shape[0]))
     mx.eval(wide, words, out)
-    views = [memoryview(cast(Any, a)) for a in (wide[0], words, *wide[1:], out)]
-    arrays = [ctypes.c_char.from_buffer(view) for view in views]
     sizes = map(ctypes.c_int64, (x.shape[0], x.shape[1], out.shape[1]))
     numbers = (*sizes, weight.group_size, weight.bits)
-    learners("quantized_rows").quantized_rows(*map(ctypes.byref, arrays), *numbers)
+    learners("quantized_rows").quantized_rows(*pointers([wide[0], words, *wide[1:], out]), *numbers)
     return out.astype(x.dtype)

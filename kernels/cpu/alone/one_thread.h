@@ -7,8 +7,8 @@
 
 namespace tiny_llm {
 
-void parallel_chunks(int64_t count, int64_t, void (*run)(void*, int64_t, int64_t), void* context) noexcept {
-    if (count > 0) run(context, 0, count);
+void parallel_chunks(int64_t count, int64_t grain, void (*run)(void*, int64_t, int64_t), void* context) noexcept {
+    for (int64_t at = 0; at < count; at += grain) run(context, at, count - at < grain ? count : at + grain);
 }
 
 static size_t held[kScratchSlots];  // bytes

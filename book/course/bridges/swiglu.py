@@ -1,0 +1,21 @@
+"""What ``ops/swiglu.py`` becomes where a learner has a kernels/cpu/swiglu.cpp of their own.
+
+The overlay puts these definitions in, and below them whatever the learner's Python file has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import mlx.core as mx
+
+from book.course.native import learners, pointers
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return ``silu(gate) * up`` by the learner's kernel, at once, in gate's dtype; both [..., F]."""
+    wide = [mx.contiguous(a.astype(mx.float32)) for a in (gate, up)]
+    out = mx.zeros(gate.shape)
+    mx.eval(wide, out)
+    learners("swiglu").swiglu(*pointers([*wide, out]), ctypes.c_int64(out.size))
+    return out.astype(gate.dtype)
