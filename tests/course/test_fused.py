@@ -1,4 +1,4 @@
-"""Chapter 2.7: tables are what the experiment prints, answers are computed, judgements and mistakes as told."""
+"""Chapter 2.7: tables are what the experiment prints, answers are computed, judgements as told."""
 
 from __future__ import annotations
 
