@@ -38,16 +38,21 @@ def of_rank(config: ModelConfig, size: int) -> ModelConfig:
     return config if size == 1 else replace(config, num_heads=heads, num_kv_heads=kv_heads)
 
 
+def head_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, range]:
+    """A rank's rows of ``q_proj``, and those of ``k_proj`` and ``v_proj`` that its queries read."""
+    own, D = of_rank(config, size), config.head_dim
+    queries, keys = own.num_heads * D, own.num_kv_heads * D
+    first = rank * config.num_kv_heads // size * D
+    return range(rank * queries, (rank + 1) * queries), range(first, first + keys)
+
+
 def rank_parts(config: ModelConfig, shapes: Shapes, rank: int, size: int) -> Mapping[str, range]:
     """The rows of each tensor of ``shapes`` of which this rank has some; those it has whole are left out.
 
     Raises ConfigError for a number of ranks that cannot share the model.
     """
     _check(config, size)
-    D, K, own = config.head_dim, config.num_kv_heads, of_rank(config, size)
-    queries = range(rank * own.num_heads * D, (rank + 1) * own.num_heads * D)
-    first = rank * K // size * D
-    keys = range(first, first + own.num_kv_heads * D)
+    queries, keys = head_rows(config, rank, size)
     heads = {"q": queries, "k": keys, "v": keys}
     parts: dict[str, range] = {}
     for name, shape in shapes.items():
@@ -77,25 +82,35 @@ def _divides(config: ModelConfig, size: int) -> bool:
     return H % size == 0 and (K % size == 0 or size % K == 0)
 
 
+def lacking(width: int, ranks: int) -> int:
+    """How many numbers a rank gets from the others to have all ``width`` of a row; each gives as many."""
+    return (ranks - 1) * len(share_of(width, 0, ranks))
+
+
+def layer_lacks(config: ModelFacts, middle: int, ranks: int) -> int:
+    """The same of all that a layer gathers for a token, the MLP's middle having ``middle`` numbers.
+
+    That is attention's output [H D], what is made of it [E], the middle, and the MLP's output [E].
+    """
+    widths = (config.num_heads * config.head_dim, config.hidden_size, middle, config.hidden_size)
+    return sum(lacking(width, ranks) for width in widths)
+
+
 def gathered_bytes(config: ModelFacts, ranks: int, item_bytes: int = 4) -> Gathered:
     """What each of ``ranks`` gets from the others, activations being of ``item_bytes``.
 
-    A layer gathers attention's output [T, H D] and what is made of it [T, E], the MLP's middle [T, F] and its
-    output [T, E]; of experts the middle of all k that a token is sent to, and a shared one has a pair of its
-    own. Of each a rank lacks ``ranks - 1`` parts. Of the embedding [T, E] each rank sends all.
+    Of experts a layer gathers the middle of all k that a token is sent to; a shared one has two gathers
+    more. Of the embedding [T, E] each rank sends all.
     """
-
-    def lacking(width: int) -> int:
-        return item_bytes * (ranks - 1) * -(-width // ranks)
-
-    E, F, L = config.hidden_size, config.intermediate_size, config.num_layers
-    attention = lacking(config.num_heads * config.head_dim) + lacking(E)
+    E, L = config.hidden_size, config.num_layers
     facts = config.experts if isinstance(config, ModelConfig) else None
-    layer, dense, gathers, mixed = attention + lacking(F) + lacking(E), 0, 4 * L, L
+    layer, dense, gathers, mixed = layer_lacks(config, config.intermediate_size, ranks), 0, 4 * L, L
     if facts is not None:
-        mixed, dense = len(facts.layers), attention + lacking(facts.dense_width) + lacking(E)
-        layer = attention + facts.per_token * lacking(facts.width) + lacking(E)
+        mixed, dense = len(facts.layers), layer_lacks(config, facts.dense_width, ranks)
+        layer = layer_lacks(config, facts.width, ranks) + (facts.per_token - 1) * lacking(facts.width, ranks)
         if facts.shared_width:
-            layer, gathers = layer + lacking(facts.shared_width) + lacking(E), gathers + 2 * mixed
-    token = mixed * layer + (L - mixed) * dense + item_bytes * E * (ranks - 1)
-    return Gathered(layer, token, lacking(config.vocab_size), gathers + 2)
+            layer += lacking(facts.shared_width, ranks) + lacking(E, ranks)
+            gathers += 2 * mixed
+    token = mixed * layer + (L - mixed) * dense + E * (ranks - 1)
+    logits = lacking(config.vocab_size, ranks)
+    return Gathered(item_bytes * layer, item_bytes * token, item_bytes * logits, gathers + 2)
