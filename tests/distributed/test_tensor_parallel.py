@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.config import ModelConfig
-from tiny_llm.data import Batch
+from tiny_llm.data import Batch, QuantizedTensor
 from tiny_llm.distributed.group import ALONE, Alone, Group
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.layers.embedding import Embedding
@@ -70,6 +70,7 @@ def test_a_share_may_be_empty() -> None:
     shares = [share_of(5, rank, 4) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 2, 1, 0] and max(share.stop for share in shares) == 5
     assert [row for share in shares for row in share] == list(range(5))
+    assert (shares[3].start, shares[3].stop) == (5, 5), "where rows begin is read from a file, too"
 
 
 def test_heads_are_divided_and_those_of_keys_perhaps_shared() -> None:
@@ -122,8 +123,14 @@ def test_a_row_or_none_can_be_gathered() -> None:
     for rows in (1, 0):
         x = noise(rows, 3)
         assert gathered(x, Told(0, [x, x]), 6).shape == (rows, 6)
+
+
+def test_bits_travel_and_nothing_else() -> None:
     half = noise(2, 3).astype(mx.bfloat16)
-    assert gathered(half, Told(1, [half, half]), 5).dtype == mx.bfloat16
+    assert gathered(half[:, :2], Told(1, [half, half]), 5).dtype == mx.bfloat16, "filled up, too"
+    odd = mx.array([[-0.0, mx.nan, -mx.inf, 1e-40]])
+    got = gathered(odd, Told(0, [odd, odd]), 8)
+    assert got.view(mx.uint32).tolist() == mx.concatenate([odd, odd], axis=1).view(mx.uint32).tolist()
 
 
 def of(x: mx.array, group: Group, width: int) -> mx.array:
@@ -147,6 +154,32 @@ def test_a_map_s_outputs_are_all_there_bit_for_bit(on_ranks: OnRanks, size: int,
         return [mx.array_equal(map_(given), alone).item() for given in (x, of(x, group, 300))]
 
     assert on_ranks(size, "ref", run) == [[True, True]] * size, "from a whole input, and from a part of it"
+
+
+def quantized(weight: mx.array) -> QuantizedTensor:
+    """In 8 bits, with a scale for 32 numbers."""
+    return QuantizedTensor(*mx.quantize(weight, group_size=32, bits=8), 32, 8)
+
+
+@pytest.mark.parametrize("make", [lambda weight: weight.astype(mx.bfloat16), quantized])
+def test_a_map_of_few_bits_gives_the_same_bits(on_ranks: OnRanks, make: Callable[[mx.array], Any]) -> None:
+    weight, x = noise(10, 64), noise(3, 64, seed=1).astype(mx.bfloat16)
+    alone = linear(x, make(weight))
+    mx.eval(alone, weight, x)
+
+    def run(group: Group) -> bool:
+        own = share_of(10, group.rank, 2)
+        given = GatheredLinear(make(weight[own.start : own.stop]), None, group, 10)(of(x, group, 64))
+        return given.dtype == alone.dtype and bool(mx.array_equal(given, alone).item())
+
+    assert on_ranks(2, "ref", run) == [True, True]
+
+
+def test_a_step_may_want_no_logits(on_ranks: OnRanks) -> None:
+    def run(group: Group) -> tuple[int, ...]:
+        return GatheredLinear(noise(3, 8), None, group, 6)(noise(0, 8)).shape
+
+    assert on_ranks(2, "ref", run) == [(0, 6), (0, 6)], "in the middle of a prompt"
 
 
 def test_a_map_takes_heads(on_ranks: OnRanks) -> None:
