@@ -51,6 +51,13 @@ int64_t hidden(const Rows& rows, int64_t row, int64_t key) {
 
 // ---- where a span's keys and values come from
 
+// begin 3.2 block_part
+// Where in a pool's keys, and in its values, key head `head`'s part of block number `block` of a sequence begins.
+int64_t block_part(const KvPool& pool, const int32_t* table, int64_t block, int64_t head) {
+    return (table[block] * pool.heads + head) * pool.dim * pool.block_size;
+}
+// end 3.2
+
 template <class T>
 struct Source {
     const Attend& a;
@@ -59,9 +66,7 @@ struct Source {
     int64_t size() const { return a.pool.block_size; }
     const T* keys(int64_t block) const { return static_cast<const T*>(a.pool.keys) + offset(block); }
     const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
-    int64_t offset(int64_t block) const {
-        return (table[block] * a.pool.heads + head) * a.pool.dim * a.pool.block_size;
-    }
+    int64_t offset(int64_t block) const { return block_part(a.pool, table, block, head); }
     // What the integers of a span are multiples of.
     void widen_scales(const void* scales, int64_t first, float* to) const {
         const int64_t keys = least(kSpan, keys_end - first);
@@ -113,19 +118,25 @@ void pack(const T* from, int64_t rows, int64_t columns, float* to, int64_t heigh
     }
 }
 
+// begin 3.2 gather_span
+// The blocks of the span that starts at key `first`, of which some row sees some key, to panels of floats.
+template <class T>
+void gather_span(const Source<T>& source, int64_t first, float* key_panels, float* value_panels) {
+    const int64_t dim = source.a.pool.dim, size = source.size(), keys = least(kSpan, source.keys_end - first);
+    for (int64_t key = source.hidden_of(first); key < keys; key += size) {
+        pack(source.keys((first + key) / size), dim, size, key_panels, dim, 0, key);
+        pack(source.values((first + key) / size), least(size, keys - key), dim, value_panels, kSpan, key, 0);
+    }
+}
+// end 3.2
+
 // Copied to float, in panels: [keys / kPanel, D, kPanel] and [D / kPanel, kSpan, kPanel].
 template <class T>
 struct Packed : Source<T> {
     static constexpr int64_t kRowsInRegisters = most_rows<float>, kRowsAtOnce = 2 * kRowsInRegisters;
     float *key_panels, *value_panels;
     mutable const float* at[2];  // a panel, and the next
-    void enter(int64_t first) const {
-        const int64_t dim = this->a.pool.dim, size = this->size(), keys = least(kSpan, this->keys_end - first);
-        for (int64_t key = this->hidden_of(first); key < keys; key += size) {
-            pack(this->keys((first + key) / size), dim, size, key_panels, dim, 0, key);
-            pack(this->values((first + key) / size), least(size, keys - key), dim, value_panels, kSpan, key, 0);
-        }
-    }
+    void enter(int64_t first) const { gather_span(*this, first, key_panels, value_panels); }
     int64_t key_unit() const { return kPanel; }
     Right<float> keys_at(int64_t i) const {
         at[0] = key_panels + i * this->a.pool.dim * kPanel, at[1] = at[0] + this->a.pool.dim * kPanel;

@@ -12,12 +12,92 @@
 // what comes in their place is not read.
 // `written` and `read` say nothing: they put this behind the write that it sees, and the next write behind this.
 
+// begin 3.2 first_block
+// The first block that simdgroup `part` of PARTS reads, of a span that begins at token `begin`: its turns are the span's
+// blocks part, part + PARTS, ..., and those of them that lie whole before token `low` are skipped.
+template <int S, int PARTS>
+inline int first_block(int begin, int low, int part) {
+    int unseen = max(0, low / S - begin / S - part + PARTS - 1) / PARTS * PARTS;
+    return begin / S + part + unseen;
+}
+// end 3.2
+
+// begin 3.2 score_tokens
+// The scores of Q queries, of `query` [Q, D], with this lane's tokens of a block, lane + 32 n: its keys lie [D, S] from
+// `keys` on. Tokens outside of [from, end) are not read, and have -INFINITY. Of int8, a score is times its key's unit.
+template <int Q, int S, int D, bool SCALED, typename P, typename U>
+inline void score_tokens(
+    const threadgroup float* query,
+    const device P* keys,
+    U units,
+    int from,
+    int end,
+    int lane,
+    thread float (&scores)[(S + 31) / 32][Q]) {
+    constexpr int STEP = D % 8 == 0 ? 8 : 1;  // elements of a key that are loaded together
+    UNROLL for (int n = 0; n < (S + 31) / 32; n++) {
+        int token = lane + n * 32;
+        bool counts = token >= from && token < end;
+        UNROLL for (int g = 0; g < Q; g++) {
+            scores[n][g] = counts ? 0.0f : -INFINITY;
+        }
+        if (counts) {
+            for (int first = 0; first < D; first += STEP) {
+                float key[STEP];
+                UNROLL for (int d = 0; d < STEP; d++) {
+                    key[d] = static_cast<float>(keys[(first + d) * S + token]);
+                }
+                UNROLL for (int d = 0; d < STEP; d++) {
+                    UNROLL for (int g = 0; g < Q; g++) {
+                        scores[n][g] = fma(query[g * D + first + d], key[d], scores[n][g]);
+                    }
+                }
+            }
+            if (SCALED) {
+                float unit = static_cast<float>(units[token]);
+                UNROLL for (int g = 0; g < Q; g++) {
+                    scores[n][g] *= unit;
+                }
+            }
+        }
+    }
+}
+// end 3.2
+
+// begin 3.2 merge_spans
+// Number d of a row's result for one head: the parts at places order[first] to order[end - 1] become one, one after the
+// other. A part is D sums of values, their largest score and their sum of weights; `shared` has those of the places below
+// `places`, `own` the others. Both lie [places, H, D + 2].
+template <int H, int D>
+inline float merge_spans(
+    const device float* shared,
+    const device float* own,
+    int places,
+    const device int* order,
+    int first,
+    int end,
+    ulong head,
+    int d) {
+    float best = -INFINITY, all = 0.0f, sum = 0.0f;
+    for (int i = first; i < end; i++) {
+        int place = order[i];
+        const device float* part = place < places ? shared : own;
+        part += (ulong(place < places ? place : place - places) * H + head) * (D + 2);
+        float higher = max(best, part[D]);
+        float kept = metal::precise::exp(best - higher), added = metal::precise::exp(part[D] - higher);
+        all = all * kept + added * part[D + 1];
+        sum = sum * kept + added * part[d];
+        best = higher;
+    }
+    return sum / all;
+}
+// end 3.2
+
 // kernel paged_attention(q, keys, values, key_scales, value_scales, tables, rows, work, width, scale, window, written) -> (out, read)
     constexpr int Q = R * G;  // queries of a simdgroup
     constexpr int THREADS = SIDES * PARTS * 32;
     constexpr int HELD = (D + 31) / 32;   // elements of a head that a lane holds
     constexpr int TOKENS = (S + 31) / 32;  // tokens of a block that a lane scores
-    constexpr int STEP = D % 8 == 0 ? 8 : 1;  // elements of a key that are loaded together
     constexpr bool SCALED = sizeof(P) == 1;
     threadgroup float vectors[SIDES * Q * D];  // queries; then what the parts add up
     threadgroup float largest[PARTS * SIDES * Q];
@@ -35,7 +115,6 @@
     int begin = work[item + 4] * SPAN;
     int length = min(work[item + 3], begin + SPAN);
     int low = max(begin, work[item + 3] - window);
-    int unseen = max(0, low / S - begin / S - part + PARTS - 1) / PARTS * PARTS;  // blocks, of this part's steps
 
     for (int turn = 0; turn < members; turn += SIDES * R) {
         for (int i = int(thread_index_in_threadgroup); i < SIDES * Q * D; i += THREADS) {
@@ -53,7 +132,7 @@
             }
         }
         int end = turn + own / G < members ? length : 0;  // nobody is left for this side
-        for (int b = begin / S + part + unseen; b * S < end; b += PARTS) {
+        for (int b = first_block<S, PARTS>(begin, low, part); b * S < end; b += PARTS) {
             ulong tokens = (ulong(tables[table + b]) * K + head) * S;
             ulong block = tokens * D;
             int count = min(S, length - b * S), before = low - b * S;
@@ -63,29 +142,9 @@
                 int token = int(lane) + n * 32;
                 bool counts = token >= before && token < count;
                 units[n] = SCALED && counts ? static_cast<float>(value_scales[tokens + token]) : 0.0f;
-                UNROLL for (int g = 0; g < Q; g++) {
-                    scores[n][g] = counts ? 0.0f : -INFINITY;
-                }
-                if (counts) {
-                    for (int first_d = 0; first_d < D; first_d += STEP) {
-                        float key[STEP];
-                        UNROLL for (int d = 0; d < STEP; d++) {
-                            key[d] = static_cast<float>(keys[block + (first_d + d) * S + token]);
-                        }
-                        UNROLL for (int d = 0; d < STEP; d++) {
-                            UNROLL for (int g = 0; g < Q; g++) {
-                                scores[n][g] = fma(vectors[(own + g) * D + first_d + d], key[d], scores[n][g]);
-                            }
-                        }
-                    }
-                    if (SCALED) {
-                        float unit = static_cast<float>(key_scales[tokens + token]);
-                        UNROLL for (int g = 0; g < Q; g++) {
-                            scores[n][g] *= unit;
-                        }
-                    }
-                }
             }
+            score_tokens<Q, S, D, SCALED>(
+                vectors + own * D, keys + block, key_scales + tokens, before, count, int(lane), scores);
             UNROLL for (int g = 0; g < Q; g++) {
                 float best = scores[0][g];
                 UNROLL for (int n = 1; n < TOKENS; n++) {
@@ -193,16 +252,6 @@
     }
     int first = firsts[row], end = firsts[row + 1];
     for (int d = int(lane); d < D; d += 32) {
-        float best = -INFINITY, all = 0.0f, sum = 0.0f;
-        for (int i = first; i < end; i++) {
-            int place = order[i];
-            const device float* part = place < places ? shared : own;
-            part += (ulong(place < places ? place : place - places) * H + head) * (D + 2);
-            float higher = max(best, part[D]);
-            float kept = metal::precise::exp(best - higher), added = metal::precise::exp(part[D] - higher);
-            all = all * kept + added * part[D + 1];
-            sum = sum * kept + added * part[d];
-            best = higher;
-        }
-        out[(row * H + head) * D + d] = static_cast<T>(sum / all);
+        float merged = merge_spans<H, D>(shared, own, places, order, first, end, head, d);
+        out[(row * H + head) * D + d] = static_cast<T>(merged);
     }
