@@ -53,7 +53,8 @@ class Kernel:
         q, keys, values = (draw(size, dtype=np.float32) for size in sizes)
         out = np.empty_like(q)
         numbers = (new, HEADS, KV_HEADS, DIM, blocks, BLOCK, context, 1 << 62)
-        places = [q.ctypes, keys.ctypes, values.ctypes, None, None, out.ctypes]
+        table = np.arange(blocks, dtype=np.int32)
+        places = [q.ctypes, keys.ctypes, values.ctypes, None, None, table.ctypes, out.ctypes]
         pointers = [place and ctypes.c_void_p(place.data) for place in places]
         began = time.perf_counter()
         self._library.attention(*pointers, *map(ctypes.c_int64, numbers), ctypes.c_float(DIM**-0.5))
