@@ -39,7 +39,7 @@ def test_the_way_whose_check_holds_is_kept(bench: Any) -> None:
         return Agent(log, actions, bench.scripted(speaks), Budget(), lambda _: "", lambda _: None)
 
     def check(workspace: Workspace) -> bool:
-        (workspace.root / "c").unlink()
+        (workspace.root / "c").write_text("what the check leaves")
         return workspace.read("a") == b"x = 2"
 
     with Workspace(bench.root) as workspace, Log(bench.folder) as log:
@@ -48,6 +48,7 @@ def test_the_way_whose_check_holds_is_kept(bench: Any) -> None:
         assert (best.hint, best.is_right, best.steps) == ("two", True, 2)
         assert (other.hint, other.is_right, other.steps) == ("three", False, 1)
         assert bench.text("a") == "x = 1", "the workspace is as it was"
+        (best.folder / "workspace" / "c").unlink()  # as a command of the way would
         assert keep(best, log, workspace, lambda one: "no" if "new/d" in one.what else "") == 1
         files = workspace.files()
     assert bench.text("a") == "x = 2" and sorted(files) == ["a", "b"]

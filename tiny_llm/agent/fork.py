@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tiny_llm.agent.action import Outcome, Prepared
 from tiny_llm.agent.loop import Agent, Approve
@@ -38,8 +39,13 @@ class Way:
 
 
 def try_ways(log: Log, workspace: Workspace, hints: Sequence[str], start: Start, check: Check) -> list[Way]:
-    """Go on from ``log`` in each way, one after the other. The best comes first: right, then fewest steps."""
-    ways = [_tried(log, workspace, hint, start, check) for hint in hints]
+    """Go on from ``log`` in each way, one after the other. The best comes first: right, then fewest steps.
+
+    All begin from what is there now: no way sees another's work, or pays for it.
+    """
+    number = len(log.records)
+    folders = [_forked(log, workspace, f"way{number + more}") for more in range(len(hints))]
+    ways = [_tried(log, folder, hint, start, check) for folder, hint in zip(folders, hints, strict=True)]
     return sorted(ways, key=lambda way: (not way.is_right, way.ended["reason"] != "finished", way.steps))
 
 
@@ -77,19 +83,36 @@ def _changes(way: Way, workspace: Workspace) -> list[Prepared]:
     return [change(path) for path in changed]
 
 
-def _tried(log: Log, workspace: Workspace, hint: str, start: Start, check: Check) -> Way:
-    folder = log.folder / f"way{len(log.records)}"
+def _forked(log: Log, workspace: Workspace, name: str) -> Path:
+    """A way's folder: the log so far, its results, and a copy of the workspace. A kill may have left one."""
+    folder = log.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
     outside = shutil.ignore_patterns(*LEFT_OUT)
     shutil.copytree(workspace.root, folder / "workspace", symlinks=True, ignore=outside)
-    for name in (LOG, HEAD):
-        shutil.copy(log.folder / name, folder / name)
+    for own in (LOG, HEAD):
+        shutil.copy(log.folder / own, folder / own)
     if (log.folder / "results").is_dir():
         shutil.copytree(log.folder / "results", folder / "results")
+    return folder
+
+
+def _tried(log: Log, folder: Path, hint: str, start: Start, check: Check) -> Way:
+    """Go on in a way's folder to the end, and judge what is there then; ``log`` has a line of it."""
     with Log(folder) as own, Workspace(folder / "workspace") as copy:
         agent, before = start(own, copy), len(own.records)
         agent.hint(hint)
-        ended = agent.run()
+        ended, head = agent.run(), own.head
         first = next((one for one in own.records[before:] if "prompt_tokens" in one), {})
-        counts = first.get("prompt_tokens", 0), first.get("cached_tokens", 0)
-        log.append("way", hint=hint, folder=folder.name, head=own.head, worked_s=ended["worked_s"])
-        return Way(hint, ended, check(copy), agent.steps, *counts, folder)
+    is_right = _judged(folder, check)
+    about = {"hint": hint, "folder": folder.name, "head": head, "is_right": is_right}
+    log.append("way", **about, worked_s=ended["worked_s"])
+    counts = first.get("prompt_tokens", 0), first.get("cached_tokens", 0)
+    return Way(hint, ended, is_right, agent.steps, *counts, folder)
+
+
+def _judged(folder: Path, check: Check) -> bool:
+    """Whether the check holds in a copy of the way's copy: what it writes is none of the way's work."""
+    with TemporaryDirectory(dir=folder) as place:
+        shutil.copytree(folder / "workspace", place, symlinks=True, dirs_exist_ok=True)
+        with Workspace(Path(place)) as copy:
+            return check(copy)
