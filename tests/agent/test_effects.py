@@ -84,6 +84,8 @@ class World:
     def _put(self, given: _Put) -> Prepared:
         if given.name == "locked":
             raise RequestError("locked cannot be changed.")
+        if self.values.get(given.name) == given.value:
+            raise RequestError(f"{given.name} is that already.")
         before, after = self._digest(given.name), digest_of(given.value.encode())
 
         def perform() -> Outcome:
@@ -199,6 +201,20 @@ def test_what_is_refused_is_not_done_and_the_model_is_told(world: World, why: st
     assert world.values == {"a": "one"} and world.kinds() == ["begin", "action", "receipt", "end"]
     (receipt,) = world.receipts()
     assert told(receipt, "what", "shown", "before", "after") == ["put a", f"refused: {why}", ONE, ONE]
+    assert receipt["exit"] is None, "nothing ran"
+
+
+def test_the_time_that_the_user_thinks_is_not_the_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def thinks(prepared: Prepared) -> str:
+        now[0] += 10_000
+        return ""
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(world, "approve", thinks)
+    ended = world.run(PUT, "done", seconds=60).ended
+    assert ended is not None and (ended["reason"], ended["worked_s"]) == ("finished", 0)
 
 
 def test_what_cannot_be_done_is_not_asked_for(world: World) -> None:
@@ -305,6 +321,16 @@ def test_what_became_of_an_edit_is_seen(world: World, at: str, what: str, after:
     assert receipt["shown"] == f"The run was interrupted during this: {what}."
     assert told(receipt, "what", "before", "after", "exit", "recovered") == ["put a", ONE, after, None, True]
     assert not world.asked, "it is not done again by itself, so nobody is asked"
+
+
+@pytest.mark.parametrize(("at", "what"), [("after intent", "not done"), ("after the effect", "done")])
+def test_what_became_of_a_new_file_is_seen(world: World, at: str, what: str) -> None:
+    new = ("put", {"name": "b", "value": "two"})
+    killed(world, new, "done", at=at)
+    world.run(new, "done")
+    (receipt,) = world.receipts()
+    assert receipt["shown"].endswith(f"it was {what}.")
+    assert told(receipt, "before", "after") == ["", TWO if what == "done" else ""]
 
 
 @pytest.mark.parametrize("at", ["after the effect", "after intent"])

@@ -140,6 +140,18 @@ def test_a_head_that_is_gone_or_another_is_noticed(folder: Path) -> None:
         read_log(folder)
 
 
+def test_a_head_with_an_end_of_line_is_the_same(folder: Path) -> None:
+    with (folder / HEAD).open("a") as file:
+        file.write("\n")
+    assert len(read_log(folder)) == 5, "as an editor leaves it"
+
+
+def test_what_is_no_text_is_noticed(folder: Path) -> None:
+    (folder / LOG).write_bytes((folder / LOG).read_bytes().replace(b"thing 2", b"thing \xff"))
+    with pytest.raises(ConfigError, match="line 3"):
+        read_log(folder)
+
+
 def test_a_log_that_is_not_there_is_said_so(folder: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_log(folder / "none")
@@ -183,6 +195,11 @@ def test_a_kill_at_the_very_beginning_is_no_edit(folder: Path) -> None:
         log.append("begin")
     (folder / "new" / HEAD).unlink()
     assert len(read_log(folder / "new")) == 1, "before its head"
+    with Log(folder / "new") as log:
+        log.append("action")
+    (folder / "new" / HEAD).unlink()
+    with pytest.raises(ConfigError, match="cut off or replaced"):
+        read_log(folder / "new")
 
 
 def test_a_head_that_was_half_written_is_no_head(folder: Path) -> None:
