@@ -12,6 +12,7 @@ import pytest
 
 from tiny_llm.decoding.regex import (
     OneOf,
+    Rest,
     Star,
     State,
     after,
@@ -99,6 +100,15 @@ def test_a_star_is_entered_and_passed_by() -> None:
     }
 
 
+def test_it_opens_however_deep_that_lies() -> None:
+    rest: Rest = (A,)
+    for _ in range(20):
+        rest = (OneOf((rest, (B,))),)
+    assert opened([rest]) == {(A,), (B,)}
+    twice = (Star((A,)), B)
+    assert opened([twice, twice]) == opened([twice])
+
+
 def test_what_begins_with_a_byte_stays_as_it_is() -> None:
     assert opened([(A, Star((B,))), ()]) == {(A, Star((B,))), ()} and opened([]) == frozenset()
     assert opened([(A,), (OneOf(((B,), (A,))),)]) == {(A,), (B,)}, "all of them, each once"
@@ -166,6 +176,7 @@ def test_a_pattern_matches_what_pythons_matches(pattern: str) -> None:
         (r"[0-9]+\.[0-9]?", "1", {*(b"%d" % n for n in range(10)), b".", b".5", b"12", b"1."}),
         ("é|è", "", {"é".encode(), b"\xc3"}),
         ("a*", "a", {b"a", b"(end)"}),
+        ("A|[BC]a", "", {b"A", b"B", b"C"}),
     ],
 )
 def test_what_can_come_next_is_allowed(pattern: str, text: str, tokens: set[bytes]) -> None:
@@ -191,6 +202,7 @@ def test_the_end_is_allowed_where_the_text_may_end() -> None:
     assert mask_ref(state_of("ab?"), ends, [1, 2]) == bytes([255, 0, 0, 255])
     assert mask_ref(state_of("ab?", "a"), ends, [1]) == bytes([0, 255, 255, 0]), "and what goes on, as well"
     assert mask_ref(state_of("ab"), [b"a", b"a"], [1]) == bytes([255, 0]), "its own text is none"
+    assert mask_ref(state_of("a?"), tuple(ends), frozenset([1])) == bytes([255, 255, 0, 0]), "a set of one"
     assert mask_ref(state_of("a?"), ends, []) == bytes([255, 0, 0, 0])
 
 

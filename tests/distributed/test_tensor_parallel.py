@@ -59,6 +59,12 @@ class Told:
     send = receive = None
 
 
+def of(x: mx.array, group: Group, width: int) -> mx.array:
+    """A rank's columns of something whole."""
+    own = share_of(width, group.rank, group.size)
+    return x[:, own.start : own.stop]
+
+
 def test_each_has_as_many_and_the_last_what_is_left() -> None:
     assert [share_of(12, rank, 3) for rank in range(3)] == [range(0, 4), range(4, 8), range(8, 12)]
     assert [share_of(13, rank, 3) for rank in range(3)] == [range(0, 5), range(5, 10), range(10, 13)]
@@ -85,29 +91,30 @@ def test_heads_are_divided_and_those_of_keys_perhaps_shared() -> None:
 
 def test_a_rank_has_the_keys_that_its_queries_read() -> None:
     """Query head h reads head h // (H / K) of keys and values."""
-    for heads, kv_heads, sizes in ((6, 2, (1, 2, 6)), (8, 4, (1, 2, 4, 8)), (8, 1, (2, 4)), (12, 3, (3, 6))):
-        config = replace(CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=4)
+    cases = (6, 2, 4, (1, 2, 6)), (8, 4, 5, (1, 2, 4, 8)), (8, 1, 3, (2, 4)), (12, 3, 1, (3, 6))
+    for heads, kv_heads, D, sizes in cases:
+        config = replace(CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=D)
         for size in sizes:
             queries, keys = zip(*(head_rows(config, rank, size) for rank in range(size)), strict=True)
-            assert [row for rows in queries for row in rows] == list(range(heads * 4)), (
-                "each row once, in order"
-            )
+            assert [row for rows in queries for row in rows] == list(range(heads * D)), "each once, in order"
             for own, read in zip(queries, keys, strict=True):
-                wanted = {head // 4 // (heads // kv_heads) for head in own}
-                assert wanted == {row // 4 for row in read} and len(read) == 4 * len(wanted), f"{size} ranks"
+                wanted = {row // D // (heads // kv_heads) for row in own}
+                assert {row // D for row in read} == wanted and len(read) == D * len(wanted), f"{size} ranks"
     assert head_rows(CONFIG, 4, 6) == (range(32, 40), range(8, 16))
 
 
 @pytest.mark.parametrize(("width", "size"), [(6, 2), (6, 3), (7, 2), (7, 3), (5, 4)])
-def test_parts_become_one_array_again(width: int, size: int) -> None:
+def test_parts_become_one_array_again(on_ranks: OnRanks, width: int, size: int) -> None:
+    """By one gather, in which all give as much as the first one has."""
     whole = mx.arange(4 * width).reshape(4, width).astype(mx.float32)
+    mx.eval(whole)
+
+    def run(group: Any) -> tuple[list[list[float]], int, int]:
+        found = gathered(of(whole, group, width), group, width)
+        return found.tolist(), group.gathers, group.received
+
     each = len(share_of(width, 0, size))
-    parts = [whole[:, (own := share_of(width, rank, size)).start : own.stop] for rank in range(size)]
-    padded = [mx.pad(part, [(0, 0), (0, each - part.shape[1])]) for part in parts]
-    for rank in range(size):
-        group = Told(rank, padded)
-        assert gathered(parts[rank], group, width).tolist() == whole.tolist()
-        assert [one.shape for one in group.given] == [(4, each)], "all give as much, in one gather"
+    assert on_ranks(size, "ref", run) == [(whole.tolist(), 1, 4 * 4 * each * (size - 1))] * size
 
 
 def test_what_is_there_is_not_gathered() -> None:
@@ -119,24 +126,22 @@ def test_what_is_there_is_not_gathered() -> None:
     assert gathered(x, Silent(), 5) is x
 
 
-def test_a_row_or_none_can_be_gathered() -> None:
+def test_a_row_or_none_can_be_gathered(on_ranks: OnRanks) -> None:
     for rows in (1, 0):
-        x = noise(rows, 3)
-        assert gathered(x, Told(0, [x, x]), 6).shape == (rows, 6)
+        found = on_ranks(2, "ref", lambda group, rows=rows: gathered(noise(rows, 3), group, 6).shape)
+        assert found == [(rows, 6)] * 2
 
 
-def test_bits_travel_and_nothing_else() -> None:
-    half = noise(2, 3).astype(mx.bfloat16)
-    assert gathered(half[:, :2], Told(1, [half, half]), 5).dtype == mx.bfloat16, "filled up, too"
-    odd = mx.array([[-0.0, mx.nan, -mx.inf, 1e-40]])
-    got = gathered(odd, Told(0, [odd, odd]), 8)
-    assert got.view(mx.uint32).tolist() == mx.concatenate([odd, odd], axis=1).view(mx.uint32).tolist()
+def test_bits_travel_and_nothing_else(on_ranks: OnRanks) -> None:
+    odd = mx.array([[-0.0, mx.nan, -mx.inf, 1e-40, 0.1]])
+    half = noise(2, 5).astype(mx.bfloat16)
+    mx.eval(odd, half)
 
+    def run(group: Group) -> tuple[Any, ...]:
+        bits, short = (gathered(of(x, group, 5), group, 5) for x in (odd, half))
+        return bits.view(mx.uint32).tolist(), short.dtype, mx.array_equal(short, half).item()
 
-def of(x: mx.array, group: Group, width: int) -> mx.array:
-    """A rank's columns of something whole."""
-    own = share_of(width, group.rank, group.size)
-    return x[:, own.start : own.stop]
+    assert on_ranks(2, "ref", run) == [(odd.view(mx.uint32).tolist(), mx.bfloat16, True)] * 2
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -206,7 +211,7 @@ def test_a_whole_input_is_not_gathered_again(on_ranks: OnRanks) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_each_token_s_vector_comes_from_who_has_it(on_ranks: OnRanks, size: int) -> None:
-    table = noise(13, 6)
+    table = noise(13, 6).astype(mx.bfloat16)
     tokens = mx.array([0, 12, 4, 3, 6, 7, 4, 9, 10, 1])
     wanted = table[tokens]
     mx.eval(wanted, table)
@@ -214,9 +219,22 @@ def test_each_token_s_vector_comes_from_who_has_it(on_ranks: OnRanks, size: int)
     def run(group: Any) -> tuple[bool, int]:
         own = share_of(13, group.rank, size)
         found = Embedding(table[own.start : own.stop], vocab_size=13, group=group)(tokens)
-        return bool(mx.array_equal(found, wanted).item()), group.gathers
+        return found.dtype == wanted.dtype and bool(mx.array_equal(found, wanted).item()), group.gathers
 
     assert on_ranks(size, "ref", run) == [(True, int(size > 1))] * size
+
+
+def test_a_quantized_table_is_cut_as_well(on_ranks: OnRanks) -> None:
+    table, tokens = noise(13, 64), mx.array([0, 12, 6, 7])
+    wanted = Embedding(quantized(table))(tokens)
+    mx.eval(table, tokens, wanted)
+
+    def run(group: Group) -> bool:
+        own = share_of(13, group.rank, 2)
+        part = quantized(table[own.start : own.stop])
+        return bool(mx.array_equal(Embedding(part, vocab_size=13, group=group)(tokens), wanted).item())
+
+    assert on_ranks(2, "ref", run) == [True, True]
 
 
 def test_no_rank_looks_beyond_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +256,7 @@ def test_what_a_rank_lacks_is_all_that_others_have() -> None:
     assert layer_lacks(CONFIG, 27, 1) == 0
     assert layer_lacks(CONFIG, 27, 2) == 24 + 20 + 14 + 20
     assert layer_lacks(CONFIG, 27, 6) == 5 * (8 + 7 + 5 + 7), "each gives as much as the first one has"
+    assert layer_lacks(replace(CONFIG, num_layers=9), 27, 2) == layer_lacks(CONFIG, 27, 2), "of one layer"
     assert layer_lacks(CONFIG, 100, 2) == 24 + 20 + 50 + 20, "the middle is as wide as is said"
 
 
