@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.decoding import structured_output
 from tiny_llm.decoding.grammar import lark_grammar, regex_grammar, response_grammar, schema_grammar
+from tiny_llm.decoding.regex import constraint_ref
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.errors import ConfigError, RequestError
 
@@ -221,6 +223,19 @@ def test_a_sentencepiece_vocabulary_keeps_forms_too(shared_data: Path) -> None:
     grammar = schema_grammar({**schema, "additionalProperties": False})
     (completion,) = llama.generate("Once", llama.grammars.constrain(SamplingParams(max_tokens=60), grammar))
     assert json.loads(completion.text) == {"the name": "a <s> b"}, completion
+
+
+def test_a_form_by_hand_gives_the_same_answers(llm: LLM) -> None:
+    """Where the text is never forced, the masks are the same, and so is all that follows from them."""
+    marks, pattern = set(llm.tokenizer.marks()), r"[0-9]+(\.[0-9]+)?"
+    known = [b"" if i in marks else token for i, token in enumerate(llm.tokenizer.vocabulary())]
+    known += [b""] * (llm.config.vocab_size - len(known))
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=4)
+    by_hand = replace(params, constraint=constraint_ref(pattern, known, llm.end_ids))
+    library = llm.grammars.constrain(params, regex_grammar(pattern))
+    mine, theirs = (llm.generate("How much is it?", one) for one in (by_hand, library))
+    assert [one.token_ids for one in mine] == [one.token_ids for one in theirs]
+    assert len({one.text for one in mine}) > 1 and not any(one.error for one in mine)
 
 
 def test_a_whole_number_may_be_written_with_a_point(compiler: GrammarCompiler) -> None:
