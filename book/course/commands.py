@@ -68,6 +68,8 @@ def _say_next(book: Workbook) -> None:
     print(f"Chapter {it.id}, {it.title}: {book.state(it)}.")
     if book.state(it) == "not begun":
         print(f"Now: {command} start {it.id}, and read book/docs/{it.page} ({it.minutes} minutes).")
+    elif not it.teaches:
+        print(f"Now: read book/docs/{it.page} ({it.minutes} minutes). Then: {command} check {it.id}")
     elif missing:
         module, name = in_parts(missing[0])
         print(f"Now: write {name} in {module_file(book.folder, module)}; book/docs/{it.page} tells how.")
@@ -93,7 +95,8 @@ def start(number: HereArgument = None, folder: FolderOption = MY_FOLDER) -> None
         module, name = in_parts(definition)
         print(f"{'written' if definition in new else 'kept':<8} {module_file(folder, module)}: {name}")
     _warn_of_drift(book)
-    print(f"Read book/docs/{it.page}, fill them in, then: python main.py course check {it.id}")
+    fill = "fill them in, " if it.teaches else ""
+    print(f"Read book/docs/{it.page}, {fill}then: python main.py course check {it.id}")
     if len(it.teaches) > 1:
         print(f"Or one at a time: python main.py course check {it.id} {in_parts(it.teaches[0])[1]}")
 
@@ -126,7 +129,8 @@ def check(
     book.be_at(it)
     others = [definition for definition in it.teaches if definition not in asked]
     written = [definition for definition in book.written() if definition not in others]
-    print(f"Yours: {', '.join(in_parts(definition)[1] for definition in written)}. All else: the reference.")
+    mine = ", ".join(in_parts(definition)[1] for definition in written) or "nothing yet"
+    print(f"Yours: {mine}. All else: the reference.")
     if _red([it], book, others):
         _blame(it, book, written, others)
         raise typer.Exit(1)
@@ -139,7 +143,7 @@ def check(
 
 
 def _check_all(book: Workbook) -> None:
-    ready = [it for it in read_manifest().values() if not book.stubs(it)]
+    ready = [it for it in read_manifest().values() if it.teaches and not book.stubs(it)]
     if not ready:
         raise ConfigError(f"No chapter is written in {book.folder}; `course next` says where to begin.")
     print(f"Chapters {', '.join(it.id for it in ready)}, all at once.")
@@ -174,6 +178,9 @@ def _blame(it: Chapter, book: Workbook, written: Sequence[str], without: Sequenc
     if len(written) == 1:
         print(f"The fault is in {in_parts(written[0])[1]}, the one definition that is yours.")
         return
+    if not written:
+        print("None of it is yours: what the page says is not what the project says now.")
+        return
     print("Which definition is to blame? Trying the reference for each of yours ...")
     guilty = list(to_blame(it, book.folder, written, without))
     for definition in guilty:
@@ -194,7 +201,7 @@ def hint(
 ) -> None:
     """Give a hint for a task: the first that you have not written, or the one you name."""
     book = Workbook(folder)
-    it = _chapter(number, book)
+    it = _taught(number, book)
     name = in_parts(_task(it, task) if task else [*book.stubs(it), it.teaches[0]][0])[1]
     hints = it.hints[name]
     if which > len(hints):
@@ -208,7 +215,7 @@ def hint(
 def diff(number: HereArgument = None, folder: FolderOption = MY_FOLDER) -> None:
     """Show what leads from your definitions to the reference's."""
     book = Workbook(folder)
-    print(book.diff(_chapter(number, book)) or "Yours are the reference's, to the letter.", end="")
+    print(book.diff(_taught(number, book)) or "Yours are the reference's, to the letter.", end="")
 
 
 @app.command()
@@ -216,7 +223,7 @@ def solution(
     number: HereArgument = None, task: TaskArgument = None, folder: FolderOption = MY_FOLDER
 ) -> None:
     """Print the reference's definitions, or that of one task."""
-    it = _chapter(number, Workbook(folder))
+    it = _taught(number, Workbook(folder))
     wanted = it.teaches if task is None else [_task(it, task)]
     print("\n\n".join(whole(*in_parts(definition)) for definition in wanted), end="")
 
@@ -231,7 +238,7 @@ def break_it(
 
     You read what it does to a model. Guess where it is before you ask for --code.
     """
-    it = _chapter(number)
+    it = _taught(number)
     mutants = {mutant.name: mutant for mutant in it.mutants}
     if name is not None and name not in mutants:
         near = did_you_mean(name, mutants)
@@ -254,6 +261,14 @@ def _chapter(number: str | None, book: Workbook | None = None) -> Chapter:
     it = _here(book) if book is not None else None
     if it is None:
         raise ConfigError("All chapters are done: say the number of the one that you mean.")
+    return it
+
+
+def _taught(number: str | None, book: Workbook | None = None) -> Chapter:
+    """The same, if there is something to write."""
+    it = _chapter(number, book)
+    if not it.teaches:
+        raise ConfigError(f"There is nothing to write in chapter {it.id}: read book/docs/{it.page}.")
     return it
 
 

@@ -33,7 +33,8 @@ class Mutant:
 class Chapter:
     """One chapter. ``teaches`` holds ``module:qualified name``; ``tests`` are files from the checkout.
 
-    ``hints`` are those of each task, by its qualified name.
+    ``hints`` are those of each task, by its qualified name. A chapter that teaches nothing is one to read,
+    and its tests keep true what it says.
     """
 
     id: str
@@ -58,8 +59,9 @@ def read_manifest(root: Path = ROOT) -> Mapping[str, Chapter]:
 
 
 def _chapter(row: Mapping[str, Any]) -> Chapter:
-    mutants = tuple(Mutant(**mutant) for mutant in row["mutant"])
-    return Chapter(**{name: value for name, value in row.items() if name != "mutant"}, mutants=mutants)
+    mutants = tuple(Mutant(**mutant) for mutant in row.get("mutant", ()))
+    facts = {name: value for name, value in row.items() if name != "mutant"}
+    return Chapter(**{"hints": {}} | facts, mutants=mutants)
 
 
 def chapter(chapters: Mapping[str, Chapter], given: str) -> Chapter:

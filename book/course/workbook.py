@@ -192,7 +192,7 @@ class Workbook:
         if not missing:
             passed = self._progress().get(chapter.id)
             if passed is None:
-                return "to be checked"
+                return "to be checked" if chapter.teaches else "to be read"
             return "done" if passed == self._digest(chapter) else "changed since checked"
         started = any(n in self.definitions(m) for m, n in map(in_parts, chapter.teaches))
         return (
@@ -213,6 +213,7 @@ class Workbook:
 
     def _remember(self, key: str, value: str) -> None:
         progress = {**self._progress(), key: value}
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
 
     def _own(self, module: str, name: str) -> str:

@@ -16,7 +16,8 @@ from book.course.workbook import Workbook, in_parts, module_file
 
 pytestmark = pytest.mark.slow
 
-CHAPTERS = list(read_manifest().values())
+ALL = list(read_manifest().values())
+CHAPTERS = [it for it in ALL if it.teaches]
 TAUGHT = [(it, definition) for it in CHAPTERS for definition in it.teaches]
 MUTANTS = [(it, mutant) for it in CHAPTERS for mutant in it.mutants]
 
@@ -81,6 +82,9 @@ def test_each_chapter_has_mistakes_and_hints() -> None:
         assert len(it.mutants) >= 10 and len({m.name for m in it.mutants}) == len(it.mutants), it.id
         assert list(it.hints) == [in_parts(definition)[1] for definition in it.teaches], it.id
         assert all(it.hints.values()) and set(it.needs) <= {other.id for other in CHAPTERS}, it.id
+    for it in ALL:
+        assert it.tests, f"{it.id}: a chapter to read has tests, too"
+        assert it.teaches or not (it.mutants or it.hints), it.id
 
 
 def test_no_skeleton_is_committed() -> None:
