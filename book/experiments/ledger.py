@@ -66,7 +66,7 @@ def table(ledger: Sequence[Claim]) -> str:
 
 def picture(ledger: Sequence[Claim]) -> str:
     """The quotients as bars from 1, to the right where ours is larger; a line for each doubling."""
-    middle, width, parts = 470, 170, list[str]()
+    middle, width, parts = 492, 165, list[str]()
     for number, claim in enumerate(sorted(ledger, key=Claim.quotient, reverse=True)):
         quotient, side = claim.quotient()
         y, reach = 34 + 22 * number, width * math.log2(quotient)

@@ -84,6 +84,24 @@ def test_where_a_learner_is_is_remembered(book: Workbook) -> None:
     assert "All chapters are done" in str(course(book, "start").exception)
 
 
+def test_a_chapter_to_read_has_nothing_to_write(book: Workbook) -> None:
+    it = next(it for it in read_manifest().values() if not it.teaches)
+    for command in (["hint"], ["solution"], ["diff"], ["break"]):
+        refused = str(course(book, *command, it.id).exception) if command != ["break"] else broken(it.id)
+        assert f"nothing to write in chapter {it.id}: read book/docs/{it.page}" in refused, command
+    assert f"Read book/docs/{it.page}, then: " in course(book, "start", it.id).output
+    assert f"to be read.\nNow: read book/docs/{it.page}" in course(book, "next").output
+    assert not list(book.folder.rglob("*.py"))
+    book.mark_done(it)
+    listed = course(book, "list").output.splitlines()
+    assert next(line for line in listed if line.startswith(it.id)).endswith("done")
+
+
+def broken(number: str) -> str:
+    """What `course break`, which has no folder, says of a chapter."""
+    return str(CliRunner().invoke(app, ["break", number]).exception)
+
+
 @pytest.mark.slow
 def test_all_that_is_written_is_checked_at_once(book: Workbook) -> None:
     assert "No chapter is written" in str(course(book, "check", "--all").exception)
