@@ -10,6 +10,90 @@
 
 constant constexpr int PARTS = 8;
 
+// What this lane needs of a chunk of the matrix, for its two places of each of N matrices: the words, of which it has use
+// for one number in each, and scale and bias of the two outputs. Numbers are not moved to the lowest bits: the scale is
+// divided by what they are worth where they stand.
+template <int I, int BITS, int GROUP, int N, typename S>
+inline void load_chunk(
+    const device uint* packed_0,
+    const device uint* packed_1,
+    S scales_0,
+    S scales_1,
+    S biases_0,
+    S biases_1,
+    int column_0,
+    int column_1,
+    int outputs,
+    int chunk,
+    int down,
+    thread uint (&words)[N][2][4],
+    thread float (&scale)[N][2],
+    thread float (&bias)[N][2]) {
+    constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
+    float worth = 1.0f / static_cast<float>(1u << (down % WEIGHTS * BITS));
+    UNROLL for (int n = 0; n < N; n++) {
+        bool second = n >= N / 2;
+        int column = second ? column_1 + (n - N / 2) * 8 : column_0 + n * 8;
+        const device uint* packed = second ? packed_1 : packed_0;
+        UNROLL for (int i = 0; i < 2; i++) {
+            ulong o = min(column + i, outputs - 1);  // past the end: the last one, and not stored
+            ulong group = o * (I / GROUP) + chunk * 32 / GROUP;
+            scale[n][i] = static_cast<float>(second ? scales_1[group] : scales_0[group]) * worth;
+            bias[n][i] = static_cast<float>(second ? biases_1[group] : biases_0[group]);
+            const device uint* at = packed + (o * (I / 32) + chunk) * BITS;
+            if (BITS == 4) {
+                uint4 four = *(const device uint4*)at;
+                UNROLL for (int j = 0; j < 4; j++) {
+                    words[n][i][j] = four[j];
+                }
+            } else {
+                UNROLL for (int j = 0; j < 4; j++) {
+                    words[n][i][j] = at[j * 2 + down / WEIGHTS];
+                }
+            }
+        }
+    }
+}
+
+// begin 2.8 multiply_chunk
+// A chunk's 32 inputs times its weights, added to the sums of 8 * M rows and 8 * N outputs. A lane makes the weight of
+// each of its places once, for all rows: step k / 8 has its number in words[n][i][k / 8], `down` numbers up.
+template <int I, int BITS, int M, int N, typename T>
+inline void multiply_chunk(
+    const device T* x,
+    int row,
+    int rows,
+    int chunk,
+    int down,
+    int right,
+    thread const uint (&words)[N][2][4],
+    thread const float (&scale)[N][2],
+    thread const float (&bias)[N][2],
+    thread simdgroup_matrix<float, 8, 8> (&sums)[M][N]) {
+    uint mask = ((1u << BITS) - 1) << uint(down % (32 / BITS) * BITS);
+    UNROLL for (int k = 0; k < 32; k += 8) {
+        simdgroup_matrix<float, 8, 8> values[M];
+        UNROLL for (int m = 0; m < M; m++) {
+            ulong at = ulong(min(row + m * 8, rows - 1)) * I + chunk * 32 + k + right;
+            vec<T, 2> pair = *(const device vec<T, 2>*)(x + at);
+            values[m].thread_elements()[0] = static_cast<float>(pair[0]);
+            values[m].thread_elements()[1] = static_cast<float>(pair[1]);
+        }
+        UNROLL for (int n = 0; n < N; n++) {
+            simdgroup_matrix<float, 8, 8> weights;
+            UNROLL for (int i = 0; i < 2; i++) {
+                float number = static_cast<float>(words[n][i][k / 8] & mask);
+                weights.thread_elements()[i] = fma(scale[n][i], number, bias[n][i]);
+            }
+            UNROLL for (int m = 0; m < M; m++) {
+                simdgroup_multiply_accumulate(sums[m][n], values[m], weights, sums[m][n]);
+            }
+        }
+    }
+}
+// end 2.8
+
+// begin 2.8 add_tiles
 // A simdgroup's part of a tile: N / 2 matrices across from each of two columns, of one matrix or of two.
 template <int I, int BITS, int GROUP, int M, int N, typename T, typename S>
 inline void add_tiles(
@@ -29,59 +113,22 @@ inline void add_tiles(
     int down,
     int right,
     thread simdgroup_matrix<float, 8, 8> (&sums)[M][N]) {
-    constexpr int WEIGHTS = 32 / BITS;  // in a word; a chunk has BITS words
-    constexpr int CHUNKS = I / 32;
-    uint shift = uint(down % WEIGHTS * BITS);  // where a lane's weights are in their words: they are not moved
-    uint mask = ((1u << BITS) - 1) << shift;
-    float worth = 1.0f / static_cast<float>(1u << shift);
     UNROLL for (int m = 0; m < M; m++) {
         UNROLL for (int n = 0; n < N; n++) {
             sums[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         }
     }
-    for (int chunk = part; chunk < CHUNKS; chunk += PARTS) {
+    for (int chunk = part; chunk < I / 32; chunk += PARTS) {
+        uint words[N][2][4];
         float scale[N][2], bias[N][2];
-        uint4 words[N][2];  // those that a lane needs
-        UNROLL for (int n = 0; n < N; n++) {
-            bool second = n >= N / 2;
-            int column = second ? column_1 + (n - N / 2) * 8 : column_0 + n * 8;
-            const device uint* packed = second ? packed_1 : packed_0;
-            UNROLL for (int i = 0; i < 2; i++) {
-                ulong o = min(column + i, outputs - 1);  // past the end: the last one, and not stored
-                ulong group = o * (I / GROUP) + chunk * 32 / GROUP;
-                scale[n][i] = static_cast<float>(second ? scales_1[group] : scales_0[group]) * worth;
-                bias[n][i] = static_cast<float>(second ? biases_1[group] : biases_0[group]);
-                const device uint* at = packed + (o * CHUNKS + chunk) * BITS;
-                if (BITS == 4) {
-                    words[n][i] = *(const device uint4*)at;
-                } else {
-                    at += down / WEIGHTS;
-                    words[n][i] = uint4(at[0], at[2], at[4], at[6]);
-                }
-            }
-        }
-        UNROLL for (int k = 0; k < 32; k += 8) {
-            simdgroup_matrix<float, 8, 8> values[M];
-            UNROLL for (int m = 0; m < M; m++) {
-                ulong at = ulong(min(row + m * 8, rows - 1)) * I + chunk * 32 + k + right;
-                vec<T, 2> pair = *(const device vec<T, 2>*)(x + at);
-                values[m].thread_elements()[0] = static_cast<float>(pair[0]);
-                values[m].thread_elements()[1] = static_cast<float>(pair[1]);
-            }
-            UNROLL for (int n = 0; n < N; n++) {
-                simdgroup_matrix<float, 8, 8> weights;
-                UNROLL for (int i = 0; i < 2; i++) {
-                    float number = static_cast<float>(words[n][i][k / 8] & mask);
-                    weights.thread_elements()[i] = fma(scale[n][i], number, bias[n][i]);
-                }
-                UNROLL for (int m = 0; m < M; m++) {
-                    simdgroup_multiply_accumulate(sums[m][n], values[m], weights, sums[m][n]);
-                }
-            }
-        }
+        load_chunk<I, BITS, GROUP, N>(packed_0, packed_1, scales_0, scales_1, biases_0, biases_1, column_0, column_1,
+            outputs, chunk, down, words, scale, bias);
+        multiply_chunk<I, BITS, M, N>(x, row, rows, chunk, down, right, words, scale, bias, sums);
     }
 }
+// end 2.8
 
+// begin 2.8 add_parts
 // The parts' sums, in the first: in pairs, as the lanes of one row. A part writes where only it has read before: one
 // barrier a round.
 template <int M, int N>
@@ -110,6 +157,7 @@ inline void add_parts(
         }
     }
 }
+// end 2.8
 
 // As in quantized_matmul.
 template <typename T, bool BIAS, typename B>
@@ -118,6 +166,8 @@ inline T biased(float sum, B bias, int column) {
     return BIAS ? static_cast<T>(static_cast<float>(rounded) + static_cast<float>(bias[column])) : rounded;
 }
 
+// begin 2.8 store_tile
+// This lane's sums of 8 * M rows from `row` on and 8 * N outputs from `column` on, as far as these exist.
 template <typename T, bool BIAS, int M, int N, typename B>
 inline void store_tile(
     thread simdgroup_matrix<float, 8, 8> (&sums)[M][N], device T* out, B bias, int row, int rows, int column, int outputs) {
@@ -133,6 +183,7 @@ inline void store_tile(
         }
     }
 }
+// end 2.8
 
 // kernel quantized_matmul_tile(x, packed, scales, biases, bias, rows, outputs) -> (out)
     threadgroup float others[PARTS / 2 * M * N * 64];
