@@ -32,24 +32,26 @@ def sequences(lens: list[int], new: list[int]) -> Sequences:
     ]
 
 
-def in_pool(batch: Sequences, *, window: int = 0) -> tuple[mx.array, mx.array, mx.array, Pool, Pages]:
+def in_pool(
+    batch: Sequences, *, window: int = 0, size: int = S
+) -> tuple[mx.array, mx.array, mx.array, Pool, Pages]:
     """All rows, and a pool [N, ...] in which the sequences' blocks alternate, from the last one to the first.
 
     NaN is what nobody has written: new tokens, what lies behind them, and block 0, which stands in a table
     where no row sees, or nothing is.
     """
-    B, width = len(batch), max(-(-k.shape[0] // S) for _, k, _ in batch)
+    B, width = len(batch), max(-(-k.shape[0] // size) for _, k, _ in batch)
     tables = np.zeros((B, width), np.int32)
-    keys, values = np.full((B * width + 1, K, D, S), np.nan), np.full((B * width + 1, K, S, D), np.nan)
+    keys, values = np.full((B * width + 1, K, D, size), np.nan), np.full((B * width + 1, K, size, D), np.nan)
     slots = []
     for b, (q, k, v) in enumerate(batch):
         known = k.shape[0] - q.shape[0]
-        for i in range(max(0, known + 1 - window) // S if window else 0, -(-k.shape[0] // S)):
+        for i in range(max(0, known + 1 - window) // size if window else 0, -(-k.shape[0] // size)):
             tables[b, i] = block = B * (width - i) - b
-            for place in range(max(0, min(S, known - i * S))):
-                keys[block, :, :, place] = np.array(k[i * S + place])
-                values[block, :, place] = np.array(v[i * S + place])
-        slots += [int(tables[b, at // S]) * S + at % S for at in range(known, k.shape[0])]
+            for place in range(max(0, min(size, known - i * size))):
+                keys[block, :, :, place] = np.array(k[i * size + place])
+                values[block, :, place] = np.array(v[i * size + place])
+        slots += [int(tables[b, at // size]) * size + at % size for at in range(known, k.shape[0])]
     starts = np.cumsum([0, *(q.shape[0] for q, _, _ in batch)])
     lens = [k.shape[0] for _, k, _ in batch]
     pages = Pages(*(mx.array(np.array(numbers, np.int32)) for numbers in (slots, tables, starts, lens)))
@@ -88,8 +90,9 @@ def check(got: mx.array, batch: Sequences, *, window: int = 0, tolerance: float 
 )
 def test_each_row_sees_its_own_sequence_wherever_its_blocks_lie(lens: list[int], new: list[int]) -> None:
     batch = sequences(lens, new)
-    q, k, v, pool, pages = in_pool(batch)
-    check(paged_attention_ref(q, k, v, pool, pages, D**-0.5)[0], batch)
+    for size in (S, 16):
+        q, k, v, pool, pages = in_pool(batch, size=size)
+        check(paged_attention_ref(q, k, v, pool, pages, D**-0.5)[0], batch)
 
 
 def test_the_pool_comes_back_with_the_new_tokens_in_it() -> None:
@@ -115,8 +118,9 @@ def test_the_scale_is_the_callers() -> None:
 def test_a_window(window: int) -> None:
     """What no row sees may be anything, and its blocks may be gone: then 0 is in the table."""
     batch = sequences([21, 6, 9], [1, 1, 4])
-    q, k, v, pool, pages = in_pool(batch, window=window)
-    check(paged_attention_ref(q, k, v, pool, pages, D**-0.5, window)[0], batch, window=window)
+    for size in (S, 16):
+        q, k, v, pool, pages = in_pool(batch, window=window, size=size)
+        check(paged_attention_ref(q, k, v, pool, pages, D**-0.5, window)[0], batch, window=window)
 
 
 def test_blocks_that_no_row_sees_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,14 @@ def test_spans_become_one() -> None:
     check(decoded(batch), batch)
 
 
+def test_two_simdgroups_take_turns_as_four_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight query heads of 256 leave no memory for four."""
+    monkeypatch.setattr(attention, "_parts", lambda *_: 2)
+    batch = rows(100, 49)
+    for window in (0, 30, 61):
+        check(decoded(batch, window=window), batch, window=window)
+
+
 @pytest.mark.parametrize("window", [1, 5, 16, 33, 140])
 def test_what_lies_before_a_window_is_not_read(window: int) -> None:
     """Blocks that are gone, and what a block holds of the time before."""
