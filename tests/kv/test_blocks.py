@@ -408,8 +408,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(most=strategies.integers(0, 30))
     def set_limit(self, most: int) -> None:
         """Memory comes and goes; what is there stays."""
+        most = min(most, self.manager.allowed_blocks)
         self.manager.set_limit(most)
-        self.limit = max(min(most, self.manager.allowed_blocks), self.manager.capacity)
+        self.limit = max(most, self.manager.capacity)
 
     @rule(limit=strategies.integers(0, 16))
     def shrink(self, limit: int) -> None:

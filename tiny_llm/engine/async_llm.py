@@ -273,6 +273,7 @@ class AsyncLLM:
             self._closed.set()
             ready.put(error)
             return
+        self._heed_others()
         ready.put(self.llm)
         try:
             while self._take_jobs():
@@ -299,7 +300,14 @@ class AsyncLLM:
                 raise
             self.restarts += 1
             self._tell_all(f"The engine broke and was made anew: {type(error).__name__}: {error}")
+            self.llm.engine.close()
             self.llm = self.llm.with_engine(self.llm.engine.settings)
+            self._heed_others()
+
+    def _heed_others(self) -> None:
+        """Models that share memory with this one ask for it while it is idle, too."""
+        if (share := self.llm.engine.settings.share) is not None:
+            share.wake = lambda: self._inbox.put(lambda: self.llm.engine.give_back())
 
     def _lose_ranks(self, why: str) -> None:
         """Other ranks are lost. The engine may wait for them for ever, so all are told from here."""

@@ -82,7 +82,10 @@ class Engine:
         speculate = settings.speculate or ("ngram" if kernels.same_tokens else "off")
         settings = replace(settings, async_scheduling=ahead, speculate=speculate)
         self.settings = settings = settings.within_reach(self.block_bytes)
-        room = {"max_blocks": settings.kv_blocks, "host_blocks": settings.host_blocks}
+        most, slab = settings.kv_blocks, settings.slab_blocks
+        if settings.share is not None:
+            most = slab * settings.share.open(slab * self.block_bytes)
+        room = {"max_blocks": most, "host_blocks": settings.host_blocks}
         caches = [PagedCache(format, **room) for format in formats]
         drafting = DraftModel(models[-1], caches[-1]) if len(models) > 1 else None
         inv_freq = getattr(model, "inv_freq", None)
@@ -96,10 +99,9 @@ class Engine:
         self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
         self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
         self._open = OpenRequests(self.scheduler, self.contexts, self.totals, tokenizer, end_ids)
-        most = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        step_bytes = activation_bytes(model.config, *most, formats[0].gathered_bytes(max_context))
-        slab = settings.slab_blocks
-        self._pool_limit = PoolLimit(settings.kv_blocks, slab, self.block_bytes, step_bytes, clock)
+        largest = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        step_bytes = activation_bytes(model.config, *largest, formats[0].gathered_bytes(max_context))
+        self._pool_limit = PoolLimit(most, slab, self.block_bytes, step_bytes, clock, settings.share)
         limit_kept_memory(available_memory_bytes())
         wire_memory()
 
@@ -213,9 +215,23 @@ class Engine:
         """Nobody has asked for a while: give the pool's memory back, and what it remembers with it."""
         assert not self._open, "requests are waiting or running"
         self.runner.settle(self._ahead)
-        self.keep_cached()
-        self._shrink_pool(0)
+        self._shrink_pool(0, wait=True)
         give_back_memory()
+
+    def give_back(self) -> None:
+        """Let other models have what they ask for of the pool, where no step is under way."""
+        blocks = self.scheduler.blocks
+        asked = None if self._ahead else self._pool_limit.asked(blocks)
+        if asked is not None:
+            used, most = asked
+            self.runner.move(self.scheduler.recede(used))
+            self._shrink_pool(most)
+        self._pool_limit.note(blocks)
+
+    def close(self) -> None:
+        """Let go of keys and values; nothing can be asked any more."""
+        self.runner.let_go()
+        self._pool_limit.close()
 
     def keep_cached(self, first: int = 0, *, wait: bool = True) -> None:
         """Let the store have what the prefix cache holds from block ``first`` on, before that is lost."""
@@ -233,6 +249,7 @@ class Engine:
         """Run one step and return what came of it; nothing to do is no step."""
         now = self._clock()
         events = self._open.ended(self.scheduler.expire(now), now)
+        self.give_back()
         events += self._limit_pool() + self._look_after_contexts()
         clock = StepClock(self.totals, self._clock)
         was_ahead = bool(self._ahead)
@@ -250,6 +267,7 @@ class Engine:
         events += self._commit(batch, decisions)
         clock.lap("commit")
         self._count(batch.plan, clock, is_whole)
+        self._pool_limit.note(self.scheduler.blocks)
         return events
 
     def _limit_pool(self) -> list[Event]:
@@ -258,20 +276,22 @@ class Engine:
         blocks.set_limit(ask(blocks.capacity))
         if blocks.capacity_within(blocks.limit) < blocks.capacity and not self._ahead:
             blocks.set_limit(ask(blocks.capacity, again=True))  # now that no step takes memory
-            self.keep_cached(blocks.capacity_within(blocks.limit), wait=False)
             self._shrink_pool(blocks.limit)
             blocks.set_limit(ask(blocks.capacity))
         what = NO_MEMORY.format(blocks.max_blocks, blocks.block_size)
         return self._open.ended(self.scheduler.refuse(), self._clock(), what)
 
-    def _shrink_pool(self, limit: int) -> None:
+    def _shrink_pool(self, limit: int, *, wait: bool = False) -> None:
         blocks = self.scheduler.blocks
+        self.keep_cached(blocks.capacity_within(limit), wait=wait)
         blocks.shrink(self.scheduler.tables(), limit)
         self.runner.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
+        self._pool_limit.note(blocks)
 
     def _launch_next(self, clock: StepClock, *beside: InFlightBatch) -> InFlightBatch | None:
         """Start the step that the scheduler plans, ``beside`` others; None if there is nothing to do."""
-        plan = self.scheduler.schedule([batch.plan for batch in beside], self.runner.groups)
+        with self._pool_limit.planning(self.scheduler):
+            plan = self.scheduler.schedule([batch.plan for batch in beside], self.runner.groups)
         for item in plan.items:
             request = self._open.of(item.seq_id)
             if not request.started_s:
@@ -295,7 +315,8 @@ class Engine:
         ranks work in turns, start as many others beside it as there are turns.
         """
         plan, rows, blocks = batch.plan, batch.rows, self.scheduler.blocks
-        shrinks = blocks.capacity_within(blocks.limit) < blocks.capacity  # when no step is under way
+        is_too_large = blocks.capacity_within(blocks.limit) < blocks.capacity
+        shrinks = is_too_large or self._pool_limit.asked(blocks) is not None  # when no step is under way
         while len(self._ahead) < self.runner.groups - 1 and not shrinks:
             other = self._launch_next(clock, batch, *self._ahead)
             if other is None:
@@ -306,7 +327,8 @@ class Engine:
         if batch.drawing is None or not may or any(row.answer.needs_last_token for row in rows):
             return
         leaving = {row.answer.seq_id for row in rows if row.position == row.answer.last_position}
-        following = self.scheduler.follow(plan, leaving)
+        with self._pool_limit.planning(self.scheduler):
+            following = self.scheduler.follow(plan, leaving)
         clock.lap("schedule")
         if following is not None:
             drawn = batch.drawing.tokens

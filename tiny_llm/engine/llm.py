@@ -19,6 +19,7 @@ from tiny_llm.data import Chunk, Completion
 from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.distributed.meeting import Ranks
+from tiny_llm.engine.budget import Share
 from tiny_llm.engine.contexts import Joined, Joining
 from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
@@ -67,12 +68,12 @@ class LLM:
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     Keys and values are kept as ``kv_dtype`` says, "float32", "bfloat16", "float16" or "int8"; "auto" suits
     the weights.
-    ``kv_memory`` is how many bytes keys and values may take, ``swap_memory`` how many more those of sequences
-    that had to make room may take until they go on: without it they are computed again, which
-    "preemption" in ``scheduler`` weighs. What leaves the prefix cache goes to the folder ``kv_disk``, in up
-    to ``kv_disk_size`` bytes, and is found again after a restart. ``speculate`` "off" checks no guesses of
-    coming tokens, "ngram" those that a text which repeats itself suggests, the default where that changes no
-    token, "draft" those of the model ``draft``.
+    ``kv_memory`` is how many bytes keys and values may take, or a share of what several models may;
+    ``swap_memory`` how many more those of sequences that had to make room may take until they go on: without
+    it they are computed again, which "preemption" in ``scheduler`` weighs. What leaves the prefix cache goes
+    to the folder ``kv_disk``, in up to ``kv_disk_size`` bytes, and is found again after a restart.
+    ``speculate`` "off" checks no guesses of coming tokens, "ngram" those that a text which repeats itself
+    suggests, the default where that changes no token, "draft" those of the model ``draft``.
     ``scheduler`` says who gets how much of a step. ``engine`` sets all four and more, and then none counts.
     ``ranks`` processes run the model together, started on this machine unless ``Ranks`` says otherwise; None:
     as ``mlx.launch`` says, or one. In all but the first, this does its part of the work and then ends the
@@ -105,7 +106,7 @@ class LLM:
         threads: int | None = None,
         activations: str = "int8",
         kv_dtype: str = "auto",
-        kv_memory: int | None = None,
+        kv_memory: int | Share | None = None,
         swap_memory: int = 0,
         kv_disk: str | Path | None = None,
         kv_disk_size: int = 20 * 10**9,
@@ -195,6 +196,7 @@ class LLM:
                     self._store.close()
                 if self._team is not None:
                     self._team.close()
+                self._turn.engine.close()
                 self._turn = self._model = self._draft = None
             give_back_memory()
 
@@ -215,7 +217,7 @@ class LLM:
 
     def _fitting(
         self,
-        kv_memory: int | None,
+        kv_memory: int | Share | None,
         swap: int,
         speculate: Speculation | None,
         scheduler: SchedulerSettings | None,

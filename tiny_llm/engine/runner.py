@@ -211,6 +211,10 @@ class Runner:
         """Let go of all: a step broke by ``error``. Raises GroupError where other ranks were in it."""
         if self._lead is not None:
             self._lead.fail(error)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of all keys and values."""
         self.cache.clear()
         if self.draft is not None:
             self.draft.clear()

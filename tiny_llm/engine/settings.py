@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts
+from tiny_llm.engine.budget import KV_SLAB_BYTES, Share
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.disk import BlockStore
@@ -34,8 +35,6 @@ BLOCK_SIZES = (16, 32, 64)
 """What the kernels of attention can read."""
 MAX_HOST_BLOCKS = 10**7
 """Each is listed from the start."""
-KV_SLAB_BYTES = 2**26
-"""The pool grows by this much at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class EngineSettings:
     ``async_scheduling``: where the next step is known but for its tokens, prepare it while this one runs.
     ``speculate``: check guesses of coming tokens, "ngram" what such tokens were followed by before, "draft"
     those of a draft model. None: "ngram", but "off" where how many are checked might change what is drawn.
+    ``share``: the pool may grow beyond ``kv_blocks`` into what others leave; a request has these.
     """
 
     kv_blocks: int
@@ -55,6 +55,7 @@ class EngineSettings:
     async_scheduling: bool = True
     speculate: Speculation | None = None
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that cannot work."""
@@ -73,7 +74,7 @@ class EngineSettings:
         cls,
         config: ModelFacts,
         kv_dtype: mx.Dtype,
-        kv_memory: int | None = None,
+        kv_memory: int | Share | None = None,
         scheduler: SchedulerSettings | None = None,
         *,
         swap_memory: int = 0,
@@ -83,7 +84,7 @@ class EngineSettings:
     ) -> EngineSettings:
         """Settings for ``kv_memory`` bytes of keys and values, those of a ``draft`` model included.
 
-        None: half of the memory that can be had now.
+        None: half of the memory that can be had now. A share: its part of a budget, and what others leave.
 
         Those of sequences that had to make room may take ``swap_memory`` bytes more.
         A step has no more tokens than a quarter of it holds the intermediate results of, what attention
@@ -97,6 +98,9 @@ class EngineSettings:
         formats = [KvFormat.of(one, size, kv_dtype) for one in models]
         block = sum(format.block_bytes for format in formats)
         available = available_memory_bytes()
+        share, slab_bytes = None, KV_SLAB_BYTES
+        if isinstance(kv_memory, Share):
+            share, slab_bytes, kv_memory = kv_memory, kv_memory.budget.slab_bytes, kv_memory.budget.part
         memory = available // 2 if kv_memory is None else kv_memory
         if memory < block:
             what = "half of the memory that is left" if kv_memory is None else "kv_memory"
@@ -114,13 +118,15 @@ class EngineSettings:
             )
         longest = min(max_context or config.max_position_embeddings, memory // block * size)
         step = partial(activation_bytes, config, gathered=formats[0].gathered_bytes(longest))
+        slab, most = max(1, slab_bytes // block), memory // block
         return cls(
-            kv_blocks=memory // block,
+            kv_blocks=most - most % slab if share else most,
             block_size=size,
             host_blocks=swap_memory // block,
-            slab_blocks=max(1, KV_SLAB_BYTES // block),
+            slab_blocks=slab,
             speculate=speculate,
             scheduler=_with_steps_within(available // 4, step, scheduler or SchedulerSettings()),
+            share=share,
         )
 
     def within_reach(self, block_bytes: int) -> EngineSettings:

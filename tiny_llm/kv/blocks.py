@@ -293,8 +293,7 @@ class BlockManager:
 
     def set_limit(self, max_blocks: int) -> None:
         """There may be ``max_blocks`` from now on, as memory comes and goes. Those that are there stay."""
-        self.limit = min(max_blocks, self.allowed_blocks)
-        self.max_blocks = max(self.limit, self.capacity)
+        self.limit, self.max_blocks = max_blocks, max(max_blocks, self.capacity)
 
     def drain(self) -> Moves:
         """What is to be done to the arrays since last asked, before anything else is written to them.

@@ -117,11 +117,18 @@ class Scheduler:
         outputs: list[Output] = []
         while not self.num_running and (first := self._waiting.first()):
             entry = first[1]
-            fits = self.blocks.would_fit(entry.table, entry.seq.tokens, self._ahead)
-            if fits and self.pins.are_there(entry.seq):
+            there = self.pins.are_there(entry.seq)
+            if there and self.blocks.would_fit(entry.table, entry.seq.tokens, self._ahead):
                 break
             outputs.append(self._end(entry, "error"))
         return outputs
+
+    def recede(self, most: int) -> Plan:
+        """Those last in rank give way, until a pool of ``most`` blocks would do or nobody runs."""
+        step = StepPlan(0, 0, 0)
+        while self.num_running and self.blocks.capacity_within(0) > most:
+            self._give_way(self._running.items[-1], step)
+        return step.finished(self.blocks)
 
     def schedule(self, beside: Collection[Plan] = (), groups: int = 1) -> Plan:
         """The next step. It has no items only if there is nothing to do.
@@ -321,11 +328,11 @@ class Scheduler:
 
     def _expects_drafts(self, plan: Plan, speculation: Speculation) -> bool:
         """Whether the step after ``plan`` will have guesses that are worth waiting for its tokens."""
-        worth, expected = Worth(self.speed, plan.decodes, plan.decode_context), False
-        for item in plan.items:
-            entry = self._entries[item.seq_id]
-            expected |= speculation.is_expected(entry.seq, entry.acceptance, worth)
-        return expected
+        worth = Worth(self.speed, plan.decodes, plan.decode_context)
+        entries = [self._entries[item.seq_id] for item in plan.items]
+        return True in [
+            speculation.is_expected(one.seq, one.acceptance, worth) for one in entries
+        ]  # asks all
 
     def _chunk(self, step: StepPlan, entry: Place) -> None:
         """Let a sequence catch up as far as the budget goes."""
@@ -365,10 +372,8 @@ class Scheduler:
 
     def _may_admit(self) -> bool:
         """Whether the first of those that wait might start now: there is a place, and perhaps the memory."""
-        first = self._waiting.first()
-        if first is None or self.num_running >= self.settings.max_num_seqs:
-            return False
-        return self.blocks.available > first[1].blocked_at
+        first, has_place = self._waiting.first(), self.num_running < self.settings.max_num_seqs
+        return first is not None and has_place and self.blocks.available > first[1].blocked_at
 
     def _start(self, entry: Place) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
@@ -421,11 +426,8 @@ class Scheduler:
     def _is_swap_better(self, computed: int) -> bool:
         if self.settings.preemption != "auto":
             return self.settings.preemption == "swap"
-        each = self.settings.swap_ms_per_block
-        if each is None:
-            return False
-        swap_ms = self.blocks.blocks_for(computed) * each
-        return swap_ms < self.speed.chunk_ms(0, computed)
+        each, ms = self.settings.swap_ms_per_block, self.speed.chunk_ms(0, computed)
+        return each is not None and self.blocks.blocks_for(computed) * each < ms
 
     def _released(self, of_held: Iterable[Advance]) -> list[Sequence]:
         """Let held sequences go on; return them, each followed by its forks."""
