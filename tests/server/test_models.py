@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
 
-from tiny_llm import AsyncLLM, cli
+from tiny_llm import LLM, AsyncLLM, SamplingParams, cli
+from tiny_llm.engine.budget import MemoryBudget, Share
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.errors import WeightError
 from tiny_llm.server import models
@@ -34,10 +37,12 @@ def loader(folder: Path) -> Callable[[], AsyncLLM]:
 
 
 @contextlib.contextmanager
-def serving(until: Until, *services: Service, unload_after_s: float | None = None) -> Iterator[httpx.Client]:
+def serving(
+    until: Until, *services: Service, unload_after_s: float | None = None, budget: MemoryBudget | None = None
+) -> Iterator[httpx.Client]:
     """The first one is loaded."""
     listening = listen("127.0.0.1", 0)
-    server = Server(services[0], listening, services[1:], unload_after_s)
+    server = Server(services[0], listening, services[1:], unload_after_s, budget)
 
     async def run() -> None:
         serving = asyncio.ensure_future(server.serve([listening]))
@@ -143,6 +148,99 @@ def test_room_is_made_by_what_nobody_uses(
         monkeypatch.setattr(models, "available_memory_bytes", lambda: 0)
         answer = http.post(CHAT, json={**ASKED, "model": "large"})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_memory"
+
+
+@pytest.mark.slow
+def test_a_busy_model_uses_what_the_other_leaves_and_that_one_starts_when_asked(
+    demo: Path, until: Until
+) -> None:
+    """Both answer as one alone does; unloading gives all back."""
+    prompts = [f"Tell me about the number {number}, please." for number in range(30)]
+    asked = {"max_tokens": 40, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+    with LLM(demo) as llm:
+        params = SamplingParams(max_tokens=40, temperature=1.0, seed=7, ignore_eos=True)
+        expected = [answer.text for answer in llm.generate(prompts, params)]
+        budget = MemoryBudget(30 * llm.engine.block_bytes, 2)
+
+    def load(share: Share) -> AsyncLLM:
+        loaded = AsyncLLM(demo, kv_memory=share)
+        loaded.after_step = look
+        return loaded
+
+    most = [0]
+
+    def look() -> None:
+        with budget.changed:
+            held = [share.held for share in budget.shares]
+        most[0] = max(most[0], held[0])
+        assert sum(held) <= budget.total
+
+    loads = [functools.partial(load, budget.share()) for _ in range(2)]
+    services = [
+        Service(ServerSettings(name=n), one, 1) for n, one in zip(("busy", "light"), loads, strict=True)
+    ]
+    with serving(until, *services, unload_after_s=1.0, budget=budget) as http:
+        assert http.post(CHAT, json={**ASKED, "model": "light"}).status_code == 200
+
+        async def all_at_once() -> tuple[list[str], str, int]:
+            limits = httpx.Limits(max_connections=40)
+            url = http.base_url
+            async with httpx.AsyncClient(base_url=url, timeout=60, verify=False, limits=limits) as client:
+
+                async def post(model: str, prompt: str) -> str:
+                    body = {**asked, "model": model, "prompt": prompt}
+                    answer = (await client.post("/v1/completions", json=body)).json()
+                    return str(answer["choices"][0]["text"])
+
+                posts = [asyncio.ensure_future(post("busy", prompt)) for prompt in prompts]
+                while most[0] < budget.total and not all(one.done() for one in posts):
+                    await asyncio.sleep(0.001)
+                first = await post("light", prompts[0])
+                left = sum(not one.done() for one in posts)
+                return await asyncio.gather(*posts), first, left
+
+        texts, first, left = asyncio.run(all_at_once())
+        assert texts == expected and first == expected[0]
+        assert most[0] == budget.total and left, "the light one's answer was there before the busy one's were"
+        until(lambda: services[1].state == "unloaded", "light to be unloaded")
+        until(lambda: services[0].state == "unloaded", "busy to be unloaded")
+        until(lambda: not any(share.held for share in budget.shares), "all to be given back")
+
+
+def test_a_model_on_its_way_has_its_memory_promised(
+    demo: Path, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is read yet, so the machine still says that all is free."""
+    free = [100]
+    monkeypatch.setattr(models, "available_memory_bytes", lambda: free[0])
+    under_way, go_on = threading.Semaphore(0), threading.Event()
+
+    def load() -> AsyncLLM:
+        under_way.release()
+        assert go_on.wait(20)
+        return loader(demo / "draft")()
+
+    budget = MemoryBudget(0, 3)
+    services = (
+        Service(ServerSettings(name="a"), loader(demo / "draft")),
+        *(Service(ServerSettings(name=name), load, 60) for name in ("b", "c")),
+    )
+    with serving(until, *services, budget=budget) as http, ThreadPoolExecutor() as threads:
+
+        def post(name: str) -> httpx.Response:
+            return http.post(CHAT, json={**ASKED, "model": name})
+
+        with http.stream("POST", CHAT, json={**ASKED, "stream": True, "max_tokens": 200}):  # a is in use
+            first = threads.submit(post, "b")
+            assert under_way.acquire(timeout=20) and budget.loading == 60
+            refused = post("c")
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "no_memory"
+            free[0] = 120
+            second = threads.submit(post, "c")
+            assert under_way.acquire(timeout=20) and budget.loading == 120, "both are under way"
+        go_on.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
+        assert budget.loading == 0
 
 
 def test_one_that_cannot_be_loaded_harms_no_other(demo: Path, until: Until) -> None:

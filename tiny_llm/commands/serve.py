@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tiny_llm.commands.grouped import grouped
 from tiny_llm.commands.loading import arguments, load_async
 from tiny_llm.commands.two import ALONE, PeerOptions
+from tiny_llm.engine.budget import MemoryBudget
 from tiny_llm.engine.llm import LLM
 from tiny_llm.errors import ConfigError, TinyLLMError, did_you_mean
 from tiny_llm.limits import MOST, check_number
@@ -29,7 +30,7 @@ ModelsOption = Annotated[
     option(
         "Model",
         "A short name (see `models`), a hub id (:Q4_K_M: a GGUF file of it), a folder or file. Given again: "
-        "another one, loaded when it is asked for; they share --kv-memory out.",
+        "another one, loaded when it is asked for; --kv-memory is for all of them.",
         "--model",
         "-m",
     ),
@@ -97,7 +98,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     aliases = _aliases(alias or (), _names(model, name, options, two))
-    served = _several(model, given) if len(model) > 1 else [given | {"model": model[0]}]
+    budget, served = _several(model, given) if len(model) > 1 else (None, [given | {"model": model[0]}])
     if served[0]["ranks"].leader is not None:  # under mlx.launch: only rank 0 has clients
         LLM(**served[0])
     needs = [_weight_bytes(one) if len(model) > 1 or unload_after is not None else 0 for one in served]
@@ -105,15 +106,15 @@ def serve(
         Service(replace(settings, name=own, aliases=of_it), two.joined(partial(load_async, one)), need)
         for (own, of_it), one, need in zip(aliases.items(), served, needs, strict=True)
     ]
-    run(services, host, port, unload_after)
+    run(services, host, port, unload_after, budget)
 
 
-def _several(models: Sequence[str], given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each of several models is loaded with: its share of the memory, its own folder on disk."""
-    share = (given["kv_memory"] or available_memory_bytes() // 2) // len(models)
+def _several(models: Sequence[str], given: Mapping[str, Any]) -> tuple[MemoryBudget, list[dict[str, Any]]]:
+    """One memory, and what each model is loaded with: a share of that, its own folder on disk."""
+    budget = MemoryBudget(given["kv_memory"] or available_memory_bytes() // 2, len(models))
     disk = given["kv_disk"]
     own = [{"model": one, "kv_disk": disk and str(Path(disk, Path(one).name))} for one in models]
-    return [{**given, "kv_memory": share, **one} for one in own]
+    return budget, [{**given, "kv_memory": budget.share(), **one} for one in own]
 
 
 def _names(models: Sequence[str], name: str | None, options: EngineOptions, two: PeerOptions) -> list[str]:

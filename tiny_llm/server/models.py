@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tiny_llm.engine.budget import MemoryBudget
 from tiny_llm.errors import TinyLLMError, did_you_mean
 from tiny_llm.memory import available_memory_bytes
 from tiny_llm.server.app import create_app, model_card
@@ -33,6 +34,7 @@ class _Resident:
     def __init__(self, service: Service, stored: StoredResponses) -> None:
         self.service = service
         self.app: ASGIApp = create_app(service, stored)
+        self.loading = asyncio.Lock()
         self.users = 0
         self.idle_since = 0.0
 
@@ -40,15 +42,21 @@ class _Resident:
 class Models:
     """An application of all ``services``. One that nobody uses for ``unload_after_s`` is unloaded.
 
-    They are loaded one at a time, so that what one is about to take is not promised to another. Where memory
-    does not suffice, those that nobody uses make room, the longest unused first.
+    What one is about to take is promised to no other that loads, and no pool of ``budget`` grows into it.
+    Where memory does not suffice, those that nobody uses make room, the longest unused first.
     """
 
-    def __init__(self, services: Sequence[Service], unload_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        services: Sequence[Service],
+        unload_after_s: float | None = None,
+        budget: MemoryBudget | None = None,
+    ) -> None:
         stored = StoredResponses()
         self._all = [_Resident(service, stored) for service in services]
         self._unload_after_s = unload_after_s
-        self._loading = asyncio.Lock()
+        self._budget = budget or MemoryBudget(0, len(services))
+        self._choosing = asyncio.Lock()  # who makes room
         self._resting = set[asyncio.Task[None]]()  # who sleeps until it may be time
 
     def problem(self) -> Problem | None:
@@ -93,28 +101,30 @@ class Models:
 
     async def _load(self, one: _Resident) -> None:
         """Have it loaded. Raises Problem where that cannot be."""
-        if one.service.state != "unloaded":
-            return
-        async with self._loading:
+        async with one.loading:
             if one.service.state != "unloaded":
                 return
-            await self._make_room(one)
+            need = one.service.weight_bytes + self._budget.slab_bytes
+            async with self._choosing:
+                await self._make_room(one, need)
+                self._budget.loading += need
             try:
                 await one.service.start()
             except TinyLLMError as error:
                 what = f"{one.service.settings.name} cannot be loaded: {problem_of(error).detail}"
                 raise Problem(503, what, code="load_failed") from error
+            finally:
+                self._budget.loading -= need
             _LOG.info("%s is loaded", one.service.settings.name)
 
-    async def _make_room(self, one: _Resident) -> None:
+    async def _make_room(self, one: _Resident, need: int) -> None:
         """Unload what nobody uses, until there is memory for it. Raises Problem where that is too little."""
-        need = one.service.weight_bytes
         idle = sorted((other for other in self._all if self._is_idle(other)), key=lambda o: o.idle_since)
-        while need > available_memory_bytes():
+        while need > (free := available_memory_bytes() - self._budget.loading):
             if not idle:
                 what = (
-                    f"{one.service.settings.name} needs {need / 1e9:.1f} GB for its weights, but "
-                    f"{available_memory_bytes() / 1e9:.1f} are free, and the other models are in use."
+                    f"{one.service.settings.name} needs {need / 1e9:.1f} GB to be loaded, but "
+                    f"{max(0, free) / 1e9:.1f} are free, and the other models are in use."
                 )
                 raise Problem(503, what, code="no_memory")
             await self._rest(idle.pop(0))
@@ -132,7 +142,7 @@ class Models:
         async def rest(after_s: float) -> None:
             await asyncio.sleep(after_s)
             if one.idle_since == since:
-                async with self._loading:
+                async with self._choosing:
                     await self._rest(one)
 
         resting = loop.create_task(rest(self._unload_after_s))

@@ -24,6 +24,7 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from tiny_llm.engine.budget import MemoryBudget
 from tiny_llm.errors import ConfigError
 from tiny_llm.server.app import create_app
 from tiny_llm.server.connections import Acceptor, max_connections, raise_file_limit
@@ -52,12 +53,14 @@ class Server(uvicorn.Server):
         listening: socket.socket,
         others: Sequence[Service] = (),
         unload_after_s: float | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
         settings = service.settings
         self.service, self._services = service, (service, *others)
         for other in others:
             other.rests = True
-        several = Models(self._services, unload_after_s) if others or unload_after_s is not None else None
+        is_alone = not others and unload_after_s is None
+        several = None if is_alone else Models(self._services, unload_after_s, budget)
         config = uvicorn.Config(
             application(service, several, local_only=is_loopback(listening.getsockname()[0])),
             http=DeadlineProtocol.within(settings.read_timeout_s),
@@ -173,8 +176,16 @@ def application(service: Service, several: Models | None = None, *, local_only: 
     return Envelope(app)
 
 
-def serve(services: Sequence[Service], host: str, port: int, unload_after_s: float | None = None) -> None:
+def serve(
+    services: Sequence[Service],
+    host: str,
+    port: int,
+    unload_after_s: float | None = None,
+    budget: MemoryBudget | None = None,
+) -> None:
     """Serve until a signal: the first of ``services`` is loaded at once, each other one when asked for.
+
+    Several have shares of ``budget``.
 
     Raises ConfigError if the port cannot be had, and what loading raises.
     """
@@ -182,7 +193,7 @@ def serve(services: Sequence[Service], host: str, port: int, unload_after_s: flo
     sys.setswitchinterval(SWITCH_S)
     listening = listen(host, port)
     try:
-        server = Server(services[0], listening, services[1:], unload_after_s)
+        server = Server(services[0], listening, services[1:], unload_after_s, budget)
         asyncio.run(_serve(server, listening))
     finally:
         listening.close()
