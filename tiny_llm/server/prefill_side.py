@@ -120,19 +120,24 @@ class _Asking:
     def send(self) -> None:
         """What has been computed meanwhile, as far as the queue has place. On the engine's thread."""
         for number, going in list(self._going.items()):
-            engine = going.handover.engine
-            while self.wire.waiting < _MOST_WAITING:
-                is_lost = engine is not self._llm.llm.engine  # which was made anew
-                count, data = (0, []) if is_lost else going.handover.give(going.first, self._most)
-                if not count:
-                    if is_lost or engine.scheduler.sequence(going.request) is None:
-                        if data := [] if is_lost else going.handover.give_last(going.first):
-                            self.wire.put(Frame(BLOCKS, number, going.first, 1), data)
-                        self.wire.put(Frame(END, number))
-                        del self._going[number]
-                    break
-                self.wire.put(Frame(BLOCKS, number, going.first, count), data)
-                going.first += count
+            while self.wire.waiting < _MOST_WAITING and self._send_next(number, going):
+                pass
+
+    def _send_next(self, number: int, going: _Going) -> bool:
+        """A prompt's next frame, if it is there; at its end, that. Whether more may be there."""
+        handover, engine = going.handover, going.handover.engine
+        is_lost = engine is not self._llm.llm.engine  # which was made anew
+        count, data = (0, []) if is_lost else handover.give(going.first, self._most)
+        if count:
+            self.wire.put(Frame(BLOCKS, number, going.first, count), data)
+            going.first += count
+            return True
+        if is_lost or engine.scheduler.sequence(going.request) is None:
+            if data := [] if is_lost else handover.give_last(going.first):
+                self.wire.put(Frame(BLOCKS, number, going.first, 1), data)
+            self.wire.put(Frame(END, number))
+            del self._going[number]
+        return False
 
     def _post_send(self) -> None:
         if self._going:
