@@ -156,27 +156,42 @@ def _spans(
     rows: list[SpanRow], groups: Iterable[tuple[int, list[SpanRow]]], size: int, window: int
 ) -> SpanWork:
     places = {row: array("i") for row, _, _ in rows}
-    shared, shared_rows = array("i"), array("i")
+    shared = _together(groups, places)
+    own = _alone(rows, places, shared.places, size, window)
+    order, firsts = array("i"), array("i", [0])
+    for each in places.values():
+        order.extend(each)
+        firsts.append(len(order))
+    return SpanWork(shared, own, _padded(order), _padded(firsts))
+
+
+def _together(groups: Iterable[tuple[int, list[SpanRow]]], places: dict[int, array[int]]) -> SpanPieces:
+    """A piece for each span and its rows, of at most MOST_ROWS; a row's places there go to ``places``."""
+    work, members = array("i"), array("i")
     for span, group in groups:
         for begin in range(0, len(group), MOST_ROWS):
             some = group[begin : begin + MOST_ROWS]
-            shared.extend([len(shared_rows), len(some), *some[0][1:], span])
+            work.extend([len(members), len(some), *some[0][1:], span])
             for row, _, _ in some:
-                places[row].append(len(shared_rows))
-                shared_rows.append(row)
-    own, own_rows = array("i"), array("i")
-    order, firsts = array("i"), array("i", [0])
+                places[row].append(len(members))
+                members.append(row)
+    return _pieces(work, members)
+
+
+def _alone(
+    rows: list[SpanRow], places: dict[int, array[int]], behind: int, size: int, window: int
+) -> SpanPieces:
+    """A piece for each span that is a row's own; its place, plus ``behind``, goes to the row's ``places``."""
+    work, members = array("i"), array("i")
     for row, sequence, seen in rows:
         first, spans = len(places[row]) or max(0, seen - window) // size, -(-seen // size)
-        numbers = array("i", range(len(own_rows), len(own_rows) + spans - first))
-        pieces = array("i", [0, 1, sequence, seen, 0]) * len(numbers)
+        numbers = array("i", range(len(members), len(members) + spans - first))
+        pieces = array("i", [0, 1, sequence, seen, 0]) * len(numbers)  # a long context has hundreds
         pieces[::5], pieces[4::5] = numbers, array("i", range(first, spans))
-        own.extend(pieces)
-        own_rows.extend([row] * len(numbers))
-        order.extend(places[row])
-        order.extend(len(shared_rows) + number for number in numbers)
-        firsts.append(len(order))
-    return SpanWork(_pieces(shared, shared_rows), _pieces(own, own_rows), _padded(order), _padded(firsts))
+        work.extend(pieces)
+        members.extend([row] * len(numbers))
+        places[row].extend(behind + number for number in numbers)
+    return _pieces(work, members)
 
 
 def _pieces(work: array[int], rows: array[int]) -> SpanPieces:
