@@ -63,13 +63,15 @@ def build(
     without: Collection[str] = (),
     *,
     quick: bool = False,
+    wide: bool = False,
     headers: Sequence[Path] = (),
 ) -> Path:
     """Compile ``kernels/cpu/<kernel>.cpp`` for this machine, with the parts of ``folder``'s file of it.
 
-    ``quick``: to be tested and not measured, so it is compiled in a second. ``headers``: folders whose
-    headers come before the project's. Returns the library; what the compiler says, at the learner's lines,
-    goes to stderr. Raises ConfigError if it finds errors, and if there is no compiler.
+    ``quick``: to be tested and not measured, so it is compiled in a second, for any machine's vectors, or if
+    ``wide`` for this one's. ``headers``: folders whose headers come before the project's. Returns the
+    library; what the compiler says, at the learner's lines, goes to stderr. Raises ConfigError if it finds
+    errors, and if there is no compiler.
     """
     path, alone = CPU / f"{kernel}.cpp", CPU / "alone" / f"{kernel}.cpp"
     own = folder / "kernels" / "cpu" / f"{kernel}.cpp" if folder else path
@@ -78,7 +80,7 @@ def build(
     command = [
         compiler(),
         *_FLAGS,
-        *(_QUICK if quick else _fast()),
+        *((*_QUICK, *_fast()[1:] * wide) if quick else _fast()),
         *_WARNINGS,
         *(f"-I{it}" for it in (*headers, CPU)),
     ]
@@ -109,12 +111,12 @@ def _compile(command: list[str], text: str, library: Path) -> None:
 
 
 @cache
-def learners(kernel: str, quick: bool = False) -> ctypes.CDLL:
+def learners(kernel: str, quick: bool = False, wide: bool = False) -> ctypes.CDLL:
     """The library with this process's learner's parts, where they have any: the overlay's variables say."""
     file, folder = f"kernels/cpu/{kernel}.cpp", Path(os.environ.get(VARIABLE, ""))
     quick = quick or bool(os.environ.get(QUICK_VARIABLE))
     own = folder if VARIABLE in os.environ and (folder / file).is_file() else None
-    return ctypes.CDLL(str(build(kernel, own, _without(file), quick=quick)))
+    return ctypes.CDLL(str(build(kernel, own, _without(file), quick=quick, wide=wide)))
 
 
 def pointers(arrays: Sequence[mx.array | None]) -> list[Any]:

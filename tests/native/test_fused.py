@@ -28,6 +28,16 @@ MARGIN = 64
 WIDTHS = (1, 2, 15, 16, 17, 31, 33, 64, 100)
 
 
+WIDE = [False]
+"""Whether the kernels that are called have this machine's vectors; else those that any machine has."""
+
+
+@pytest.fixture(params=["4 floats", "this machine's"], scope="module", autouse=True)
+def vectors(request: pytest.FixtureRequest) -> None:
+    """Each test once with vectors of 4 floats, and once with the widest that there are."""
+    WIDE[0] = request.param != "4 floats"
+
+
 def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
@@ -70,7 +80,7 @@ def run(
     arrays = [*ins[: len(ins) - last], *outs, *ins[len(ins) - last :]]
     places = [None if it is None else ctypes.c_void_p(it.ctypes.data) for it in arrays]
     sizes = [ctypes.c_float(n) if isinstance(n, float) else ctypes.c_int64(n) for n in numbers]
-    getattr(learners(library, quick=True), name)(*places, *sizes)
+    getattr(learners(library, quick=True, wide=WIDE[0]), name)(*places, *sizes)
 
 
 def add_norm(x: Array, residual: Array | None, weight: Array, eps: float = 1e-6) -> list[Array]:
@@ -266,40 +276,46 @@ def test_position_0_changes_nothing() -> None:
     same_bits(got[1], k, "position 0 is no turn")
 
 
-def at_the_end(array: Array) -> Array:
-    """A copy behind which memory ends: whoever reads on is killed."""
-    page, spare = mmap.PAGESIZE, -(-max(1, array.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, spare + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None)
-    assert not libc.mprotect(ctypes.c_void_p(start + spare), ctypes.c_size_t(page), 0)
-    where = np.frombuffer(memory, array.dtype, array.size, spare - array.nbytes).reshape(array.shape)
+def at_an_edge(array: Array, first: bool) -> Array:
+    """A copy behind which memory ends, or before which it begins if ``first``: whoever goes on is killed."""
+    page, room = mmap.PAGESIZE, -(-max(1, array.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + page)
+    closed = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (0 if first else room)
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(closed), ctypes.c_size_t(page), 0)
+    begin = page if first else room - array.nbytes
+    where = np.frombuffer(memory, array.dtype, array.size, begin).reshape(array.shape)
     where[...] = array
     return where
 
 
-def all_kernels(half: int) -> None:
-    """Each of them, once, on arrays behind which nothing is."""
-    q, weight, out = (at_the_end(normal(1, 2 * half, seed=seed)) for seed in range(3))
-    other, angles = at_the_end(np.zeros_like(q)), at_the_end(np.ones(half, np.float32))
+def all_kernels(half: int, first: bool) -> None:
+    """Each of them, once, on arrays at an edge of memory."""
+
+    def placed(array: Array) -> Array:
+        return at_an_edge(array, first)
+
+    q, weight, out = (placed(normal(1, 2 * half, seed=seed)) for seed in range(3))
+    other, angles = placed(np.zeros_like(q)), placed(np.ones(half, np.float32))
     run("rms_norm", "add_rms_norm", [q, q, weight], [other, out], (1, 2 * half, 1e-6))
     run("swiglu", "swiglu", [q, weight], [out], (2 * half,))
-    position = at_the_end(np.zeros(1, np.int32))
+    position = placed(np.zeros(1, np.int32))
     heads = [q, q, weight, weight, position, angles]
     run("rope", "rope_qk", heads, [out, other], (1, 1, 1, 2 * half, 1e-6))
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("half", [1, 5, 17, 20])
-def test_nothing_behind_an_array_is_read(half: int) -> None:
+def test_nothing_outside_of_an_array_is_read(half: int, first: bool) -> None:
     """In a process that may die of it."""
     for library in ("rms_norm", "swiglu", "rope"):
-        learners(library, quick=True)
+        learners(library, quick=True, wide=WIDE[0])
     child = os.fork()
     if not child:
         faulthandler.disable()
         try:
-            all_kernels(half)
+            all_kernels(half, first)
         finally:
             os._exit(0)
     died = os.WTERMSIG(os.waitpid(child, 0)[1])
-    assert not died, f"{half} pairs: somebody reads or writes behind the end of an array (signal {died})"
+    edge = "before the beginning" if first else "behind the end"
+    assert not died, f"{half} pairs: somebody reads or writes {edge} of an array (signal {died})"
