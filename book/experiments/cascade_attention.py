@@ -135,7 +135,7 @@ def mistakes() -> str:
     return "\n".join(lines + [f"{name:<22} {line}" for name, line in told_with(__file__, "4.6", SHOWN)])
 
 
-DRAWN = [[1, 2, 3], [1, 2, 4], [1, 2, 5, 6], [1, 7, 8], [9, 10]]
+DRAWN = [[1, 2, 3], [1, 2, 4], [1, 2, 5, 6], [1, 7, 8], [9, 1]]
 """Blocks of one span each, so that a number stands for a span."""
 
 

@@ -32,6 +32,7 @@ def test_the_table_of_4_6(run, tmp_path: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[2:]}
     assert all(foretold == counted for _, foretold, counted, *_ in rows.values()), "it is met to the byte"
     assert rows["16"][3] == rows["32"][3] == "12%", "an eighth is left"
+    assert 0.6 < float(rows["16"][4]) / float(rows["16"][2]) < 0.7, "two thirds"
 
 
 def test_the_mistakes_of_4_6(run) -> None:
@@ -53,3 +54,7 @@ def test_the_predictions_of_4_6() -> None:
         and f"{seen / 1e6:.2f} MB: **{parts / seen:.1%}**".replace("%", " %") in page
     )
     assert f"\n    {round(100 * (2304 / 16) * 28 * 130 * 4 / seen)} %" in page
+
+
+def test_the_answers_of_4_6() -> None:
+    assert 1030 // 128 == 8 and 8 * 128 == 1024 and 500 // 128 == 3 and "Eight: 1,024 tokens" in text()
