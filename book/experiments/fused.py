@@ -44,10 +44,8 @@ CALL_US, GB_S = 2.0, 25.0
 """What a call of a small kernel costs, and how fast memory gives and takes: about, by two cores."""
 SHOWN = (
     "norm-of-x",
-    "norm-in-place",
     "first-rows-residual",
     "silu-of-up",
-    "same-frequencies-again",
     "first-tokens-position",
     "turned-without-the-norm",
 )
