@@ -169,6 +169,22 @@ def test_chunks_come_with_their_prompts_numbers_until_all_answers_ended(by_hand:
     by_hand.run(ask())
 
 
+def test_an_engine_that_is_quicker_than_who_asks_is_heard(by_hand: SimpleNamespace) -> None:
+    """It had made the whole answer before its caller went on, who then waited for none."""
+
+    async def ask() -> None:
+        engine = by_hand.engine
+
+        def at_once(job: Any) -> None:
+            job()
+            engine.work((1, by_hand.last("a")))
+
+        engine.post = at_once
+        assert [texts(some) async for some in engine.streams([[5]])] == [["a"]]
+
+    by_hand.run(ask())
+
+
 def test_one_wrong_prompt_means_that_none_is_asked(by_hand: SimpleNamespace) -> None:
     async def ask() -> None:
         with pytest.raises(RequestError, match="empty"):

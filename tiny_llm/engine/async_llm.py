@@ -148,8 +148,8 @@ class AsyncLLM:
         asked = [_Asked(i, ids, own, options, mailbox) for i, (ids, own) in enumerate(checked)]
         if self.supply is not None:
             await asyncio.gather(*(self.supply(one.ids, one.params, options) for one in asked))
+        left = sum(one.left for one in asked)  # before the engine's thread counts down
         self.post(lambda: self._add(asked))
-        left = sum(one.left for one in asked)
         try:
             while left:
                 came: list[tuple[int, Chunk]] = []
