@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,8 +147,10 @@ def test_what_was_lent_is_given_back_in_a_step(small: Path) -> None:
             step(one)
         running = one.scheduler.num_running
         two.add(prompt_of(2), params)
+        begun = time.perf_counter()
         step(two)
         assert two.scheduler.num_running == 0 and budget.shares[1].asked
+        assert time.perf_counter() - begun > 0.01, "it waits, and does not ask again and again"
         step(one)  # perhaps one was under way
         step(one)
         assert one.scheduler.num_running < running and budget.shares[0].held <= 13 * one.block_bytes
@@ -265,6 +268,15 @@ def test_who_asked_first_for_more_than_its_part_gets_it_first() -> None:
     assert second.room == 60
 
 
+def test_nobody_gives_up_its_part_for_what_another_has_beyond_its_own() -> None:
+    budget = MemoryBudget(120, 3)
+    large, fair, new = (budget.share() for _ in range(3))
+    large.note(80, 80)
+    fair.note(40, 40)
+    new.ask(30)
+    assert (large.most_used, fair.most_used) == (50, 40)
+
+
 def test_a_pool_takes_of_its_share_only_while_a_step_is_planned() -> None:
     """Another's planning waits that long, and then sees what was taken."""
     budget = MemoryBudget(40, 2)
@@ -287,7 +299,8 @@ def test_a_pool_takes_of_its_share_only_while_a_step_is_planned() -> None:
         assert seen == [] and managers[0].max_blocks == 40
         managers[0].grow(24)
     other.join(5)
-    assert seen == [16] and managers[0].max_blocks == 40, "between plans it says what there might be"
+    assert seen == [16]
+    assert [one.max_blocks for one in managers] == [40, 40], "between plans it says what there might be"
 
 
 def test_no_pool_grows_into_what_is_promised_to_weights(monkeypatch: pytest.MonkeyPatch) -> None:
