@@ -256,8 +256,10 @@ def test_one_that_cannot_be_loaded_harms_no_other(demo: Path, until: Until) -> N
 
 @pytest.mark.slow
 def test_the_command_takes_several(start_process: type[Process]) -> None:
-    served = start_process("--model", "demo", "--model", "demo-draft", "--alias", "claude-*=demo-draft")
+    options = ("--model", "demo", "--model", "demo-draft", "--alias", "claude-*=demo-draft")
+    served = start_process(*options, "--kv-memory", "80MB")
     try:
+        assert "keys and values up to 0.08 GB" in served.memory
         assert "demo, demo-draft" in served.said
         with served.http() as http:
             answer = http.post("/v1/messages", json={**ASKED, "model": "claude-of-tomorrow"})

@@ -204,10 +204,10 @@ class LLM:
     def memory(self) -> str:
         """What the weights take, what keys and values may, what is not guessed: for a line at the start."""
         settings, block_bytes = self.engine.settings, self.engine.block_bytes
+        most = settings.share.budget.total // block_bytes if settings.share else settings.kv_blocks
         told = (
             f"weights {self._weight_bytes / 1e9:.2f} GB · keys and values up to "
-            f"{settings.kv_blocks * block_bytes / 1e9:.2f} GB, "
-            f"{settings.kv_blocks * settings.block_size:,} tokens"
+            f"{most * block_bytes / 1e9:.2f} GB, {most * settings.block_size:,} tokens"
         )
         if swap := settings.host_blocks * block_bytes:
             told += f" · {swap / 1e9:.2f} GB to swap to"
