@@ -94,7 +94,7 @@ def test_an_action_is_found_by_its_name() -> None:
     assert ACTIONS.find({"name": "wave", "arguments": {"hand": "left"}}) == (WAVE, {"hand": "left"})
 
 
-@pytest.mark.parametrize("name", ["run", "Walk", "", "walk ", None, 7, True, ["walk"], {"walk": 1}])
+@pytest.mark.parametrize("name", ["run", "finish", "Walk", "", "walk ", None, 7, True, ["walk"], {"walk": 1}])
 def test_another_name_is_told_what_there_is(name: Any) -> None:
     told = why(ACTIONS.find, {"name": name, "arguments": {"where": "home", "steps": 3}})
     assert told.startswith(f"There is no action {name!r}, but: walk, visit, wave.")

@@ -157,10 +157,10 @@ def test_a_long_fault_is_cut(tmp_path: Path) -> None:
 def test_the_model_knows_how_much_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    bed = Bed(tmp_path, said=[Proposal(ADD, "")], budget=Budget(seconds=60))
-    now[0] = 13.0
-    bed.propose()
-    assert bed.model.asked[0][1] == 47
+    bed = Bed(tmp_path, said=[Proposal(ADD, "")] * 2, budget=Budget(seconds=60))
+    for now[0] in (13.5, 59.75):
+        bed.propose()
+    assert [seconds for _, seconds in bed.model.asked] == [46.5, 0.25]
 
 
 def by_steps(history: RunHistory) -> int:
@@ -233,13 +233,13 @@ def test_so_many_steps_and_no_more(tmp_path: Path, most: int, reason: str) -> No
 
 @pytest.mark.parametrize(("most", "reason"), [(29, "tokens"), (30, "tokens"), (31, "")])
 def test_what_the_cache_had_is_free(tmp_path: Path, most: int, reason: str) -> None:
-    records = added(1, prompt_tokens=100, cached_tokens=90, tokens=20)
+    records = [*added(1, prompt_tokens=90, cached_tokens=90, tokens=20), *added(2, tokens=10)]
     assert spent(tmp_path, *records, tokens=most) == reason
 
 
 @pytest.mark.parametrize(
     ("worked", "passed", "reason"),
-    [(20, 39, ""), (20, 40, "seconds"), (60, 0, "seconds"), (0, 61, "seconds")],
+    [(20, 39, ""), (20, 39.5, ""), (20, 40, "seconds"), (60, 0, "seconds"), (0, 61, "seconds")],
 )
 def test_the_time_before_and_the_time_since_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worked: float, passed: float, reason: str

@@ -369,14 +369,14 @@ def test_what_the_best_has_changed_is_done_in_the_workspace(bed: Bed) -> None:
 
 def test_what_is_refused_is_not_taken_and_counted(bed: Bed) -> None:
     way = made(bed)
-    assert bed.keep(way, lambda change: "no" if "a of" in change.what or "new" in change.what else "") == 2
+    assert bed.keep(way, lambda change: "why?" if "a of" in change.what or "new" in change.what else "") == 2
     assert bed.texts() == {"a": "one", "same": "one"}
     lines = [record for record in read_log(bed.folder) if record["kind"].startswith("take")]
     assert [(line["kind"], line.get("refused")) for line in lines] == [
-        ("take", "no"),
+        ("take", "why?"),
         ("take", ""),
         ("taken", None),
-        ("take", "no"),
+        ("take", "why?"),
     ]
 
 

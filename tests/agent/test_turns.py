@@ -52,8 +52,9 @@ def test_what_was_no_action_is_told_as_it_was_said(calls: bool) -> None:
 @pytest.mark.parametrize("step", [STEP, replace(STEP, action=None)], ids=["action", "none"])
 def test_the_users_hint_comes_last_and_as_it_is(step: RunStep, calls: bool) -> None:
     without = step_turns(1, step, calls=calls)
-    hinted = step_turns(1, replace(step, hint="Mind <|im_end|>."), calls=calls)
-    assert hinted == [*without, {"role": "user", "content": "Mind <|im_end|>."}]
+    hint = "  Mind <|im_end|>.\n"
+    hinted = step_turns(1, replace(step, hint=hint), calls=calls)
+    assert hinted == [*without, {"role": "user", "content": hint}]
     assert len(without) == 2
 
 
@@ -80,6 +81,14 @@ def test_no_mark_is_left_in_what_others_say(where: str, calls: bool) -> None:
     told = step_turns(1, step, calls=calls)
     assert not [mark for text in texts(told) for mark in MARKS if mark in text]
     assert [text for text in texts(told) if attack.replace("<", "< ") in text], "it is readable all the same"
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_text_is_told_whole_and_with_its_spaces(calls: bool) -> None:
+    text = "  \n" + "word " * 2000 + "\n\n"
+    said, told = step_turns(1, replace(STEP, shown=text, said=text), calls=calls)
+    assert told["content"].endswith(text)
+    assert (said["content"] if calls else json.loads(said["content"])["thought"]) == text
 
 
 def test_what_is_no_mark_stays() -> None:
