@@ -180,6 +180,18 @@ def test_an_effect_is_asked_for_noted_before_and_proved_after(world: World) -> N
     assert world.asked[0].what == "put a" and world.values == {"a": "two"}
 
 
+def test_an_effect_that_shows_nothing_is_asked_for_too(world: World) -> None:
+    world.run(PUSH, "done")
+    assert [one.what for one in world.asked] == ["push"] and world.kinds()[2] == "intent"
+
+
+def test_a_mistake_of_ours_is_no_result(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a program that is broken would be the model's fault, step after step."""
+    monkeypatch.setattr(World, "_digest", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        world.run(PUT, "done")
+
+
 def test_a_preview_in_the_log_is_bounded(world: World) -> None:
     world.run(PUT, "done")
     preview = world.log.records[2]["preview"]
@@ -194,7 +206,7 @@ def test_what_has_no_effect_is_not_asked_for(world: World) -> None:
     assert told(receipt, "what", "shown", "before", "after", "exit") == ["look a", "one", "", "", None]
 
 
-@pytest.mark.parametrize("why", ["not today", "no", "y"])
+@pytest.mark.parametrize("why", ["not today", "no", "y", " "])
 def test_what_is_refused_is_not_done_and_the_model_is_told(world: World, why: str) -> None:
     world.answer = why
     world.run(PUT, "done")

@@ -122,8 +122,10 @@ def test_what_is_left_out_of_a_workspace_is_not_copied_and_no_link_is_followed(b
     (bed.root.parent / "secret").write_text("key")
     (bed.root / "link").symlink_to("../secret")
     (bed.root / "a").write_text("one")
+    (bed.root / "a").chmod(0o755)
     (way,) = bed.ways("")
     copied = way.folder / "workspace"
+    assert (copied / "a").stat().st_mode & 0o777 == 0o755, "what could be run can be run"
     assert sorted(path.name for path in copied.iterdir()) == ["a", "link", "sub"]
     assert list((copied / "sub").iterdir()) == []
     assert (copied / "link").is_symlink() and "key" not in [p.read_text() for p in copied.glob("a*")]
@@ -200,17 +202,23 @@ def test_the_log_has_a_line_for_each_way_and_what_came_of_it(bed: Bed) -> None:
 
 
 def test_a_way_that_a_kill_left_is_begun_anew(bed: Bed) -> None:
-    def dies(root: Path, _: RunHistory) -> str:
+    with_history(bed)
+    before = [record["kind"] for record in read_log(bed.folder)]
+
+    def dies(root: Path, history: RunHistory) -> str:
         (root / "rubbish").write_text("half done")
-        raise KeyboardInterrupt
+        if len(history.steps) == 3:
+            raise KeyboardInterrupt
+        return "third"
 
     bed.plays = dies
     with pytest.raises(KeyboardInterrupt):
         bed.ways("one", "two")
-    bed.plays = does(one=[], two=[])
+    bed.plays = lambda _, __: None
     bed.starts.clear()
     ways = bed.ways("one", "two")
-    assert bed.starts == [(["begin"], 0, 0.0)] * 2
+    assert [kinds for kinds, _, _ in bed.starts] == [before] * 2
+    assert [len(list((way.folder / "results").iterdir())) for way in ways] == [2, 2]
     assert not [way for way in ways if (way.folder / "workspace" / "rubbish").exists()]
 
 
@@ -359,8 +367,8 @@ def test_what_the_best_has_changed_is_done_in_the_workspace(bed: Bed) -> None:
     assert [(one.what, one.before, one.after) for one in asked] == [
         (f"take {path}{of}", before, after) for path, before, after in expected
     ]
-    lines = [record for record in read_log(bed.folder) if record["kind"].startswith("take")]
-    assert [line["kind"] for line in lines] == ["take", "taken"] * 3
+    lines = read_log(bed.folder)[2:]
+    assert [line["kind"] for line in lines] == ["take", "taken"] * 3, "behind the way, and nothing else"
     for (path, before, after), take, taken in zip(expected, lines[::2], lines[1::2], strict=True):
         for line in (take, taken):
             assert (line["what"], line["before"], line["after"]) == (f"take {path}{of}", before, after)

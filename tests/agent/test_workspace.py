@@ -65,8 +65,13 @@ def test_no_link_is_followed_at_any_place_of_a_path(workspace: Workspace, outsid
             workspace.read(path)
         with pytest.raises(RequestError):
             workspace.write(path, b"x", digest_of(SECRET))
+    with pytest.raises(RequestError):
+        workspace.write("folder/new/key", b"x", "")
     assert workspace.files() == {}
     assert outside.read_bytes() == SECRET
+    assert sorted(path.name for path in outside.parent.iterdir()) == ["deep", "key"], (
+        "no folder is made there"
+    )
 
 
 def test_what_is_no_plain_file_is_not_read_and_does_not_block(workspace: Workspace) -> None:
@@ -166,8 +171,8 @@ def test_a_path_is_walked_from_the_open_folder(workspace: Workspace, outside: Pa
     assert workspace.read("a/b/c") == b"ours"
     with pytest.raises(RequestError):
         workspace.read("key")
-    workspace.write("new", b"x", "")
-    assert (workspace.root.parent / "moved" / "new").read_bytes() == b"x" and not (
+    workspace.write("sub/new", b"x", "")
+    assert (workspace.root.parent / "moved" / "sub" / "new").read_bytes() == b"x" and not (
         outside.parent / "new"
     ).exists()
 
@@ -214,9 +219,21 @@ def test_what_is_absent_is_no_link_and_the_other_way(workspace: Workspace, outsi
             workspace.read(path)
         assert workspace.digest(path) == ""
     for path in ("link", "away", "file/key"):
-        with pytest.raises(RequestError, match=f"{path} cannot be used") as caught:
+        told = rf"^{path} cannot be used: \w[\w ]+\. Links are not followed\.$"
+        with pytest.raises(RequestError, match=told) as caught:
             workspace.digest(path)
         assert not isinstance(caught.value, FileAbsent), path
+
+
+def test_what_may_not_be_opened_is_not_absent(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    (workspace.root / "a").mkdir()
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(RequestError, match=r"a/b cannot be used: Permission denied\.") as caught:
+        workspace.digest("a/b")
+    assert not isinstance(caught.value, FileAbsent)
 
 
 @pytest.mark.usefixtures("quick")
@@ -248,8 +265,8 @@ def test_a_write_is_there_before_it_takes_the_place(
 ) -> None:
     """At each moment at which power could be cut, the file is the old one or the new one, and whole."""
     (path := workspace.root / "a").write_bytes(b"old")
-    path.chmod(0o666)
-    data = b"new"
+    path.chmod(0o466)
+    data = b"new\r\n\0\xff"
     seen: list[tuple[str, bytes, bytes]] = []
     replace = os.replace
 
@@ -259,7 +276,7 @@ def test_a_write_is_there_before_it_takes_the_place(
         half = halves[0].read_bytes() if halves else b""
         seen.append((what, path.read_bytes(), half))
         if what == "replace":
-            assert halves[0].stat().st_mode & 0o777 == 0o666, "with the mode of the old one"
+            assert halves[0].stat().st_mode & 0o777 == 0o466, "with the mode of the old one"
 
     def replaced(*names: Any, **folders: Any) -> None:
         noted("replace")
@@ -268,7 +285,7 @@ def test_a_write_is_there_before_it_takes_the_place(
     monkeypatch.setattr(os, "fsync", lambda _: noted("sync"))
     monkeypatch.setattr(os, "replace", replaced)
     workspace.write("a", data, digest_of(b"old"))
-    assert seen == [("sync", b"old", b"new"), ("replace", b"old", b"new"), ("sync", b"new", b"")]
+    assert seen == [("sync", b"old", data), ("replace", b"old", data), ("sync", data, b"")]
     assert path.read_bytes() == data
 
 
