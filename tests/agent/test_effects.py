@@ -365,6 +365,23 @@ def test_what_somebody_else_has_changed_meanwhile_is_not_known_either(world: Wor
     assert told(receipt, "before", "after") == [ONE, digest_of(b"theirs")]
 
 
+def test_what_cannot_be_read_any_more_ends_no_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may lie there by now, or a file of gigabytes: the run goes on all the same."""
+    killed(world, ("put", {"name": "b", "value": "two"}), "done", at="after intent")
+
+    def fails(*_: object) -> str:
+        raise RequestError("b is no plain file.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(World, "_digest", fails)
+        assert world.run("no more", "done").ended is not None
+    (receipt,) = world.receipts()
+    assert receipt["shown"].endswith("it may have been done, in part or whole.")
+    assert told(receipt, "before", "after") == ["", "?"], (
+        "neither done nor not done, though there was none before"
+    )
+
+
 def test_what_was_interrupted_may_be_done_again(world: World) -> None:
     killed(world, PUT, "done", at="after intent")
     ended = world.run(PUT, PUT, "done").ended

@@ -136,7 +136,7 @@ class Agent:
         """An effect had begun when the process ended: what became of it is seen, and not done again."""
         assert self._pending is not None, "an intent is an action's"
         tool, arguments = self._actions.find(self._pending["action"])
-        now = tool.digest(arguments)
+        now = _digest_now(tool, arguments)
         told = "it may have been done, in part or whole"
         if intent["after"] and now in (intent["before"], intent["after"]):
             told = "it was done" if now == intent["after"] else "it was not done"
@@ -226,7 +226,15 @@ def _performed(prepared: Prepared, tool: AgentTool, arguments: Any) -> Outcome:
     try:
         return prepared.perform()
     except RequestError as error:
-        return Outcome(f"error: {error}", 1, tool.digest(arguments) if tool.has_effect else "")
+        return Outcome(f"error: {error}", 1, _digest_now(tool, arguments) if tool.has_effect else "")
+
+
+def _digest_now(tool: AgentTool, arguments: Any) -> str:
+    """The digest of what arguments would change; "?" where it cannot be read: a folder may lie there now."""
+    try:
+        return tool.digest(arguments)
+    except RequestError:
+        return "?"
 
 
 def _key(action: Any) -> str:
