@@ -17,16 +17,22 @@ from tiny_llm.engine.budget import MemoryBudget
 MODELS = 3
 
 
-async def asked(llms: list[AsyncLLM], options: argparse.Namespace, light: bool) -> tuple[float, float, float]:
-    """The busy one's tokens a second, the most that ran at once, and how long a light one's answer took."""
+async def asked(llms: list[AsyncLLM], options: argparse.Namespace, light: bool) -> tuple[float, ...]:
+    """The busy one's tokens a second, most at once, seconds to a first token; a light one's milliseconds."""
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, seed=1)
     running = [0]
-    engine, waits = llms[0].llm.engine, list[float]()
+    engine, waits, firsts = llms[0].llm.engine, list[float](), list[float]()
     llms[0].after_step = lambda: running.append(engine.scheduler.num_running)
-    begun = time.process_time()
-    busy = asyncio.gather(
-        *(llms[0].generate([9 + i] * options.prompt, params) for i in range(options.requests))
-    )
+    begun, start = time.process_time(), time.perf_counter()
+
+    async def answer(prompt: list[int]) -> None:
+        stream = llms[0].stream(prompt, params)
+        await anext(stream)
+        firsts.append(time.perf_counter() - start)
+        async for _ in stream:
+            pass
+
+    busy = asyncio.gather(*(answer([9 + i] * options.prompt) for i in range(options.requests)))
 
     async def now_and_then() -> None:
         while not busy.done():
@@ -39,7 +45,7 @@ async def asked(llms: list[AsyncLLM], options: argparse.Namespace, light: bool) 
     rate = options.requests * options.tokens / (time.process_time() - begun)
     for llm in llms:
         await llm.call(lambda one: one.engine.rest())
-    return rate, max(running), 1e3 * median(waits or [0.0])
+    return rate, max(running), median(firsts), 1e3 * median(waits or [0.0])
 
 
 def main() -> None:
@@ -58,17 +64,17 @@ def main() -> None:
         "each a third": [AsyncLLM(options.model, kv_memory=budget.part) for _ in range(MODELS)],
         "one budget": [AsyncLLM(options.model, kv_memory=budget.share()) for _ in range(MODELS)],
     }
-    print("memory       | others       | tokens/s | at once | a light one's answer")
+    print("memory       | others       | tokens/s | at once | first token | a light one's answer")
     for light in (False, True):
         rounds = {name: [] for name in sides}
         for _ in range(options.rounds):
             for name, llms in sides.items():
                 rounds[name].append(asyncio.run(asked(llms, options, light)))
         for name, found in rounds.items():
-            rate, running, wait = (median(one) for one in zip(*found, strict=True))
+            rate, running, first, wait = (median(one) for one in zip(*found, strict=True))
             told = f"{wait:.0f} ms" if light else ""
             others = "now and then" if light else "idle"
-            print(f"{name:12} | {others:12} | {rate:8.0f} | {running:7.0f} | {told}")
+            print(f"{name:12} | {others:12} | {rate:8.0f} | {running:7.0f} | {first:9.2f} s | {told}")
     for llms in sides.values():
         for llm in llms:
             llm.close()
