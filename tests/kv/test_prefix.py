@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NoReturn
 
 import pytest
 
@@ -29,6 +30,9 @@ def test_a_name_depends_on_salt_tokens_and_all_that_went_before() -> None:
 def test_names_are_the_same_in_every_process() -> None:
     salt = hashlib.sha256(b"salt").digest()
     assert chain(root("salt"), b"tokens") == hashlib.sha256(salt + b"tokens").digest()
+    own = encode(range(32))
+    for before in (salt, bytes(32), salt[:31] + b"\0"):
+        assert chain(before, own) == hashlib.sha256(before + own).digest(), "all of both"
 
 
 def test_a_block_is_found_until_it_is_forgotten() -> None:
@@ -48,6 +52,33 @@ def test_equal_names_of_unequal_blocks_do_not_mix() -> None:
     assert cache.find(content(before, encode([1, 2, 3]), name)) == 7
     assert cache.find(content(before, encode([1, 2, 4]), name)) is None, "tokens are compared"
     assert cache.find(content(root("other"), encode([1, 2, 3]), name)) is None, "and what they follow"
+    assert cache.find(content(before, encode([1, 2]), name)) is None, "a part of it is not it"
+    assert cache.find(content(before, encode([1, 2, 3, 4]), name)) is None, "nor is more"
+    assert cache.find(content(before, encode([1, 2, 3]), name)) == 7, "to ask for another changes nothing"
+    long = list(range(32))
+    cache.add(8, content(before, encode(long), zeros := bytes(4) + b"n" * 28))
+    assert cache.find(content(before, encode([*long[:-1], 0]), zeros)) is None, "to the last token"
+    assert cache.find(content(before, encode(long), zeros)) == 8, "only 32 zeros are no name"
+
+
+class _NotGoneThrough(dict[int, bytes]):
+    """What may be looked up, and not searched."""
+
+    def _searched(self) -> NoReturn:
+        raise AssertionError("whoever looks at all blocks takes longer the more there are")
+
+    __iter__ = items = values = keys = _searched  # type: ignore[assignment]
+
+
+def test_to_find_a_block_no_other_is_looked_at() -> None:
+    cache = PrefixCache()
+    cache._contents = _NotGoneThrough()
+    cache.add(3, full(root(""), [1, 2]))
+    cache.add(4, full(root(""), [1, 3]))
+    assert cache.find(full(root(""), [1, 3])) == 4 and cache.find(full(root(""), [1, 2])) == 3, (
+        "both are here, though they begin alike"
+    )
+    assert cache.find_part(root(""), encode([1])) == (4, 1), "to be found makes no block newer"
 
 
 def test_the_part_that_begins_alike_is_found() -> None:

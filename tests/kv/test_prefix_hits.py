@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,30 @@ def test_a_tables_blocks_are_named_in_a_chain() -> None:
     assert contents(table, tokens, 1, 2) == expected[1:] and contents(table, tokens, 1, 1) == []
     again = BlockTable(root("salt"))
     assert contents(again, tokens, 0, 1) + contents(again, tokens, 1, 2) == expected, "a block at a time"
+    tokens, first = list(range(32)), chain(root(""), encode(range(16)))
+    whole = [*BlockManager(16, 8)._contents(BlockTable(root("")), tokens, 0, 2)]
+    assert whole[1] == content(first, encode(tokens[16:]), chain(first, encode(tokens[16:]))), "all of them"
+
+
+class _Watched(Sequence[int]):
+    """Tokens that count how many of them were looked at."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.seen = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, at: Any) -> Any:
+        found = range(self.length)[at]
+        self.seen += len(found) if isinstance(found, range) else 1
+        return list(found) if isinstance(found, range) else found
+
+
+def test_of_a_long_text_only_the_blocks_that_are_asked_for_are_looked_at() -> None:
+    tokens = _Watched(400)
+    assert len([*BlockManager(2, 8)._contents(BlockTable(root("")), tokens, 0, 100)]) == 100
+    assert tokens.seen <= 200, "each block looks at its own tokens"
 
 
 def test_a_name_is_made_once_and_not_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +123,19 @@ def test_a_block_that_holds_something_else_is_found_by_nothing_that_it_held() ->
     assert cache.find_part(root(""), encode([1])) == (-1, 0) and len(cache) == 1
 
 
+def test_a_part_or_block_0_that_holds_something_else_is_forgotten_too() -> None:
+    cache = PrefixCache()
+    for block in (0, 5):
+        cache.add(block, content(root(""), encode([1, block])))
+        cache.add(block, content(root(""), encode([2, block])))
+        assert cache.find_part(root(""), encode([1])) == (-1, 0), "it holds that no more"
+    cache.add(9, content(root(""), encode([3])))
+    cache.add(4, content(root(""), encode([3, 3])))
+    assert cache.find_part(root(""), encode([3])) == (4, 1), "the one that came last, whatever its number"
+    cache.add(9, content(root(""), encode([8])))
+    assert cache.find_part(root(""), encode([3])) == (4, 1), "the newer one stays when the older one goes"
+
+
 def test_the_newest_of_those_that_begin_alike_is_looked_at_full_or_not() -> None:
     cache = PrefixCache()
     part = content(root(""), encode([1, 2]))
@@ -119,6 +157,9 @@ def test_full_blocks_are_found_and_all_but_the_last_token() -> None:
     assert found(manager, list(range(4))) == found(manager, [0]) == found(manager, []) == []
     assert found(manager, [*range(8), 99, 9, 10, 11, 12]) == blocks[:2], "as far as they agree"
     assert found(manager, [99, *range(1, 13)]) == [], "from the very beginning"
+    manager = BlockManager(SIZE, 50)
+    table = computed(manager, list(range(160)), is_kept=False)
+    assert found(manager, list(range(160))) == table.blocks[:39].tolist(), "however many there are"
 
 
 def test_what_was_evicted_in_the_middle_ends_what_is_found() -> None:
@@ -137,10 +178,30 @@ def test_to_ask_takes_nothing() -> None:
     running, ended = list(range(9)), list(range(20, 29))
     table = computed(manager, running)
     freed(manager, ended)
+    assert manager.prefix is not None
     before = [*manager.reference_counts], [*manager.cached_blocks]
     assert len(found(manager, running)) == len(found(manager, ended)) == 2
     assert ([*manager.reference_counts], [*manager.cached_blocks]) == before, "hits only looks"
     manager.check_integrity([table])
+    asks = manager.table()
+    for _ in range(2):
+        assert len(manager.hits(asks, running)[1]) == 2
+    assert not asks.blocks and asks.full_at == manager.table().full_at and asks.names == table.names
+    assert manager.prefix.hit_tokens == manager.prefix.miss_tokens == 0, "what is used is counted later"
+
+
+def test_who_asks_again_hashes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, made = BlockManager(SIZE, 10), list[bytes]()
+    freed(manager, list(range(9)))
+
+    def watched(before: bytes, tokens: bytes) -> bytes:
+        made.append(tokens)
+        return chain(before, tokens)
+
+    monkeypatch.setattr(in_blocks, "chain", watched)
+    table = manager.table()
+    assert [len(manager.hits(table, list(range(9)))[1]) for _ in range(3)] == [2, 2, 2]
+    assert len(made) == 2, "a name is computed once, and then the table has it"
 
 
 def test_names_are_made_as_far_as_blocks_are_found() -> None:
@@ -164,7 +225,9 @@ def test_with_a_window_the_beginning_need_not_be_there() -> None:
     freed(manager, tokens)
     blocks = manager.hits(manager.table(), tokens)
     assert blocks[0] > 0 and blocks[1], "a window of four needs the last blocks alone"
-    for block in manager.hits(manager.table(keeps_all=True), tokens)[1][:3]:
+    first, whole = manager.hits(manager.table(keeps_all=True), tokens)
+    assert (first, len(whole)) == (0, 8), "a table without a window is answered like one"
+    for block in whole[:3]:
         manager._forget(block)
     assert manager.hits(manager.table(), tokens) == blocks, "what lies before the window was evicted"
 
@@ -175,8 +238,13 @@ def test_a_shared_block_leaves_the_list_of_those_that_may_go() -> None:
     old, *_ = manager.cached_blocks
     block = found(manager, list(range(9)))[0]
     assert block != old, "the end goes first"
+    manager._kept_out.add(block)
+    evictable = manager.cached_blocks
     manager._share(block)
     assert block not in manager.cached_blocks and old in manager.cached_blocks
+    assert block not in evictable and old in evictable, "the list itself, no copy"
+    assert found(manager, list(range(9)))[0] == block, "it is found by others as before"
+    assert manager._kept_out == {block}, "who reads it says nothing of the disk"
     manager._share(block)
     manager._share(block)
     assert manager.reference_counts[block] == 3, "one for each table"
@@ -221,6 +289,51 @@ def test_a_block_is_entered_when_its_last_token_is_computed() -> None:
     manager.register(other, tokens, 5)
     manager.register(other, tokens, 8)
     assert len(found(manager, tokens)) == 2 and other.full_at == 12, "full at 8, though 5 came before"
+
+
+def test_each_full_block_is_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, asked = BlockManager(SIZE, 10), list[bytes]()
+    table, tokens = manager.table(), list(range(20))
+    assert manager.allocate(table, tokens) == 0 and manager.prefix is not None
+    assert len([*manager._contents(table, tokens, 0, 5)]) == 5, "somebody asked for all of its names"
+    find = manager.prefix.find
+    monkeypatch.setattr(manager.prefix, "find", lambda content: asked.append(content) or find(content))
+    counts = []
+    for end in (3, 5, 13, 14, 20):
+        manager.register(table, tokens, end)
+        counts.append((len(asked), table.full_at))
+    assert counts == [(0, 4), (1, 8), (3, 16), (3, 16), (5, 24)], "those that became full, and no others"
+
+
+def test_who_forked_and_computed_what_was_cached_takes_the_first_ones_block() -> None:
+    manager = BlockManager(SIZE, 10)
+    tokens = list(range(8))
+    one, other = manager.table(), manager.table(is_kept=False)
+    assert manager.allocate(one, tokens) == manager.allocate(other, tokens) == 0
+    child = manager.fork(other, 8)
+    own = one.blocks.tolist()
+    manager.free(one, tokens, 8)
+    assert [*manager.cached_blocks] == own[::-1], "no table holds them"
+    manager.register(other, tokens, 8)
+    assert other.blocks.tolist() == own, "what is only cached is taken, too"
+    manager.check_integrity([other, child])
+    manager.register(child, tokens, 8)
+    assert child.blocks.tolist() == own and [manager.reference_counts[block] for block in own] == [2, 2]
+    manager.check_integrity([other, child])
+
+
+def test_what_goes_to_disk_is_told_block_by_block() -> None:
+    manager = BlockManager(SIZE, 20)
+    computed(manager, list(range(8)))
+    second = computed(manager, list(range(50, 58)), is_kept=False)
+    assert manager._kept_out == set(second.blocks), "by its number in the pool"
+    computed(manager, list(range(80, 88)))
+    assert manager._kept_out == set(second.blocks), "another's text changes nothing"
+    third = manager.table(is_kept=False)
+    assert manager.allocate(third, list(range(90, 98))) == 0
+    manager.fork(third, 8)
+    manager.register(third, list(range(90, 98)), 8)
+    assert manager._kept_out == {*second.blocks, *third.blocks}, "a block of two tables of which none is kept"
 
 
 def test_who_computed_the_same_takes_the_first_ones_block() -> None:

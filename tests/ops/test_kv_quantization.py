@@ -21,9 +21,9 @@ def vectors(count: int, number: int, size: float = 1.0) -> mx.array:
     return sizes * mx.random.normal((count, K, D), key=mx.random.key(number))
 
 
-def pool_of(dtype: mx.Dtype = mx.int8, blocks: int = 5) -> Pool:
+def pool_of(dtype: mx.Dtype = mx.int8, blocks: int = 5, size: int = S) -> Pool:
     """An empty pool of one layer."""
-    arrays = KvFormat(1, K, D, S, dtype, token_major=False).arrays
+    arrays = KvFormat(1, K, D, size, dtype, token_major=False).arrays
     return tuple(mx.zeros((blocks, *array.shape), array.dtype) for array in arrays)
 
 
@@ -33,6 +33,9 @@ def test_a_vectors_largest_entry_becomes_127() -> None:
     assert steps.tolist() == [[[-127, 50, 2, 0]]] and steps.dtype == mx.int8
     assert quantized(mx.array([[[127.0, -1.7, 1.7, 0.4]]]))[0].tolist() == [[[127, -2, 2, 0]]], (
         "to the nearest"
+    )
+    assert quantized(mx.array([[[127.0, 2.5, -0.5, 3.5]]]))[0].tolist() == [[[127, 2, 0, 4]]], (
+        "halves to even"
     )
 
 
@@ -73,6 +76,18 @@ def test_a_small_vector_keeps_its_signs() -> None:
 
 def test_a_broken_vector_is_not_hidden() -> None:
     assert mx.all(mx.isnan(quantized(mx.full((1, 1, D), mx.nan))[1])).item()
+    x = vectors(3, 12)
+    whole, scales = quantized(x)
+    x[1, 0, 5], x[2, 1, 0] = mx.nan, -mx.inf
+    steps, broken = quantized(x)
+    assert mx.isnan(broken[1, 0]).item() and mx.isinf(broken[2, 1]).item(), "one number is enough"
+    for t, head in ((0, 0), (0, 1), (1, 1), (2, 0)):
+        assert mx.array_equal(steps[t, head], whole[t, head]) and broken[t, head] == scales[t, head], (
+            "others are not"
+        )
+    k = mx.full((1, K, D), mx.nan)
+    for read in blocks_read(kv_write_ref(pool_of(), k, k, mx.array([5], mx.int32)), mx.array([1], mx.int32)):
+        assert mx.all(mx.isnan(read[1])).item() and not mx.any(mx.isnan(read[0])).item()
 
 
 def test_what_a_block_holds() -> None:
@@ -86,11 +101,13 @@ def test_what_a_block_holds() -> None:
         "values scales": ((2, 16), mx.float16),
     }
     assert list(shapes) == ["keys", "values", "keys scales", "values scales"], "in this order"
-    wide = KvFormat(1, 2, 64, 16, mx.bfloat16, False).arrays
-    assert [array[1:] for array in wide] == [((2, 64, 16), mx.bfloat16), ((2, 16, 64), mx.bfloat16)]
-    major = KvFormat(1, 2, 64, 16, mx.float32, True).arrays
-    assert [array[1:] for array in major] == [((16, 2, 64), mx.float32)] * 2
-    assert [array.name for array in major] == ["keys", "values"]
+    for dtype in (mx.bfloat16, mx.float16, mx.float32):
+        wide = KvFormat(1, 2, 64, 16, dtype, False).arrays
+        assert wide == (("keys", (2, 64, 16), dtype), ("values", (2, 16, 64), dtype)), "a tuple, no scales"
+    for dtype in (mx.float32, mx.int8):
+        major = KvFormat(1, 2, 64, 16, dtype, True).arrays
+        assert [array[1:] for array in major] == [((16, 2, 64), dtype)] * 2, "and there are no scales"
+        assert [array.name for array in major] == ["keys", "values"]
 
 
 def test_what_a_token_takes() -> None:
@@ -111,9 +128,27 @@ def test_a_row_is_written_where_its_slot_is() -> None:
     assert mx.sum(k_scales > 0).item() == mx.sum(v_scales > 0).item() == 3 * K, "and nowhere else"
 
 
+@pytest.mark.parametrize("dtype", [mx.int8, mx.bfloat16])
+def test_blocks_of_six_are_written_again_and_read_where_a_table_says_so_twice(dtype: mx.Dtype) -> None:
+    k, v = (vectors(2, number).astype(mx.bfloat16) for number in (13, 14))
+    pool = kv_write_ref(pool_of(dtype, size=6), 3 * v, 2 * k, mx.array([17, 6], mx.int32))
+    pool = kv_write_ref(pool, k, v, mx.array([17, 6], mx.int32))
+    table = mx.array([1, 2, 1], mx.int32)
+    for got, x in zip(blocks_read(pool, table), (k, v), strict=True):
+        steps, scales = quantized(x)
+        kept = steps * scales.astype(mx.float32)[..., None] if dtype == mx.int8 else x
+        assert got.shape == (18, K, D), "a block as often as the table has it"
+        assert got.dtype == kept.dtype, "what has no scales is read as it is"
+        for row, vector in ((11, kept[0]), (0, kept[1]), (12, kept[1])):
+            assert mx.array_equal(got[row], vector), (
+                "the last that was written there, and nothing of the first"
+            )
+
+
 def test_pages_without_scales_hold_what_came() -> None:
     k, v = vectors(2, 5), vectors(2, 6)
-    pool = kv_write_ref(pool_of(mx.float32), k, v, mx.array([9, 2], mx.int32))
+    pool = kv_write_ref((*pool_of(mx.float32), mx.array(0.0)), k, v, mx.array([9, 2], mx.int32))
+    assert len(pool) == 2, "a kernel's mark of its order is no array of the pool"
     own_k, own_v = blocks_read(pool, mx.array([2, 0], mx.int32))
     assert mx.array_equal(own_k[mx.array([1, 6])], k) and mx.array_equal(own_v[mx.array([1, 6])], v)
 
