@@ -6,6 +6,7 @@ Knows no chapter. What a learner may change is loaded after the fork: this impor
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -17,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _LOADED = (
-    *("mlx.core", "mlx.nn", "numpy", "hypothesis.strategies", "pytest", "tokenizers", "typer.testing"),
-    *("fastapi", "huggingface_hub", "jinja2.sandbox", "llguidance", "msgspec", "rich.console"),
+    *("mlx.core", "mlx.nn", "numpy.random", "hypothesis.strategies", "pytest", "tokenizers", "typer.testing"),
+    *("fastapi", "huggingface_hub", "jinja2.sandbox", "llguidance", "msgspec", "pdb", "rich.console"),
 )
 """What the tests of chapters import of others. Nothing that starts a thread: a fork would not have it."""
 
@@ -80,9 +81,11 @@ def _child(
 
 
 def _serve() -> None:
-    for name in _LOADED:
+    plugins = importlib.import_module("_pytest.config").default_plugins
+    for name in (*_LOADED, *(f"_pytest.{plugin}" for plugin in plugins)):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # a fork that collects would copy all of it
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

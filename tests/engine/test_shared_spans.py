@@ -18,12 +18,13 @@ PROMPTS = [COMMON[: 600 - 40 * (i % 3)] + [i + 1] * (3 + 5 * i) for i in range(6
 @pytest.mark.parametrize("kept", ["auto", "int8"])
 def test_those_who_begin_alike_get_the_tokens_of_each_alone(demo: Path, backend: str, kept: str) -> None:
     llm = LLM(demo, backend=backend, kv_dtype=kept)
+    prompts = PROMPTS[:3] if backend == "ref" else PROMPTS  # it is slow, and reads for each what it needs
     params = [
         SamplingParams(max_tokens=24, temperature=i % 2 * 1.0, seed=i, ignore_eos=True, n=1 + (i == 2))
-        for i in range(len(PROMPTS))
+        for i in range(len(prompts))
     ]
     apart = llm.with_engine(EngineSettings(kv_blocks=512, prefix_cache=False))
-    want = [one.token_ids for p, own in zip(PROMPTS, params, strict=True) for one in apart.generate([p], own)]
+    want = [one.token_ids for p, own in zip(prompts, params, strict=True) for one in apart.generate([p], own)]
     llm.generate([COMMON], SamplingParams(max_tokens=1))
-    got = [one.token_ids for one in llm.generate(PROMPTS, params)]
+    got = [one.token_ids for one in llm.generate(prompts, params)]
     assert got == want
