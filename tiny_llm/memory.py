@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,6 +94,20 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def forget_end(array: mx.array, start: int) -> bool:
+    """Let go of an array's memory from byte ``start`` on: whole pages, which are 0 then. False: it cannot go.
+
+    Nobody may be about to read it, and it must have been mapped for itself. Only Linux does this at once.
+    """
+    if sys.platform != "linux":
+        return False
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array)))  # type: ignore[arg-type]
+    begin = -(-(first + start) // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (first + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    madvise = ctypes.CDLL(None).madvise
+    return size <= 0 or not madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def parse_bytes(text: str, name: str) -> int:

@@ -178,3 +178,24 @@ def test_a_kernel_is_given_the_pool_as_it_was_written() -> None:
         assert nodes.count("Scatter") == 1
         moved = {"Transpose", "Copy", "Contiguous", "Concatenate"} & set(nodes)
         assert not moved, f"the pool goes through {moved}"
+
+
+@pytest.mark.parametrize("name", ["ref", "cpu"])
+def test_what_leaves_a_pool_that_shrinks_is_what_lay_there(name: str) -> None:
+    """Its memory goes where it lies: not before who saves it, or swaps it out, has read it."""
+    if name == "cpu" and not backend.works():
+        pytest.skip("the CPU kernels were not built: no C++ compiler")
+    with backend.use(name):
+        pages = cache()
+        size = pages.format.block_bytes
+        held = {block: bytes([1 + block % 250]) * size for block in (0, 7, 300, BLOCKS - 2, BLOCKS - 1)}
+        for _ in range(5):
+            pages.load([(data, block) for block, data in held.items()])
+            pages.save([(BLOCKS - 1, b"last")])
+            pages.prepare(Plan([], 8, [(BLOCKS - 2, 3)], [(300, 5)], []))
+            assert dict(pages.saved()) == {b"last": held[BLOCKS - 1]}
+            found = [b"".join(map(bytes, pages.give([block]))) for block in (0, 5, 7)]
+            assert found == [held[0], held[300], held[7]]
+            pages.prepare(Plan([], BLOCKS, [], [], [(3, BLOCKS - 2)]))
+            back, gone = (b"".join(map(bytes, pages.give([block]))) for block in (BLOCKS - 2, 300))
+            assert back == held[BLOCKS - 2] and not any(gone)

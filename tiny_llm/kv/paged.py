@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 
 from tiny_llm.data import Batch, Join, Plan
-from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool, settled
+from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, cut_pool, num_blocks, resize_pool, settled
 from tiny_llm.ops.paged_attention import moved_blocks, paged_attention
 from tiny_llm.ops.work_lists import WorkLists
 
@@ -152,9 +152,12 @@ class PagedCache:
         return out
 
     def _shrink(self, blocks: int) -> None:
-        """Copy what stays, a layer at a time, and let the rest go: of an array, no part can."""
+        """Let the rest go. Where no part of an array can, copy what stays, a layer at a time."""
+        mx.eval(self.arrays(), self._host, [flat for _, flat in self._saved])  # who reads what goes is done
         kept = mx.array([(block, block) for block in range(blocks)], mx.int32)
         for layer, pool in enumerate(self._layers):
+            if cut_pool(pool, blocks):
+                continue
             smaller = self.format.empty_pool(blocks, self.max_blocks)
             self._layers[layer] = copy_blocks(pool, smaller, kept)
             mx.eval(*self._layers[layer])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from tiny_llm.config import ModelFacts
+from tiny_llm.memory import forget_end
 from tiny_llm.ops.backend import active, cpu, on_mlx, runs_ours
 
 GATHER_BYTES = 2**26
@@ -155,6 +156,12 @@ def resize_pool(pool: Pool, blocks: int) -> Pool:
     )
     mx.eval(*grown)  # a layer at a time, so that only one is in memory twice
     return grown
+
+
+def cut_pool(pool: Pool, blocks: int) -> bool:
+    """Let go of what lies behind the first ``blocks`` blocks, where that can be; all is to be evaluated."""
+    ends = [(array, blocks * array.nbytes // array.shape[0]) for array in settled(pool)]
+    return active() == "cpu" and all(forget_end(array, end) for array, end in ends)
 
 
 def copy_blocks(source: Pool, target: Pool, pairs: mx.array) -> Pool:
