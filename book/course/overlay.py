@@ -21,7 +21,7 @@ BACKEND_VARIABLE = "TINY_LLM_BACKEND"
 WITHOUT_VARIABLE = "TINY_LLM_COURSE_WITHOUT"
 """Definitions to take from the reference all the same, as ``module:name``, between spaces."""
 QUICK_VARIABLE = "TINY_LLM_COURSE_QUICK"
-"""Set where a learner's C++ is tested, not measured: it is compiled fast and runs slowly."""
+"""In checks, the kernel files that are checked: a learner's C++ is compiled fast and runs slowly."""
 
 BRIDGES: Mapping[str, str] = {
     "tiny_llm.ops.attention": "kernels/cpu/attention.cpp",
@@ -31,7 +31,11 @@ BRIDGES: Mapping[str, str] = {
     "tiny_llm.ops.rope": "kernels/cpu/rope.cpp",
     "tiny_llm.ops.swiglu": "kernels/cpu/swiglu.cpp",
 }
-"""Modules that a file of ``bridges`` makes run a learner's kernel, where there is that file or folder."""
+"""Modules that a file of ``bridges`` makes run a learner's kernel, where there is that file or folder.
+
+C++ runs in place of Python that the learner may have written too. So in checks it is left out, unless it is
+what is checked.
+"""
 
 
 def install(folder: str) -> None:
@@ -61,8 +65,8 @@ class _Finder(MetaPathFinder):
         """The reference's spec with our loader, for a module of which the learner has a file."""
         package, *inner = fullname.split(".")
         owns = [self._root.joinpath(*inner).with_suffix(".py")]
-        if fullname in BRIDGES and (self._root / BRIDGES[fullname]).exists():
-            owns.insert(0, Path(__file__).with_name("bridges") / f"{inner[-1]}.py")
+        if fullname in BRIDGES and self._is_run(BRIDGES[fullname]):
+            owns.append(Path(__file__).with_name("bridges") / f"{inner[-1]}.py")
         owns = [own for own in owns if own.is_file()]
         if package != "tiny_llm" or not inner or not owns:
             return None
@@ -71,6 +75,11 @@ class _Finder(MetaPathFinder):
             without = [name.partition(":")[2] for name in self._without if name.startswith(f"{fullname}:")]
             spec.loader = _Loader(fullname, spec.origin, owns, without)
         return spec
+
+    def _is_run(self, kernel: str) -> bool:
+        checked = os.environ.get(QUICK_VARIABLE)
+        left_out = checked is not None and kernel.endswith(".cpp") and kernel not in checked.split()
+        return (self._root / kernel).exists() and not left_out
 
 
 class _Loader(SourceFileLoader):

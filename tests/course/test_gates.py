@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ TAUGHT = [(it, definition) for it in CHAPTERS for definition in it.teaches]
 MUTANTS = [(it, mutant) for it in CHAPTERS for mutant in it.mutants]
 
 Tested = Callable[..., subprocess.CompletedProcess[str]]
+Run = Tested
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,40 @@ def test_a_mistake_is_caught(book: Workbook, tested: Tested, it: Chapter, mutant
     book.add_mutant(mutant)
     done = tested(it, book.folder, first_only=True)
     assert done.returncode == 1, f"{mutant.name} passes:\n{done.stdout}"
+
+
+def test_all_chapters_together_are_green(book: Workbook, run: Run) -> None:
+    """What one chapter has a learner write does not run in the tests of another."""
+    book.fill(dict.fromkeys(definition for it in CHAPTERS for definition in it.teaches))
+    done = run("main.py", "course", "check", "--all", "--folder", book.folder)
+    assert done.returncode == 0, done.stdout
+    assert f"{len([it for it in CHAPTERS if it.teaches])} chapters are done." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "mistake", "kernel"),
+    [("1.3", "key-head-modulo", "attention"), ("1.4", "sigmoid-for-silu", "swiglu")],
+)
+def test_right_cpp_hides_no_mistake_in_python(
+    book: Workbook, tested: Tested, number: str, mistake: str, kernel: str
+) -> None:
+    it = read_manifest()[number]
+    book.fill([part for _, part in TAUGHT if part.startswith(f"kernels/cpu/{kernel}.cpp")])
+    book.add_mutant(next(mutant for mutant in it.mutants if mutant.name == mistake))
+    assert tested(it, book.folder, first_only=True).returncode == 1
+
+
+def test_cpp_runs_where_python_is_written_too(book: Workbook, run: Run) -> None:
+    """With what the page has a learner break: the one is seen to run, the other not."""
+    book.fill(["tiny_llm.ops.swiglu:swiglu_ref"])
+    book.add_mutant(next(it for it in read_manifest()["2.7"].mutants if it.name == "silu-of-up"))
+    code = (
+        "import mlx.core as mx; from tiny_llm.ops.swiglu import swiglu;"
+        "print(swiglu(mx.array([[2.0] * 37]), mx.array([[1.0] * 37]))[0, 0].item())"
+    )
+    right, wrong = run("-c", code), run("-c", code, TINY_LLM_COURSE=book.folder)
+    assert float(right.stdout) == pytest.approx(2 / (1 + math.exp(-2)))
+    assert float(wrong.stdout) == pytest.approx(2 / (1 + math.exp(-1))), wrong.stderr
 
 
 def test_the_bundled_model_chats_by_what_1_1_asks_for(book: Workbook, run) -> None:

@@ -1,6 +1,6 @@
 """What ``ops/quantized_matmul.py`` becomes where a learner has a kernels/cpu/quantized_rows.cpp of their own.
 
-The overlay puts these definitions in, and below them whatever the learner's Python file has.
+The overlay puts these definitions in the place of the reference's, and of those in a learner's Python file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What ``ops/rope.py`` becomes where a learner has a kernels/cpu/rope.cpp of their own.
 
-The overlay puts these definitions in, and below them whatever the learner's Python file has.
+The overlay puts these definitions in the place of the reference's, and of those in a learner's Python file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 from book.course.native import learners, pointers
 
 
-def rope_qk(
+def rope_qk_ref(
     q: mx.array,
     k: mx.array,
     positions: mx.array,
@@ -20,9 +20,8 @@ def rope_qk(
     q_norm: mx.array | None,
     k_norm: mx.array | None,
     eps: float,
-    periods: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Return q [T, H, D] and k [T, K, D], which may be flat, turned by the learner's kernel, at once."""
+    """Return q [T, H, D] and k [T, K, D] turned by the learner's kernel, at once."""
     D = 2 * inv_freq.size
     heads = [mx.contiguous(x.reshape(x.shape[0], -1, D).astype(mx.float32)) for x in (q, k)]
     norms = [None if norm is None else mx.contiguous(norm.astype(mx.float32)) for norm in (q_norm, k_norm)]
