@@ -40,6 +40,8 @@ def test_no_cache_attends_over_each_sequence_by_itself() -> None:
     parts = [slice(0, 4), slice(4, 5), slice(5, 9)]
     alone = [attention(q[p], k[p], v[p], scale=SCALE, offset=0) for p in parts]
     assert mx.array_equal(got, mx.concatenate(alone)), "a row saw keys of another sequence"
+    half = NoCache().attend(0, *(one.astype(mx.bfloat16) for one in (q, k, v)), batch_of(4, 1, 4))
+    assert half.dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize("chunks", [(9,), (1,) * 9, (4, 5), (1, 7, 1)])

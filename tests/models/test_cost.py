@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import prod
 
 import pytest
@@ -53,6 +54,16 @@ def test_attention_is_counted_pair_by_pair(start: int, tokens: int) -> None:
     assert got == pair * pairs, known.get(got / pair, f"{got / pair} pairs, expected {pairs}")
 
 
+@pytest.mark.parametrize(("start", "tokens"), [(0, 2_000_000), (10**9 + 1, 2_000_000), (3, 4), (10**17, 3)])
+def test_pairs_are_not_counted_one_by_one(start: int, tokens: int) -> None:
+    config = ALL["qwen3-0.6b"]
+    began = time.process_time()
+    got = attention_flops(config, start, tokens)
+    assert time.process_time() - began < 0.05, "a million pairs are one sum"
+    positions = (2 * start + tokens + 1) * tokens // 2  # start + 1 and on
+    assert got == 4 * 28 * 16 * 128 * positions, "exactly, and heads are as wide as the config says"
+
+
 def test_chunks_add_up_to_the_whole() -> None:
     config = ALL["llama-3-8b"]
     whole = attention_flops(config, 0, 100)
@@ -87,4 +98,6 @@ def test_the_roof_has_two_sides() -> None:
     assert least_seconds(Work(700, 1), flops_s, bytes_s) == 1, "bound by operations"
     assert least_seconds(Work(1, 70), flops_s, bytes_s) == 2, "bound by bytes"
     assert least_seconds(Work(700, 35), flops_s, bytes_s) == 1, "in the corner both take as long, together"
+    assert least_seconds(Work(0, 70), flops_s, bytes_s) == 2, "what only moves takes its time, too"
+    assert least_seconds(Work(7, 1), 7e12, 1e13) == 1e-12
     assert Work(700, 35).intensity == flops_s / bytes_s

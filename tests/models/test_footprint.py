@@ -104,6 +104,7 @@ def test_a_tensor_may_have_any_number_of_axes(shape: tuple[int, ...]) -> None:
     assert tensor_bytes(shape, 2) == mx.zeros(shape, mx.bfloat16).nbytes
     parts = mx.quantize(mx.ones((2, *shape), mx.bfloat16), group_size=64, bits=4)
     assert tensor_bytes((2, *shape), 2, Quantization(4, 64)) == sum(part.nbytes for part in parts)
+    assert 2 * tensor_bytes(shape, 2, Quantization(4, 64)) == sum(part.nbytes for part in parts)
 
 
 @pytest.mark.chapter("0.2")
@@ -177,6 +178,7 @@ def test_a_step_by_hand() -> None:
 def test_logits_are_counted_for_rows_only() -> None:
     wide = ALL["qwen2-0.5b"]
     assert activation_bytes(wide, 8, 2) - activation_bytes(wide, 8, 1) == 4 * wide.vocab_size
+    assert activation_bytes(wide, 8, 1) - activation_bytes(wide, 8, 0) == 4 * wide.vocab_size, "0 is a number"
     sizes = [activation_bytes(wide, tokens, 1) for tokens in (100, 200, 300)]
     assert len({after - before for before, after in pairwise(sizes)}) == 1, "it grows with the tokens"
 

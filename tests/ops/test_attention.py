@@ -114,11 +114,13 @@ def test_keys_are_not_copied_for_each_query_head() -> None:
     assert taken < 3, f"it took {taken:.1f} times what keys and values take: they are copied for query heads"
 
 
+@pytest.mark.chapter("1.1")
 @pytest.mark.chapter("1.3")
-def test_the_future_changes_nothing() -> None:
+@pytest.mark.parametrize("size", [100.0, 1e12])
+def test_the_future_changes_nothing(size: float) -> None:
     q, k, v = normal(4, 2, 8), normal(4, 2, 8, seed=1), normal(4, 2, 8, seed=2)
     before = attention(q, k, v, scale=0.35, offset=0)[:3]
-    k[3], v[3] = mx.full((2, 8), 100.0), mx.full((2, 8), -100.0)
+    k[3], v[3] = mx.full((2, 8), size) * mx.sign(q[:1, :, :1])[0], mx.full((2, 8), -100.0)
     assert mx.array_equal(attention(q, k, v, scale=0.35, offset=0)[:3], before), "a row saw a later key"
 
 
@@ -179,6 +181,16 @@ def test_scores_are_no_half_precision() -> None:
     assert kept.dtype == q.dtype, "the result has q's dtype, whatever keys and values are kept in"
     weight = 1 / (1 + math.exp(-0.25))
     assert got.flatten().tolist() == pytest.approx([weight] * 2, abs=3e-3), "take the softmax in float32, too"
+    # Twice 60,000 is no float16; times 2 ** -16 it is 1.8.
+    q, k, v = mx.array([[[6e4]]]), mx.array([[[2.0**-16]], [[0]]]), mx.array([[[1.0]], [[0]]])
+    got = attention(*(x.astype(mx.float16) for x in (q, k, v)), scale=2.0, offset=1).item()
+    assert got == pytest.approx(1 / (1 + math.exp(-6e4 * 2.0**-15)), abs=1e-3), (
+        "scale the scores, not the queries"
+    )
+    # e / (1 + e) less 2.71875 / (1 + e) is next to nothing, if the weights keep all their digits.
+    q, k, v = mx.array([[[1.0]]]), mx.array([[[1.0]], [[0]]]), mx.array([[[1.0]], [[-2.71875]]])
+    got = attention(*(x.astype(mx.bfloat16) for x in (q, k, v)), scale=1.0, offset=1).item()
+    assert got == pytest.approx(-0.000126, abs=1e-4), "values are multiplied in float32, too"
 
 
 @pytest.mark.chapter("1.1")

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.ops.linear import gated, linear, linears
+from tiny_llm.ops.linear import gated, linear, linear_ref, linears
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.swiglu import swiglu_ref
 
@@ -24,6 +24,9 @@ def test_by_hand() -> None:
     assert got.tolist() == [[11.0, 27.0, 23.0]]
     square = mx.array([[1.0, 2.0], [3.0, 4.0]])
     assert linear(mx.array([[1.0, 10.0], [0.0, 1.0]]), square).tolist() == [[21.0, 43.0], [2.0, 4.0]]
+    assert linear(mx.array([[1.0, 10.0]]), square, mx.array([0.5, 0.25])).tolist() == [[21.5, 43.25]]
+    half = linear_ref(*(one.astype(mx.bfloat16) for one in (square, square)))
+    assert half.dtype == mx.bfloat16, "the result has x's dtype"
 
 
 @pytest.mark.chapter("1.4")

@@ -32,6 +32,8 @@ def test_rows_are_normed_one_by_one(assert_close) -> None:
     x = mx.random.normal((4, 16), key=mx.random.key(0)) * mx.array([[1.0], [10.0], [100.0], [0.1]])
     alone = mx.concatenate([rms_norm(x[t : t + 1], mx.ones(16), 1e-6) for t in range(4)])
     assert_close(rms_norm(x, mx.ones(16), 1e-6), alone)
+    stacked = rms_norm_ref(x.reshape(2, 2, 16), mx.ones(16), 1e-6)
+    assert_close(stacked, alone.reshape(2, 2, 16))
 
 
 def test_the_quotient_is_rounded_before_the_weight_counts() -> None:
@@ -47,6 +49,8 @@ def test_the_quotient_is_rounded_before_the_weight_counts() -> None:
 
 def test_zeros_stay_zeros() -> None:
     assert rms_norm(mx.zeros((1, 4)), mx.ones(4), 1e-6).tolist() == [[0.0] * 4], "eps keeps 0 / 0 away"
+    half = rms_norm_ref(mx.zeros((1, 4), mx.float16), mx.ones(4, mx.float16), 1e-9)
+    assert half.tolist() == [[0.0] * 4], "an eps that is no float16, too"
 
 
 def test_as_transformers(assert_close, activations, golden: Path) -> None:

@@ -126,9 +126,12 @@ def test_bfloat16_turns_by_exact_angles(assert_close) -> None:
     """A position of 1,001 is not a bfloat16 number: angles made in bfloat16 would be far off."""
     x = mx.random.normal((1, 2, 8), key=mx.random.key(0)).astype(mx.bfloat16)
     frequencies = rope_frequencies(8, 10_000.0)
-    got = rope(x, mx.array([1001]), frequencies)
-    assert got.dtype == mx.bfloat16
-    assert_close(got, rope(x.astype(mx.float32), mx.array([1001]), frequencies), tolerance=2**-7)
+    for position in (1001, 100_003):
+        exact = by_loops(x.astype(mx.float32), mx.array([position]), frequencies)
+        got = rope(x, mx.array([position]), frequencies)
+        assert got.dtype == mx.bfloat16
+        assert_close(got, exact, tolerance=2**-7)
+    assert rope_ref(x.astype(mx.float16), mx.array([1001]), frequencies).dtype == mx.float16
 
 
 def test_wrong_shapes_are_refused(backend: str) -> None:

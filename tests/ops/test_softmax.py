@@ -25,6 +25,12 @@ def test_rows_and_not_columns_add_up_to_one() -> None:
 def test_large_scores_do_not_overflow() -> None:
     got = softmax(mx.array([1000.0, 1000.0 + math.log(3)])).tolist()
     assert got == pytest.approx([0.25, 0.75], rel=1e-4), "subtract the largest value before exp"
+    assert softmax(mx.array([[0.0, 1000.0], [1000.0, 0.0]])).tolist() == [[0, 1], [1, 0]], (
+        "wherever it stands"
+    )
+    assert softmax(mx.array([-20_000.0, -20_001.0]))[0].item() == pytest.approx(1 / (1 + math.exp(-1))), (
+        "any row"
+    )
 
 
 def test_each_row_is_a_row_of_its_own() -> None:
@@ -55,6 +61,12 @@ def test_half_precision_subtracts_in_float32() -> None:
         rounding = mx.finfo(dtype).eps / 2
         off = abs(got - exact / (1 + exact)) / exact
         assert off <= rounding, f"{dtype}: off by {off:.2%}: go to float32 before you subtract"
+
+
+def test_half_precision_is_rounded_once() -> None:
+    x = mx.random.normal((8, 64), key=mx.random.key(0)).astype(mx.bfloat16)
+    once = softmax(x.astype(mx.float32)).astype(mx.bfloat16)
+    assert mx.mean(softmax(x) != once).item() < 0.02, "the quotient is rounded, and not what it is made of"
 
 
 def test_no_values_are_refused() -> None:

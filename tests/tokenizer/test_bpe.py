@@ -59,6 +59,9 @@ def test_merged_by_hand() -> None:
     assert merged(mine, ("a", "b")) == ["ab", "c"] and mine == ["a", "b", "c"], (
         "the list returned is a new one"
     )
+    assert (same := merged(mine, ("b", "a"))) == mine and same is not mine, "where nothing is joined, too"
+    assert merged(["a", "bc"], ("ab", "c")) == ["a", "bc"], "tokens are compared, not what they make"
+    assert merged([], ("a", "b")) == [] and merged(["a"], ("a", "b")) == ["a"]
 
 
 def test_training_by_hand() -> None:
@@ -109,7 +112,25 @@ def test_what_was_learnt_first_is_merged_first() -> None:
     assert texts_of(bpe, bpe.encode_word("abc")) == ["a", "bc"], "the leftmost pair is not the first learnt"
     bpe = small("a b", "ab c", "c d")
     assert texts_of(bpe, bpe.encode_word("abcd")) == ["abc", "d"]
-    assert texts_of(bpe, bpe.encode_word("z")) == ["z"]
+    assert texts_of(bpe, bpe.encode_word("z")) == ["z"] and bpe.encode_word("") == []
+    bpe = small("a a")
+    assert texts_of(bpe, bpe.encode_word("aaa")) == ["aa", "a"], "from the left on"
+    bpe = small("ab c", "a b")
+    assert texts_of(bpe, bpe.encode_word("abc")) == ["abc"], "after each merge all pairs are looked at again"
+
+
+def test_ranks_alone_say_what_was_learnt_first() -> None:
+    vocab = {"ab": 0, "bc": 1, "a": 2, "b": 3, "c": 4, "abc": 5}
+    bpe = BPE(vocab, {("a", "b"): 1, ("b", "c"): 0}, {}, str.split)
+    assert texts_of(bpe, bpe.encode_word("abc")) == ["a", "bc"], "not ids, nor the order of a dictionary"
+    assert texts_of(bpe, bpe.encode_word("ab")) == ["ab"]
+    many = {(str(rank), "z"): rank for rank in range(12_000)}
+    late = BPE(vocab, {**many, ("a", "b"): 12_000}, {}, str.split)
+    assert texts_of(late, late.encode_word("abc")) == ["ab", "c"], "however many merges there are"
+    assert bpe.encode("ab ab") == [0, 0]
+    assert BPE(vocab, {("b", "a"): 0}, {}, str.split).encode("ab ab") == [2, 3, 2, 3], (
+        "no token crosses from one word into another"
+    )
 
 
 def test_special_tokens_are_found_before_anything_is_split() -> None:
@@ -119,6 +140,10 @@ def test_special_tokens_are_found_before_anything_is_split() -> None:
     assert bpe.encode("_ab_ _ab_") == [100, 100] and bpe.encode("") == []
     bpe = small("a b", **{"<|x|>": 100, "<|": 101})
     assert bpe.encode("<|x|>ab<|ab") == [100, *bpe.encode_word("ab"), 101, *bpe.encode_word("ab")]
+    bpe = small("a b", a=100, bcd=101, abc=102)
+    assert bpe.encode("bcdabcd") == [101, 102, *bpe.encode_word("d")], "what begins first comes first"
+    bpe = small("a b", **{"ab": 100})
+    assert bpe.encode("ab") == [100], "a name may be a token, too, of another id"
     assert small("a b").encode("ab ab") == 2 * bpe.encode_word("ab"), "there may be no special tokens"
 
 
@@ -132,6 +157,8 @@ def test_what_lies_between_special_tokens_is_split_as_it_is() -> None:
 def test_a_special_token_is_its_own_text() -> None:
     bpe = small("a b", **{"<|grüße an alle|>": 100})
     assert bpe.decode([*bpe.encode_word("ab"), 100]) == "ab<|grüße an alle|>"
+    both = BPE({**bpe.vocab, "<|grüße an alle|>": 100}, bpe.ranks, bpe.special, bpe.split)
+    assert both.decode([100]) == "<|grüße an alle|>", "published files have them among the tokens, too"
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -107,10 +107,12 @@ def bytes_as_letters() -> list[str]:
 @pytest.mark.chapter("0.1")
 def test_a_push_gives_one_piece_and_an_added_token_is_its_own_text() -> None:
     step = _ByteLevel()
-    assert [*step.push("ab")] == ["ab"], "one piece, and not one for each letter"
+    assert step.push("ab") == ("ab",), "a tuple of one piece, and not one for each letter"
     assert [*step.push("<|grüße an alle|>")] == ["<|grüße an alle|>"]
     assert [*step.push("Ã")] == [""], "half an ü waits"
     assert [*step.push("¼")] == ["ü"]
+    assert [*step.push("ÿ")] == ["\ufffd"], "what is no UTF-8 is shown"
+    assert [*step.push("Ã"), *step.push("a")] == ["", "\ufffda"], "and so is what never got its last byte"
 
 
 @pytest.mark.chapter("0.1")
