@@ -65,6 +65,23 @@ def test_the_prompt_stays_as_it_is() -> None:
     assert ids(generate_without_cache(small_model(), tuple(PROMPT), SAMPLED), 5)
 
 
+def test_tokens_come_without_end_and_after_one_pass_each() -> None:
+    passes = list[int]()
+    model = small_model()
+
+    def watched(batch: Batch, kv: KVCache) -> mx.array:
+        passes.append(batch.tokens.size)
+        return model(batch, kv)
+
+    prompt, params = [number % VOCAB for number in range(100)], SamplingParams(max_tokens=2)
+    without = generate_without_cache(watched, prompt, params)
+    first = [next(without).id]
+    assert passes == [100], "what nobody has asked for is not computed"
+    cached = ids(generate(model, DenseCache(1), prompt, params), 70)
+    assert first + ids(without, 2) == cached[:3], "the whole prompt counts, however long it is"
+    assert len(cached) == 70, "who iterates decides when it ends"
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10, 11, 12])
 def test_the_prompt_may_come_in_chunks_of_any_size(chunk: int) -> None:
     whole = ids(generate(small_model(), DenseCache(1), PROMPT, SAMPLED))

@@ -98,6 +98,8 @@ def test_first_complete_stop_string_counts_and_the_longest_of_those() -> None:
     assert find_stop("xyz", ["a"]) is None and find_stop("xyz", []) is None
     assert find_stop("a, then b", ["a"]) == 0, "the beginning is a place, too"
     assert find_stop("x##y##", ["##"]) == 1, "the first of two"
+    assert find_stop("STOP", ["stop"]) is None, "a letter is itself"
+    assert find_stop("xyz", ["a", "b", "c", "d", "e", "z"]) == 2, "however many there are"
 
 
 def test_open_length_is_the_longest_beginning_at_the_end() -> None:

@@ -106,7 +106,7 @@ def test_attention_is_given_the_rows_that_count(monkeypatch: pytest.MonkeyPatch)
     seen = []
 
     def watched(q: mx.array, k: mx.array, v: mx.array, **rest: float) -> mx.array:
-        assert q.dtype == k.dtype == v.dtype == mx.float32, "what is kept in halves comes back as q's dtype"
+        assert q.dtype == k.dtype == v.dtype, "what is kept in halves comes back as q's dtype"
         seen.append((k.shape[0], v.shape[0]))
         return attention(q, k, v, **rest)
 
@@ -115,6 +115,7 @@ def test_attention_is_given_the_rows_that_count(monkeypatch: pytest.MonkeyPatch)
     for count in (3, 1):
         cache.attend_arrays(0, *rows(count))
     assert seen == [(3, 3), (4, 4)], "there is room for 256, and the other rows are empty"
+    DenseCache(1).attend_arrays(0, *(one.astype(mx.float16) for one in rows(3)))
 
 
 @pytest.mark.chapter("2.1")
@@ -125,6 +126,9 @@ def test_truncating_changes_no_array() -> None:
     before = [*cache._keys, *cache._values]
     cache.truncate(2)
     assert cache._lengths == [2, 2], "in every layer"
+    assert all(now is then for now, then in zip([*cache._keys, *cache._values], before, strict=True))
+    cache.truncate(0)
+    assert cache._lengths == [0, 0], "nothing is a number of tokens, too"
     assert all(now is then for now, then in zip([*cache._keys, *cache._values], before, strict=True))
     with pytest.raises(AssertionError):
         cache.truncate(3)
@@ -214,6 +218,19 @@ def test_written_rows_stand_where_they_should() -> None:
     assert long.shape[0] == 1024 and long[:601, 0, 0].sum().item() == 600, "room for all of a long prompt"
     full = written(None, mx.ones((256, 1, 3)), 0, 256)
     assert written(full, mx.full((1, 1, 3), 2.0), 256, 257)[255:258, 0, 0].tolist() == [1, 2, 0]
+    assert written(mx.ones((512, 1, 3)), mx.ones((1, 1, 3)), 512, 513).shape[0] == 1024
+
+
+@pytest.mark.chapter("2.1")
+def test_what_nobody_else_holds_is_not_copied() -> None:
+    held, new = [mx.zeros((8192, 16, 16))], mx.ones((1, 16, 16))
+    mx.eval(held, new)
+    size = held[0].nbytes
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    held.append(written(held.pop(), new, 5, 6))
+    mx.eval(held)
+    assert mx.get_peak_memory() - before < size // 2, "a token must not cost a copy of all before it"
 
 
 @pytest.mark.chapter("2.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -13,7 +14,7 @@ from tiny_llm.data import QuantizedTensor
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models import registry
-from tiny_llm.models.decoder import Decoder
+from tiny_llm.models.decoder import Decoder, DecoderLayer
 from tiny_llm.models.loading import load_model
 from tiny_llm.ops.backend import use
 from tiny_llm.weights.checkpoint import load_weights
@@ -104,3 +105,23 @@ def test_groups_of_64_fall_to_32_where_they_do_not_fit(golden: Path) -> None:
     weight = model.layers[0].mlp.down_proj.weight
     assert isinstance(weight, QuantizedTensor)
     assert weight.group_size == 32
+
+
+@pytest.mark.chapter("1.5")
+def test_a_layer_leaves_what_its_mlp_adds_for_the_next_one() -> None:
+    class Norm:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def after(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
+            x = x if residual is None else x + residual
+            return x, self.factor * x
+
+    layer = SimpleNamespace(
+        input_layernorm=Norm(10),
+        post_attention_layernorm=Norm(100),
+        self_attn=lambda x, batch, kv: x + 1,
+        mlp=lambda x: -x,
+    )
+    x, waits = DecoderLayer.__call__(layer, mx.array([1.0]), mx.array([2.0]), None, None)  # type: ignore[arg-type]
+    assert (x.item(), waits.item()) == (34, -3400), "the stream first, then what is still to be added"

@@ -53,6 +53,12 @@ def test_what_is_no_array_can_be_timed() -> None:
     assert seconds_of(lambda: "text") >= 0
 
 
+def test_a_short_time_is_no_round_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.5, 0.5 + 2**-30))
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock))
+    assert seconds_of(lambda: None) == 2**-30, "as the clock has it"
+
+
 def test_turns_are_taken() -> None:
     order: list[str] = []
     sides = [Trial((name,), 1.0, runs(order, name, 1, 1, 1)) for name in "abc"]

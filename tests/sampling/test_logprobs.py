@@ -28,6 +28,7 @@ def test_log_probabilities_are_a_log_softmax() -> None:
     logp = log_probabilities(mx.array(logits))
     assert logp[0].tolist() == pytest.approx([math.log(0.25), math.log(0.75), -math.inf])
     assert logp[1].tolist() == pytest.approx([-math.log(3)] * 3), "large logits must not overflow"
+    assert log_probabilities(mx.array([[0.0, -200.0]]))[0].tolist() == [0, -200], "nor small ones vanish"
 
 
 def test_each_row_is_a_row_of_its_own_in_float32() -> None:

@@ -87,6 +87,7 @@ def test_frequencies_follow_the_exact_probabilities(options: dict[str, float]) -
 
 def test_top_k_keeps_k_even_among_equals() -> None:
     assert kept([1.0, 2.0, 2.0, 2.0, 0.0], top_k=2) == [1, 2], "lower ids first among equal logits"
+    assert kept([1.0, 2.0, 0.0], top_k=1) == [1] and kept([0.0, -200.0]) == [0, 1]
     assert kept([1.0, 2.0], top_k=50) == [0, 1], "a k larger than the vocabulary keeps all"
 
 
@@ -96,6 +97,7 @@ def test_top_p_keeps_the_smallest_set_and_the_token_that_crosses() -> None:
     assert kept(shares, top_p=0.41) == [1, 3], "the token that crosses p stays"
     assert kept(shares, top_p=0.71) == [1, 2, 3]
     assert kept(shares, top_p=1.0) == [0, 1, 2, 3]
+    assert kept(logits_of(0.992, 0.004, 0.004), top_p=0.995) == [0, 1], "one is one, and no less"
     assert kept(shares, top_p=1e-9) == [1], "at least one token stays"
     assert kept([0.0] * 4, top_p=0.5) == [0, 1], "equal logits are not kept beyond what p needs"
 
@@ -118,6 +120,8 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
     assert kept(shares, min_p=0.5) == [0, 1]
     assert kept(shares, min_p=1.0) == [0]
     assert kept([2.0, 2.0, 1.0], min_p=1.0) == [0, 1], "equals of the likeliest stay"
+    assert kept(logits_of(1, 5e-4, 5e-5), min_p=1e-4) == [0, 1]
+    assert kept(logits_of(0.5, 0.3, 0.2), min_p=0.5, top_p=0.6) == [0, 1], "top-p counts what min-p forbids"
 
 
 def test_min_p_acts_after_the_temperature() -> None:
@@ -170,6 +174,24 @@ def test_tiny_temperature_is_greedy_without_overflow(temperature: float) -> None
         scores = filter_logits(factor * logits, [params] * 8)
         assert not mx.any(mx.isnan(scores)).item() and mx.all(scores[:, 1] == 0).item()
     assert sample(logits, [params] * 8, range(8)).tolist() == [1] * 8
+
+
+def test_a_tiny_temperature_is_divided_by_as_it_is() -> None:
+    for tiny in (1e-8, 1e-29):
+        params = SamplingParams(temperature=tiny, seed=1)
+        scores = filter_logits(mx.array([[0.0, -2 * tiny]]), [params])
+        assert scores[0].tolist() == pytest.approx([0, -2], rel=1e-3)
+        assert {*sampler.sample_ref(mx.zeros((40, 2)), [params] * 40, range(40)).tolist()} == {0, 1}
+
+
+def test_rows_at_temperature_0_and_broken_ones_change_nothing_for_others() -> None:
+    logits = mx.array([[0.0, 3.0, 3.0], [math.nan, 0.0, 0.0], [0.1, 0.0, 0.2], [0.0, 0.1, 0.0]])
+    hot = SamplingParams(temperature=9.0, seed=3)
+    for position in range(8):
+        drawn = sampler.sample_ref(logits, [SamplingParams(), hot, hot, hot], [0, 1, position, 7])
+        alone = sampler.sample_ref(logits[2:], [hot, hot], [position, 7])
+        assert drawn[0].item() == 1, "the lowest id among equals"
+        assert drawn[2:].tolist() == alone.tolist()
 
 
 def test_minus_infinity_is_never_drawn() -> None:

@@ -115,6 +115,17 @@ def test_a_table_larger_than_any_is_not_read(path, monkeypatch):
         read_header(path)
 
 
+def test_a_table_may_be_all_there_is_and_is_given_as_it_stands(tmp_path, monkeypatch):
+    for text in (b"{}", b"", '{"größe": 1}  '.encode()):
+        file = write(tmp_path / "x", text)
+        monkeypatch.setattr(header, "MAX_HEADER_BYTES", len(text))
+        assert header._read_table(file) == (text.decode(), 8 + len(text), 0), "as large as may be is allowed"
+    file = write(tmp_path / "x", b"{}", b"12345", length=8)
+    monkeypatch.undo()
+    with pytest.raises(WeightError, match="its header claims 8 bytes and the file has 15"):
+        header._read_table(file)
+
+
 def test_data_are_not_read(tmp_path):
     file, size = tmp_path / "x", 4_000_000
     write(file, {"w": row("U8", [size], 0, size)}, bytes(size))
