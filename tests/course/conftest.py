@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT
+from book.course.manifest import ROOT, read_manifest
 from book.course.workbook import Workbook
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def page_of(number: str) -> str:
+    """A chapter's page."""
+    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
+
+
+def tables_of(number: str) -> list[str]:
+    """What a chapter's page says that its experiments and commands print."""
+    return re.findall(r"^```text\n(.*?)^```$", page_of(number), re.S | re.M)
 
 
 @pytest.fixture

@@ -7,26 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
+
+PAGE, TABLES = page_of("3.8"), tables_of("3.8")
 
 EXPERIMENT = "book/experiments/agent_effects.py"
-
-
-def page() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["3.8"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page says that its experiment prints."""
-    return re.findall(r"^```text\n(.*?)^```$", page(), re.S | re.M)
 
 
 @pytest.mark.slow
 def test_the_table_and_the_picture(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/agent_effects.svg").read_text(), "draw it again"
     rows = [re.match(r"(.+?)\s+(\d) +(\d)   (.+)", line) for line in printed.splitlines()[1:]]
     assert len(rows) == 12 and all(row and int(row[3]) <= 1 for row in rows), "asked once more at most"
@@ -35,11 +28,11 @@ def test_the_table_and_the_picture(run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_mistakes(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables()[0], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[0], f"copy this into the page:\n{printed}"
     right, *others = [list(map(int, line.split()[2:])) for line in printed.splitlines()[1:]]
     assert not any(right) and all(map(any, others)), "each goes wrong, the right one never"
 
 
 def test_the_predictions() -> None:
-    assert f"5 of 40,005 milliseconds: **{1e6 * 5 / 40_005:.0f}**" in page()
-    assert f"**{1000 - 3 + 1}** records" in page()
+    assert f"5 of 40,005 milliseconds: **{1e6 * 5 / 40_005:.0f}**" in PAGE
+    assert f"**{1000 - 3 + 1}** records" in PAGE

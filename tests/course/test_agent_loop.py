@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of
+
+PAGE = page_of("3.7")
 
 EXPERIMENT = "book/experiments/agent_loop.py"
 
 
-def page() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["3.7"].page).read_text(encoding="utf-8")
-
-
 def tables() -> list[str]:
     """What the page says that its experiment prints; the first text is an answer's form."""
-    return re.findall(r"^```text\n(.*?)^```$", page(), re.S | re.M)[1:]
+    return re.findall(r"^```text\n(.*?)^```$", PAGE, re.S | re.M)[1:]
 
 
 @pytest.mark.slow
@@ -48,10 +46,10 @@ def test_the_mistakes(run) -> None:
 
 def test_the_predictions() -> None:
     first, third = 1 - 0.9**21, 1 - (1 - 0.1**3) ** 21
-    assert f"1 - 0.9^21 = **{first:.0%}**".replace("%", " %") in page()
-    assert f"1 - 0.999^21 = **{third:.1%}**".replace("%", " %") in page()
+    assert f"1 - 0.9^21 = **{first:.0%}**".replace("%", " %") in PAGE
+    assert f"1 - 0.999^21 = **{third:.1%}**".replace("%", " %") in PAGE
     whole = sum(1000 + 300 * step for step in range(30))
     new = 1000 + 29 * 300
-    assert f"**{whole:,}**" in page() and f"**{new:,}**" in page()
+    assert f"**{whole:,}**" in PAGE and f"**{new:,}**" in PAGE
     assert 16 < whole / new < 17, "a sixteenth"
-    assert 18 < 2000 / 110 < 19 and "110 tokens a step" in page()
+    assert 18 < 2000 / 110 < 19 and "110 tokens a step" in PAGE

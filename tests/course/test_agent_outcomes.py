@@ -8,26 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
+
+PAGE, TABLES = page_of("3.9"), tables_of("3.9")
 
 EXPERIMENT = "book/experiments/agent_outcomes.py"
-
-
-def page() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["3.9"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page says that its experiment prints."""
-    return re.findall(r"^```text\n(.*?)^```$", page(), re.S | re.M)
 
 
 @pytest.mark.slow
 def test_the_table_and_the_picture(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/agent_outcomes.svg").read_text(), "draw it again"
     assert re.findall(r">(passes|fails)<", drawn.read_text()) == ["fails"] * 2 + ["passes"] * 3 + ["fails"]
     rows = {line[:9].strip(): [float(n) for n in line[9:].split()] for line in printed.splitlines()[1:4]}
@@ -41,7 +34,7 @@ def test_the_table_and_the_picture(run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_mistakes(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables()[0], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[0], f"copy this into the page:\n{printed}"
     right, *others = [line[22:].split() for line in printed.splitlines()[1:]]
     assert right[:2] == ["careful", "yes"] and all(other != right for other in others)
     assert "Error" not in printed, "none of them ends with one"
@@ -49,7 +42,7 @@ def test_the_mistakes(run) -> None:
 
 def test_the_predictions() -> None:
     alone, shared = 4 * 6020, 6020 + 3 * 20
-    assert f"4 x 6,020 = **{alone:,}**" in page() and f"6,020 + 3 x 20 = **{shared:,}**" in page()
+    assert f"4 x 6,020 = **{alone:,}**" in PAGE and f"6,020 + 3 x 20 = **{shared:,}**" in page_of("3.9")
     assert 6000 / 16 == 375 and round(alone / shared) == 4
     chance = 2 * sum(comb(5, k) for k in (4, 5)) / 2**5
-    assert f"2 x (5 + 1) / 32 = **{chance:.1%}**".replace("%", " %") in page()
+    assert f"2 x (5 + 1) / 32 = **{chance:.1%}**".replace("%", " %") in PAGE

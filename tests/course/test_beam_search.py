@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
+
+PAGE, TABLES = page_of("4.3"), tables_of("4.3")
 
 pytestmark = pytest.mark.slow
 EXPERIMENT = "book/experiments/beam_search.py"
 
 
-def text() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["4.3"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page says that its experiment prints, and a table of what there is."""
-    return re.findall(r"^```text\n(.*?)^```$", text(), re.S | re.M)
-
-
 def test_the_tables_of_4_3(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[2], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[2], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/beam_search.svg").read_text(), "draw it again"
     alone, *_, eight = [line.split() for line in printed.rstrip().splitlines()[-4:]]
-    page = text().replace("\n", " ")
+    page = PAGE.replace("\n", " ")
     assert f"Eight beams hold {int(eight[3]) - int(alone[3])} blocks more than one" in page
     assert int(eight[4]) < int(eight[1]) and f"With {eight[1]} forks in 63 steps" in page
     times = int(eight[5].replace(",", "")) / int(eight[4])
@@ -38,11 +30,11 @@ def test_the_tables_of_4_3(run, tmp_path: Path) -> None:
 
 def test_the_mistakes_of_4_3(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
 
 
 def test_the_predictions_of_4_3() -> None:
-    page = text()
+    page = PAGE
     assert f"0.6 x 0.4 = **{0.6 * 0.4:.2f}**, and 0.4 x 0.9 = **{0.4 * 0.9:.2f}**" in page
     token = 56 * 1024
     assert f"**{1000 * token / 1e6:.1f} MB**" in page and f"**{16 * token / 1e6:.1f} MB**" in page

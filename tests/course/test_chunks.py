@@ -8,24 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
 from tiny_llm.scheduler.speed import context_of
+
+PAGE, TABLES = page_of("2.10"), tables_of("2.10")
 
 pytestmark = pytest.mark.slow
 
 
-def text_of(number: str) -> str:
-    """A chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
-
-
-def tables_of(number: str) -> list[str]:
-    """What the page says that its experiments print."""
-    return re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
-
-
 def test_the_predictions_of_2_10() -> None:
-    text = text_of("2.10")
+    text = PAGE
     alone = 20 + 8 * 0.1
     assert f"= **{alone + 800:.0f} ms**" in text
     tokens = round((45 - alone) / 0.1)
@@ -38,16 +31,16 @@ def test_the_predictions_of_2_10() -> None:
 def test_the_tables_of_2_10(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run("book/experiments/chunks.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables_of("2.10")[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/chunks.svg").read_text(), "draw it again"
     rows = [re.split(r"\s{2,}", line) for line in printed.splitlines()[1:4]]
     (gap, wait), (less, longer), (_, twice) = [
         (int(row[1].split()[0]), float(row[3].split()[0])) for row in rows
     ]
-    text = text_of("2.10")
+    text = PAGE
     assert round(gap / less) in (5, 6) and f"for {longer - wait:.2f} s more" in text and twice > 2 * longer
 
 
 def test_the_mistakes_of_2_10(run) -> None:
     printed = run("book/experiments/chunks.py", "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables_of("2.10")[0], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[0], f"copy this into the page:\n{printed}"

@@ -7,21 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of
 from tiny_llm.decoding.regex import State, after, opened, parsed
+
+PAGE = page_of("4.4")
 
 pytestmark = pytest.mark.slow
 EXPERIMENT = "book/experiments/forms.py"
 
 
-def text() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["4.4"].page).read_text(encoding="utf-8")
-
-
 def tables() -> list[str]:
     """What the page says that its experiment prints."""
-    return re.findall(r"^python book[^\n]+\n```\n\n```text\n(.*?)^```$", text(), re.S | re.M)
+    return re.findall(r"^python book[^\n]+\n```\n\n```text\n(.*?)^```$", PAGE, re.S | re.M)
 
 
 def states(pattern: str) -> list[State]:
@@ -51,9 +49,9 @@ def test_the_mistakes_of_4_4(run) -> None:
 
 
 def test_the_predictions_of_4_4() -> None:
-    assert f"**{len(states('[0-9]+(, [0-9]+)*'))}**. At the beginning" in text()
-    assert f"64 x 151,936 = **{64 * 151_936 / 1e6:.1f} MB**" in text()
-    assert f"in bits **{64 * 151_936 / 8e6:.1f} MB**" in text()
+    assert f"**{len(states('[0-9]+(, [0-9]+)*'))}**. At the beginning" in PAGE
+    assert f"64 x 151,936 = **{64 * 151_936 / 1e6:.1f} MB**" in PAGE
+    assert f"in bits **{64 * 151_936 / 8e6:.1f} MB**" in PAGE
 
 
 def test_times_are_told(run) -> None:

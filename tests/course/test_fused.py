@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
+
+PAGE, TABLES = page_of("2.7"), tables_of("2.7")
 
 EXPERIMENT = "book/experiments/fused.py"
-
-
-def text() -> str:
-    """The page."""
-    return (ROOT / "book" / "docs" / read_manifest()["2.7"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page says that its experiment prints: mistakes, counted, one token, many."""
-    return re.findall(r"^```text\n(.*?)^```$", text(), re.S | re.M)
 
 
 def frame(table: str) -> str:
@@ -32,12 +25,12 @@ def frame(table: str) -> str:
 def test_what_is_counted_and_drawn(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/fused.svg").read_text(), "draw it again"
 
 
 def test_the_predictions_of_2_7() -> None:
-    page, saved = text(), 4 * 4864 * 4 * 128 * 24
+    page, saved = PAGE, 4 * 4864 * 4 * 128 * 24
     assert f"are {saved / 1e6:.0f} MB: **{saved / 25e9 * 1e3:.1f} ms**" in page
     assert f"24 times: **{24 * 2e-3:.2f} ms**" in page
     rows = {name: float(cells[0]) for name, cells in measured(3).items()}
@@ -48,7 +41,7 @@ def test_the_predictions_of_2_7() -> None:
 
 def measured(number: int) -> dict[str, list[str]]:
     """Each way's cells in a table of times."""
-    lines = tables()[number].splitlines()[1:]
+    lines = TABLES[number].splitlines()[1:]
     return {line[:25].strip(): re.split(r" {2,}", line[25:].strip()) for line in lines}
 
 
@@ -59,7 +52,7 @@ def by_chance(heads: int, of: int) -> float:
 
 def test_the_judgements_of_2_7() -> None:
     """Figures of the text stand in the tables, and chance is computed."""
-    page, one, many = text(), measured(2), measured(3)
+    page, one, many = PAGE, measured(2), measured(3)
     assert f"saves {many['SwiGLU apart'][2].lstrip('+')} of a prompt".replace("%", " %") in page
     assert float(one["SwiGLU apart"][0]) - float(one["all three fused"][0]) == pytest.approx(10 * 0.05)
     lost = [table["q and k put together"][2].lstrip("+").replace("%", " %") for table in (one, many)]
@@ -77,7 +70,7 @@ def test_the_mistakes_of_2_7(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
     found, told = (
         [(line[:26].strip(), line.endswith("48 + 35 = 83")) for line in table.splitlines()]
-        for table in (printed, tables()[0])
+        for table in (printed, TABLES[0])
     )
     assert found == told and sum(right for _, right in told) == 2, printed
 
@@ -85,4 +78,4 @@ def test_the_mistakes_of_2_7(run) -> None:
 @pytest.mark.slow
 def test_the_speeds_of_2_7(run) -> None:
     done = run(EXPERIMENT, "--speed", "--rounds", "1", PYTHONPATH=ROOT)
-    assert frame(done.stdout) == frame(tables()[2]) == frame(tables()[3]), done.stderr
+    assert frame(done.stdout) == frame(TABLES[2]) == frame(TABLES[3]), done.stderr

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 from book.course.manifest import ROOT, read_manifest
+from tests.course.conftest import page_of
+
+PAGE = page_of("4.2")
 
 pytestmark = pytest.mark.slow
-
-
-def text() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["4.2"].page).read_text(encoding="utf-8")
 
 
 def numbers(printed: str) -> list[float]:
@@ -25,7 +23,7 @@ def numbers(printed: str) -> list[float]:
 def test_the_tables_of_4_2(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run("book/experiments/kv_quantization.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
-    (shown,) = re.findall(r"^```text\n(.*?)^```$", text(), re.S | re.M)
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", PAGE, re.S | re.M)
     assert re.sub(r"[\d., ]+", " ", printed) == re.sub(r"[\d., ]+", " ", shown), printed
     assert numbers(printed) == pytest.approx(numbers(shown), rel=0.3, abs=0.02), f"copy this:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/kv_quantization.svg").read_text(), "draw it again"
@@ -36,7 +34,7 @@ def test_the_tables_of_4_2(run, tmp_path: Path) -> None:
 
 
 def test_the_predictions_of_4_2() -> None:
-    page, vectors = text(), 24 * 4
+    page, vectors = PAGE, 24 * 4
     assert f"= **{vectors * 64 * 2:,}** bytes" in page and f"(64 + 2) = **{vectors * 66:,}**" in page
     assert f"**{128 / 66:.2f}** times" in page and f"128 it is {256 / 130:.2f}" in page
     assert f"100 / 127 = {100 / 127:.2f}" in page and 6 < 5 / (100 / 127) < 7 < 2**3
@@ -47,4 +45,4 @@ def test_the_symptom_of_4_2_is_as_told(run, book) -> None:
     asked = "The password of the red door is zimbro. Which password opens the red door?"
     words = ("main.py", "generate", "--prompt", asked, "--max-tokens", "8", "--kv-dtype", "int8")
     told = run(*words, "--course", book.folder).stdout
-    assert told.split()[:4] == ["lived"] * 4 and "lived lived lived lived" in text()
+    assert told.split()[:4] == ["lived"] * 4 and "lived lived lived lived" in PAGE

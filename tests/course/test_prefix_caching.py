@@ -7,26 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
+
+PAGE, TABLES = page_of("4.1"), tables_of("4.1")
 
 pytestmark = pytest.mark.slow
 EXPERIMENT = "book/experiments/prefix_caching.py"
 
 
-def text() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["4.1"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page says that its experiment prints."""
-    return re.findall(r"^```text\n(.*?)^```$", text(), re.S | re.M)
-
-
 def test_the_table_of_4_1(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/prefix_caching.svg").read_text(), "draw it again"
     rows = [[float(cell) for cell in re.findall(r"([\d.]+)%", line)] for line in printed.splitlines()[5:]]
     assert max(abs(foretold - found) for foretold, found in rows) < 1.2, "the page says that the two agree"
@@ -34,7 +27,7 @@ def test_the_table_of_4_1(run, tmp_path: Path) -> None:
 
 def test_the_mistakes_of_4_1(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables()[0], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[0], f"copy this into the page:\n{printed}"
     told = {line[:28].strip(): line[28:].split() for line in printed.splitlines()[1:]}
     assert told["names-trusted"] == told["(none)"] and told["(none)"][1] == "0.0%"
     assert told["tokens-alone + names-trusted"][0] > told["(none)"][0], "it finds more than is there"
@@ -45,11 +38,11 @@ def test_the_table_of_mooncakes_trace_in_4_1(run, shared_data: Path) -> None:
     if not trace.is_file():
         pytest.skip(f"no trace at {trace}: it is in FAST25-release/traces of github.com/kvcache-ai/Mooncake")
     printed = run(EXPERIMENT, "--trace", trace, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[2], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[2], f"copy this into the page:\n{printed}"
 
 
 def test_the_predictions_of_4_1() -> None:
-    table, page = tables()[2], text()
+    table, page = TABLES[2], PAGE
     total, different = 288_500, 182_790
     assert f"{total:,} blocks" in table and f"{different:,} are different" in table
     assert f"1 - 182,790 / 288,500 = **{1 - different / total:.1%}**".replace("%", " %") in page

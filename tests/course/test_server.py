@@ -11,24 +11,17 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
 from tiny_llm.data import Chunk, MessageDelta
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.chat_completions import ChatWriter
 from tiny_llm.server.events import EventStream
 from tiny_llm.server.jobs import Job
 
+PAGE, TABLES = page_of("3.6"), tables_of("3.6")
+
 EXPERIMENT = "book/experiments/streaming.py"
-
-
-def page() -> str:
-    """The chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()["3.6"].page).read_text(encoding="utf-8")
-
-
-def tables() -> list[str]:
-    """What the page shows: an event, and what its experiment prints."""
-    return re.findall(r"^```text\n(.*?)^```$", page(), re.S | re.M)
 
 
 def chat_event(text: str) -> bytes:
@@ -43,14 +36,16 @@ def chat_event(text: str) -> bytes:
 
 
 def test_the_predictions() -> None:
-    event, shown = chat_event(" the"), tables()[0]
+    event, shown = chat_event(" the"), TABLES[0]
     ours, theirs = (json.loads(text[6:]) for text in (event.decode(), shown))
     assert ours == {**theirs, "id": ours["id"], "created": ours["created"]}
     assert len(event) == len(shown.encode()) + 1, "with the empty line"
-    assert f"these are {len(event)} bytes" in page() and HIGH_WATER_LIMIT == 64 * 1024
-    assert f"4 of {len(event)} bytes, **{round(100 * 4 / len(event))} %**" in page()
-    assert f"{HIGH_WATER_LIMIT:,} / {len(event)}: **{HIGH_WATER_LIMIT // len(event)}** tokens" in page()
-    assert f"**{256 * 20:,}** and **20** times" in page()
+    assert f"these are {len(event)} bytes" in PAGE and HIGH_WATER_LIMIT == 64 * 1024
+    assert f"4 of {len(event)} bytes, **{round(100 * 4 / len(event))} %**" in PAGE
+    assert f"{HIGH_WATER_LIMIT:,} / {len(event)}: **{HIGH_WATER_LIMIT // len(event)}** tokens" in page_of(
+        "3.6"
+    )
+    assert f"**{256 * 20:,}** and **20** times" in PAGE
     assert len(event) / 4 > 50, "50 times as large as their text"
     assert dict(EventStream(None).raw_headers)[b"x-accel-buffering"] == b"no"  # type: ignore[arg-type]
 
@@ -59,7 +54,7 @@ def test_the_predictions() -> None:
 def test_the_table(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run(EXPERIMENT, "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables()[2], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[2], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/streaming.svg").read_text(), "draw it again"
     for row in printed.splitlines()[2:]:
         period, pieces, largest, held, _ = map(int, re.findall(r"\d+", row))
@@ -72,7 +67,7 @@ def test_the_table(run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_mistakes(run) -> None:
     printed = run(EXPERIMENT, "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables()[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}
     assert all(row[1] == "60" for row in rows.values()), "none costs the quick reader a token"
     assert rows["one-at-a-time"][4] == rows["sent-ahead"][4] == str(61 * 8) == "488"

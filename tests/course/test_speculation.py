@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of, tables_of
 from tiny_llm.data import StepCosts
 from tiny_llm.scheduler.drafts import Worth
 from tiny_llm.scheduler.speed import StepTime
 
+PAGE, TABLES = page_of("2.11"), tables_of("2.11")
+
 pytestmark = pytest.mark.slow
 
 
-def text_of(number: str) -> str:
-    """A chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
-
-
-def tables_of(number: str) -> list[str]:
-    """What the page says that its experiments print."""
-    return re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
-
-
 def test_the_predictions_of_2_11() -> None:
-    text = text_of("2.11")
+    text = PAGE
     assert f"= **{sum(0.8**n for n in range(5)):.2f}**" in text and f"= **{1 / (1 - 0.8):.0f}**" in text
     speed = StepTime(StepCosts(20.0, 0.5, 0.0, 0.5, 0.0))
     speed._doubts = [[0.0] * 5 for _ in range(5)]
@@ -37,7 +29,7 @@ def test_the_predictions_of_2_11() -> None:
 def test_the_tables_of_2_11(run, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.svg"
     printed = run("book/experiments/speculation.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert printed == tables_of("2.11")[1], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[1], f"copy this into the page:\n{printed}"
     assert drawn.read_text() == (ROOT / "book/docs/img/speculation.svg").read_text(), "draw it again"
     for line in printed.splitlines()[1:7]:
         foretold, counted = map(float, line.split()[-2:])
@@ -46,6 +38,6 @@ def test_the_tables_of_2_11(run, tmp_path: Path) -> None:
 
 def test_the_mistakes_of_2_11(run) -> None:
     printed = run("book/experiments/speculation.py", "--mistakes", PYTHONPATH=ROOT).stdout
-    assert printed == tables_of("2.11")[0], f"copy this into the page:\n{printed}"
+    assert printed == TABLES[0], f"copy this into the page:\n{printed}"
     lies = [line.split()[0] for line in printed.splitlines()[1:] if line.split()[1] != "0%"]
     assert lies == ["all-are-kept", "by-token-alone"], "the first and the third of the mistakes"

@@ -10,6 +10,7 @@ import pytest
 
 from book.course.manifest import ROOT, read_manifest
 from book.course.workbook import Workbook
+from tests.course.conftest import page_of
 from tiny_llm.config import Quantization
 from tiny_llm.models.cost import matrix_flops, step_of
 from tiny_llm.models.footprint import (
@@ -25,21 +26,16 @@ from tiny_llm.planning.memory import find_config
 pytestmark = pytest.mark.slow
 
 
-def text_of(number: str) -> str:
-    """A chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
-
-
 def test_the_experiment_of_0_2_prints_what_the_page_shows(run, tmp_path: Path) -> None:
     drawn = tmp_path / "memory.svg"
     printed = run("book/experiments/memory.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert f"```text\n{printed}```" in text_of("0.2"), "make book-experiments"
+    assert f"```text\n{printed}```" in page_of("0.2"), "make book-experiments"
     svg = (ROOT / "book" / "docs" / "img" / "memory.svg").read_text(encoding="utf-8")
     assert drawn.read_text(encoding="utf-8") == svg, "make book-experiments"
 
 
 def test_the_predictions_of_0_2() -> None:
-    text, llama = text_of("0.2"), find_config("llama-3-8b")
+    text, llama = page_of("0.2"), find_config("llama-3-8b")
     kv, weights = kv_token_bytes(llama, 2), weights_bytes(llama, 2, 2)
     assert f"**{kv // 1024} KiB**" in text and f"**{weights // kv:,}** tokens" in text
     assert weights // kv // 8192 + 1 == 15, "fifteen conversations"
@@ -71,13 +67,13 @@ def test_the_symptoms_of_0_2_are_as_told(run, book) -> None:
 def test_the_experiment_of_0_3_prints_what_the_page_shows(run, tmp_path: Path) -> None:
     drawn = tmp_path / "cost.svg"
     printed = run("book/experiments/cost.py", "--svg", drawn, PYTHONPATH=ROOT).stdout
-    assert f"```text\n{printed}```" in text_of("0.3"), "make book-experiments"
+    assert f"```text\n{printed}```" in page_of("0.3"), "make book-experiments"
     svg = (ROOT / "book" / "docs" / "img" / "cost.svg").read_text(encoding="utf-8")
     assert drawn.read_text(encoding="utf-8") == svg, "make book-experiments"
 
 
 def test_the_predictions_of_0_3() -> None:
-    text, config = text_of("0.3"), find_config("qwen2-0.5b")
+    text, config = page_of("0.3"), find_config("qwen2-0.5b")
     weights = weights_bytes(config, 2, 4, Quantization(4, 64))
     assert f"**{35e9 / weights:.0f}** tokens a second" in text
     assert f"**{matrix_flops(config, 1, 1) / 1e9:.2f} GFLOP**" in text
@@ -108,7 +104,7 @@ def test_the_symptoms_of_0_3_are_as_told(run, book) -> None:
 
 def test_the_roofs_of_0_3_are_near() -> None:
     """As measured for the page; another machine's figures differ, and stay as near."""
-    rows = re.findall(r"^qwen2-\S+ +512 .*$", text_of("0.3"), re.M)
+    rows = re.findall(r"^qwen2-\S+ +512 .*$", page_of("0.3"), re.M)
     assert len(rows) == 2
     for row in rows:
         prefill_roof, prefill, decode_roof, decode = map(float, row.split()[-4:])

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from book.course.manifest import ROOT, read_manifest
+from tests.course.conftest import page_of
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.decoding.generate import generate_without_cache
@@ -35,11 +36,6 @@ EXPERIMENTS = {
 }
 
 
-def text_of(number: str) -> str:
-    """A chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
-
-
 def close(got: str, expected: str) -> bool:
     """The same text, and fractions that differ by at most 0.2: another machine rounds otherwise."""
     number = r"\d+\.\d+"
@@ -52,7 +48,7 @@ def close(got: str, expected: str) -> bool:
 def test_the_experiments_print_what_the_pages_show(run, tmp_path: Path, number: str) -> None:
     name, drawn = EXPERIMENTS[number], tmp_path / "drawn.svg"
     done = run(f"book/experiments/{name}.py", "--svg", drawn, PYTHONPATH=ROOT)
-    tables = re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
+    tables = re.findall(r"^```text\n(.*?)^```$", page_of(number), re.S | re.M)
     assert len(tables) == 1 and close(done.stdout, tables[0]), done.stdout + done.stderr
     svg = (ROOT / "book" / "docs" / "img" / f"{name}.svg").read_text(encoding="utf-8")
     assert close(drawn.read_text(encoding="utf-8"), svg), f"draw it again: book/experiments/{name}.py --svg"
@@ -83,8 +79,8 @@ def test_the_symptoms_are_as_told(run, book, number: str, mutant: str, said: str
 
 def test_the_predictions_of_1_2() -> None:
     slowest = rope_frequencies(64, 10_000.0)[-1].item()
-    assert f"**{2 * math.pi / slowest:,.0f} tokens**" in text_of("1.2")
-    assert f"becomes **{mx.array(1001.0).astype(mx.bfloat16).item():.0f}**" in text_of("1.2")
+    assert f"**{2 * math.pi / slowest:,.0f} tokens**" in page_of("1.2")
+    assert f"becomes **{mx.array(1001.0).astype(mx.bfloat16).item():.0f}**" in page_of("1.2")
 
 
 def test_what_1_2_says_of_lengths() -> None:
@@ -97,27 +93,27 @@ def test_what_1_2_says_of_lengths() -> None:
 def test_the_predictions_of_1_3() -> None:
     config = ModelConfig.from_hf(config_of("qwen2-0.5b"))
     keys = mx.zeros((config.num_layers, config.num_kv_heads, config.head_dim), mx.bfloat16)
-    assert f"**{2 * keys.nbytes:,}** bytes" in text_of("1.3")
+    assert f"**{2 * keys.nbytes:,}** bytes" in page_of("1.3")
     masked = mx.sum(mx.isinf(causal_mask(3, 8, offset=5))).item()
-    assert f"**{masked} scores**" in text_of("1.3")
+    assert f"**{masked} scores**" in page_of("1.3")
 
 
 def test_the_predictions_of_1_4() -> None:
     shapes = DecoderLayer.shapes(ModelConfig.from_hf(config_of("qwen2-0.5b")))
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     part = sum(size for name, size in sizes.items() if name.startswith("mlp.")) / sum(sizes.values())
-    assert f"**{100 * part:.0f} %**" in text_of("1.4")
+    assert f"**{100 * part:.0f} %**" in page_of("1.4")
     squares = mx.square(mx.arange(1000).astype(mx.float16)).tolist()
-    assert f"**{squares.index(math.inf)}** squared" in text_of("1.4")
+    assert f"**{squares.index(math.inf)}** squared" in page_of("1.4")
 
 
 def test_the_predictions_of_1_5() -> None:
     with (ROOT / "tiny_llm" / "demo" / "model.safetensors").open("rb") as file:
         begins = file.read(8)
-    assert f"`{begins.hex(' ')}`" in text_of("1.5")
-    assert f"**{int.from_bytes(begins, 'little'):,}** bytes" in text_of("1.5")
+    assert f"`{begins.hex(' ')}`" in page_of("1.5")
+    assert f"**{int.from_bytes(begins, 'little'):,}** bytes" in page_of("1.5")
     tensors = Decoder.shapes(ModelConfig.from_hf(config_of("qwen2-0.5b")))
-    assert f"**{len(tensors)} tensors**" in text_of("1.5")
+    assert f"**{len(tensors)} tensors**" in page_of("1.5")
 
 
 @pytest.mark.parametrize(
@@ -130,14 +126,14 @@ def test_the_predictions_of_1_5() -> None:
 def test_what_1_5_refuses(run, book, mutant: str, said: str) -> None:
     book.add_mutant(next(m for m in read_manifest()["1.5"].mutants if m.name == mutant))
     told = run("main.py", "generate", "--prompt", RECALL, "--course", book.folder)
-    assert told.returncode == 2 and said in told.stderr and said in text_of("1.5")
+    assert told.returncode == 2 and said in told.stderr and said in page_of("1.5")
 
 
 def test_the_predictions_of_1_7() -> None:
     cold = mx.exp(log_probabilities(mx.array([[2.0, 1.0, 0.0]]) / 0.5))[0, 0].item()
-    assert f"**{100 * cold:.0f} %**" in text_of("1.7")
+    assert f"**{100 * cold:.0f} %**" in page_of("1.7")
     long_tail = mx.concatenate([mx.array([10.0]), mx.zeros(151_935)])[None]
-    assert f"**{100 * mx.exp(log_probabilities(long_tail))[0, 0].item():.0f} %**" in text_of("1.7")
+    assert f"**{100 * mx.exp(log_probabilities(long_tail))[0, 0].item():.0f} %**" in page_of("1.7")
 
 
 @pytest.mark.parametrize(
@@ -159,8 +155,8 @@ def test_the_predictions_of_1_6() -> None:
         return mx.zeros((1, 4))
 
     assert len(list(islice(generate_without_cache(counting, [0] * 100, SamplingParams()), 50))) == 50
-    assert f"**{sum(rows):,} rows**" in text_of("1.6")
-    assert f"**{open_length('a##', ['###'])}**" in text_of("1.6")
+    assert f"**{sum(rows):,} rows**" in page_of("1.6")
+    assert f"**{open_length('a##', ['###'])}**" in page_of("1.6")
     assert find_stop("a long stop", ["long stop", "on"]) == "a long stop".find("on")
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from book.course.manifest import ROOT, read_manifest
+from tests.course.conftest import page_of, tables_of
 from tiny_llm.config import Quantization
 from tiny_llm.tokenizer.bpe import BPE
 from tiny_llm.tokenizer.detokenizer import byte_alphabet
@@ -20,16 +21,6 @@ from tiny_llm.weights.quantize import quantize_matrix
 pytestmark = pytest.mark.slow
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-
-
-def text_of(number: str) -> str:
-    """A chapter's page."""
-    return (ROOT / "book" / "docs" / read_manifest()[number].page).read_text(encoding="utf-8")
-
-
-def tables_of(number: str) -> list[str]:
-    """What the page says that its experiments print."""
-    return re.findall(r"^```text\n(.*?)^```$", text_of(number), re.S | re.M)
 
 
 def frame(table: str) -> str:
@@ -42,9 +33,9 @@ def test_the_predictions_of_2_3() -> None:
     matrix = quantize_matrix(mx.random.normal((rows, 896)).astype(mx.bfloat16), Quantization(4, 64))
     bits = 8 * (matrix.packed.nbytes + matrix.scales.nbytes + matrix.biases.nbytes) / (rows * 896)
     megabytes = size * bits / 8 / 1e6
-    assert f"**{megabytes:.0f} MB**" in text_of("2.3")
-    assert f"**{28_000 / megabytes:.0f} tokens**" in text_of("2.3")
-    assert f"**{896 + 2 * matrix.scales.shape[1]}**" in text_of("2.3")
+    assert f"**{megabytes:.0f} MB**" in page_of("2.3")
+    assert f"**{28_000 / megabytes:.0f} tokens**" in page_of("2.3")
+    assert f"**{896 + 2 * matrix.scales.shape[1]}**" in page_of("2.3")
 
 
 def test_the_errors_of_2_3(run, tmp_path: Path) -> None:
@@ -62,7 +53,7 @@ def test_the_speeds_of_2_3(run) -> None:
 
 @needs_compiler
 def test_the_program_of_2_3_runs(tmp_path: Path) -> None:
-    (program,) = re.findall(r"^```cpp\n(.*?)^```$", text_of("2.3"), re.S | re.M)
+    (program,) = re.findall(r"^```cpp\n(.*?)^```$", page_of("2.3"), re.S | re.M)
     (tmp_path / "page.cpp").write_text(program)
     subprocess.run(["c++", "-std=c++20", "page.cpp", "-o", "page"], cwd=tmp_path, check=True)
     subprocess.run([tmp_path / "page"], check=True)
@@ -83,7 +74,7 @@ def test_the_symptoms_of_2_3(run, book, mutant: str, bits: int, right: bool) -> 
 def test_the_predictions_of_2_1(run) -> None:
     printed = run("book/experiments/kv_cache.py", PYTHONPATH=ROOT).stdout
     assert frame(printed) == frame(tables_of("2.1")[1])
-    rows, text = re.findall(r"[\d,]+ with", printed.splitlines()[0]), text_of("2.1")
+    rows, text = re.findall(r"[\d,]+ with", printed.splitlines()[0]), page_of("2.1")
     assert len(rows) == 2 and all(f"**{row.removesuffix(' with')}**" in text for row in rows)
     token = 2 * 24 * mx.zeros((1, 2, 64), dtype=mx.bfloat16).nbytes
     assert f"**{token:,}** bytes" in text and f"**{token * 4096 / 1e6:.0f} MB**" in text
@@ -100,7 +91,7 @@ def test_the_mistakes_of_2_1(run) -> None:
 
 
 def test_the_predictions_of_2_2() -> None:
-    text = text_of("2.2")
+    text = page_of("2.2")
     first, second = (statistics.median(1 + 0.2 * call / 40 for call in part) for part in halves(40))
     assert f"**{second / first - 1:.1%}**".replace("%", " %") in text
     calls = [100] * 19 + [2100]
@@ -122,7 +113,7 @@ def test_the_tables_of_2_2(run, tmp_path: Path) -> None:
 
 
 def test_the_predictions_of_0_1() -> None:
-    lengths, text = (10, 50, 500, 1000), text_of("0.1")
+    lengths, text = (10, 50, 500, 1000), page_of("0.1")
     whole = 1 - sum(lengths) / (4 * 1000)
     cuts = [at * lengths[at - 1] + (4 - at) * lengths[-1] for at in (1, 2, 3)]
     assert f"**{whole:.0%}**".replace("%", " %") in text
