@@ -19,6 +19,7 @@ from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.scheduler.scheduler import Scheduler
+from tiny_llm.scheduler.settings import SchedulerSettings
 
 ASKED = SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=5)
 BLOCK = 16
@@ -31,7 +32,7 @@ def blocks_of(share: Share, llm: LLM) -> tuple[int, int]:
 
 @contextmanager
 def several(
-    folder: Path, count: int, blocks: int, beside: int = 0
+    folder: Path, count: int, blocks: int, beside: int = 0, swaps: bool = False
 ) -> Iterator[tuple[MemoryBudget, list[AsyncLLM], Callable[[], int]]]:
     """``count`` models, and ``beside`` that are not loaded, with a budget of so many blocks in all.
 
@@ -39,7 +40,10 @@ def several(
     """
     with LLM(folder) as llm:
         budget = MemoryBudget(blocks * llm.engine.block_bytes, count + beside)
-    llms = [AsyncLLM(folder, kv_memory=budget.share(), threads=1) for _ in range(count)]
+        host = (
+            {"swap_memory": budget.total, "scheduler": SchedulerSettings(preemption="swap")} if swaps else {}
+        )
+    llms = [AsyncLLM(folder, kv_memory=budget.share(), threads=1, **host) for _ in range(count)]
     most = [0]
 
     def look(llm: AsyncLLM) -> Callable[[], None]:
@@ -192,9 +196,9 @@ def test_what_an_idle_one_has_cached_goes_before_somebody_gives_way(small: Path)
 def test_any_traffic_on_three_ends_with_the_same_tokens(
     small: Path, seed: int, expected: Callable[[list[int]], list[int]]
 ) -> None:
-    """Bursts, pauses, and some who leave; one is unloaded in between."""
+    """Bursts, pauses, and some who leave; one is unloaded in between. Some give way to the host."""
     chance = random.Random(seed)
-    with several(small, 3, 36) as (budget, llms, most):
+    with several(small, 3, 36, swaps=seed % 2 == 1) as (budget, llms, most):
 
         async def traffic(llm: AsyncLLM, chance: random.Random) -> None:
             for _ in range(6):

@@ -408,8 +408,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(most=strategies.integers(0, 30))
     def set_limit(self, most: int) -> None:
         """Memory comes and goes; what is there stays."""
-        most = min(most, self.manager.allowed_blocks)
-        self.manager.set_limit(most)
+        self.manager.set_limit(most := min(most, self.manager.allowed_blocks))
         self.limit = max(most, self.manager.capacity)
 
     @rule(limit=strategies.integers(0, 16))
@@ -417,7 +416,8 @@ class AnyOrder(RuleBasedStateMachine):
         before, capacity = self.manager.available, self.manager.capacity
         self.manager.shrink((one.table for one in self.held), limit)
         assert self.manager.available == before, "what was given back can be had again"
-        least = max(limit, len({block for one in self.held for block in one.table.held}))
+        used = len({block for one in self.held for block in one.table.held})
+        least = max(limit, used, any(one.table.host for one in self.held))
         assert self.manager.capacity == min(capacity, -(-least // self.slab) * self.slab)
         for old, new in self.manager._moves.copies:
             if old in self.full:

@@ -17,6 +17,7 @@ import pytest
 
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv import disk
+from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.prefix import chain, content, encode, root
 
@@ -219,3 +220,29 @@ def test_killed_while_it_writes_it_leaves_no_wrong_file(tmp_path: Path) -> None:
                 found += there
             assert not after.usage.damaged and after.usage.bytes <= 60_000
     assert found > 500, "hardly anything was written"
+
+
+def test_a_fork_that_is_swapped_out_before_its_blocks_have_names_is_loaded_all_the_same() -> None:
+    """Its names were copied before those of the step that it came of: the engine broke."""
+
+    class Store:
+        def worth_reading(self, computed_ms: float, within_ms: float) -> int:
+            return 8
+
+        def read(self, content: bytes) -> None:
+            return None
+
+        def __contains__(self, content: bytes) -> bool:
+            return False
+
+    blocks = BlockManager(16, 12, slab=2, host_blocks=12, store=Store())  # type: ignore[arg-type]
+    table, tokens = blocks.table(), [1] * 40
+    blocks.allocate(table, tokens)
+    child = blocks.fork(table, 40)
+    assert blocks.swap_out(child, 40)
+    blocks.free(table)
+    blocks.drain()
+    blocks.shrink()
+    assert blocks.capacity == 2, "of an empty pool nothing is kept on the host either"
+    assert blocks.allocate(child, [*tokens, 2] * 2) == 40
+    assert blocks.load(child, [*tokens, 2] * 2, 40, 1.0, 100.0) == 40

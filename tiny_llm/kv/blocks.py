@@ -187,11 +187,12 @@ class BlockManager:
         """
         assert self.store is not None, "there is somewhere to load from"
         first = start // self.block_size
-        last = min(
-            first + self.store.worth_reading(computed_ms, within_ms),
-            (min(len(tokens), table.writable) - 1) // self.block_size,
-        )
-        for index, held in enumerate(self._contents(table, tokens, first, last), first):
+        most = first + self.store.worth_reading(computed_ms, within_ms)
+        last = min(most, (min(len(tokens), table.writable) - 1) // self.block_size)
+        named = min(first, len(table.names))  # a fork that was swapped out at once has not all names
+        for index, held in enumerate(self._contents(table, tokens, named, last), named):
+            if index < first:
+                continue
             block = table.blocks[index]
             if self._refs[block] > 1 or (data := self.store.read(held)) is None:
                 break
@@ -312,8 +313,9 @@ class BlockManager:
         self._free[:0] = array("i", reversed(range(old, new)))  # lowest first, so that slabs can go
 
     def capacity_within(self, limit: int) -> int:
-        """The capacity that ``shrink`` to ``limit`` would leave: whole slabs, with room for what is used."""
+        """What ``shrink`` to ``limit`` would leave: slabs for what is used; one for what is on the host."""
         used = self.capacity - len(self._cached) - len(self._free)
+        used = max(used, len(self._host_free) < self._host_blocks)
         return min(-(-max(used, limit) // self._slab) * self._slab, self.capacity)
 
     def shrink(self, tables: Iterable[BlockTable] = (), limit: int = 0) -> None:
