@@ -96,6 +96,30 @@ def test_a_dropped_block_that_can_be_found_is_cached_as_the_newest() -> None:
     assert manager.usage([]).free == 5
 
 
+def test_as_many_are_cached_as_there_is_memory_for() -> None:
+    manager = BlockManager(SIZE, 40)
+    tables = [computed(manager, [n] * SIZE) for n in range(20)]
+    cached = manager.cached_blocks
+    for table in tables:
+        manager._drop(table.blocks[0])
+    assert [*cached] == [table.blocks[0] for table in tables], "what there is room for stays, in one list"
+
+
+def test_who_goes_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, gone = BlockManager(SIZE, 2), list[int]()
+    for n in range(2):
+        manager.free(computed(manager, [n] * SIZE), [n] * SIZE, SIZE)
+    evict, old = manager._evict, [*manager.cached_blocks]
+
+    def watched(block: int) -> None:
+        gone.append(block)
+        evict(block)
+
+    monkeypatch.setattr(manager, "_evict", watched)
+    manager._take(2)
+    assert gone == old, "`_evict` may have to keep it elsewhere, the oldest first"
+
+
 def test_free_blocks_go_first_then_the_pool_grows_then_the_oldest_cached_go() -> None:
     manager = BlockManager(SIZE, 6, slab=2)
     texts = [[n] * SIZE for n in range(3)]
@@ -195,6 +219,16 @@ def test_the_block_that_is_written_need_not_be_the_last_one() -> None:
     assert parent.blocks.tolist() == [full, copy := parent.blocks[1], ahead]
     assert manager.drain().copies == [(begun, copy)] and copy not in (full, begun, ahead)
     assert parent.writable == 12, "up to the end of its last block, though that was not asked for"
+    manager.check_integrity([parent, child])
+
+
+def test_a_shared_block_may_be_written_from_its_beginning() -> None:
+    manager = plain()
+    parent = with_room(manager, 12)
+    full, second, begun = parent.blocks
+    child = manager.fork(parent, 10)  # and then the parent takes its last two tokens back
+    assert manager.reserve(parent, 8, 9) and manager.drain().copies == [(begun, parent.blocks[2])]
+    assert child.blocks.tolist() == [full, second, begun] != parent.blocks.tolist()
     manager.check_integrity([parent, child])
 
 

@@ -62,6 +62,8 @@ def test_shares_of_nothing_weigh_nothing() -> None:
     correction = mx.array([2.0, 2.0, 0.0])
     _, weights = route_ref(mx.array([[0.0, 0.0, 500.0]]), Routing(2, True, correction))
     assert weights.tolist() == [[0.0, 0.0]], "0 / 0 is not a number, and would be all that follows"
+    _, weights = route_ref(mx.array([[0.0, 0.0, 20.0]]), Routing(2, True, correction))
+    assert weights.flatten().tolist() == pytest.approx([0.5, 0.5]), "what is small, but there, is normalised"
 
 
 def test_shares_are_made_in_float32() -> None:
@@ -161,6 +163,8 @@ def test_the_sum_is_made_in_float32() -> None:
     apart = mx.array([[[[256.0]], [[-256.0]]]]).astype(mx.bfloat16)
     got = _weighed(apart, mx.array([[1.0 + 2.0**-9, 1.0]]), mx.bfloat16)
     assert got.tolist() == [[0.5]], "neither weights nor products are rounded before they are added"
+    got = _weighed(mx.array([[[[257.0]], [[-256.0]]]]), mx.ones((1, 2)), mx.bfloat16)
+    assert got.tolist() == [[1.0]] and got.dtype == mx.bfloat16, "to the dtype that is asked for, in the end"
 
 
 def model(name: str) -> ModelConfig:
@@ -196,6 +200,9 @@ def test_what_is_not_an_expert_is_read_whole() -> None:
     assert rest == weights_bytes(config, 2, 2) - table - stacks
     dense = model("qwen3-0.6b")
     assert read_bytes(dense, 2, 2, tokens=1) == weights_bytes(dense, 2, 2), "its table is its head"
+    assert read_bytes(dense, 2, 4, tokens=1) == weights_bytes(dense, 2, 4), (
+        "vectors may have a size of their own"
+    )
 
 
 def test_quantized_experts_are_smaller_by_as_much() -> None:

@@ -61,15 +61,23 @@ def test_a_short_time_is_no_round_number(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_turns_are_taken() -> None:
     order: list[str] = []
-    sides = [Trial((name,), 1.0, runs(order, name, 1, 1, 1)) for name in "abc"]
-    interleave(sides, 3, pause=0)
-    assert "".join(order) == "abcabcabc", "each side once a round"
+    sides = [Trial((name,), 1.0, runs(order, name, 1, 1, 1, 1, 0.125)) for name in "bca"]
+    rates = interleave(sides, 5, pause=0)
+    assert "".join(order) == "bca" * 5, "each side once a round, in the order that was given"
+    assert {*rates.values()} == {Rate(1.0, 1.0, 8.0)}, "all rounds count"
 
 
 def test_rates_are_units_over_seconds_and_their_median_counts() -> None:
     trial = Trial(("x",), 8.0, lambda: 0.0)
     assert Rate.of(trial, [1.0, 4.0, 2.0]) == Rate(4.0, 2.0, 8.0)
     assert Rate.of(trial, [2.0, 2.0, 80.0]).median == 4.0, "one interruption must not count"
+
+
+def test_a_kind_of_rate_makes_its_own_kind() -> None:
+    class Mine(Rate):
+        pass
+
+    assert type(Mine.of(Trial(("x",), 8.0, lambda: 0.0), [1.0])) is Mine, "a class method says which"
 
 
 def test_of_an_even_number_the_median_lies_between() -> None:
@@ -85,8 +93,13 @@ def test_sides_may_come_one_by_one() -> None:
 def test_there_is_a_pause_after_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(rounds.time, "sleep", lambda seconds: order.append(f"sleep {seconds}"))
-    interleave([Trial((name,), 1.0, runs(order, name, 1, 1)) for name in "ab"], 2, pause=0.25)
-    assert order == ["a", "sleep 0.25", "b", "sleep 0.25"] * 2
+    sides = [Trial((name,), 1.0, runs(order, name, 1, 1, 1)) for name in "ab"]
+    once = Trial(("once",), 1.0, runs(order, "once", 1), once=True)
+    interleave([*sides, once], 2, warm_up=1, pause=0.25)
+    turns = ["a", "b", "a", "b", "once", "a", "b"]
+    assert order == [each for turn in turns for each in (turn, "sleep 0.25")], (
+        "warming up, too; who sits out has none"
+    )
 
 
 def test_the_clock_runs_while_the_work_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
