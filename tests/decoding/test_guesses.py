@@ -117,6 +117,7 @@ def test_a_guess_is_right_if_it_was_drawn() -> None:
     assert not _guessed_right([decided(5, 8)], row(6, 7))
     assert _guessed_right([decided(5, 7), decided(6, 9)], row(7, 7, 9)), "the last of them is compared"
     assert not _guessed_right([decided(5, 7), decided(6, 8)], row(7, 7, 9))
+    assert not _guessed_right([decided(5, 7), decided(6, 7)], row(7, 7, 9)), "7 was guessed, but not there"
 
 
 def test_behind_a_wrong_guess_nothing_counts() -> None:

@@ -98,6 +98,14 @@ def test_those_that_are_not_before_whom_it_is_asked_for_stay() -> None:
     assert scheduler.num_running == 4, "before the end of all, everybody is"
 
 
+def test_of_those_that_came_together_the_number_says_who_is_before_whom() -> None:
+    scheduler = make()
+    for number in range(4):
+        scheduler.add(request(number, arrival=1.0))
+    scheduler._admit(StepPlan(100, 0, 10), (1.0, 1))
+    assert scheduler.num_running == 2, "a rank is both, the time and the number"
+
+
 def test_who_runs_out_of_items_starts_nobody() -> None:
     scheduler = make()
     for number in range(4):

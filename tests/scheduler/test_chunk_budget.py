@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from math import inf
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -131,6 +132,13 @@ def test_the_first_chunk_always_gets_a_few(start: int, few: int) -> None:
 def test_a_little_time_is_used_up_even_where_a_few_would_be_less() -> None:
     assert planned(decodes=44).tokens_for(sure(), 0) == 30, "3 ms are more than eight tokens"
     assert planned(decodes=49).tokens_for(sure(), 0) == 8, "half a millisecond is less"
+
+
+def test_of_two_ways_to_count_the_first_chunk_gets_the_larger() -> None:
+    step = planned()
+    fits = {step.bound_ms: 6.9, step.least_ms: 3.2}
+    speed = cast(StepTime, SimpleNamespace(tokens_within=lambda ms, start, beside=(): fits[ms]))
+    assert step.tokens_for(speed, 0) == 6, "3 at least, and there is time for 6"
 
 
 def test_an_added_chunk_is_counted() -> None:

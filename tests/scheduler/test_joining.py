@@ -94,6 +94,16 @@ def test_a_plan_has_a_copy_of_the_blocks_as_far_as_its_tokens() -> None:
     assert items[0].block_table == before, "a plan that is carried out later must not change"
 
 
+def test_room_is_asked_for_where_there_is_none_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, asked = running(4, 7, 6), list[tuple[int, int]]()
+    monkeypatch.setattr(
+        scheduler, "_make_room", lambda entry, end, step: asked.append((entry.seq.id, end)) or True
+    )
+    scheduler._running.items[0].table.blocks.append(99)  # what would have been given
+    decoding(scheduler)
+    assert asked == [(0, 5)], "7 and 6 tokens and one more have room in their second blocks"
+
+
 def test_who_needs_a_new_block_gets_it_now() -> None:
     scheduler = running(4, 6)
     free = scheduler.blocks.available
@@ -338,6 +348,13 @@ def test_full_blocks_are_registered_once_their_tokens_are_known() -> None:
     step(scheduler)
     seq = scheduler.sequence(1)
     assert seq and seq.cached_tokens == 8, "who begins alike finds what is full while the other still runs"
+
+
+def test_a_block_is_registered_with_its_last_token() -> None:
+    scheduler = running(7)
+    step(scheduler)
+    (entry,) = scheduler._running.items
+    assert entry.seq.num_computed_tokens == 8 and entry.table.full_at == 12, "at once, and not one later"
 
 
 def test_how_good_guesses_were_is_told() -> None:
