@@ -13,12 +13,12 @@ namespace tiny_llm::TINY_ISA {
 
 // Asks for a line of weights 4 KB before its turn, into the second-level cache: what processors do by themselves is not
 // enough (Zen 1, one thread: one row's 278 MB in 26 ms, not 40; two rows 42, not 55). Except Zen 4 and what follows
-// it, which read one or two rows faster when left alone: 35 GB/s a thread against 29.
+// it, which read for one row faster when left alone: 35 GB/s a thread against 29.
 template <int R>
 [[gnu::always_inline]] inline void ask_ahead(const char* line) {
     constexpr int kAhead = 4096;
 #if defined(__AVX512VNNI__)
-    if (R < 3 && reads_ahead()) return;
+    if (R == 1 && reads_ahead()) return;
 #endif
     __builtin_prefetch(line + kAhead, 0, 2);
 }
@@ -40,17 +40,27 @@ static inline vi dot4(vi sum, vu weights, int32_t x) {
 template <Kind K, int R, int W>
 static inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
     constexpr int kWords = K == Kind::q4 ? 2 : 1;  // of x a line
-    for (int k = 0; k < group; k += 4 * kWords, line += kLine, x += kWords * R) {
-        ask_ahead<R>(line);
-        const vu words = load_words(line);
-        const vu low = K == Kind::q4 ? words & 0x0f0f0f0f : words, high = (words >> 4) & 0x0f0f0f0f;
+    // Where registers suffice, lines go in pairs, and each product of a pair has a sum of its own: none waits for another.
+    constexpr int kLines = R < 5 ? 2 : 1, kSums = R < 5 ? kLines * kWords : 1;
+    vi sums[kSums][R] = {};
+    for (int k = 0; k < group; k += 4 * kWords * kLines)
+#pragma GCC unroll 2
+        for (int l = 0; l < kLines; ++l, line += kLine, x += kWords * R) {
+            ask_ahead<R>(line);
+            const vu words = load_words(line);
+            const vu low = K == Kind::q4 ? words & 0x0f0f0f0f : words, high = (words >> 4) & 0x0f0f0f0f;
+            vi(&first)[R] = sums[l * kWords % kSums], (&second)[R] = sums[(l * kWords + 1) % kSums];
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) dot[r][0] = dot4(dot[r][0], low, x[r]);
-        if constexpr (K == Kind::q4) {
+            for (int r = 0; r < R; ++r) first[r] = dot4(first[r], low, x[r]);
+            if constexpr (K == Kind::q4) {
 #pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) dot[r][0] = dot4(dot[r][0], high, x[R + r]);
+                for (int r = 0; r < R; ++r) second[r] = dot4(second[r], high, x[R + r]);
+            }
         }
-    }
+#pragma GCC unroll 4
+    for (const auto& some : sums)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) dot[r][0] += some[r];
 }
 
 #elif defined(__AVX2__)
