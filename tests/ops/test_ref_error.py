@@ -430,6 +430,10 @@ def test_error_is_as_stated(row: Row, dtype: mx.Dtype) -> None:
     assert worst <= allowed, f"{worst:.4g} roundings off, but {allowed:g} are stated: {row.why}"
 
 
+NO_NUMBERS = {"constraint_ref", "mask_ref"}
+"""They say which tokens may come, and round nothing."""
+
+
 def test_no_function_is_without_a_stated_error() -> None:
     """A new ``_ref`` needs a row here. The bridges' run what a learner wrote, and are held to ours."""
     package = Path(tiny_llm.__file__).parent
@@ -438,7 +442,7 @@ def test_no_function_is_without_a_stated_error() -> None:
         (str(path.relative_to(package)), node.name)
         for path in files
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_ref")
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_ref") and node.name not in NO_NUMBERS
     }
     stated = {
         (str(Path(inspect.getfile(row.function)).relative_to(package)), row.function.__name__) for row in ROWS

@@ -13,6 +13,13 @@
 
 namespace tiny_llm::test {
 
+// Where a processor is emulated, or each access watched for races: what elsewhere takes a second takes minutes.
+#if defined(TINY_FEWER_CASES)
+constexpr bool kFewerCases = true;
+#else
+constexpr bool kFewerCases = false;
+#endif
+
 struct Test {
     const char* name;
     void (*run)();
