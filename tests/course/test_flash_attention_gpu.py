@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of
 from tiny_llm.metalsim.build import why_not
 
 pytestmark = [
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
-PAGE = (ROOT / "book" / "docs" / read_manifest()["2.6"].page).read_text(encoding="utf-8")
+PAGE = page_of("2.6")
 EXPERIMENT = "book/experiments/flash_attention_gpu.py"
 
 

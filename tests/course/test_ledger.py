@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from book.course.manifest import ROOT, read_manifest
+from book.course.manifest import ROOT
+from tests.course.conftest import page_of
 from tiny_llm import LLM, SamplingParams
 from tiny_llm.ops.backend import use, works
 from tiny_llm.planning.memory import plan_memory
@@ -23,7 +24,7 @@ SOURCES = {"README": ROOT / "README.md", "log": ROOT / "book" / "log.md"}
 COSTS = "| what | how much | stands in | command |"
 COMMANDS = "| | command |"
 KEPT = "| claim | figure | command |"
-PAGE = (ROOT / "book" / "docs" / read_manifest()["4.7"].page).read_text(encoding="utf-8")
+PAGE = page_of("4.7")
 
 
 @pytest.fixture
