@@ -70,7 +70,11 @@ def test_all_chapters_together_are_green(book: Workbook, run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("number", "mistake", "kernel"),
-    [("1.3", "key-head-modulo", "attention"), ("1.4", "sigmoid-for-silu", "swiglu")],
+    [
+        ("1.1", "heads-mixed", "attention"),
+        ("1.3", "key-head-modulo", "attention"),
+        ("1.4", "sigmoid-for-silu", "swiglu"),
+    ],
 )
 def test_right_cpp_hides_no_mistake_in_python(
     book: Workbook, tested: Tested, number: str, mistake: str, kernel: str
