@@ -39,7 +39,8 @@ from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import set_threads
 from tiny_llm.sampling.sampler import sample
-from tiny_llm.scheduler.drafts import Acceptance, Speculation, Worth
+from tiny_llm.scheduler.drafts import Acceptance, Worth
+from tiny_llm.scheduler.speculation import Speculation
 
 K = 4
 LOOK_UPS = {"llamacpp": "llamacpp_lookup.py"}

@@ -237,7 +237,7 @@ def test_guesses_count_before_the_time_that_is_left() -> None:
     )
     scheduler.add(request(1, length=30))
     items, _, plan = decoding(scheduler)
-    assert plan.drafted == len(items[0].tokens) - 1 > 0, "_add_drafts() was not called"
+    assert plan.drafted == len(items[0].tokens) - 1 > 0, "speculation.extend() was not called"
     alone = scheduler.speed.decode_ms(1 + plan.drafted, plan.decode_context)
     assert plan.ms == pytest.approx(45.0 - alone), "guesses take time too"
 

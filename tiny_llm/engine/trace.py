@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_llm.data import Plan
-from tiny_llm.scheduler.drafts import Speculation
+from tiny_llm.scheduler.speculation import Speculation
 
 _STEPS = 0  # the track of the steps; sequences are numbered from 1
 

@@ -9,15 +9,8 @@ Source of the idea: Leviathan et al. 2023, "Fast Inference from Transformers via
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
-from collections.abc import Mapping
-
-from tiny_llm.data import Advance, Drafter, Sequence
 from tiny_llm.scheduler.speed import StepTime
 
-MOST_DRAFTED = 16
-"""Guesses of one sequence in a step."""
 _PRIOR = 0.6  # of guesses are right, before any is known
 _DRIFT = 0.02  # towards that goes what is believed, while nothing is checked: so it is tried again
 _NEWS = 0.15  # of what is believed comes from the latest guess
@@ -43,6 +36,10 @@ class Acceptance:
         if accepted < drafted:
             self.share -= _NEWS * self.share
 
+    def drift(self) -> None:
+        """Nothing was checked."""
+        self.share += _DRIFT * max(0.0, _PRIOR - self.share)
+
     def compare(self, token: int) -> None:
         """The token came that was guessed, or another: known without a row of its own."""
         if self.guess >= 0:
@@ -67,50 +64,3 @@ class Worth:
             chance *= share
             count += 1
         return count
-
-
-class Speculation:
-    """What ``sources`` guess, the first that has an idea, and how well.
-
-    By source: ``drafted`` guesses were checked, ``accepted`` of them were right.
-    """
-
-    def __init__(self, sources: Mapping[str, Drafter]) -> None:
-        self.drafted, self.accepted = Counter(dict.fromkeys(sources, 0)), Counter(dict.fromkeys(sources, 0))
-        self._sources = sources
-
-    def draft(self, seq: Sequence, known: Acceptance, worth: Worth, most: int) -> array[int]:
-        """Guesses of ``seq``'s next tokens that are worth checking in a step, at most ``most``."""
-        draft = self._guesses(seq, known, max(1, min(most, MOST_DRAFTED)))
-        return draft[: worth.length(known.share, min(most, len(draft)))]
-
-    def is_expected(self, seq: Sequence, known: Acceptance, worth: Worth) -> bool:
-        """Whether, behind the token that is being drawn, a guess will be worth checking.
-
-        Which token is expected to come is noted, so that it shows how good such guesses are.
-        """
-        draft = self._guesses(seq, known, 2)
-        return len(draft) == 2 and worth.length(known.share, 1) == 1
-
-    def count(self, known: Acceptance, drafted: int, advance: Advance) -> None:
-        """See how good guesses were: the ``drafted`` ones of a step, or one that was only noted."""
-        if drafted <= 0:
-            for token in advance.tokens:
-                known.compare(token)
-            known.share += _DRIFT * max(0.0, _PRIOR - known.share)
-            return
-        accepted = max(0, len(advance.tokens) - 1)
-        if not advance.finish_reason:  # else it was not looked at to its end
-            known.observe(drafted, accepted)
-        known.guess = -1
-        self.drafted[known.source] += drafted
-        self.accepted[known.source] += accepted
-
-    def _guesses(self, seq: Sequence, known: Acceptance, most: int) -> array[int]:
-        """Up to ``most`` guesses; the first of them is noted."""
-        known.guess = -1
-        for source, drafter in self._sources.items() if seq.params.speculate else ():
-            if draft := drafter(seq, most):
-                known.source, known.guess = source, draft[0]
-                return draft
-        return array("i")

@@ -24,11 +24,11 @@ from tiny_llm.data import Advance, Drafter, EndReason, Output, Plan, PlanItem, S
 from tiny_llm.errors import BusyError, CapacityError, RequestError
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.blocks import BlockManager, Usage
-from tiny_llm.scheduler.drafts import Speculation, Worth
 from tiny_llm.scheduler.pins import Pins
 from tiny_llm.scheduler.places import Place, StepPlan
 from tiny_llm.scheduler.queues import Rank, RankedList, RankedQueue
 from tiny_llm.scheduler.settings import MAX_PRIORITY, SchedulerSettings
+from tiny_llm.scheduler.speculation import Speculation
 from tiny_llm.scheduler.speed import UNKNOWN_MODEL, StepTime
 
 _BEHIND_ALL: Rank = (inf, 0)
@@ -117,8 +117,8 @@ class Scheduler:
         outputs: list[Output] = []
         while not self.num_running and (first := self._waiting.first()):
             entry = first[1]
-            there = self.pins.are_there(entry.seq)
-            if there and self.blocks.would_fit(entry.table, entry.seq.tokens, self._ahead):
+            would_fit = self.blocks.would_fit(entry.table, entry.seq.tokens, self._ahead)
+            if would_fit and self.pins.are_there(entry.seq):
                 break
             outputs.append(self._end(entry, "error"))
         return outputs
@@ -159,7 +159,8 @@ class Scheduler:
         """
         if plan.decodes != self.num_running or plan.chunk_tokens or plan.drafted or self._may_admit():
             return None
-        if self.speculation is not None and self._expects_drafts(plan, self.speculation):
+        speculation = self.speculation
+        if speculation is not None and speculation.is_expected(plan, self._entries, self.speed):
             return None
         going_on = [(row, item) for row, item in enumerate(plan.items) if item.seq_id not in leaving]
         ends = [(self._entries[item.seq_id].table, item.start + 1) for _, item in going_on]
@@ -303,36 +304,10 @@ class Scheduler:
             step.decodes, step.decode_context = len(items), context
             step.tokens -= len(items)
             if self.speculation is not None:
-                self._add_drafts(step, self.speculation)
+                self.speculation.extend(step, self._entries, self.speed, self.blocks)
             if behind or self.num_waiting:
                 step.limit_time(self.speed, self.settings.max_step_ms)
         return behind
-
-    def _add_drafts(self, step: StepPlan, speculation: Speculation) -> None:
-        """Let decodes check as many guesses as are expected to pay; nobody makes room for them."""
-        worth = Worth(self.speed, step.decodes, step.decode_context)
-        kept = int(len(self) > step.decodes)  # of the tokens, for whoever catches up
-        for index, item in enumerate(step.items):
-            entry = self._entries[item.seq_id]
-            if entry.answers > 1:  # they part at the token that is drawn now
-                continue
-            seq, start = entry.seq, entry.seq.num_computed_tokens
-            left = seq.prompt_len + seq.params.max_tokens - 1 - len(seq.tokens)  # the last is not computed
-            draft = speculation.draft(seq, entry.acceptance, worth, min(left, step.tokens - kept))
-            end = len(seq.tokens) + len(draft)
-            if draft and (end <= entry.table.writable or self.blocks.reserve(entry.table, start, end)):
-                tokens = seq.tokens[start:] + draft
-                step.items[index] = PlanItem(seq.id, tokens, start, self._blocks(entry, end), len(tokens))
-                step.drafted += len(draft)
-                step.tokens -= len(draft)
-
-    def _expects_drafts(self, plan: Plan, speculation: Speculation) -> bool:
-        """Whether the step after ``plan`` will have guesses that are worth waiting for its tokens."""
-        worth = Worth(self.speed, plan.decodes, plan.decode_context)
-        entries = [self._entries[item.seq_id] for item in plan.items]
-        return True in [
-            speculation.is_expected(one.seq, one.acceptance, worth) for one in entries
-        ]  # asks all
 
     def _chunk(self, step: StepPlan, entry: Place) -> None:
         """Let a sequence catch up as far as the budget goes."""
@@ -372,8 +347,10 @@ class Scheduler:
 
     def _may_admit(self) -> bool:
         """Whether the first of those that wait might start now: there is a place, and perhaps the memory."""
-        first, has_place = self._waiting.first(), self.num_running < self.settings.max_num_seqs
-        return first is not None and has_place and self.blocks.available > first[1].blocked_at
+        first = self._waiting.first()
+        if first is None or self.num_running >= self.settings.max_num_seqs:
+            return False
+        return self.blocks.available > first[1].blocked_at
 
     def _start(self, entry: Place) -> bool:
         """Give a waiting sequence its blocks, if there are enough."""
@@ -426,8 +403,11 @@ class Scheduler:
     def _is_swap_better(self, computed: int) -> bool:
         if self.settings.preemption != "auto":
             return self.settings.preemption == "swap"
-        each, ms = self.settings.swap_ms_per_block, self.speed.chunk_ms(0, computed)
-        return each is not None and self.blocks.blocks_for(computed) * each < ms
+        each = self.settings.swap_ms_per_block
+        if each is None:
+            return False
+        swap_ms = self.blocks.blocks_for(computed) * each
+        return swap_ms < self.speed.chunk_ms(0, computed)
 
     def _released(self, of_held: Iterable[Advance]) -> list[Sequence]:
         """Let held sequences go on; return them, each followed by its forks."""
