@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -31,13 +31,20 @@ from tiny_llm.engine.trace import Trace
 from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.paged import PagedCache
-from tiny_llm.memory import available_memory_bytes, give_back_memory, limit_kept_memory, wire_memory
+from tiny_llm.memory import (
+    available_memory_bytes,
+    give_back_memory,
+    held_memory_bytes,
+    limit_kept_memory,
+    wire_memory,
+)
+from tiny_llm.metrics import fallbacks
 from tiny_llm.models.cost import step_costs
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.loading import weight_bytes
 from tiny_llm.models.registry import Model
 from tiny_llm.models.replay import played
-from tiny_llm.ops.backend import use
+from tiny_llm.ops.backend import kernel_seconds, use
 from tiny_llm.ops.kv_pool import KvFormat, may_run_ahead
 from tiny_llm.proving.choice import Kernels
 from tiny_llm.sampling_params import PoolingParams, SamplingParams
@@ -64,13 +71,12 @@ class Engine:
         draft: Model | None = None,
         store: BlockStore | None = None,
         lead: Lead | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.healthy = True
         self.totals = EngineStats()
         self.trace: Trace | None = None  # give it one, and it is written to
         self._max_context = max_context
-        self._clock = clock
+        self._clock = time.perf_counter
         self._store = store
         self._ahead: list[InFlightBatch] = []
         used = (model, draft) if settings.speculate == "draft" else (model,)
@@ -101,7 +107,7 @@ class Engine:
         self._open = OpenRequests(self.scheduler, self.contexts, self.totals, tokenizer, end_ids)
         largest = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, *largest, formats[0].gathered_bytes(max_context))
-        self._pool_limit = PoolLimit(most, slab, self.block_bytes, step_bytes, clock, settings.share)
+        self._pool_limit = PoolLimit(most, slab, self.block_bytes, step_bytes, self._clock, settings.share)
         limit_kept_memory(available_memory_bytes())
         wire_memory()
 
@@ -197,13 +203,26 @@ class Engine:
 
     def stats(self) -> Snapshot:
         """All figures of the moment, for whoever reports them. To be called between two steps."""
-        return Snapshot.of(
-            self.scheduler,
-            self.totals,
+        scheduler, kernels = self.scheduler, self.runner.kernels
+        prefix, speculation = scheduler.blocks.prefix, scheduler.speculation
+        return Snapshot(
             healthy=self.healthy,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks=scheduler.usage(),
             block_bytes=self.block_bytes,
+            prefix_hit_tokens=prefix.hit_tokens if prefix is not None else 0,
+            prefix_miss_tokens=prefix.miss_tokens if prefix is not None else 0,
+            preempted=dict(scheduler.preempted),
+            drafted_tokens=dict(speculation.drafted) if speculation is not None else {},
+            accepted_tokens=dict(speculation.accepted) if speculation is not None else {},
+            totals=self.totals,
+            fallbacks=fallbacks().read(),
+            kernel_s=kernel_seconds(),
+            ops_on_ours=kernels.on_ours,
+            same_tokens=kernels.same_tokens,
+            memory_bytes=held_memory_bytes(),
             disk=None if self._store is None else self._store.usage,
-            kernels=self.runner.kernels,
         )
 
     def cancel(self, request_id: int) -> list[Event]:

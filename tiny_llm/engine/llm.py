@@ -340,7 +340,9 @@ class LLM:
                     following = next(waiting, None)
                 self._step()
                 for number in list(begun):
-                    for chunk in self._taken(number):
+                    taken = self._chunks[number]
+                    while taken:
+                        chunk = taken.popleft()
                         if chunk.completion is not None:
                             index, left = begun.pop(number)
                             if left > 1:
@@ -351,11 +353,6 @@ class LLM:
         finally:
             for number in begun:
                 self._drop(number)
-
-    def _taken(self, number: int) -> list[Chunk]:
-        taken = list(self._chunks[number])
-        self._chunks[number].clear()
-        return taken
 
     def _drop(self, number: int) -> None:
         """Nobody reads on: end the request, if it has not ended."""
@@ -388,7 +385,9 @@ class LLM:
         The completion's ``message`` has what was said, what was thought before, and the calls of ``tools``.
         ``contexts`` stand first in the system message; other options are OpenAI's. Raises RequestError.
         """
-        return _completions(self.stream_chat(messages, params, **options))[0]
+        chunks = self.stream_chat(messages, params, **options)
+        ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
+        return min(ended, key=lambda completion: completion.index)
 
     def stream_chat(
         self,
@@ -491,8 +490,3 @@ class LLM:
         for number, chunk in events:
             if number in self._chunks:
                 self._chunks[number].append(chunk)
-
-
-def _completions(chunks: Iterable[Chunk]) -> list[Completion]:
-    ended = [chunk.completion for chunk in chunks if chunk.completion is not None]
-    return sorted(ended, key=lambda completion: completion.index)

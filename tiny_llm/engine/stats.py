@@ -12,11 +12,6 @@ from tiny_llm.data import Plan
 from tiny_llm.decoding.answer import Answer
 from tiny_llm.kv.blocks import Usage
 from tiny_llm.kv.disk import DiskUsage
-from tiny_llm.memory import held_memory_bytes
-from tiny_llm.metrics import fallbacks
-from tiny_llm.ops.backend import kernel_seconds
-from tiny_llm.proving.choice import Kernels
-from tiny_llm.scheduler.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PARTS = ("schedule", "draft", "build", "forward", "sample", "commit")
@@ -115,39 +110,6 @@ class Snapshot:
     same_tokens: bool
     memory_bytes: int
     disk: DiskUsage | None
-
-    @classmethod
-    def of(
-        cls,
-        scheduler: Scheduler,
-        totals: EngineStats,
-        *,
-        healthy: bool,
-        block_bytes: int,
-        disk: DiskUsage | None,
-        kernels: Kernels,
-    ) -> Snapshot:
-        """The figures of an engine with this scheduler."""
-        prefix, speculation = scheduler.blocks.prefix, scheduler.speculation
-        return cls(
-            healthy=healthy,
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            blocks=scheduler.usage(),
-            block_bytes=block_bytes,
-            prefix_hit_tokens=prefix.hit_tokens if prefix is not None else 0,
-            prefix_miss_tokens=prefix.miss_tokens if prefix is not None else 0,
-            preempted=dict(scheduler.preempted),
-            drafted_tokens=dict(speculation.drafted) if speculation is not None else {},
-            accepted_tokens=dict(speculation.accepted) if speculation is not None else {},
-            totals=totals,
-            fallbacks=fallbacks().read(),
-            kernel_s=kernel_seconds(),
-            ops_on_ours=kernels.on_ours,
-            same_tokens=kernels.same_tokens,
-            memory_bytes=held_memory_bytes(),
-            disk=disk,
-        )
 
     def as_json(self) -> dict[str, object]:
         """All of it as JSON holds it, the totals beside the rest, a histogram by its summary."""
