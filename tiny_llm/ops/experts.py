@@ -12,6 +12,7 @@ import mlx.core as mx
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, cpu, on_mlx
+from tiny_llm.ops.quantized_matmul import in_float32
 from tiny_llm.ops.quantized_matmul_metal import expert_products, stacks_of
 from tiny_llm.ops.swiglu import swiglu, swiglu_ref
 
@@ -147,8 +148,7 @@ def in_groups(x: mx.array, chosen: mx.array, gate: Matrix, up: Matrix, down: Mat
 def _gathered(x: mx.array, weight: Matrix, chosen: mx.array) -> mx.array:
     """Rows x [T, 1 or k, 1, I] times the experts chosen for them; in float32, as MLX's CPU needs it."""
     if isinstance(weight, QuantizedTensor):
-        scales, biases = (a.astype(mx.float32) for a in (weight.scales, weight.biases))
-        weight = QuantizedTensor(weight.packed, scales, biases, weight.group_size, weight.bits)
+        weight = in_float32(weight)
     return _product(x.astype(mx.float32), weight, chosen).astype(x.dtype)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
 from tiny_llm.metalsim.source import numbered
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, runs_ours
-from tiny_llm.ops.cuda import cuda_kernel
+from tiny_llm.ops.cuda import Kernel, cuda_kernel
 
 VARIABLE = "TINY_LLM_METALSIM"
 FOLDER = "TINY_LLM_KERNELS"
@@ -36,8 +36,6 @@ _HERE = Path(__file__).resolve()
 _PRELUDE = """#pragma METAL fp contract(off)
 #define UNROLL _Pragma("clang loop unroll(full)")
 """
-
-Kernel = Callable[..., list[mx.array]]
 
 _WATCHED: ContextVar[list[tuple[str, Traffic]] | None] = ContextVar("watched", default=None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from tiny_llm.data import QuantizedTensor
@@ -15,16 +17,13 @@ def quantized_matmul_ref(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
     In float32 throughout: with bf16 activations MLX's CPU kernel sums in bf16, 4-10 % off.
     """
-    y = mx.quantized_matmul(
-        x.astype(mx.float32),
-        weight.packed,
-        weight.scales.astype(mx.float32),
-        weight.biases.astype(mx.float32),
-        transpose=True,
-        group_size=weight.group_size,
-        bits=weight.bits,
-    )
-    return y.astype(x.dtype)
+    return quantized_matmul_mlx(x.astype(mx.float32), in_float32(weight)).astype(x.dtype)
+
+
+def in_float32(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same matrix, its scales and biases wide."""
+    scales, biases = (a.astype(mx.float32) for a in (weight.scales, weight.biases))
+    return replace(weight, scales=scales, biases=biases)
 
 
 def quantized_matmul(x: mx.array, weight: QuantizedTensor, bias: mx.array | None = None) -> mx.array:
@@ -64,7 +63,6 @@ def quantized_matmul_mlx(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
 def _cpu(x: mx.array, weight: QuantizedTensor) -> mx.array:
     """By the kernel that reads a matrix as it lies; what models keep is packed, and goes to ``linear``'s."""
-    scales, biases = (a.astype(mx.float32) for a in (weight.scales, weight.biases))
-    numbers = weight.group_size, weight.bits
-    y = cpu.quantized_rows(x.astype(mx.float32), weight.packed, scales, biases, *numbers)
+    wide, numbers = in_float32(weight), (weight.group_size, weight.bits)
+    y = cpu.quantized_rows(x.astype(mx.float32), wide.packed, wide.scales, wide.biases, *numbers)
     return y.astype(x.dtype)
