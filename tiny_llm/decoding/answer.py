@@ -82,10 +82,7 @@ class Answer:
             prompt_len=sequence.prompt_len,
             tokens=sequence.tokens,
             checker=StopChecker(detokenizer, params, end_ids, params.max_tokens),
-            history=History(
-                prompt=frozenset(sequence.tokens) if repeats else frozenset(),
-                end_ids=ends,
-            ),
+            history=History(prompt=frozenset(sequence.tokens) if repeats else frozenset(), end_ids=ends),
             form=params.constraint() if params.constraint else None,
             plain=not (custom or changes_logits(params, answered=0)),
             needs_last_token=custom or looks_back(params) or candidates > 0,

@@ -30,11 +30,7 @@ from tiny_llm.weights.hub import resolve
 from tiny_llm.weights.names import config_of
 from tiny_llm.weights.shards import weights_digest
 
-MLX_DTYPES: Mapping[str, mx.Dtype] = {
-    "float32": mx.float32,
-    "bfloat16": mx.bfloat16,
-    "float16": mx.float16,
-}
+MLX_DTYPES: Mapping[str, mx.Dtype] = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 """What a config's dtypes are in MLX."""
 
 

@@ -94,10 +94,7 @@ def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: in
     arrays = [array for w in stacks for array in (w.packed, w.scales, w.biases)]
     return kernel(f"quantized_matmul_experts{'' if halves == 1 else '_gated'}", "quantized_matmul")(
         inputs=[x, *arrays, experts, starts, P, outputs],
-        template=[
-            *_formats(x, first),
-            ("R", 1 if count == 1 else 2 if count < 4 else _MOST_ROWS),
-        ],
+        template=[*_formats(x, first), ("R", 1 if count == 1 else 2 if count < 4 else _MOST_ROWS)],
         grid=(32, -(-outputs * halves // 8), P),
         threadgroup=(32, 2, 1),
         output_shapes=[(P, outputs)],
@@ -128,11 +125,7 @@ def _run(kind: str, x: mx.array, weights: Quantized, biases: Biases, tiles: bool
         inputs += [weight.packed, weight.scales, weight.biases, x if bias is None else bias]
     return kernel(f"{name}{kind}", name)(
         inputs=[*inputs, T, *outputs],
-        template=[
-            *_formats(x, weights[0]),
-            ("BIAS", biases[0] is not None),
-            *sizes,
-        ],
+        template=[*_formats(x, weights[0]), ("BIAS", biases[0] is not None), *sizes],
         grid=grid,
         threadgroup=threads,
         output_shapes=[(T, count) for count in outputs],
