@@ -249,7 +249,7 @@ class BlockManager:
             table.gone = max(gone, table.gone)
 
     def _before_window(self, computed: int, window: int) -> int:
-        return max(0, computed + 1 - window) // self.block_size if window else 0
+        return max(0, computed + 1 - window) // self.block_size
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable:
         """A second table of the same ``computed`` tokens, which shares every block."""
@@ -475,7 +475,7 @@ class BlockManager:
         return b"" if held in self.store else held
 
     def _evict(self, block: int) -> None:
-        if self.store is not None and (held := self._to_be_saved(block)):
+        if held := self._to_be_saved(block):
             self._moves.save.append((block, held))
         self._forget(block)
 

@@ -53,7 +53,6 @@ def kernels_for(
     *,
     draft: Shapes | None = None,
     same_tokens: bool = False,
-    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Kernels:
     """Which ops of a model of these ``shapes`` run on our kernels; tried now, if that is not known yet.
@@ -67,7 +66,7 @@ def kernels_for(
         return Kernels(backend, same_tokens=backend != "mlx")
     if asked == "mlx":
         return all_on_mlx(backend)
-    limits = limits or Limits.of(backend)
+    limits = Limits.of(backend)
     proofs = proved(backend, shapes, limits, progress)
     if draft is not None:
         for op, other in proved(backend, draft, limits, progress).items():
