@@ -164,14 +164,12 @@ class Contexts:
         if joining is None or not joining.names:
             return JoinedPrompt(own, (), None, salt, ())
         contexts = [self.find(name, salt) for name in joining.names]
-        at, ends = joining.at, [joining.at]
+        tokens, ends = own[: joining.at], [joining.at]
         for context in contexts:
             context.hits += 1
-            ends.append(ends[-1] + len(context.token_ids))
-        tokens = own[:at]
-        for context in contexts:
             tokens.extend(context.token_ids)
-        tokens.extend(own[at:])
+            ends.append(len(tokens))
+        tokens.extend(own[joining.at :])
         if joining.how == "exact":
             return JoinedPrompt(tokens, (), self._chain(tokens[: ends[-1]], contexts, salt), salt, ())
         if not self._can_turn:

@@ -48,9 +48,8 @@ class DenseCache:
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, batch: Batch, *, window: int = 0
     ) -> mx.array:
         """Append k, v [T, K, D] to the layer and return q's attention [T, H, D] over all it now holds."""
-        assert len(batch.query_start_loc) == 2, (
-            f"DenseCache holds one sequence, got {len(batch.query_start_loc) - 1}"
-        )
+        sequences = len(batch.query_start_loc) - 1
+        assert sequences == 1, f"DenseCache holds one sequence, got {sequences}"
         if active() == "cpu" or (self._dtype is not None and self._dtype == mx.int8):
             return self._attend_pool(layer, q, k, v, batch, window)
         return self.attend_arrays(layer, q, k, v, window=window)

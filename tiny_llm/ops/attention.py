@@ -76,9 +76,8 @@ def attention_mlx(
     """By MLX's kernel, where the last query stands at the last key that is given."""
     T = q.shape[0]
     first = max(0, offset + 1 - window) if window else 0  # what no row sees is left out
-    queries, keys, values = (
-        x.swapaxes(0, 1)[None] for x in (q, k[first : offset + T], v[first : offset + T])
-    )
+    seen = slice(first, offset + T)
+    queries, keys, values = (x.swapaxes(0, 1)[None] for x in (q, k[seen], v[seen]))
     mask: str | mx.array | None = "causal" if T > 1 else None
     if T > 1 and 0 < window < offset + T:
         mask = window_mask(T, keys.shape[2], window)
@@ -97,19 +96,10 @@ def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: 
     T, _, D = q.shape
     seen, K = offset + T, k.shape[1]
     blocks = -(-seen // _BLOCK_SIZE)
-    out, _ = cpu.attend(
-        q,
-        k[:seen],
-        v[:seen],
-        [mx.zeros((blocks, K, D, _BLOCK_SIZE)), mx.zeros((blocks, K, _BLOCK_SIZE, D))],
-        mx.arange(seen, dtype=mx.int32),
-        mx.arange(blocks, dtype=mx.int32)[None],
-        mx.array([0, T], mx.int32),
-        mx.array([seen], mx.int32),
-        scale,
-        *([window] if window else []),
-    )
-    return out
+    pool = [mx.zeros((blocks, K, D, _BLOCK_SIZE)), mx.zeros((blocks, K, _BLOCK_SIZE, D))]
+    slots, table = mx.arange(seen, dtype=mx.int32), mx.arange(blocks, dtype=mx.int32)[None]
+    starts, lens = mx.array([0, T], mx.int32), mx.array([seen], mx.int32)
+    return cpu.attend(q, k[:seen], v[:seen], pool, slots, table, starts, lens, scale, window)[0]
 
 
 def _check(q: mx.array, k: mx.array, v: mx.array, offset: int) -> None:

@@ -17,14 +17,10 @@ def embedding_ref(tokens: mx.array, weight: mx.array | QuantizedTensor) -> mx.ar
     """
     if not isinstance(weight, QuantizedTensor):
         return weight[tokens]
-    rows = mx.dequantize(
-        weight.packed[tokens],
-        weight.scales[tokens].astype(mx.float32),
-        weight.biases[tokens].astype(mx.float32),
-        group_size=weight.group_size,
-        bits=weight.bits,
-    )
-    return rows.astype(weight.scales.dtype)
+    scales, biases = (a[tokens].astype(mx.float32) for a in (weight.scales, weight.biases))
+    rows = weight.packed[tokens], scales, biases
+    wide = mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)
+    return wide.astype(weight.scales.dtype)
 
 
 def embedding(tokens: mx.array, weight: Matrix) -> mx.array:
@@ -55,12 +51,11 @@ def _metal(tokens: mx.array, weight: QuantizedTensor) -> mx.array:
     """A thread a word of a row."""
     words = weight.packed.shape[1]
     width = words * 32 // weight.bits
-    (rows,) = kernel("embedding")(
+    return kernel("embedding")(
         inputs=[tokens, weight.packed, weight.scales, weight.biases, words],
         template=[("T", weight.scales.dtype), ("BITS", weight.bits), ("GROUP", weight.group_size)],
         grid=(words, tokens.size, 1),
         threadgroup=(min(words, 256), 1, 1),
         output_shapes=[(tokens.size, width)],
         output_dtypes=[weight.scales.dtype],
-    )
-    return rows
+    )[0]

@@ -6,6 +6,7 @@ Letters: ``T`` tokens, ``N`` experts, ``k`` of them a token, ``E`` the width of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -153,20 +154,13 @@ def _gathered(x: mx.array, weight: Matrix, chosen: mx.array) -> mx.array:
 
 
 def _product(x: mx.array, weight: Matrix, chosen: mx.array, is_sorted: bool = False) -> mx.array:
+    how: dict[str, Any] = {"rhs_indices": chosen, "sorted_indices": is_sorted}
     if isinstance(weight, QuantizedTensor):
-        return mx.gather_qmm(
-            x,
-            weight.packed,
-            weight.scales,
-            weight.biases,
-            rhs_indices=chosen,
-            transpose=True,
-            group_size=weight.group_size,
-            bits=weight.bits,
-            sorted_indices=is_sorted,
-        ).astype(x.dtype)
+        parts = weight.packed, weight.scales, weight.biases
+        y = mx.gather_qmm(x, *parts, transpose=True, group_size=weight.group_size, bits=weight.bits, **how)
+        return y.astype(x.dtype)
     assert isinstance(weight, mx.array)
-    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=chosen, sorted_indices=is_sorted)
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), **how)
 
 
 def _weighed(y: mx.array, weights: mx.array, dtype: mx.Dtype) -> mx.array:

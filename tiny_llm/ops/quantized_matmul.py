@@ -49,15 +49,8 @@ def _product(x: mx.array, weight: QuantizedTensor) -> mx.array:
 
 def quantized_matmul_mlx(x: mx.array, weight: QuantizedTensor) -> mx.array:
     """In x's dtype; MLX's kernels for GPUs sum in float32 all the same."""
-    y = mx.quantized_matmul(
-        x,
-        weight.packed,
-        weight.scales,
-        weight.biases,
-        transpose=True,
-        group_size=weight.group_size,
-        bits=weight.bits,
-    )
+    parts = weight.packed, weight.scales, weight.biases
+    y = mx.quantized_matmul(x, *parts, transpose=True, group_size=weight.group_size, bits=weight.bits)
     return y.astype(x.dtype)
 
 

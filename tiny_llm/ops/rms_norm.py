@@ -33,8 +33,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         return cpu.rms_norm(x, weight, eps)
     _check(x, weight)
     if on_metal("rms_norm", x, weight):
-        (out,) = _metal("rms_norm", [x, weight, scalar(eps)], x, outputs=1)
-        return out
+        return _metal("rms_norm", [x, weight, scalar(eps)], x, outputs=1)[0]
     return rms_norm_mlx(x, weight, eps) if on_mlx() else rms_norm_ref(x, weight, eps)
 
 

@@ -47,12 +47,11 @@ def _metal(gate: mx.array, up: mx.array) -> mx.array:
     """A thread an element."""
     if not gate.size:
         return gate
-    (out,) = kernel("swiglu")(
+    return kernel("swiglu")(
         inputs=[gate, up],
         template=[("T", gate.dtype)],
         grid=(gate.size, 1, 1),
         threadgroup=(256, 1, 1),
         output_shapes=[gate.shape],
         output_dtypes=[gate.dtype],
-    )
-    return out
+    )[0]

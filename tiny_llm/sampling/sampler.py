@@ -60,7 +60,7 @@ def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions:
     """A threadgroup a row."""
     rows, vocab = logits.shape
     floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
-    (tokens,) = kernel("sample")(
+    return kernel("sample")(
         inputs=[
             logits,
             mx.array([p.temperature for p in params], mx.float32),
@@ -75,8 +75,7 @@ def _sample_metal(logits: mx.array, params: Sequence[SamplingParams], positions:
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(rows,)],
         output_dtypes=[mx.uint32],
-    )
-    return tokens
+    )[0]
 
 
 def _share(top_p: float) -> int:
