@@ -141,14 +141,9 @@ class DraftModel:
             ]
             number += 1
         mx.async_eval(self.cache.arrays())  # type: ignore[no-untyped-call]  # MLX's stubs lack its types
-        none = array("i")
-        return with_guesses(
-            plan,
-            [
-                guesses.get(item.seq_id, none) if item.seq_id in answers else item.tokens[1:]
-                for item in plan.items[: plan.decodes]
-            ],
-        )
+        known = {item.seq_id: item.tokens[1:] for item in plan.items[: plan.decodes]}
+        known |= dict.fromkeys(answers, array("i")) | guesses
+        return with_guesses(plan, list(known.values()))
 
     def follow(self, plan: Plan) -> None:
         """Move what the plan moves; what it writes is unread, and what lay behind that is no one's."""

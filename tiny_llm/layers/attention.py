@@ -66,9 +66,7 @@ class Attention:
     ) -> Attention:
         """Pick the maps and norms below ``prefix``. Raises WeightError for a tensor that is missing."""
         bias = config.attention_bias
-        q = Linear.take(weights, f"{prefix}.q_proj", bias=bias)
-        k = Linear.take(weights, f"{prefix}.k_proj", bias=bias)
-        v = Linear.take(weights, f"{prefix}.v_proj", bias=bias)
+        q, k, v = (Linear.take(weights, f"{prefix}.{name}_proj", bias=bias) for name in "qkv")
         o = take_output(weights, prefix, "o_proj", config, bias=config.output_bias, group=group)
         q_norm = take_rms_norm(weights, f"{prefix}.q_norm", config) if config.qk_norm else None
         k_norm = take_rms_norm(weights, f"{prefix}.k_norm", config) if config.qk_norm else None

@@ -117,18 +117,13 @@ def _mode() -> str:
 
 @cache
 def _made(text: Text, mode: str) -> Kernel:
-    if mode == "metal":
-        return cast(
-            Kernel,
-            mx.fast.metal_kernel(text.name, text.inputs, text.outputs, text.body, _PRELUDE + text.header),
-        )
+    parts = text.name, text.inputs, text.outputs, text.body
     if mode == "cuda":
-        prelude = folder("cuda") / "metal.cuh"
-        return cuda_kernel(text.name, text.inputs, text.outputs, text.body, text.header, prelude)
+        return cuda_kernel(*parts, text.header, folder("cuda") / "metal.cuh")
     header = _PRELUDE + text.header
-    return metal_kernel(
-        text.name, text.inputs, text.outputs, text.body, header, mode=mode, mutable_inputs=text.mutable
-    )
+    if mode == "metal":
+        return cast(Kernel, mx.fast.metal_kernel(*parts, header))
+    return metal_kernel(*parts, header, mode=mode, mutable_inputs=text.mutable)
 
 
 def folder(of: str = "metal") -> Path:
