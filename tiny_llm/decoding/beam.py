@@ -34,10 +34,10 @@ class BeamSearch:
 
     def take(self, decision: Decision) -> None:
         """Note what may come next of a beam. One that has nothing left dies; other faults end the search."""
-        self._likeliest[decision.row.answer.seq_id] = decision.logprobs or {}
-        if decision.error is not None:
-            self._likeliest[decision.row.answer.seq_id] = {}
-            self.error = self.error if decision.error == NOTHING_LEFT else decision.error
+        failed = decision.error is not None
+        self._likeliest[decision.row.answer.seq_id] = {} if failed else decision.logprobs or {}
+        if failed and decision.error != NOTHING_LEFT:
+            self.error = decision.error
 
     @property
     def is_ready(self) -> bool:

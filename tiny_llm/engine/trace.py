@@ -8,7 +8,6 @@ Source: the Trace Event Format ("complete" and "counter" events, microseconds).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_llm.data import Plan
@@ -46,11 +45,8 @@ class Trace:
 
     def guesses(self, at: float, made: Speculation) -> None:
         """How many guesses there have been until now, and how many right ones, each by its source."""
-        self._count("guesses", at, made.drafted)
-        self._count("right guesses", at, made.accepted)
-
-    def _count(self, name: str, at: float, totals: Mapping[str, int]) -> None:
-        self._events.append(_event(name, "C", _STEPS, dict(totals), ts=round(at * 1e6, 1)))
+        for name, totals in (("guesses", made.drafted), ("right guesses", made.accepted)):
+            self._events.append(_event(name, "C", _STEPS, dict(totals), ts=round(at * 1e6, 1)))
 
     def save(self, path: Path) -> None:
         """Write the trace. Raises OSError if the file cannot be written."""
