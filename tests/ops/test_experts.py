@@ -136,6 +136,19 @@ def test_a_width_that_no_tile_divides(backend: str, assert_close) -> None:
     assert_close(experts(x, logits, routing, *prepared(weights)), by_definition(x, logits, routing, weights))
 
 
+def test_gate_and_up_may_differ_in_their_groups(backend: str, assert_close) -> None:
+    x, logits = drawn(5)
+    weights, routing = stacks("4 bits"), Routing(K, normalised=True)
+    wide = mx.random.normal((N, F, E), key=mx.random.key(2)) * E**-0.5
+    weights[1] = QuantizedTensor(*mx.quantize(wide, group_size=64, bits=4), 64, 4)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="expected gate and up of one group size"):
+            experts(x, logits, routing, *prepared(weights))
+        return
+    got = experts(x, logits, routing, *prepared(weights))
+    assert_close(got, by_definition(x, logits, routing, weights), tolerance=2e-5)
+
+
 def test_no_rows(backend: str) -> None:
     x, logits = drawn(1)
     assert experts(x[:0], logits[:0], Routing(2, normalised=True), *prepared(stacks("4 bits"))).shape == (

@@ -73,13 +73,11 @@ def stacks_of(x: mx.array, stacks: Sequence[Matrix]) -> Quantized | None:
     """The stacks [N, O, I] if ``expert_products`` can map x [T, I] by a pair of them, and back by a third."""
     quantized = [stack for stack in stacks if isinstance(stack, QuantizedTensor)]
     takes = runs_ours("experts") and len(quantized) == len(stacks) and x.size > 0 and x.dtype in _FLOATS
-    fit = all(w.bits in (4, 8) and w.scales.size >= _CONSTANT and _is_alike(w, quantized) for w in quantized)
-    return quantized if takes and fit else None
-
-
-def _is_alike(weight: QuantizedTensor, others: Quantized) -> bool:
-    formats = {(w.bits, w.scales.dtype, w.biases.dtype) for w in others}
-    return len(formats) == 1 and weight.biases.dtype == weight.scales.dtype
+    formats = {(w.bits, w.scales.dtype, w.biases.dtype) for w in quantized}
+    alike = len(formats) == 1 and len({w.group_size for w in quantized[:2]}) == 1  # a pair is read at once
+    fit = all(w.bits in (4, 8) and w.scales.size >= _CONSTANT for w in quantized)
+    typed = all(w.biases.dtype == w.scales.dtype for w in quantized)
+    return quantized if takes and alike and fit and typed else None
 
 
 def expert_products(x: mx.array, stacks: Quantized, experts: mx.array, count: int) -> mx.array:
