@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -36,19 +36,17 @@ _LARK_TOKEN = re.compile(r"<\[([0-9, ]+)\]>|<[^<>\[\]\s]+>")
 """A token that a grammar names, by its id (one, or a list) or its text."""
 
 
+@dataclass(slots=True, eq=False)
 class GrammarConstraint:
     """One answer's place in its grammar. The matcher may know more tokens than the model's ``vocab_size``.
 
     A token of ``end_ids`` is allowed only where the grammar is complete: it ends the answer, wherever it is.
     """
 
-    def __init__(
-        self, matcher: LLMatcher, vocab_size: int, end_ids: Sequence[int] = (), seen: int = 0
-    ) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._end_ids = end_ids
-        self._seen = seen
+    _matcher: LLMatcher
+    _vocab_size: int
+    _end_ids: Sequence[int]
+    _seen: int = 0
 
     def __call__(self, tokens: list[int]) -> bytes:
         """Take in what was drawn since last asked; a byte a token: 0 where the grammar cannot go on with it.
@@ -70,7 +68,7 @@ class GrammarConstraint:
 
     def __copy__(self) -> GrammarConstraint:
         """The same place, for an answer that goes on by itself from here."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._end_ids, self._seen)
+        return replace(self, _matcher=self._matcher.deep_copy())
 
 
 class GrammarCompiler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tiny_llm.data import Completion
@@ -26,15 +27,15 @@ class ContextInfo(NamedTuple):
     is_ready: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class NamedContexts:
     """``llm.contexts.add("handbook", text)``, then ``llm.generate(prompt, contexts=["handbook"])``.
 
-    ``engine`` and ``stream`` are the LLM's.
+    Engine and stream are the LLM's.
     """
 
-    def __init__(self, engine: Engine, stream: Callable[..., Iterator[object]]) -> None:
-        self._engine = engine
-        self._stream = stream
+    _engine: Engine
+    _stream: Callable[..., Iterator[object]]
 
     def add(self, name: str, text: Prompt | Completion, *, ttl_s: float | None = None) -> ContextInfo:
         """Compute a text, or token ids, and keep it: for ``ttl_s`` seconds, or until it is removed.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass, field
 from sys import maxsize
 
 
+@dataclass(slots=True, eq=False)
 class BlockTable:
     """Where one sequence's tokens are kept. Read it; only the BlockManager writes it.
 
@@ -15,22 +17,16 @@ class BlockTable:
     are its own no more: block 0 stands in their place, and is not read there.
     """
 
-    __slots__ = (
-        *("blocks", "full_at", "gone", "host", "host_tokens", "is_kept", "names", "root", "window"),
-        "writable",
-    )
-
-    def __init__(self, root: bytes, *, is_kept: bool = True, window: int = 0) -> None:
-        self.root = root
-        self.is_kept = is_kept  # on disk, too, once they leave the pool
-        self.window = window
-        self.gone = 0
-        self.blocks = array("i")
-        self.names: list[bytes] = []  # of its full blocks, as far as needed
-        self.full_at = maxsize
-        self.writable = 0
-        self.host: list[int] = []
-        self.host_tokens = 0
+    root: bytes
+    is_kept: bool = True  # on disk, too, once they leave the pool
+    window: int = 0
+    gone: int = 0
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
+    full_at: int = maxsize
+    writable: int = 0
+    host: list[int] = field(default_factory=list)
+    host_tokens: int = 0
 
     @property
     def held(self) -> array[int]:

@@ -9,6 +9,8 @@ Source of the idea: Leviathan et al. 2023, "Fast Inference from Transformers via
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tiny_llm.scheduler.speed import StepTime
 
 _PRIOR = 0.6  # of guesses are right, before any is known
@@ -16,18 +18,16 @@ _DRIFT = 0.02  # towards that goes what is believed, while nothing is checked: s
 _NEWS = 0.15  # of what is believed comes from the latest guess
 
 
+@dataclass(slots=True)
 class Acceptance:
     """How often the guesses about one sequence are right.
 
     ``guess`` is one that nobody has checked yet, ``source`` where the latest ones came from.
     """
 
-    __slots__ = ("guess", "share", "source")
-
-    def __init__(self) -> None:
-        self.share = _PRIOR
-        self.guess = -1
-        self.source = ""
+    share: float = _PRIOR
+    guess: int = -1
+    source: str = ""
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Of ``drafted`` guesses the first ``accepted`` were right, the next was not; more is not known."""
