@@ -5,7 +5,9 @@ What ends here ends in the scheduler too. Knows no model and no clock: it is tol
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from math import isfinite
 from typing import NamedTuple
@@ -30,22 +32,18 @@ class Event(NamedTuple):
     chunk: Chunk
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class OpenRequests:
     """Requests by number, and their answers by sequence; an answer that has ended is in neither."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        contexts: Contexts,
-        totals: EngineStats,
-        tokenizer: Tokenizer,
-        end_ids: Collection[int],
-    ) -> None:
-        self._scheduler, self._contexts, self._totals = scheduler, contexts, totals
-        self._tokenizer, self._end_ids = tokenizer, end_ids
-        self._numbers = count(1)  # of sequences and of requests: a request has its first sequence's
-        self._requests: dict[int, Request] = {}
-        self._answers: dict[int, Answer] = {}  # by sequence
+    _scheduler: Scheduler
+    _contexts: Contexts
+    _totals: EngineStats
+    _tokenizer: Tokenizer
+    _end_ids: Collection[int]
+    _requests: dict[int, Request] = field(default_factory=dict)
+    _answers: dict[int, Answer] = field(default_factory=dict)  # by sequence
+    _numbers: Iterator[int] = field(default_factory=partial(count, 1))  # a request has its first sequence's
 
     def __len__(self) -> int:
         return len(self._requests)
