@@ -3,9 +3,10 @@
 // Rows go in even blocks. A block of R rows is in one of these orders:
 //   words   [k / 4][R]  four int8 of a row; within each 8 inputs k = 0 2 4 6, then 1 3 5 7 (matrix.h);
 //                       with kLead more [kLead][R] before each piece of a group
-//   rows    [R][k / 4]  the same, for tile registers
+//   tiles   [piece][L][k / 4]  the same for tile registers: a row's 64 inputs (or a group of 32) beside the next row's,
+//                       L rows in each block, the missing ones 0; blocks are of 16 rows and a rest
 //   floats  [k][R]      in their place, where activations are exact
-// and with it are scales and sums [group][R].
+// and with it are scales and sums [group][R], for tiles [group][L].
 // A row's numbers depend on that row alone.
 #pragma once
 
@@ -17,7 +18,7 @@
 
 namespace tiny_llm::TINY_ISA {
 
-enum class Order : uint8_t { words, rows, floats };
+enum class Order : uint8_t { words, tiles, floats };
 
 constexpr int kPartsSlot = 3;
 
@@ -47,15 +48,18 @@ struct Activations {
     float* scales;
     float* sums;
     Order order;
+    int lanes;             // L of tiles, else 0
     int64_t* starts;       // of parts: the first row of each block, and where the last one ends
     int64_t* part_blocks;  // the same of each part's blocks
 
     // The first row of block b. One row's work is so little that divisions show: they take 20 ns on older machines.
-    int64_t begin(int64_t b) const { return starts ? starts[b] : b == 0 ? 0 : b == blocks ? rows : rows * b / blocks; }
+    int64_t begin(int64_t b) const {
+        return starts ? starts[b] : b == 0 ? 0 : b == blocks ? rows : lanes ? b * lanes : rows * b / blocks;
+    }
     Block block(int64_t b) const {
-        const int64_t first = begin(b), part = first * groups;
+        const int64_t first = begin(b), place = lanes ? b * lanes : first, part = place * groups;
         const int count = (int)(begin(b + 1) - first);
-        const char* at = values + first * stride;
+        const char* at = values + place * stride;
         return {(const int32_t*)at, (const float*)at, scales + part, sums + part, first, count};
     }
 };
@@ -146,21 +150,23 @@ static inline void interleave(const T* from, int count, int rows, T* to) {
 
 // Group g of all rows of a block: `group` inputs each.
 static inline void read_group(const Linear& all, const Activations& a, const Block& to, int64_t g, int group) {
-    for (int r = 0; r < to.rows; ++r) {
-        const float* from = all.x + source_of(all, to.first + r) * a.columns + g * group;
-        const int64_t part = g * to.rows + r;
+    static constexpr float kNothing[128] = {};
+    const int lanes = a.lanes ? a.lanes : to.rows;
+    for (int r = 0; r < lanes; ++r) {
+        const float* x = r < to.rows ? all.x + source_of(all, to.first + r) * a.columns + g * group : kNothing;
+        const int64_t part = g * lanes + r;
         if (a.order == Order::floats) {
             vf total = {};
-            for (int i = 0; i < group; i += kWidth) total += load(from + i);
+            for (int i = 0; i < group; i += kWidth) total += load(x + i);
             const_cast<float*>(to.sums)[part] = sum(total);
-            interleave(from, group, to.rows, const_cast<float*>(to.values) + g * group * to.rows + r);
+            interleave(x, group, to.rows, const_cast<float*>(to.values) + g * group * to.rows + r);
         } else {
             int32_t words[words_of(128)];
-            round_group(from, group, words, const_cast<float*>(to.scales) + part, const_cast<float*>(to.sums) + part);
+            round_group(x, group, words, const_cast<float*>(to.scales) + part, const_cast<float*>(to.sums) + part);
             int32_t* const all = const_cast<int32_t*>(to.words);
-            if (a.order == Order::rows) {
+            if (a.order == Order::tiles) {
                 for (int piece = piece_of(group), k = 0; k < group; k += piece)
-                    memcpy(all + (r * a.columns + g * group + k) / 4, words + k / 4 + (k / piece + 1) * kLead, piece);
+                    memcpy(all + ((g * group + k) * lanes + r * piece) / 4, words + k / 4 + (k / piece + 1) * kLead, piece);
             } else {
                 const int count = words_of(group);
                 interleave(words, count, to.rows, all + g * count * to.rows + r);
@@ -178,7 +184,7 @@ static inline void cut_parts(const Linear& all, Activations& a, int most) {
         const Part& part = all.parts[p];
         const int64_t count = (part.rows + most - 1) / most;
         a.part_blocks[p] = a.blocks;
-        for (int64_t b = 0; b < count; ++b) a.starts[a.blocks++] = part.first + part.rows * b / count;
+        for (int64_t b = 0; b < count; ++b) a.starts[a.blocks++] = part.first + (a.lanes ? b * most : part.rows * b / count);
     }
     a.part_blocks[all.part_count] = a.blocks;
     a.starts[a.blocks] = all.rows;
@@ -191,12 +197,15 @@ static inline Activations read_activations(const Linear& all, Order order, int m
     const int group = all.matrices[0].group_size;
     const int64_t groups = columns / group, words = order == Order::words ? groups * words_of(group) : columns / 4;
     const int64_t stride = order == Order::floats ? columns * 4 : words * 4;
-    Activations a{rows, columns, groups, (rows + most - 1) / most, stride, nullptr, nullptr, nullptr, order, nullptr, nullptr};
+    const int lanes = order != Order::tiles ? 0 : rows < most ? (int)(rows + 3) / 4 * 4 : most;
+    Activations a{rows,    columns, groups, (rows + most - 1) / most, stride, nullptr, nullptr, nullptr, order, lanes,
+                  nullptr, nullptr};
     if (all.parts) cut_parts(all, a, most);
-    const size_t bytes = (size_t)(rows * stride + 63) / 64 * 64;
-    a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * rows * a.groups);
+    const int64_t places = lanes ? a.blocks * lanes : rows;
+    const size_t bytes = (size_t)(places * stride + 63) / 64 * 64;
+    a.values = (char*)scratch(0, bytes + 2 * sizeof(float) * places * a.groups);
     a.scales = (float*)(a.values + bytes);
-    a.sums = a.scales + rows * a.groups;
+    a.sums = a.scales + places * a.groups;
     constexpr int64_t kGrain = 8192;  // values that are worth another thread
     const int64_t grain = 1 + kGrain / (group * (rows < most ? rows + 1 : most));
     parallel_for(a.blocks * a.groups, grain, [&](int64_t begin, int64_t end) {

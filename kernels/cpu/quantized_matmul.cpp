@@ -102,8 +102,10 @@ void quantized_matmul(const Linear& a) {
     if (isa() == Isa::amx && together >= kRowsForTiles && !m.exact) return amx::tile_matmul(a);
 #endif
     const Activations x = read_activations(a, m.exact ? Order::floats : Order::words, m.exact ? kExactRows : kMostRows);
-    for_each_tile(a, x, [&](int at, int64_t expert, int64_t index, int64_t begin, int64_t end) {
-        run_tile(a, at, expert, index, x, begin, end);
+    for_each_tile(a, x, [&](const auto& each) {
+        each([&](int at, int64_t expert, int64_t index, int64_t begin, int64_t end) {
+            run_tile(a, at, expert, index, x, begin, end);
+        });
     });
 }
 

@@ -6,6 +6,7 @@
 #include "../quantized_matmul.h"
 #include "../tile_matmul.h"
 #include "quantized.h"
+#include "tile_emulator.h"
 #include "weights.h"
 
 using namespace tiny_llm;
@@ -143,20 +144,25 @@ TEST(experts_of_equal_logits_are_the_first_ones) {
     mix({}, {}, {}, {}, {});
 }
 
-// By way of tile registers, or what stands in for them, parts of rows have the same bits.
+// By way of tile registers, parts of rows have the same bits.
+void check_tiles_of_parts(void (*tiled_matmul)(const Linear&)) {
+    const Quantized w(kCount * kInner, kWidth, 4, 64, false, 1);
+    const Matrix m = stack_of(w);
+    const auto x = random_floats(40 * kWidth, 2);
+    const Part parts[] = {{0, 17, 1}, {17, 3, 3}, {20, 20, 4}};
+    std::vector<int32_t> source;
+    for (int i = 0; i < 40; ++i) source.push_back(39 - i);
+    const float* bias = nullptr;
+    Floats plain(40 * kInner), tiled(40 * kInner, -7.0f);
+    float *to_plain = plain.data(), *to_tiled = tiled.data();
+    quantized_matmul({x.data(), 40, 1, &m, &bias, &to_plain, false, parts, 3, source.data()});
+    tiled_matmul({x.data(), 40, 1, &m, &bias, &to_tiled, false, parts, 3, source.data()});
+    CHECK(!std::memcmp(plain.data(), tiled.data(), plain.size() * sizeof(float)));
+}
+
 TEST(tile_matmul_of_parts) {
-    on_each_isa([] {
-        const Quantized w(kCount * kInner, kWidth, 4, 64, false, 1);
-        const Matrix m = stack_of(w);
-        const auto x = random_floats(40 * kWidth, 2);
-        const Part parts[] = {{0, 17, 1}, {17, 3, 3}, {20, 20, 4}};
-        std::vector<int32_t> source;
-        for (int i = 0; i < 40; ++i) source.push_back(39 - i);
-        const float* bias = nullptr;
-        Floats plain(40 * kInner), tiled(40 * kInner, -7.0f);
-        float *to_plain = plain.data(), *to_tiled = tiled.data();
-        quantized_matmul({x.data(), 40, 1, &m, &bias, &to_plain, false, parts, 3, source.data()});
-        tile_matmul({x.data(), 40, 1, &m, &bias, &to_tiled, false, parts, 3, source.data()});
-        CHECK(!std::memcmp(plain.data(), tiled.data(), plain.size() * sizeof(float)));
-    });
+    on_each_isa([] { check_tiles_of_parts(tile_matmul); });
+#if defined(TINY_X86_SETS)
+    if (can_emulate_tiles()) with_tiles_emulated([] { check_tiles_of_parts(amx::tile_matmul); });
+#endif
 }

@@ -2,6 +2,7 @@
 #include "../quantized_matmul.h"
 #include "../tile_matmul.h"
 #include "quantized.h"
+#include "tile_emulator.h"
 
 using namespace tiny_llm;
 using namespace tiny_llm::test;
@@ -148,32 +149,55 @@ TEST(quantized_matmul_gives_each_row_the_bits_it_gets_alone) {
     set_num_threads(threads);
 }
 
-// By way of tile registers, or what stands in for them, a row has the same bits.
-TEST(tile_matmul_gives_each_row_the_same_bits) {
-    on_each_isa([] {
-        on_each_format([](int bits, int group, bool exact) {
-            if (exact) return;
-            const int64_t inputs = 3 * group;
+// By way of tile registers, a row has the same bits.
+void check_tiles(void (*tiled_matmul)(const Linear&)) {
+    on_each_format([=](int bits, int group, bool exact) {
+        if (exact) return;
+        for (int64_t rows : {1, 7, 8, 12, 16, 17, 25, 31, 35, 67}) {
+            const int64_t inputs = (rows == 35 ? 41 : 3) * group;  // of several panels
             const Quantized a(40, inputs, bits, group, false, 1), b(23, inputs, 12 - bits, group, false, 2, Kind::bf16);
             const Quantized up(40, inputs, bits, group, false, 6, Kind::f16);
             const std::vector<Floats> biases{random_floats(40, 4), random_floats(40, 5)};
-            auto x = random_floats(67 * inputs, 3);
-            x[5 * inputs] = NAN;
-            for (int64_t rows : {1, 7, 8, 16, 17, 25, 31, 67})
-                for (bool gated : {false, true}) {
-                    const auto with = [&](auto kernel) {
-                        return gated ? multiply(x, rows, {&a, &up}, biases, true, kernel)
-                                     : multiply(x, rows, {&a, &b}, biases, false, kernel);
-                    };
-                    const auto tiled = with(tile_matmul), plain = with(quantized_matmul);
-                    for (size_t i = 0; i < plain.size(); ++i)
-                        CHECK(!std::memcmp(tiled[i].data(), plain[i].data(), plain[i].size() * sizeof(float)),
-                              "%d rows, %d bits, group %d, gated %d", int(rows), bits, group, gated);
-                }
-        });
+            auto x = random_floats(rows * inputs, 3);
+            x[rows / 2 * inputs] = NAN;
+            for (bool gated : {false, true}) {
+                const auto with = [&](auto kernel) {
+                    return gated ? multiply(x, rows, {&a, &up}, biases, true, kernel)
+                                 : multiply(x, rows, {&a, &b}, biases, false, kernel);
+                };
+                const auto tiled = with(tiled_matmul), plain = with(quantized_matmul);
+                for (size_t i = 0; i < plain.size(); ++i)
+                    CHECK(!std::memcmp(tiled[i].data(), plain[i].data(), plain[i].size() * sizeof(float)),
+                          "%d rows, %d bits, group %d, gated %d", int(rows), bits, group, gated);
+            }
+        }
     });
+}
+
+TEST(tile_matmul_gives_each_row_the_same_bits) {
+    on_each_isa([] { check_tiles(tile_matmul); });
     tile_matmul({nullptr, 0, 1, nullptr, nullptr, nullptr, false});
 }
+
+#if defined(TINY_X86_SETS)
+TEST(tile_matmul_by_tile_instructions) {
+    if (can_emulate_tiles()) with_tiles_emulated([] { check_tiles(amx::tile_matmul); });
+}
+
+// Of 16 rows, 16 outputs and 64 inputs, one of each; shapes once for all that a thread takes at a time.
+TEST(tile_matmul_wastes_no_tile_instruction) {
+    if (!can_emulate_tiles() || best_isa() == Isa::amx) return;
+    const TileCounts met = with_tiles_emulated([] {
+        const Quantized gate(48, 5 * 64, 4, 64, false, 1), up(48, 5 * 64, 8, 64, false, 2);
+        set_num_threads(1);
+        multiply(random_floats(40 * 5 * 64, 3), 40, {&gate, &up}, {}, true, amx::tile_matmul);
+    });
+    const int64_t blocks = 3 * 3 * 5 * 2;
+    CHECK(met.multiplied == blocks && met.cleared == blocks && met.stored == blocks && met.loaded == 2 * blocks,
+          "%d of %d", int(met.multiplied), int(blocks));
+    CHECK(met.configured == 1 && met.released == 1, "%d", int(met.configured));
+}
+#endif
 
 // Enough for x to be cut into pieces that stay in cache.
 TEST(quantized_matmul_of_many_wide_rows) {
