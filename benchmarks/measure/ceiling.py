@@ -1,7 +1,7 @@
 """What this machine can do at most, measured by a small C++ program that is compiled for it when it is asked.
 
 Owns compiling and asking. Units a second: "read" bytes, "fma" float32 operations, "int8" operations of int8
-dot products (no matrix unit: neither AMX nor the like).
+dot products (by AMX, if there is AMX; by no other matrix unit).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// What this machine's cores and memory can do: read bandwidth, float32 multiply-adds, int8 dot products.
+// What this machine's cores and memory can do: read bandwidth, float32 multiply-adds, int8 dot products (by AMX, if
+// there is AMX).
 //
 // ceilings.py compiles it for the machine at hand and asks, a line a question, "read 2", "fma 2" or "int8 2":
 // what to measure and on how many threads. The answer is a line with units a second, or 0 for what this
@@ -13,6 +14,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -130,7 +133,23 @@ inline Dots dot(Dots sum, Dots a, Dots b) {
 #endif
 
 double int8_rate(int threads) {
-#if defined(NO_DOTS)
+#if defined(__AMX_INT8__) && defined(__linux__)
+    if (syscall(SYS_arch_prctl, 0x1023, 18)) return 0;  // Linux's leave to use tiles
+    double seconds = seconds_of(threads, [](int) {
+        struct alignas(64) {
+            uint8_t palette = 1, reserved[15] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+        } shapes;
+        asm volatile("ldtilecfg %0" : : "m"(shapes));
+        for (int64_t step = 0; step < kSteps; ++step)
+            asm volatile(
+                "tdpbsud %tmm5, %tmm4, %tmm0\n\ttdpbsud %tmm5, %tmm4, %tmm1\n\t"
+                "tdpbsud %tmm5, %tmm4, %tmm2\n\ttdpbsud %tmm5, %tmm4, %tmm3");
+        asm volatile("tilerelease");
+    });
+    return 2.0 * kSteps * 4 * (16 * 16 * 64) * threads / seconds;
+#elif defined(NO_DOTS)
     return 0.0 * threads;
 #else
     double seconds = seconds_of(threads, [](int) {
