@@ -61,7 +61,9 @@ def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     hold=st.booleans(),
 )
 def test_streaming_equals_cutting_the_whole_text(pieces: list[str], stops: list[str], hold: bool) -> None:
-    answer = StopChecker(Pieces(pieces, hold), SamplingParams(stop=tuple(stops)), {EOS}, limit=len(pieces))
+    answer = StopChecker(
+        Pieces(pieces, hold), SamplingParams(stop=tuple(stops), max_tokens=len(pieces)), {EOS}
+    )
     shown = run(answer, list(range(len(pieces))))
     expected, stopped = cut_at_first_stop("".join(pieces), stops)
     assert "".join(shown) == answer.text == expected
@@ -75,20 +77,20 @@ def test_streaming_equals_cutting_the_whole_text(pieces: list[str], stops: list[
 
 def test_stop_string_across_token_borders_is_never_shown() -> None:
     pieces = ["Hello\n", "US", "ER", ": more"]
-    answer = StopChecker(Pieces(pieces), SamplingParams(stop=("\nUSER:",)), {EOS}, limit=10)
+    answer = StopChecker(Pieces(pieces), SamplingParams(stop=("\nUSER:",), max_tokens=10), {EOS})
     assert run(answer, [0, 1, 2, 3]) == ["Hello", "", "", ""]
     assert (answer.text, answer.finish_reason, answer.num_tokens) == ("Hello", "stop", 4)
 
 
 def test_held_text_is_shown_once_it_cannot_be_a_stop_string() -> None:
-    answer = StopChecker(Pieces(["a<", "/", "b>", "c"]), SamplingParams(stop=("</a>",)), {EOS}, limit=10)
+    answer = StopChecker(Pieces(["a<", "/", "b>", "c"]), SamplingParams(stop=("</a>",), max_tokens=10), {EOS})
     assert run(answer, [0, 1, 2, 3]) == ["a", "", "</b>", "c"]
 
 
 def test_held_text_is_shown_when_the_answer_ends_otherwise() -> None:
-    by_length = StopChecker(Pieces(["one ST"]), SamplingParams(stop=("STOP",)), {EOS}, limit=1)
+    by_length = StopChecker(Pieces(["one ST"]), SamplingParams(stop=("STOP",), max_tokens=1), {EOS})
     assert run(by_length, [0]) == ["one ST"] and by_length.finish_reason == "length"
-    by_eos = StopChecker(Pieces(["one ST"]), SamplingParams(stop=("STOP",)), {EOS}, limit=9)
+    by_eos = StopChecker(Pieces(["one ST"]), SamplingParams(stop=("STOP",), max_tokens=9), {EOS})
     assert run(by_eos, [0, EOS]) == ["one ", "ST"] and by_eos.finish_reason == "stop"
 
 
@@ -112,38 +114,40 @@ def test_open_length_is_the_longest_beginning_at_the_end() -> None:
 
 
 def test_end_token_is_counted_but_not_shown() -> None:
-    answer = StopChecker(Pieces(["a", "b"]), SamplingParams(), {EOS}, limit=10)
+    answer = StopChecker(Pieces(["a", "b"]), SamplingParams(max_tokens=10), {EOS})
     assert run(answer, [0, 1, EOS]) == ["a", "b", ""]
     assert (answer.num_tokens, answer.finish_reason) == (3, "stop")
 
 
 def test_ignore_eos_goes_on_but_a_stop_token_id_still_ends() -> None:
     pieces = ["a", "b", "c"]
-    answer = StopChecker(Pieces(pieces), SamplingParams(ignore_eos=True, stop_token_ids=(2,)), {1}, limit=10)
+    answer = StopChecker(
+        Pieces(pieces), SamplingParams(ignore_eos=True, stop_token_ids=(2,), max_tokens=10), {1}
+    )
     assert run(answer, [0, 1, 2]) == ["a", "b", ""]
     assert answer.finish_reason == "stop"
 
 
 def test_limit_counts_tokens() -> None:
-    answer = StopChecker(Pieces(["a", "", "b"]), SamplingParams(), {EOS}, limit=2)
+    answer = StopChecker(Pieces(["a", "", "b"]), SamplingParams(max_tokens=2), {EOS})
     assert run(answer, [0, 1, 2]) == ["a", ""]
     assert answer.finish_reason == "length"
-    last = StopChecker(Pieces(["a"]), SamplingParams(), {EOS}, limit=2)
+    last = StopChecker(Pieces(["a"]), SamplingParams(max_tokens=2), {EOS})
     run(last, [0, EOS])
     assert last.finish_reason == "stop", "an end token at the limit is a stop"
 
 
 def test_what_the_first_min_tokens_say_is_shown_whatever_it_is() -> None:
     """A stop string ends an answer only behind them: "no end before" it says."""
-    params = SamplingParams(stop=("b",), min_tokens=3)
-    answer = StopChecker(Pieces(["ab", "b", "xb", "cb"]), params, {EOS}, limit=10)
+    params = SamplingParams(stop=("b",), min_tokens=3, max_tokens=10)
+    answer = StopChecker(Pieces(["ab", "b", "xb", "cb"]), params, {EOS})
     assert run(answer, [0, 1, 2, 3]) == ["ab", "b", "xb", "c"]
     assert (answer.finish_reason, answer.num_tokens, answer.shown_tokens) == ("stop", 4, 4)
 
 
 def test_a_stop_string_that_begins_in_them_is_none() -> None:
-    params = SamplingParams(stop=("bc",), min_tokens=1)
-    answer = StopChecker(Pieces(["ab", "c", "bc"]), params, {EOS}, limit=10)
+    params = SamplingParams(stop=("bc",), min_tokens=1, max_tokens=10)
+    answer = StopChecker(Pieces(["ab", "c", "bc"]), params, {EOS})
     assert run(answer, [0, 1, 2]) == ["ab", "c", ""]
     assert (answer.text, answer.finish_reason) == ("abc", "stop")
 
@@ -159,7 +163,7 @@ def test_shown_tokens_are_those_whose_text_begins_in_the_text(
     pieces: list[str], stops: list[str], ends: bool
 ) -> None:
     """One whose text is empty counts with what is before it, as soon as that is shown."""
-    answer = StopChecker(Pieces(pieces), SamplingParams(stop=tuple(stops)), {EOS}, limit=len(pieces) + 1)
+    answer = StopChecker(Pieces(pieces), SamplingParams(stop=tuple(stops), max_tokens=len(pieces) + 1), {EOS})
     text, before = "", 0
     for number, token in enumerate([*range(len(pieces)), *([EOS] * ends)]):
         text += answer.push(token)

@@ -163,7 +163,7 @@ def test_the_only_call_that_is_wanted_ends_the_answer_and_a_thoughts_does_not(
     """Nor one of a function that is not offered, nor a tag within an argument."""
     form = replace(ChatFormat.of(opening.tokenizer, tools=[TOOL], parallel_tool_calls=False), thinking=True)
     ids = opening.tokenizer.encode(text, add_special_tokens=False)
-    checker = StopChecker(opening.tokenizer.stream(), form.params(SamplingParams()), (), len(ids))
+    checker = StopChecker(opening.tokenizer.stream(), form.params(SamplingParams(max_tokens=len(ids))), ())
     for token in ids:
         checker.push(token)
         fork = checker.copy()

@@ -81,7 +81,7 @@ class Answer:
             params=params,
             prompt_len=sequence.prompt_len,
             tokens=sequence.tokens,
-            checker=StopChecker(detokenizer, params, end_ids, params.max_tokens),
+            checker=StopChecker(detokenizer, params, end_ids),
             history=History(prompt=frozenset(sequence.tokens) if repeats else frozenset(), end_ids=ends),
             form=params.constraint() if params.constraint else None,
             plain=not (custom or changes_logits(params, answered=0)),

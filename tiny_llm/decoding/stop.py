@@ -21,7 +21,7 @@ class StopChecker:
 
     It ends with "stop" at a token of ``end_ids`` (unless ``params.ignore_eos``), at one of
     ``params.stop_token_ids``, and where a stop string is complete; with "length" at
-    ``limit`` tokens. Of several stop strings the one that is complete first counts; of
+    ``params.max_tokens``. Of several stop strings the one that is complete first counts; of
     those complete at the same character, the longest. What the first ``params.min_tokens``
     tokens say is shown whatever it is: stop strings are looked for behind it. What ``params.stopping``
     made is told all that is shown, and ends it with "stop" where it says so.
@@ -31,9 +31,8 @@ class StopChecker:
     """
 
     def __init__(
-        self, detokenizer: StreamDetokenizer, params: SamplingParams, end_ids: Collection[int], limit: int
+        self, detokenizer: StreamDetokenizer, params: SamplingParams, end_ids: Collection[int]
     ) -> None:
-        assert limit >= 1
         self.num_tokens = 0
         self.shown_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -43,7 +42,7 @@ class StopChecker:
         self._stops = params.stop
         self._is_over = params.stopping() if params.stopping else None
         self._min_tokens = params.min_tokens
-        self._limit = limit
+        self._limit = params.max_tokens
         self._pieces: list[str] = []
         self._held = ""
         self._length = 0  # characters made so far, held ones included
