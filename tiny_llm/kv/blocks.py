@@ -139,12 +139,10 @@ class BlockManager:
         ``spare`` blocks would be left.
         """
         assert not table.blocks
-        first, hits = self.hits(table, tokens)
-        start = first + len(hits)
-        fresh = self._end(table, tokens, start, ahead) - start
-        revived = sum(not self._refs[block] for block in hits)
-        if fresh + revived + spare > self.available:
+        first, hits, fresh, taken = self._need(table, tokens, ahead)
+        if taken + spare > self.available:
             return None
+        start = first + len(hits)
         for block in hits:
             self._share(block)
         if table.is_kept and self._kept_out:
@@ -167,15 +165,16 @@ class BlockManager:
 
     def would_fit(self, table: BlockTable, tokens: Sequence[int], ahead: int = maxsize) -> bool:
         """Whether ``allocate`` would find room with no block to spare."""
+        return self._need(table, tokens, ahead)[3] <= self.available
+
+    def _need(self, table: BlockTable, tokens: Sequence[int], ahead: int) -> tuple[int, list[int], int, int]:
+        """What ``hits`` says, the fresh blocks that an empty table needs, and these with hits of no table."""
         first, hits = self.hits(table, tokens)
         start = first + len(hits)
-        revived = sum(not self._refs[block] for block in hits)
-        return self._end(table, tokens, start, ahead) - start + revived <= self.available
-
-    def _end(self, table: BlockTable, tokens: Sequence[int], start: int, ahead: int) -> int:
-        """Blocks that a table gets of which ``start`` are found."""
         known = max(start * self.block_size, table.host_tokens if table.host else 0)
-        return self.blocks_for(min(len(tokens), known + ahead) if table.window else len(tokens))
+        end = self.blocks_for(min(len(tokens), known + ahead) if table.window else len(tokens))
+        revived = sum(not self._refs[block] for block in hits)
+        return first, hits, end - start, end - start + revived
 
     def load(
         self, table: BlockTable, tokens: Sequence[int], start: int, computed_ms: float, within_ms: float
