@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tiny_llm.memory import available_memory_bytes
+
 MADE = "made.json"
 REASON = "reason.txt"
 _CPUS = Path("/proc/cpuinfo")
@@ -115,9 +117,10 @@ def make(name: str, folder: Path) -> Path:
 
 
 def compiler() -> Mapping[str, str]:
-    """A compiler a core unless told, for each may take a gigabyte; clang for AMX, which GCC 12 gets wrong."""
+    """A compiler a core and gigabyte, as each may take, unless told; clang for AMX, where GCC 12 errs."""
     level = "CMAKE_BUILD_PARALLEL_LEVEL"
-    chosen = {level: os.environ.get(level) or str(os.cpu_count() or 1)}
+    most = max(1, min(os.cpu_count() or 1, available_memory_bytes() // 10**9))
+    chosen = {level: os.environ.get(level) or str(most)}
     clang = next(filter(shutil.which, ("clang", "clang-19", "clang-18", "clang-17")), None)
     if clang and _CPUS.exists() and "amx_int8" in _CPUS.read_text():
         chosen |= {"CC": clang, "CXX": clang.replace("clang", "clang++")}

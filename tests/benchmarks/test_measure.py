@@ -164,6 +164,25 @@ def test_a_peer_that_cannot_be_made_is_reported_with_its_reason(
     assert "ensurepip" in (tmp_path / "torch.log").read_text()
 
 
+def test_peers_are_built_within_cores_and_memory_and_by_clang_for_amx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler took a gigabyte, and ninja began as many as it liked; by g++ 12 llama.cpp crashed on AMX."""
+    for name, flags in (("clang-18", ""), ("cpuinfo", "flags : avx512_vnni amx_int8")):
+        (tmp_path / name).write_text(flags)
+    (tmp_path / "clang-18").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for available, compilers in ((3 * 10**9, "3"), (10**8, "1"), (10**12, "64")):
+        monkeypatch.setattr(environments, "available_memory_bytes", lambda most=available: most)
+        assert environments.compiler()["CMAKE_BUILD_PARALLEL_LEVEL"] == compilers
+    monkeypatch.setattr(environments, "_CPUS", tmp_path / "cpuinfo")
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "5")
+    clang = {"CC": "clang-18", "CXX": "clang++-18"}
+    assert environments.compiler() == {"CMAKE_BUILD_PARALLEL_LEVEL": "5", **clang}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 def test_ceilings_are_measured_by_a_program_made_here() -> None:
