@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from measure.worker import WORKERS
 from tiny_llm.memory import available_memory_bytes
 
 MADE = "made.json"
@@ -29,8 +30,8 @@ class PeerMissing(RuntimeError):
 class Peer:
     """What to install, and which worker then speaks for it.
 
-    ``from_source`` packages are built here, for this processor, with ``variables`` set. A ``slow`` peer is
-    asked for a few tokens once: its figures would take hours otherwise.
+    ``from_source`` packages are built here, for this processor, with ``variables`` set, where "{workers}" is
+    that folder. A ``slow`` peer is asked for a few tokens once: its figures would take hours otherwise.
     """
 
     worker: str
@@ -51,7 +52,10 @@ PEERS: Mapping[str, Peer] = {
         worker="ik_llama.py",
         requirements=("ik-llama-cpp-python==0.1.5", "gguf==0.19.0", "numpy>=2,<3"),
         from_source=("ik-llama-cpp-python",),
-        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        variables={
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_IQK_FA_ALL_QUANTS=OFF -DCMAKE_INSTALL_RPATH=$ORIGIN"
+            " -DCMAKE_PROJECT_INCLUDE={workers}/ik_llama.cmake"
+        },
     ),
     "openvino": Peer(worker="openvino_int4.py", requirements=("openvino==2026.4.1", "numpy>=2,<3")),
     "torch": Peer(
@@ -107,7 +111,8 @@ def make(name: str, folder: Path) -> Path:
         install += ["--no-cache-dir", "--no-binary", ",".join(peer.from_source)]
     try:
         _run([sys.executable, "-m", "venv", "--clear", here], here.parent / f"{name}.log", {})
-        _run(install, here.parent / f"{name}.log", {**peer.variables, **compiler()})
+        variables = {key: value.format(workers=WORKERS) for key, value in peer.variables.items()}
+        _run(install, here.parent / f"{name}.log", {**variables, **compiler()})
     except PeerMissing as missing:
         here.mkdir(parents=True, exist_ok=True)
         (here / REASON).write_text(f"{missing}\n")

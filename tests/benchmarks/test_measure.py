@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,15 @@ def test_peers_are_built_within_cores_and_memory_and_by_clang_for_amx(
     monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "5")
     clang = {"CC": "clang-18", "CXX": "clang++-18"}
     assert environments.compiler() == {"CMAKE_BUILD_PARALLEL_LEVEL": "5", **clang}
+
+
+def test_what_a_peer_is_built_with_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ik_llama.cpp's source lacked a script, and no build of it had ended."""
+    ran: list[dict[str, str]] = []
+    monkeypatch.setattr(environments, "_run", lambda command, log, variables: ran.append({**variables}))
+    make("ik_llama", tmp_path)
+    (path,) = re.findall(r"CMAKE_PROJECT_INCLUDE=(\S+)", ran[-1]["CMAKE_ARGS"])
+    assert Path(path).is_file(), path
 
 
 @pytest.mark.slow
