@@ -26,6 +26,10 @@ def sample(
     positions: list[int],
 ) -> mx.array: ...
 
+class Chain:
+    def __init__(self, inputs: list[mx.array], outputs: list[mx.array]) -> None: ...
+    def __call__(self, inputs: list[mx.array]) -> list[mx.array]: ...
+
 class Matrix:
     data: mx.array
     count: int

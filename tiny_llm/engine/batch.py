@@ -60,8 +60,8 @@ def _with_drawn(tokens: array[int], drawn: mx.array) -> mx.array:
 
 
 def _tables(plan: Plan) -> mx.array:
-    """Each item's blocks, int32 [B, W]; of 8 elements or more, see ``work_lists``."""
-    width = max(-(-8 // len(plan.items)), *(len(item.block_table) for item in plan.items))
+    """Each item's blocks, int32 [B, W]. W is a multiple of 8: most steps have the shapes of the last one."""
+    width = -(-max(len(item.block_table) for item in plan.items) // 8) * 8
     tables = array("i")
     for item in plan.items:
         tables.extend(item.block_table)

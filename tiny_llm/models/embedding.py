@@ -10,6 +10,7 @@ from tiny_llm.data import Batch, KVCache
 from tiny_llm.errors import RequestError
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.output import FinishedLinear
+from tiny_llm.models.chained import Chained
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.registry import Model
 from tiny_llm.models.replay import Replay
@@ -18,7 +19,7 @@ from tiny_llm.sampling_params import PoolingParams, SamplingParams
 
 def with_hidden(model: Model, batch: Batch, kv: KVCache, rows: mx.array) -> tuple[mx.array, mx.array]:
     """The batch's logits [R, V], and what the head would read of other ``rows`` int32 [P]: normed, [P, E]."""
-    decoder = model.model if isinstance(model, Replay) else model
+    decoder = model.model if isinstance(model, (Chained, Replay)) else model
     assert isinstance(decoder, Decoder), "others are refused by LLM.check"
     wanted, hidden = batch.logit_rows.size, list[mx.array]()
 

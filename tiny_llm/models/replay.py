@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
+from tiny_llm.models.chained import Chained
 from tiny_llm.models.decoder import Decoder, DecoderLayer
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import active, on_mlx
@@ -24,9 +25,9 @@ MOST_TOKENS = 64
 def played(model: Model) -> Model:
     """``model``, or what plays it again, for the backend in use where this is called."""
     on_gpu = mx.default_device().type == mx.gpu and on_mlx() and active() != "metalsim"
-    if on_gpu and isinstance(model, Decoder) and model.group.size == 1:  # what waits for others is not kept
-        return Replay(model)
-    return model
+    if not isinstance(model, Decoder) or model.group.size > 1:  # what waits for others is not kept
+        return model
+    return Replay(model) if on_gpu else Chained(model) if active() == "cpu" else model
 
 
 class Replay:
@@ -70,5 +71,4 @@ def _end(model: Decoder, x: mx.array, attended: mx.array, logit_rows: mx.array) 
     """From what the last layer attended to: logits."""
     layer = model.layers[-1]
     x, normed = layer.post_attention_layernorm.after(x, layer.self_attn.o_proj(attended))
-    x = x + layer.mlp(normed)
-    return model.lm_head(model.norm(x[logit_rows]))
+    return model.head(x, layer.mlp(normed), logit_rows)

@@ -24,7 +24,9 @@ def rotations(config: ModelConfig) -> list[Rotation]:
         return [Rotation(None, config.query_scale)] * config.num_layers
     turned = _rotation(config, config.rope_theta, config.rope_scaling)
     local = _rotation(config, config.local_theta, None)
-    still = Rotation(mx.zeros((config.head_dim // 2,)), config.query_scale)
+    zeros = mx.zeros((config.head_dim // 2,))
+    mx.eval(zeros)
+    still = Rotation(zeros, config.query_scale)
     others = dict.fromkeys(config.local_layers, local) | dict.fromkeys(config.no_rope_layers, still)
     return [others.get(layer, turned) for layer in range(config.num_layers)]
 

@@ -7,6 +7,7 @@ namespace tiny_llm {
 
 void bind_argmax(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_chain(nanobind::module_& m);
 void bind_embedding(nanobind::module_& m);
 void bind_experts(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);

@@ -70,6 +70,7 @@ NB_MODULE(_cpu, m) {
     bind_matrix(m);
     bind_linear(m);  // first: other signatures name its class
     bind_argmax(m);
+    bind_chain(m);
     bind_embedding(m);
     bind_experts(m);
     bind_attention(m);

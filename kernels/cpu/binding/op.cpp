@@ -40,8 +40,9 @@ private:
 
 class Kernel : public mx::Primitive {
 public:
-    Kernel(mx::Stream stream, const char* name, std::vector<Spec> outputs, Run run)
-        : Primitive(stream), name_(name), specs_(std::move(outputs)), run_(std::move(run)) {}
+    Kernel(mx::Stream stream, const char* name, Call call) : Primitive(stream), name_(name), call_(std::move(call)) {}
+
+    const Call& call() const { return call_; }
 
     void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
         auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -49,7 +50,7 @@ public:
         for (const auto& input : inputs) in.push_back(contiguous(input, encoder));
         std::vector<void*> out;
         for (size_t i = 0; i < outputs.size(); ++i) {
-            const int source = specs_[i].in_place;
+            const int source = call_.outputs[i].in_place;
             if (source >= 0 && inputs[source].flags().row_contiguous) {
                 outputs[i].copy_shared_buffer(inputs[source]);
             } else {
@@ -61,7 +62,7 @@ public:
             }
             out.push_back(outputs[i].data<char>());
         }
-        encoder.dispatch([run = run_, in = std::move(in), out = std::move(out)] {
+        encoder.dispatch([run = call_.run, in = std::move(in), out = std::move(out)] {
             const auto began = Clock::now();
             run(in, out);
             spent += Clock::now() - began;
@@ -89,8 +90,7 @@ private:
     }
 
     const char* name_;
-    std::vector<Spec> specs_;
-    Run run_;
+    Call call_;
 };
 
 }  // namespace
@@ -103,8 +103,13 @@ std::vector<mx::array> call(const char* name, std::vector<mx::array> inputs, std
         dtypes.push_back(output.dtype);
     }
     const auto stream = mx::default_stream(mx::Device::cpu);
-    auto kernel = std::make_shared<Kernel>(stream, name, std::move(outputs), std::move(run));
+    auto kernel = std::make_shared<Kernel>(stream, name, Call{std::move(outputs), std::move(run)});
     return mx::array::make_arrays(std::move(shapes), dtypes, std::move(kernel), std::move(inputs));
+}
+
+const Call* call_of(const mx::array& a) {
+    const auto* kernel = a.has_primitive() ? dynamic_cast<const Kernel*>(&a.primitive()) : nullptr;
+    return kernel ? &kernel->call() : nullptr;
 }
 
 double kernel_seconds() { return spent.seconds(); }

@@ -25,7 +25,16 @@ struct Spec {
 // Pointers to the inputs' and outputs' first elements, in order.
 using Run = std::function<void(const std::vector<const void*>& in, const std::vector<void*>& out)>;
 
+// A kernel's part in a graph.
+struct Call {
+    std::vector<Spec> outputs;
+    Run run;
+};
+
 std::vector<mx::array> call(const char* name, std::vector<mx::array> inputs, std::vector<Spec> outputs, Run run);
+
+// What computes an array that `call` gave; null for any other.
+const Call* call_of(const mx::array& a);
 
 // Seconds that this process has spent in kernels.
 double kernel_seconds();
