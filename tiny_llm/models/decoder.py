@@ -140,17 +140,10 @@ class Decoder:
         return norm, head if scale == 1 else FinishedLinear(head, None, scale)
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
-        return self.head(*self.body(batch, kv), batch.logit_rows)
-
-    def body(self, batch: Batch, kv: KVCache) -> tuple[mx.array, mx.array | None]:
-        """x [T, E] behind all layers, but for what the last one adds to it."""
         x, residual = self.embed_tokens(batch.tokens, batch.positions), None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
-        return x, residual
-
-    def head(self, x: mx.array, residual: mx.array | None, rows: mx.array) -> mx.array:
-        """Logits [R, V] of ``rows`` [R]: the widest map of all, so that only these pay for it."""
         if residual is not None:
             x = x + residual
-        return self.lm_head(self.norm(x[rows]))
+        # The head is the widest map of all: only rows whose logits are wanted pay for it.
+        return self.lm_head(self.norm(x[batch.logit_rows]))

@@ -71,4 +71,5 @@ def _end(model: Decoder, x: mx.array, attended: mx.array, logit_rows: mx.array) 
     """From what the last layer attended to: logits."""
     layer = model.layers[-1]
     x, normed = layer.post_attention_layernorm.after(x, layer.self_attn.o_proj(attended))
-    return model.head(x, layer.mlp(normed), logit_rows)
+    x = x + layer.mlp(normed)
+    return model.lm_head(model.norm(x[logit_rows]))
