@@ -62,7 +62,7 @@ template <class T>
 struct Source {
     const Attend& a;
     const int32_t* table;
-    int64_t head, keys_begin, keys_end;  // of the item's first row, and of its last
+    int64_t head, keys_begin, keys_end, keys_limit;  // of the item's first row, of its last, and of that in later items
     int64_t size() const { return a.pool.block_size; }
     const T* keys(int64_t block) const { return static_cast<const T*>(a.pool.keys) + offset(block); }
     const T* values(int64_t block) const { return static_cast<const T*>(a.pool.values) + offset(block); }
@@ -83,7 +83,7 @@ struct Source {
 };
 
 // Block by block as they lie in the pool. A span's values are brought near while its keys are read, and
-// the next span's keys while the values are.
+// the next span's keys while the values are, though it be the next item's.
 template <class T>
 struct Direct : Source<T> {
     static constexpr int64_t kRowsAtOnce = kDirectRows, kRowsInRegisters = most_rows<T>;
@@ -92,7 +92,7 @@ struct Direct : Source<T> {
         const int64_t blocks = this->blocks_of(first), block = first / this->size(), next = kSpan / this->size();
         for (int64_t i = 0; i < blocks; ++i) {
             key_blocks[i] = this->keys(block + i), value_blocks[i] = this->values(block + i);
-            ahead[i] = (block + i + next) * this->size() < this->keys_end ? this->keys(block + i + next) : value_blocks[i];
+            ahead[i] = (block + i + next) * this->size() < this->keys_limit ? this->keys(block + i + next) : value_blocks[i];
         }
     }
     int64_t key_unit() const { return this->size(); }
@@ -409,7 +409,7 @@ void attend_item(const Attend& a, const AttendItem& item, int64_t head, const Re
     Rows rows = make_rows(a, item, head);
     if (item.partial >= 0) rows.total.base = records.at(item.partial + head * rows.count);
     const int64_t end = least(rows.limits[rows.count - 1], (item.first_span + item.spans) * kSpan);
-    const Source<T> source{a, a.tables + item.sequence * a.table_width, head, rows.firsts[0], end};
+    const Source<T> source{a, a.tables + item.sequence * a.table_width, head, rows.firsts[0], end, rows.limits[rows.count - 1]};
     if (rows.count <= kDirectRows && a.pool.dim % kWidth == 0) {
         sweep(a, item, head, rows, Direct<T>{source, {}, {}, {}}, records);
     } else {
@@ -451,13 +451,14 @@ int64_t grain_of(const Attend& a, const AttendItem* items, int64_t count) {
 template <class T>
 void attend_items(const Attend& a, const AttendItem* items, int64_t count, const Records& records) {
     if (count == 0) return;
-    parallel_for(count * a.pool.heads, grain_of(a, items, count), [&](int64_t begin, int64_t end) {
+    const int64_t heads = a.pool.heads;  // one after the other, as a block holds them
+    parallel_for(count * heads, grain_of(a, items, count), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const AttendItem& item = items[i % count];
+            const AttendItem& item = items[i / heads];
             if (item.spans == 0) {
-                refuse(a, item, i / count);
+                refuse(a, item, i % heads);
             } else {
-                attend_item<T>(a, item, i / count, records);
+                attend_item<T>(a, item, i % heads, records);
             }
         }
     });

@@ -24,8 +24,8 @@ struct Left {
 };
 
 // A matrix of floats or of what is widened to them: rows [i * unit, (i + 1) * unit) lie at at[i], `stride` apart.
-// With each row, what lies as much further from ahead[i] is brought near, for whoever reads it next; and the row
-// kNear further on, which was brought near long ago and may have made room for others.
+// With each row, what lies as much further from ahead[i] is brought near, for whoever reads it next: to the second
+// cache, since in the first it would be in the way for as long.
 template <class T>
 struct Right {
     const T* const* at;
@@ -113,7 +113,7 @@ template <int V>
     }
 }
 
-constexpr int kLine = 64, kNear = 6;
+constexpr int kLine = 64;
 
 // ---- c[rows, columns] (+)= left[rows, from ... inner) b[from ... inner), columns]
 
@@ -131,8 +131,7 @@ template <int R, int V, bool kAdd, class T>
         const T* ahead = b.ahead[block] + place * b.stride + column;
         for (; k < end; ++k, at += b.stride, ahead += b.stride) {
             if (begins_line)
-                for (int v = 0; v < V * kWidth; v += kLine / (int)sizeof(T))
-                    __builtin_prefetch(ahead + v), __builtin_prefetch(at + kNear * b.stride + v);
+                for (int v = 0; v < V * kWidth; v += kLine / (int)sizeof(T)) __builtin_prefetch(ahead + v, 0, 2);
             vf row[V];
             load_row(at, row);
             for (int r = 0; r < R; ++r) {
