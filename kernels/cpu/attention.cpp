@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "panels.h"
 #include "pool.h"
 #include "product.h"
 #include "simd.h"
@@ -11,11 +12,9 @@ namespace tiny_llm::TINY_ISA {
 namespace {
 
 constexpr int64_t kDirectRows = 16;  // with so few, keys and values are read where they lie
-constexpr int64_t kPanel = vectors_of(most_rows<float>) * kWidth;  // columns side by side in what is copied to float
 constexpr float kLog2e = 1.44269504f;  // scores are logarithms to base 2
 constexpr int kWorkSlot = 0, kPartialSlot = 1;
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A row's record: its sum of weighted values, the largest score, the sum of weights; then padding.
@@ -32,7 +31,7 @@ struct Records {
 struct Rows {
     int64_t count, group;     // group: query heads of a token
     int64_t *firsts, *limits;  // a row sees keys [first, limit); they never fall from row to row
-    float *q, *scores;        // [count, D] times scale and log2 e; [rows at once, kSpan]
+    float *q, *scores;        // [count, D] times scale and log2 e; [rows at once, kSpan]; or by pairs
     float *keys, *values;     // a span's, copied to float
     float *key_scales, *value_scales;  // a span's, or null: keys and values are what they are
     Records total, part;
@@ -101,23 +100,6 @@ struct Direct : Source<T> {
     Right<T> values_at(int64_t) const { return {value_blocks, this->size(), this->a.pool.dim, ahead}; }
 };
 
-// Rows of `columns` to columns [column, ...) of panels of `height` rows, from row `row` on.
-template <class T>
-void pack(const T* from, int64_t rows, int64_t columns, float* to, int64_t height, int64_t row, int64_t column) {
-    for (int64_t c = 0; c < columns; c += kWidth) {
-        const int64_t width = least(kWidth, columns - c), at = column + c;
-        float* panel = to + (at / kPanel * height + row) * kPanel + at % kPanel;
-        for (int64_t r = 0; r < rows; ++r, panel += kPanel) {
-            const T* x = from + r * columns + c;
-            if (width == kWidth) {
-                store(panel, load(x));
-            } else {
-                for (int64_t i = 0; i < kWidth; ++i) panel[i] = i < width ? to_float(x[i]) : 0.0f;
-            }
-        }
-    }
-}
-
 // begin 3.2 gather_span
 // The blocks of the span that starts at key `first`, of which some row sees some key, to panels of floats.
 template <class T>
@@ -130,7 +112,7 @@ void gather_span(const Source<T>& source, int64_t first, float* key_panels, floa
 }
 // end 3.2
 
-// Copied to float, in panels: [keys / kPanel, D, kPanel] and [D / kPanel, kSpan, kPanel].
+// Copied to panels: [keys / kPanel, D, kPanel] and [D / kPanel, kSpan, kPanel].
 template <class T>
 struct Packed : Source<T> {
     static constexpr int64_t kRowsInRegisters = most_rows<float>, kRowsAtOnce = 2 * kRowsInRegisters;
@@ -139,15 +121,15 @@ struct Packed : Source<T> {
     void enter(int64_t first) const { gather_span(*this, first, key_panels, value_panels); }
     int64_t key_unit() const { return kPanel; }
     Right<float> keys_at(int64_t i) const {
-        at[0] = key_panels + i * this->a.pool.dim * kPanel, at[1] = at[0] + this->a.pool.dim * kPanel;
-        return {at, this->a.pool.dim, kPanel, at + 1};
+        at[0] = key_panels + i * panel(this->a.pool.dim), at[1] = at[0] + panel(this->a.pool.dim);
+        return {at, this->a.pool.dim, kPanel / kTogether, at + 1};
     }
     int64_t value_unit() const { return kPanel; }
     Right<float> values_at(int64_t i) const {
         // The last one's next is the first of the keys: to bring near what nobody has touched takes long.
         const bool last = (i + 1) * kPanel >= this->a.pool.dim;
-        at[0] = value_panels + i * kSpan * kPanel, at[1] = last ? key_panels : at[0] + kSpan * kPanel;
-        return {at, kSpan, kPanel, at + 1};
+        at[0] = value_panels + i * panel(kSpan), at[1] = last ? key_panels : at[0] + panel(kSpan);
+        return {at, kSpan, kPanel / kTogether, at + 1};
     }
 };
 
@@ -271,6 +253,8 @@ void compute_span(const Rows& rows, int64_t from, int64_t to, int64_t first, int
         float* scores = rows.scores + (r - from) * kSpan;
         const int64_t keys = seen(rows, r, first, kSpan);
         out.sum(r - from) = soften(scores, hidden(rows, r, first), keys, rows.key_scales, rows.value_scales, &out.most(r - from));
+        // Weights that are rounded are so in their sum too: else one key that is all that matters would be a little less.
+        if (kTogether > 1) out.sum(r - from) = write_left(scores, round_up(keys, 2 * kWidth), 1.0f, scores);
     }
     weigh_span(rows, from, to, first, source, out);
 }
@@ -340,7 +324,7 @@ Rows make_rows(const Attend& a, const AttendItem& item, int64_t head) {
         const bool shared = item.shared >= 0;
         const int64_t token = shared ? a.shared_rows[item.shared + r / group] : item.row + r / group;
         const float* q = a.q + (token * a.query_heads + head * group + r % group) * dim;
-        for (int64_t d = 0; d < dim; ++d) rows.q[r * dim + d] = q[d] * scale;
+        write_left(q, dim, scale, rows.q + r * dim);
         rows.limits[r] = item.position + 1 + (shared ? 0 : r / group);
         rows.firsts[r] = shared || rows.limits[r] < a.window ? 0 : rows.limits[r] - a.window;
     }
@@ -483,11 +467,18 @@ void attend_all(const Attend& a) {
 
 void attend(const Attend& a) {
     if (a.item_count == 0) return;
+#if defined(__AVX512BF16__)
+    attend_all<bf16>(a);
+#else
     if (a.pool.type == KvType::f32) return attend_all<float>(a);
 #if !defined(TINY_ALONE)  // the course's library has floats
+#if defined(__AVX512VNNI__)
+    if (a.pool.type == KvType::bf16 && isa() == Isa::avx512bf16) return avx512bf16::attend(a);
+#endif
     if (a.pool.type == KvType::bf16) return attend_all<bf16>(a);
     if (a.pool.type == KvType::i8) return attend_all<int8_t>(a);
     attend_all<f16>(a);
+#endif
 #endif
 }
 

@@ -8,6 +8,8 @@
 // A row's bits depend on its own context alone. The keys are cut at absolute multiples of kSpan; each span
 // is a softmax of its own, in one order; spans are merged in theirs. How many rows are computed together,
 // how blocks lie in the pool and who computes which span changes nothing.
+//
+// AVX512-BF16 multiplies a pool of bf16 by queries and by weights that are rounded to bf16, and adds in float.
 #pragma once
 
 #include <stdint.h>
@@ -72,6 +74,9 @@ struct KvWrite {
 };
 
 TINY_KERNEL(attend, Attend)
+#if defined(TINY_X86_SETS)
+namespace avx512bf16 { void attend(const Attend& args); }  // over a pool of bf16
+#endif
 TINY_KERNEL(kv_write, KvWrite)
 
 }  // namespace tiny_llm

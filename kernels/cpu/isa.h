@@ -7,7 +7,7 @@
 
 namespace tiny_llm {
 
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 // The best set that this machine has, or the lower one named by $TINY_LLM_CPU_ISA.
 Isa isa();

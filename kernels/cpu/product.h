@@ -1,7 +1,9 @@
 // A small matrix product in registers: some rows of floats times a matrix in memory. Kernel files only.
 //
 // Each element is one chain of fma over the inner index, in order: how many rows or columns are computed
-// together does not change its bits.
+// together does not change its bits. With AVX512-BF16 the same chain goes by pairs, over a left side that was rounded
+// to bf16: an instruction adds one product and then the other, each sum rounded by itself. What is less than 2^-126
+// counts as 0 there.
 #pragma once
 
 #include "simd.h"
@@ -80,6 +82,7 @@ template <int V, class T>
     for (int v = 0; v < V; ++v) store(to + v * kWidth, sums[v]);
 }
 
+#if !defined(__AVX512BF16__)
 template <int V>
 [[gnu::always_inline]] inline void load_row(const bf16* from, vf (&row)[V]) {
     if constexpr (V == 1) {
@@ -113,31 +116,103 @@ template <int V>
     }
 }
 
+#endif
+
 constexpr int kLine = 64;
+
+// ---- what is multiplied at once: a number of the left side by a row of the right, or a pair by two rows. Of a pair's
+// ---- word the upper half holds the even one, which is added first.
+
+#if defined(__AVX512BF16__)
+constexpr int kTogether = 2;
+
+// Two rows' columns as pairs.
+static inline vf join(const bf16* even, const bf16* odd) {
+    const vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, order = lane * 0x10001u + kWidth;
+    const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)even));
+    const __m512i both = _mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i*)odd), 1);
+    return (vf)_mm512_permutexvar_epi16((__m512i)order, both);
+}
+template <int V>
+[[gnu::always_inline]] inline void load_rows(const bf16* at, int64_t stride, vf (&rows)[V]) {
+    for (int v = 0; v < V; ++v) rows[v] = join(at + v * kWidth, at + stride + v * kWidth);
+}
+template <int V>
+[[gnu::always_inline]] inline void load_rows(const float* at, int64_t, vf (&rows)[V]) {
+    load_row(at, rows);
+}
+// A row of two that counts for nothing, a NaN there too.
+template <int V>
+[[gnu::always_inline]] inline void leave_out(bool even, bool odd, vf (&rows)[V]) {
+    for (int v = 0; v < V; ++v) rows[v] = (vf)((vu)rows[v] & (even ? 0xffffu : ~0u) & (odd ? 0xffff0000u : ~0u));
+}
+// x [n] times `factor` as pairs, to (n + 1) / 2 words, which may lie where x begins; their sum.
+static inline float write_left(const float* x, int64_t n, float factor, float* to) {
+    vf total = {};
+    for (int64_t i = 0; i < n; i += 2 * kWidth) {
+        const int64_t rest = n - i;
+        const vf first = rest < kWidth ? load_part(x + i, rest, 0.0f) : load(x + i);
+        vf second = {};
+        if (rest > kWidth) second = rest < 2 * kWidth ? load_part(x + i + kWidth, rest - kWidth, 0.0f) : load(x + i + kWidth);
+        const __m512 low = (__m512)(first * splat(factor)), high = (__m512)(second * splat(factor));
+        const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        const vf pairs = (vf)_mm512_rol_epi32(words, 16);
+        total = (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)pairs, (__m512bh)_mm512_set1_epi16(0x3f80));
+        if (rest < 2 * kWidth) {
+            store_part(to + i / 2, pairs, (rest + 1) / 2);
+        } else {
+            store(to + i / 2, pairs);
+        }
+    }
+    return sum(total);
+}
+[[gnu::always_inline]] inline vf multiply_add(const float* pair, vf rows, vf sum) {
+    int word;
+    memcpy(&word, pair, sizeof word);
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)rows);
+}
+#else
+constexpr int kTogether = 1;  // a pool's rows are widened, and the left side stays as it is
+template <int V, class T>
+[[gnu::always_inline]] inline void load_rows(const T* at, int64_t, vf (&rows)[V]) {
+    load_row(at, rows);
+}
+template <int V>
+[[gnu::always_inline]] inline void leave_out(bool, bool, vf (&)[V]) {}
+static inline float write_left(const float* x, int64_t n, float factor, float* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * factor;
+    return 0;
+}
+[[gnu::always_inline]] inline vf multiply_add(const float* factor, vf row, vf sum) { return fma(splat(*factor), row, sum); }
+#endif
 
 // ---- c[rows, columns] (+)= left[rows, from ... inner) b[from ... inner), columns]
 
 template <int R, int V, bool kAdd, class T>
 [[gnu::always_inline]] inline void product_tile(Left left, int64_t from, int64_t inner, const Right<T>& b, int64_t column,
                                                 float* c, int64_t c_stride) {
-    const bool begins_line = column * (int64_t)sizeof(T) % kLine == 0;
+    constexpr int kApart = sizeof(T) < sizeof(float) ? kTogether : 1;  // pairs that were packed are one row
+    bool begins_line[kApart];
+    for (int i = 0; i < kApart; ++i) begins_line[i] = (column + i * b.stride) * (int64_t)sizeof(T) % kLine == 0;
     vf sums[R][V] = {};
     if (kAdd)
         for (int r = 0; r < R; ++r) load_sums(c + r * c_stride, sums[r], *b.at);
-    int64_t block = from / b.unit, place = from % b.unit;
-    for (int64_t k = from; k < inner; ++block, place = 0) {
+    int64_t block = from / b.unit, place = from % b.unit / kTogether * kTogether;
+    for (int64_t k = from < inner ? from / kTogether * kTogether : inner; k < inner; ++block, place = 0) {
         const int64_t rest = b.unit - place, end = rest < inner - k ? k + rest : inner;
         const T* at = b.at[block] + place * b.stride + column;
         const T* ahead = b.ahead[block] + place * b.stride + column;
-        for (; k < end; ++k, at += b.stride, ahead += b.stride) {
-            if (begins_line)
-                for (int v = 0; v < V * kWidth; v += kLine / (int)sizeof(T)) __builtin_prefetch(ahead + v, 0, 2);
-            vf row[V];
-            load_row(at, row);
-            for (int r = 0; r < R; ++r) {
-                const vf factor = splat(left.data[r * left.stride + k]);
-                for (int v = 0; v < V; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
-            }
+        for (; k < end; k += kTogether, at += kTogether * b.stride, ahead += kTogether * b.stride) {
+            for (int i = 0; i < kApart; ++i)
+                if (begins_line[i])
+                    for (int v = 0; v < V * kWidth; v += kLine / (int)sizeof(T))
+                        __builtin_prefetch(ahead + i * b.stride + v, 0, 2);
+            vf rows[V];
+            load_rows(at, b.stride, rows);
+            if (k < from || k + kTogether > inner) leave_out(k < from, k + kTogether > inner, rows);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v)
+                    sums[r][v] = multiply_add(left.data + r * left.stride + k / kTogether, rows[v], sums[r][v]);
         }
     }
     for (int r = 0; r < R; ++r) store_sums(c + r * c_stride, sums[r], *b.at);

@@ -15,7 +15,7 @@ from tiny_llm.ops.attention import attention, attention_ref
 from tiny_llm.ops.backend import cpu
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
-SETS = ("portable", "avx2", "avx512", "amx")
+SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(params=SETS)
@@ -101,7 +101,8 @@ def test_as_ref_has_it(
     t = text(300, heads, kv_heads, dim)
     pages = Pages([t], dtype=dtype, seed=1)
     got = mx.concatenate([pages.step({0: n}) for n in (270, 1, 29)])
-    assert off(got, reference(t, dtype)) < 5e-6
+    rounded = (isa, dtype) == ("avx512bf16", mx.bfloat16)  # queries and weights too: tests/test_attention.cpp
+    assert off(got, reference(t, dtype)) < (8e-3 if rounded else 5e-6)
     if dtype == mx.float32:
         with backend.use("cpu"):
             assert same(attention(t.q[270:], t.k, t.v, scale=dim**-0.5, offset=270), got[270:])

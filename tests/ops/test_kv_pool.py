@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages
-from tiny_llm.ops.backend import use, works
+from tiny_llm.ops.backend import cpu, use, works
 from tiny_llm.ops.kv_pool import KvFormat, Pool, copy_blocks, num_blocks, resize_pool
 from tiny_llm.ops.paged_attention import paged_attention
 
@@ -87,7 +87,7 @@ def attended(pool: Pool, kept: mx.Dtype) -> tuple[mx.array, Pool]:
 def test_a_pool_narrower_than_what_is_computed_in_is_as_one_that_was_converted(
     name: str, kept: mx.Dtype, off: Callable[[mx.array, mx.array], float]
 ) -> None:
-    """Attention of float32 rows is float32, over what was kept; nothing else of it is rounded."""
+    """Attention of float32 rows is float32, over what was kept; only AVX512-BF16 rounds more."""
     if name == "cpu" and not works():
         pytest.skip("the CPU kernels are not built")
     with use(name):
@@ -96,6 +96,7 @@ def test_a_pool_narrower_than_what_is_computed_in_is_as_one_that_was_converted(
         expected, converted = attended(wide, kept)
         mx.eval(got, expected)
     assert got.dtype == mx.float32 and pool[0].dtype == kept
-    assert off(got, expected) < 2e-6
+    rounded = name == "cpu" and kept == mx.bfloat16 and cpu.isa() == "avx512bf16"
+    assert off(got, expected) < (8e-3 if rounded else 2e-6)
     for one, other in zip(pool, converted, strict=True):
         assert mx.array_equal(one.astype(mx.float32), other), "what is kept differs"

@@ -81,7 +81,8 @@ def test_the_cpu_kernels_see_the_window(window: int, kept: mx.Dtype, off: Off) -
     expected, before = step.expected(window), fallbacks().read()
     with backend.use("cpu"):
         out, _ = paged_attention(step.q, step.k, step.v, step.copy(), step.pages, window=window)
-        assert off(out, expected) < 3e-6
+        rounded = kept == mx.bfloat16 and backend.cpu.isa() == "avx512bf16"  # queries and weights too
+        assert off(out, expected) < (8e-3 if rounded else 3e-6)
         assert fallbacks().read() == before, "it was left to ref"
         for b in range(len(LENS)):
             own, pages = step.alone(b)

@@ -31,7 +31,7 @@ KINDS = [
         {"temperature": 0.0},
     )
 ]
-SETS = ("portable", "avx2", "avx512", "amx")
+SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(autouse=True)

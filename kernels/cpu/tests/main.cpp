@@ -20,7 +20,7 @@ void fail(const char* file, int line, const std::string& what) {
 
 void on_each_isa(const std::function<void()>& body) {
     const std::string before = isa_name(isa());
-    for (const char* name : {"portable", "avx2", "avx512", "amx"})
+    for (const char* name : {"portable", "avx2", "avx512", "avx512bf16", "amx"})
         if (set_isa(name)) body();
     set_isa(before.c_str());
 }
