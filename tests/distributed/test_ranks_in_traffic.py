@@ -191,6 +191,17 @@ def test_ranks_that_are_not_alike_are_told_how(
         with_ranks(monkeypatch, 2, {"model": str(model), **other}, **{"model": str(demo), **mine})
 
 
+def test_ranks_of_other_instruction_sets_are_told_what_to_set(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one rounds what attention reads and another does not, tokens would depend on who has what."""
+    main = threading.current_thread()
+    here = "tiny_llm.engine.follower.isa"
+    monkeypatch.setattr(here, lambda: "avx512bf16" if threading.current_thread() is main else "avx2")
+    with pytest.raises(GroupError, match="Rank 1 has TINY_LLM_CPU_ISA avx2, but rank 0 avx512bf16"):
+        with_ranks(monkeypatch, 2, {"model": str(demo)})
+
+
 def test_a_model_that_cannot_be_shared_so_is_refused_by_all(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import available_memory_bytes, limit_kept_memory, wire_memory
 from tiny_llm.models.checkpoint import Checkpoint
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import use
+from tiny_llm.ops.backend import isa, use
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.proving.choice import Kernels
 
@@ -32,7 +32,8 @@ def join_in(
         return engine
     with held(team):
         facts = {"backend": kernels.backend, "kernels": sorted(kernels.on_ours or ())}
-        team.agree({**facts, "weights": stored.digest().hex(), "block size": engine.block_size})
+        own = {"TINY_LLM_CPU_ISA": isa(), "weights": stored.digest().hex(), "block size": engine.block_size}
+        team.agree({**facts, **own})
         blocks, host = zip(*team.share([engine.kv_blocks, engine.host_blocks]), strict=True)
     if team.rank:
         follow(team, model, kernels)
