@@ -103,7 +103,7 @@ def picture(llm: LLM) -> str:
 def main() -> None:
     """Print the table, and draw."""
     arguments = parser_of(__doc__).parse_args()
-    llm = LLM("demo")
+    llm = LLM("demo", kv_dtype="float32")
     print(table(llm))
     if arguments.svg:
         arguments.svg.write_text(picture(llm), encoding="utf-8")
