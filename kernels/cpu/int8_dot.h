@@ -148,8 +148,16 @@ template <Kind K, int R, int W>
 
 constexpr int kMostRows = 4;
 
+// Weights of K bits.
+template <Kind K>
 static inline vi dot4(vi sum, vu weights, int32_t x) {
-#if defined(__SSE2__)
+#if defined(__ARM_FEATURE_DOTPROD)
+    const int8x16_t words = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    if (K == Kind::q4) return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, words);
+    // A weight of 8 bits is 128, as 127 and 1, and what with its upper bit turned over is a number with a sign.
+    const int32x4_t most = vdotq_s32(vdotq_s32((int32x4_t)sum, words, vdupq_n_s8(127)), words, vdupq_n_s8(1));
+    return (vi)vdotq_s32(most, (int8x16_t)(weights ^ 0x80808080), words);
+#elif defined(__SSE2__)
     const __m128i all = _mm_set1_epi32(x), even = _mm_srai_epi16(_mm_slli_epi16(all, 8), 8);
     sum += (vi)_mm_madd_epi16((__m128i)(weights & 0x00ff00ff), even);
     return sum + (vi)_mm_madd_epi16((__m128i)((weights >> 8) & 0x00ff00ff), _mm_srai_epi16(all, 8));
@@ -168,10 +176,10 @@ static inline void dot_group(const char* line, int group, const int32_t* x, vi (
             const vu words = load_words(line + w * 4 * kWidth);
             for (int r = 0; r < R; ++r) {
                 if constexpr (K == Kind::q4) {
-                    dot[r][w] = dot4(dot[r][w], words & 0x0f0f0f0f, x[r]);
-                    dot[r][w] = dot4(dot[r][w], (words >> 4) & 0x0f0f0f0f, x[R + r]);
+                    dot[r][w] = dot4<K>(dot[r][w], words & 0x0f0f0f0f, x[r]);
+                    dot[r][w] = dot4<K>(dot[r][w], (words >> 4) & 0x0f0f0f0f, x[R + r]);
                 } else {
-                    dot[r][w] = dot4(dot[r][w], words, x[r]);
+                    dot[r][w] = dot4<K>(dot[r][w], words, x[r]);
                 }
             }
         }

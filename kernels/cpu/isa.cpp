@@ -8,6 +8,10 @@
 #if defined(TINY_X86_SETS)
 #include <cpuid.h>
 #endif
+#if defined(TINY_ARM_SETS)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +20,13 @@
 namespace tiny_llm {
 namespace {
 
+#if defined(TINY_ARM_SETS)
+constexpr const char* kNames[] = {"portable", "dotprod"};
+constexpr const char* kAllNames = "portable or dotprod";
+#else
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* kAllNames = "portable, avx2, avx512, avx512bf16 or amx";
+#endif
 
 #if defined(TINY_X86_SETS)
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -54,13 +64,15 @@ Isa detect() {
     if (!avx2) return Isa::portable;
     if (!avx512) return Isa::avx2;
     return amx_granted() ? Isa::amx : has_fast_bf16() ? Isa::avx512bf16 : Isa::avx512;
+#elif defined(TINY_ARM_SETS)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::dotprod : Isa::portable;
 #else
     return Isa::portable;
 #endif
 }
 
 int find(const char* name) {
-    for (int i = 0; i < 5; ++i)
+    for (int i = 0; i < kIsas; ++i)
         if (std::strcmp(name, kNames[i]) == 0) return i;
     return -1;
 }
@@ -71,9 +83,8 @@ Isa initial() {
     const int found = find(wanted);
     if (found < 0 || found > static_cast<int>(best_isa())) {
         std::fprintf(stderr,
-                     "warning: TINY_LLM_CPU_ISA is '%s', expected portable, avx2, avx512, avx512bf16 or amx, and one "
-                     "that this machine has; using %s.\n",
-                     wanted, isa_name(best_isa()));
+                     "warning: TINY_LLM_CPU_ISA is '%s', expected %s, and one that this machine has; using %s.\n",
+                     wanted, isa_names(), isa_name(best_isa()));
         return best_isa();
     }
     return static_cast<Isa>(found);
@@ -108,6 +119,8 @@ bool reads_ahead() {
     return false;
 #endif
 }
+
+const char* isa_names() { return kAllNames; }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 

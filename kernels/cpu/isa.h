@@ -7,7 +7,20 @@
 
 namespace tiny_llm {
 
+// Whether this build holds more than the portable set; CMakeLists.txt says which builds do not.
+#if defined(__x86_64__) && !defined(TINY_PORTABLE_ONLY)
+#define TINY_X86_SETS
+#elif defined(__aarch64__) && defined(__linux__)
+#define TINY_ARM_SETS
+#endif
+
+#if defined(TINY_ARM_SETS)
+enum class Isa { portable = 0, dotprod = 1 };
+constexpr int kIsas = 2;
+#else
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+constexpr int kIsas = 5;
+#endif
 
 // The best set that this machine has, or the lower one named by $TINY_LLM_CPU_ISA.
 Isa isa();
@@ -19,16 +32,12 @@ Isa best_isa();
 bool set_isa(const char* name);
 
 const char* isa_name(Isa isa);
+const char* isa_names();  // of all of this architecture, to be read by people
 
 // Whether this processor, one with AVX-512, is known to read a stream best when it is not asked for it ahead.
 bool reads_ahead();
 
 }  // namespace tiny_llm
-
-// Whether this build holds more than the portable set; CMakeLists.txt says which builds do not.
-#if defined(__x86_64__) && !defined(TINY_PORTABLE_ONLY)
-#define TINY_X86_SETS
-#endif
 
 // Declares `void name(const Args&)` for each instruction set and the function that picks one.
 #if defined(TINY_X86_SETS)

@@ -97,7 +97,9 @@ void run_tile(const Linear& a, int at, int64_t expert, int64_t index, const Acti
 void quantized_matmul(const Linear& a) {
     const Matrix& m = a.matrices[0];
     if (a.rows == 0) return;
-#if defined(__AVX512VNNI__)
+#if defined(TINY_ARM_SETS) && !defined(__ARM_FEATURE_DOTPROD)
+    if (isa() == Isa::dotprod) return dotprod::quantized_matmul(a);
+#elif defined(__AVX512VNNI__)
     const int64_t together = a.parts ? a.rows / a.part_count : a.rows;  // rows that meet a weight
     if (isa() == Isa::amx && together >= kRowsForTiles && !m.exact) return amx::tile_matmul(a);
 #endif

@@ -12,5 +12,8 @@
 namespace tiny_llm {
 
 TINY_KERNEL(quantized_matmul, Linear)
+#if defined(TINY_ARM_SETS)
+namespace dotprod { void quantized_matmul(const Linear& args); }
+#endif
 
 }  // namespace tiny_llm

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import pytest
 
+from tests.instruction_sets import SETS
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.ops import backend
 from tiny_llm.ops.argmax import argmax, argmax_ref
@@ -36,7 +37,6 @@ from tiny_llm.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
 CASES = int(os.environ.get("TINY_LLM_FUZZ") or 1000)
-SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 THERE = SETS[: SETS.index(backend.cpu.best_isa()) + 1] if backend.works() else SETS[:1]
 
 

@@ -10,12 +10,12 @@ from itertools import pairwise
 import mlx.core as mx
 import pytest
 
+from tests.instruction_sets import SETS
 from tiny_llm.ops import backend
 from tiny_llm.ops.attention import attention, attention_ref
 from tiny_llm.ops.backend import cpu
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")
-SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(params=SETS)

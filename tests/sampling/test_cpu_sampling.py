@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
+from tests.instruction_sets import SETS
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend
 from tiny_llm.ops.backend import cpu
@@ -31,7 +32,6 @@ KINDS = [
         {"temperature": 0.0},
     )
 ]
-SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(autouse=True)

@@ -49,8 +49,8 @@ NB_MODULE(_cpu, m) {
     m.def("best_isa", [] { return std::string(isa_name(best_isa())); }, "The best one that this machine has.");
     m.def("set_isa", [](const std::string& name) {
         if (!set_isa(name.c_str()))
-            throw std::invalid_argument("isa is '" + name + "', expected portable, avx2, avx512, avx512bf16 or amx, " +
-                                        "at most " + isa_name(best_isa()) + " on this machine");
+            throw std::invalid_argument("isa is '" + name + "', expected " + isa_names() + ", at most " +
+                                        isa_name(best_isa()) + " on this machine");
     }, nb::arg("name"), "Use another instruction set; only while no kernel runs.");
     m.def("all_float32", [](const nb::args& arrays) {
         for (nb::handle array : arrays)

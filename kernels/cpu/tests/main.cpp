@@ -20,8 +20,8 @@ void fail(const char* file, int line, const std::string& what) {
 
 void on_each_isa(const std::function<void()>& body) {
     const std::string before = isa_name(isa());
-    for (const char* name : {"portable", "avx2", "avx512", "avx512bf16", "amx"})
-        if (set_isa(name)) body();
+    for (int i = 0; i < kIsas; ++i)
+        if (set_isa(isa_name(Isa(i)))) body();
     set_isa(before.c_str());
 }
 

@@ -7,7 +7,7 @@ using namespace tiny_llm::test;
 
 TEST(isa_can_be_lowered_and_not_raised) {
     const std::string before = isa_name(isa());
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < kIsas; ++i) {
         const bool there = i <= static_cast<int>(best_isa());
         CHECK(set_isa(isa_name(Isa(i))) == there, "%s", isa_name(Isa(i)));
         CHECK(!there || isa() == Isa(i), "%s", isa_name(Isa(i)));
