@@ -31,9 +31,9 @@ def join_in(
     if team is None:
         return engine
     with held(team):
-        facts = {"backend": kernels.backend, "kernels": sorted(kernels.on_ours or ())}
-        own = {"TINY_LLM_CPU_ISA": isa(), "weights": stored.digest().hex(), "block size": engine.block_size}
-        team.agree({**facts, **own})
+        facts: dict[str, object] = {"backend": kernels.backend, "kernels": sorted(kernels.on_ours or ())}
+        facts |= {"TINY_LLM_CPU_ISA": isa(), "weights": stored.digest().hex()}
+        team.agree(facts | {"block size": engine.block_size})
         blocks, host = zip(*team.share([engine.kv_blocks, engine.host_blocks]), strict=True)
     if team.rank:
         follow(team, model, kernels)

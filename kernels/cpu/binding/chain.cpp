@@ -220,7 +220,7 @@ public:
         }
         graph.read(results_, graph.nodes.size());
         for (size_t v = 0; v < inputs.size(); ++v)
-            if (!graph.values[v].is_read) expect(false, "chain", "inputs that are read in the graph alone", inputs[v]);
+            expect(graph.values[v].is_read, "chain", "inputs that are read in the graph alone", inputs[v]);
         keep(graph);
     }
 
