@@ -204,3 +204,22 @@ def test_a_chain_of_one_value_read_late_and_of_inputs_out_of_order() -> None:
     wanted = cpu.add_rms_norm(steps[0], steps[-1], weight, 1e-6)
     for got, one in zip(chain([turned.T]), wanted, strict=True):
         assert mx.array_equal(got, one).item()
+
+
+def test_who_waits_for_the_cache_alone_finds_the_step_in_it(model: Decoder) -> None:
+    """What a step has written comes of it: nobody need ask for its logits first."""
+    caches = [PagedCache(KvFormat.of(model.config, SIZE, mx.float32), max_blocks=20) for _ in range(2)]
+    plan = next(plans(model.config.vocab_size))
+    for cache, used in zip(caches, (Chained(model), model), strict=True):
+        cache.prepare(plan)
+        mx.eval(cache.arrays())
+        used(build_batch(plan, SIZE), cache)
+    for got, expected in zip(*(cache.arrays() for cache in caches), strict=True):
+        assert mx.array_equal(got, expected).item() and mx.any(got != 0).item()
+
+
+def test_a_constant_that_does_not_lie_in_row_order() -> None:
+    x, weight = mx.random.normal((4, 8)), mx.random.normal((8, 2))[:, 0]
+    mx.eval(x, weight)
+    (got,) = cpu.Chain([x], [cpu.rms_norm(x, weight, 1e-6)])([x])
+    assert mx.array_equal(got, cpu.rms_norm(x, mx.contiguous(weight), 1e-6)).item()
