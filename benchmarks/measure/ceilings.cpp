@@ -153,14 +153,16 @@ double int8_rate(int threads) {
     return 0.0 * threads;
 #else
     double seconds = seconds_of(threads, [](int) {
-        Dots sums[kChains] = {}, a = sums[0], b = sums[1];
-        for (auto& sum : sums) hide(sum);
+        Dots sums[kChains], a = {}, b = {};
         hide(b);
+        for (auto& sum : sums) hide(sum = Dots{});  // known to be alike, they would be one sum
         for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 16
-            for (auto& sum : sums) {
-                hide(sum = dot(sum, a, b));  // or they would not stay in registers
-                hide(a);                     // or the products would be made once, for all sums
+            for (int i = 0; i < kChains; ++i) {
+                Dots sum = dot(sums[i], a, b);  // asked of the array, they would not stay in registers
+                hide(sum);
+                hide(a);  // or the products would be made once, for all sums
+                sums[i] = sum;
             }
         }
         keep(total(sums));
