@@ -111,15 +111,6 @@ bool set_isa(const char* name) {
     return true;
 }
 
-bool reads_ahead() {
-#if defined(__x86_64__)
-    static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-    return amd;
-#else
-    return false;
-#endif
-}
-
 const char* isa_names() { return kAllNames; }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }

@@ -34,9 +34,6 @@ bool set_isa(const char* name);
 const char* isa_name(Isa isa);
 const char* isa_names();  // of all of this architecture, to be read by people
 
-// Whether this processor, one with AVX-512, is known to read a stream best when it is not asked for it ahead.
-bool reads_ahead();
-
 }  // namespace tiny_llm
 
 // Declares `void name(const Args&)` for each instruction set and the function that picks one.

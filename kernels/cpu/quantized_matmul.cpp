@@ -102,6 +102,9 @@ void quantized_matmul(const Linear& a) {
 #elif defined(__AVX512VNNI__)
     const int64_t together = a.parts ? a.rows / a.part_count : a.rows;  // rows that meet a weight
     if (isa() == Isa::amx && together >= kRowsForTiles && !m.exact) return amx::tile_matmul(a);
+#if !defined(__AVX512BF16__)
+    if (isa() == Isa::avx512bf16) return avx512bf16::quantized_matmul(a);
+#endif
 #endif
     const Activations x = read_activations(a, m.exact ? Order::floats : Order::words, m.exact ? kExactRows : kMostRows);
     for_each_tile(a, x, [&](const auto& each) {

@@ -12,7 +12,9 @@
 namespace tiny_llm {
 
 TINY_KERNEL(quantized_matmul, Linear)
-#if defined(TINY_ARM_SETS)
+#if defined(TINY_X86_SETS)
+namespace avx512bf16 { void quantized_matmul(const Linear& args); }
+#elif defined(TINY_ARM_SETS)
 namespace dotprod { void quantized_matmul(const Linear& args); }
 #endif
 
