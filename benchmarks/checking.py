@@ -46,7 +46,7 @@ def parts(llm: LLM, rows: int, context: int) -> dict[str, Part]:
 
     def batch(start: int, count: int, wanted: int) -> Batch:
         item = PlanItem(1, array("i", range(7, 7 + count)), start, blocks, wanted)
-        plan = Plan([item], len(blocks), [], [], [])
+        plan = Plan([item], len(blocks))
         cache.prepare(plan)
         return build_batch(plan, size)
 

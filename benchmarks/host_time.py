@@ -89,7 +89,7 @@ def ours(shape: str, rows: int, backend: str, played: bool) -> Step:
     tables = [array("i", range(row * blocks, (row + 1) * blocks)) for row in range(rows)]
     drawn = mx.zeros((rows,), mx.uint32)
     items = [PlanItem(row, array("i", [-1 - row]), CONTEXT, table, 1) for row, table in enumerate(tables)]
-    plan = Plan(items, rows * blocks, [], [], [])
+    plan = Plan(items, rows * blocks)
     with use(backend):
         cache.prepare(plan)
     mx.eval(cache.arrays(), drawn)

@@ -52,7 +52,7 @@ def plan_of(sequences: int, context: int, shared: int) -> Plan:
         first = common + i * own
         table = array("i", [*range(common), *range(first, first + own)])
         items.append(PlanItem(i, array("i", [i + 1]), context - 1, table, 1))
-    return Plan(items, common + sequences * own, [], [], [], decodes=sequences)
+    return Plan(items, common + sequences * own, decodes=sequences)
 
 
 def milliseconds(call: Callable[[], object]) -> float:

@@ -293,9 +293,9 @@ class Plan:
 
     items: list[PlanItem]
     num_blocks: int
-    swap_out: list[tuple[int, int]]
-    copies: list[tuple[int, int]]
-    swap_in: list[tuple[int, int]]
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
     decodes: int = 0
     decode_context: int = 0
     chunk_tokens: int = 0

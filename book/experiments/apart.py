@@ -177,7 +177,7 @@ class Pool:
         table = manager.table(salt)
         known = manager.allocate(table, ids)
         assert known is not None, "no room"
-        self._move(Plan([], manager.capacity, **manager.drain()._asdict()))
+        self._move(manager.drain())
         for index in range(manager.blocks_for(len(ids) - 1)):
             end = min((index + 1) * SIZE, len(ids) - 1)
             truth = hashlib.sha512(f"{salt} {ids[:end]}".encode()).digest()

@@ -66,7 +66,7 @@ class Pool:
         table = self.blocks.table(salt, is_kept=keep)
         known = self.blocks.allocate(table, tokens)
         assert known is not None
-        self._move(Plan([], self.blocks.capacity, **self.blocks.drain()._asdict()))
+        self._move(self.blocks.drain())
         for index in range(known // self.size, self.blocks.blocks_for(len(tokens) - 1)):
             self.holds[table.blocks[index]] = truth(salt, tokens[: self._end(tokens[:-1], index)])
         self.blocks.free(table, tokens, len(tokens) - 1)
@@ -77,7 +77,7 @@ class Pool:
         table = self.blocks.table(salt)
         known = self.blocks.allocate(table, tokens)
         assert known is not None
-        self._move(Plan([], self.blocks.capacity, **self.blocks.drain()._asdict()))
+        self._move(self.blocks.drain())
         for index in range(known // self.size):
             expected = truth(salt, tokens[: (index + 1) * self.size])
             assert self.holds[table.blocks[index]] == expected, f"block {index} holds something else"

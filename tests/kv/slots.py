@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tiny_llm.kv.blocks import Moves
+from tiny_llm.data import Plan
 
 SIZE = 4
 PRIVATE = "private"
@@ -30,7 +30,7 @@ class Pool:
         """As a ``BlockStore``: what is read stands for what lies there, and is looked up when it comes."""
         return content if content in self.disk else None
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: Plan) -> None:
         """What the arrays' owner does before a step."""
         for block, content in moves.save:
             held = [self.slots[block, slot] for slot in range(self.size)]

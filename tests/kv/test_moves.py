@@ -209,7 +209,7 @@ class Fuzz:
         blocks = self.scheduler.blocks
         blocks.set_limit(self.chance.randint(1, BLOCKS))
         blocks.shrink(self.scheduler.tables(), blocks.limit)
-        plan = Plan([], blocks.capacity, **blocks.drain()._asdict())
+        plan = blocks.drain()
         self.cache.save(plan.save)
         self.cache.prepare(plan)
         self.seen["moved"] += len(plan.copies)

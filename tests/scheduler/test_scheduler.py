@@ -368,7 +368,7 @@ def test_a_step_that_cannot_be_planned_ahead_leaves_no_copy_for_another_plan() -
     ]
     assert scheduler.blocks.available == 1
     assert scheduler.follow(Plan(held, 5, [], [], [], decodes=3), ()) is None
-    assert not any(scheduler.blocks.drain()) and scheduler.blocks.available == 1
+    assert scheduler.blocks.drain() == Plan([], scheduler.blocks.capacity) and scheduler.blocks.available == 1
 
 
 def test_steps_are_prepared_ahead_while_somebody_waits_for_memory_that_is_not_there() -> None:

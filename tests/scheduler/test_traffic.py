@@ -166,7 +166,7 @@ class Traffic(RuleBasedStateMachine):
             if self.ahead is None:
                 blocks = self.scheduler.blocks
                 blocks.shrink(self.scheduler.tables())
-                self.model.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
+                self.model.move(blocks.drain())
         elif pick < 96:
             blocks = self.scheduler.blocks
             blocks.set_limit(int(seconds / 20 * blocks.allowed_blocks))
@@ -255,7 +255,8 @@ class Traffic(RuleBasedStateMachine):
             leaving = {advance.seq_id for advance in advances if advance.finish_reason == "length"}
             self.ahead = self.scheduler.follow(plan, leaving)
             self.seen["ahead"] += self.ahead is not None
-            assert not any(self.scheduler.blocks.drain()), "a move is left for another plan"
+            blocks = self.scheduler.blocks
+            assert blocks.drain() == Plan([], blocks.capacity), "a move is left for another plan"
             if self.ahead is not None:
                 self._check_ahead(plan, self.ahead)
         for seq in self.scheduler.commit(plan, advances, of_held):

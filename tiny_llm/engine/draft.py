@@ -190,7 +190,7 @@ class DraftModel:
     def _run(self, items: list[PlanItem]) -> mx.array:
         """Logits of the items' rows, lazily."""
         size = self.cache.format.block_size
-        batch = build_batch(Plan(items, len(self._read), [], [], []), size)
+        batch = build_batch(Plan(items, len(self._read)), size)
         for item in items:
             for block, first in self._reach(item):
                 self._read[block] = min(size, item.start + len(item.tokens) - first)

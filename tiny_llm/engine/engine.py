@@ -304,7 +304,7 @@ class Engine:
         blocks = self.scheduler.blocks
         self.keep_cached(blocks.capacity_within(limit), wait=wait)
         blocks.shrink(self.scheduler.tables(), limit)
-        self.runner.move(Plan([], blocks.capacity, **blocks.drain()._asdict()))
+        self.runner.move(blocks.drain())
         self._pool_limit.note(blocks)
 
     def _launch_next(self, clock: StepClock, *beside: InFlightBatch) -> InFlightBatch | None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from tiny_llm.data import Plan
 from tiny_llm.engine.engine import Engine
 
 
@@ -73,6 +72,5 @@ class Handover:
         """As the block manager does, with what that moves."""
         known = self._blocks.allocate(self._table, tokens, spare=self.engine.scheduler.num_running)
         if known is not None:
-            moves = self._blocks.drain()._asdict()
-            self.engine.runner.move(Plan([], self._blocks.capacity, **moves))
+            self.engine.runner.move(self._blocks.drain())
         return known

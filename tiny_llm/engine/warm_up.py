@@ -39,6 +39,6 @@ def _plans(block_size: int) -> Iterator[Plan]:
     for start, count in [*((0, tokens) for tokens in TOKENS), (LONG, 1)]:
         blocks = -(-(start + count) // block_size)
         item = PlanItem(0, array("i", [0] * count), start, array("i", range(blocks)), count)
-        yield Plan([item], blocks, [], [], [])
+        yield Plan([item], blocks)
     other = item._replace(seq_id=1, block_table=array("i", [*range(blocks - 1), blocks]))
-    yield Plan([item, other], blocks + 1, [], [], [])
+    yield Plan([item, other], blocks + 1)

@@ -18,23 +18,15 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from sys import maxsize
 from typing import NamedTuple
 
+from tiny_llm.data import Plan
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.prefix import PrefixCache, chain, content, encode, root
-
-
-class Moves(NamedTuple):
-    """What to do to the arrays before a step, in this order; each list as pairs (from, to)."""
-
-    save: list[tuple[int, bytes]]  # block, content
-    swap_out: list[tuple[int, int]]
-    copies: list[tuple[int, int]]
-    swap_in: list[tuple[int, int]]
-    load: list[tuple[bytes, int]]  # keys and values, block
 
 
 class Usage(NamedTuple):
@@ -90,7 +82,7 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # in no table, but registered; oldest first
         self._host_blocks = host_blocks
         self._host_free = list(reversed(range(host_blocks)))
-        self._moves = Moves([], [], [], [], [])
+        self._moves = Plan([], 0)
 
     @property
     def capacity(self) -> int:
@@ -295,13 +287,13 @@ class BlockManager:
         """There may be ``max_blocks`` from now on, as memory comes and goes. Those that are there stay."""
         self.limit, self.max_blocks = max_blocks, max(max_blocks, self.capacity)
 
-    def drain(self) -> Moves:
-        """What is to be done to the arrays since last asked, before anything else is written to them.
+    def drain(self) -> Plan:
+        """What is to be done to the arrays since last asked, before anything else is written: a plan of that.
 
         Between two drains, what takes blocks from tables comes before ``allocate``: swapping out and in
         at once would otherwise meet in a block or a slot.
         """
-        moves, self._moves = self._moves, Moves([], [], [], [], [])
+        moves, self._moves = replace(self._moves, num_blocks=self.capacity), Plan([], 0)
         return moves
 
     def grow(self, count: int) -> None:

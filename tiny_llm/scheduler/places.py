@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 
 from tiny_llm.data import Join, Plan, PlanItem, Sequence
@@ -100,7 +101,14 @@ class StepPlan:
 
     def finished(self, blocks: BlockManager) -> Plan:
         """The plan, with what moves between ``blocks`` for it."""
-        save, swap_out, copies, swap_in, load = blocks.drain()
-        chunks, preempted = (self.chunk_tokens, self.chunk_context), self.preempted
-        done = (self.decodes, self.decode_context, *chunks, preempted, self.drafted, save, load, self.joins)
-        return Plan(self.items, blocks.capacity, swap_out, copies, swap_in, *done)
+        return replace(
+            blocks.drain(),
+            items=self.items,
+            decodes=self.decodes,
+            decode_context=self.decode_context,
+            chunk_tokens=self.chunk_tokens,
+            chunk_context=self.chunk_context,
+            preempted=self.preempted,
+            drafted=self.drafted,
+            joins=self.joins,
+        )

@@ -175,8 +175,7 @@ class Scheduler:
             blocks = self._blocks(self._entries[item.seq_id], start + 1)
             items.append(PlanItem(item.seq_id, being_drawn, start, blocks, 1))
             context += self.speed.context(start, 1)
-        moves = self.blocks.drain()._asdict()
-        return Plan(items, self.blocks.capacity, decodes=len(items), decode_context=context, **moves)
+        return replace(self.blocks.drain(), items=items, decodes=len(items), decode_context=context)
 
     def commit(
         self, plan: Plan, advances: Iterable[Advance], of_held: Iterable[Advance] = ()

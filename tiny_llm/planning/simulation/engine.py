@@ -245,7 +245,7 @@ class SimulatedEngine:
         while count < most and self._decided < until:
             if self.steps < _LEARNT:
                 run = 1
-                following = Plan([], 0, [], [], [], decodes=decodes, decode_context=context)
+                following = Plan([], 0, decodes=decodes, decode_context=context)
                 self.scheduler.speed.observe(following, ms)
             else:
                 alike = 1 + min(_STRIDE, int(ms / (100 * more + 1e-9 * ms)))
