@@ -14,12 +14,11 @@ from tiny_llm.data import Batch, Plan, PlanItem
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.kv.paged import PagedCache
-from tiny_llm.models import chained
-from tiny_llm.models.chained import MOST_TOKENS, Chained
+from tiny_llm.models import replay
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.loading import load_model
 from tiny_llm.models.registry import Model
-from tiny_llm.models.replay import played
+from tiny_llm.models.replay import MOST_TOKENS, Chained, played
 from tiny_llm.ops.backend import cpu, use, works
 from tiny_llm.ops.kv_pool import KvFormat
 
@@ -48,7 +47,7 @@ class Counted:
 
     def __enter__(self) -> None:
         self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(chained, "cpu", self)
+        self._patch.setattr(replay, "cpu", self)
 
     def __exit__(self, *_: object) -> None:
         self._patch.undo()
@@ -135,7 +134,7 @@ def test_a_step_of_shapes_that_were_there_builds_nothing(
 
 
 def test_chains_are_bounded(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chained, "MOST_KEPT", 2)
+    monkeypatch.setattr(replay, "MOST_KEPT", 2)
     again, built = Chained(model), Counted()
     with built:
         run(again, model, mx.float32)

@@ -9,14 +9,15 @@ et al. 2024, EPIC). Knows no text and no arrays: it says what is pinned in the p
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 from typing import Literal, NamedTuple, get_args
 
-from tiny_llm.data import MovedPart
+from tiny_llm.data import Completion, MovedPart
 from tiny_llm.errors import CapacityError, RequestError
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.scheduler import Scheduler
 
 Joined = Literal["exact", "independent"]
@@ -77,6 +78,20 @@ class Context:
     chains: list[bytes] = field(default_factory=list)
 
 
+class ContextInfo(NamedTuple):
+    """A context's size, in tokens and bytes, and its use; the seconds that are left of its time, if any.
+
+    ``is_ready`` is whether all of it is computed and kept.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    hits: int
+    left_s: float | None
+    is_ready: bool
+
+
 class JoinedPrompt(NamedTuple):
     """What a prompt becomes behind its contexts: see ``data.Sequence``."""
 
@@ -90,20 +105,33 @@ class JoinedPrompt(NamedTuple):
 class Contexts:
     """All contexts of an engine, by name and salt: nobody finds one of another salt.
 
-    ``broken`` are those that could not be computed.
+    Times are those of ``clock``. ``broken`` are those that could not be computed.
     """
 
-    def __init__(self, scheduler: Scheduler, *, can_turn: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, block_bytes: int, clock: Callable[[], float], *, can_turn: bool
+    ) -> None:
         self._scheduler = scheduler
+        self._block_bytes = block_bytes
+        self._clock = clock
         self._can_turn = can_turn
         self._by_name: dict[tuple[str, str], Context] = {}
         self._chains: dict[bytes, int] = {}  # by what is computed one after the other: where it is pinned
         self._numbers = count()
         self.broken: list[Context] = []
 
-    def listed(self, salt: str = "") -> list[Context]:
-        """Those of a salt, the oldest first."""
-        return [one for one in self._by_name.values() if one.salt == salt]
+    def listed(self, salt: str = "") -> list[ContextInfo]:
+        """What there is of a salt, the oldest first."""
+        return [self.told(one.name, salt) for one in self._by_name.values() if one.salt == salt]
+
+    def told(self, name: str, salt: str = "") -> ContextInfo:
+        """What is told of one. Raises RequestError for a name that there is not."""
+        one = self.find(name, salt)
+        tokens, left = len(one.token_ids), one.expires_s - self._clock()
+        size = self._scheduler.blocks.blocks_for(tokens) * self._block_bytes
+        return ContextInfo(
+            name, tokens, size, one.hits, None if left == inf else max(0.0, left), self.is_ready(one)
+        )
 
     def find(self, name: str, salt: str = "") -> Context:
         """Raises RequestError for a name that there is not."""
@@ -117,7 +145,7 @@ class Contexts:
         """Whether all of it is computed and kept."""
         return context.number in self._scheduler.pins
 
-    def add(self, new: NewContext, prompt: Sequence[int], salt: str, now: float) -> Context:
+    def add(self, new: NewContext, prompt: Sequence[int], salt: str) -> Context:
         """Enter a context that is being computed. Said again, it stays longer.
 
         Raises RequestError for a name that is another text's, CapacityError where the pool has no room.
@@ -126,7 +154,8 @@ class Contexts:
             raise RequestError(f"A context's name has 1 to {_MOST_NAME} characters.", param="name")
         if new.ttl_s is not None and not new.ttl_s > 0:
             raise RequestError(f"ttl is {new.ttl_s}, but must be some seconds.", param="ttl")
-        tokens, expires = array("i", prompt), inf if new.ttl_s is None else now + new.ttl_s
+        now, tokens = self._clock(), array("i", prompt)
+        expires = inf if new.ttl_s is None else now + new.ttl_s
         known = self._by_name.get((salt, new.name))
         if known is not None and known.token_ids != tokens:
             what = f"There is a context {new.name!r} of another text; remove it first."
@@ -149,8 +178,9 @@ class Contexts:
         """Let go of a context, once nobody is under way with it. Raises RequestError for one that is not."""
         self._drop(self.find(name, salt))
 
-    def expire(self, now: float) -> None:
+    def expire(self) -> None:
         """Let go of those whose time is up."""
+        now = self._clock()
         for context in [one for one in self._by_name.values() if one.expires_s <= now]:
             self._drop(context)
 
@@ -227,3 +257,38 @@ class Contexts:
         numbers = [self._chains.pop(chain) for chain in context.chains if chain in self._chains]
         for number in numbers if context.users else (*numbers, context.number):
             self._scheduler.pins.release(number)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedContexts:
+    """``llm.contexts.add("handbook", text)``, then ``llm.generate(prompt, contexts=["handbook"])``."""
+
+    _contexts: Contexts
+    _stream: Callable[..., Iterator[object]]
+
+    def add(
+        self, name: str, text: str | Sequence[int] | Completion, *, ttl_s: float | None = None
+    ) -> ContextInfo:
+        """Compute a text, or token ids, and keep it: for ``ttl_s`` seconds, or until it is removed.
+
+        Of a completion, the prompt and the answer are kept. What is in the pool already is not computed
+        again. Raises RequestError for a name that another text has, CapacityError where there is no room.
+        """
+        if isinstance(text, Completion):
+            text = text.prompt_token_ids + text.token_ids
+        for _ in self._stream(text, SamplingParams(max_tokens=1), context=NewContext(name, ttl_s)):
+            pass
+        return self[name]
+
+    def remove(self, name: str) -> None:
+        """Let go of one. Raises RequestError for a name that there is not."""
+        self._contexts.remove(name)
+
+    def __getitem__(self, name: str) -> ContextInfo:
+        return self._contexts.told(name)
+
+    def __iter__(self) -> Iterator[ContextInfo]:
+        return iter(self._contexts.listed())
+
+    def __len__(self) -> int:
+        return len(self._contexts.listed())

@@ -24,7 +24,7 @@ from tiny_llm.engine.settings import Speculation
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
-from tiny_llm.models.loading import kv_dtype, load_model
+from tiny_llm.models.loading import kv_dtype
 from tiny_llm.models.registry import Model
 from tiny_llm.proving.record import Shapes
 from tiny_llm.sampling.sampler import sample
@@ -67,16 +67,12 @@ def open_draft(draft: str | Path | Checkpoint, target: Checkpoint, *, offline: b
 
 def draft_shapes(draft: Checkpoint, block_size: int) -> Shapes:
     """What kernels of the backend in use are to be tried on for it."""
-    computed = kv_dtype(draft.config, dtype=None, quantize=_bits(draft))
-    return Shapes.of(draft.config, _bits(draft), computed, block_size)
+    bits = draft_bits(draft)
+    return Shapes.of(draft.config, bits, kv_dtype(draft.config, dtype=None, quantize=bits), block_size)
 
 
-def load_draft(draft: Checkpoint) -> Model:
-    """It, for the backend in use; its matrices in 8 bits where they are not quantized already."""
-    return load_model(draft, quantize=_bits(draft))
-
-
-def _bits(draft: Checkpoint) -> int | None:
+def draft_bits(draft: Checkpoint) -> int | None:
+    """Into how many its matrices are packed on loading, where they are not quantized already."""
     return None if draft.config.quantization else 8
 
 

@@ -23,7 +23,6 @@ from tiny_llm.engine.draft import DraftModel, drafters_of
 from tiny_llm.engine.open_requests import Event, OpenRequests
 from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.ranks import Lead
-from tiny_llm.engine.request import Request
 from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.engine.stats import EngineStats, Snapshot, StepClock
@@ -36,6 +35,7 @@ from tiny_llm.memory import (
     give_back_memory,
     held_memory_bytes,
     limit_kept_memory,
+    narrowest_limit,
     wire_memory,
 )
 from tiny_llm.metrics import fallbacks
@@ -86,9 +86,11 @@ class Engine:
             ahead = settings.async_scheduling and may_run_ahead(mx.default_device().type)
         self.block_bytes = sum(format.block_bytes for format in formats)
         speculate = settings.speculate or ("ngram" if kernels.same_tokens else "off")
-        settings = replace(settings, async_scheduling=ahead, speculate=speculate)
-        self.settings = settings = settings.within_reach(self.block_bytes)
-        most, slab = settings.kv_blocks, settings.slab_blocks
+        # No more than there can ever be: the addresses of all blocks are taken at once.
+        most = min(settings.kv_blocks, max(1, narrowest_limit().most // self.block_bytes))
+        settings = replace(settings, kv_blocks=most, async_scheduling=ahead, speculate=speculate)
+        self.settings = settings
+        slab = settings.slab_blocks
         if settings.share is not None:
             most = slab * settings.share.open(slab * self.block_bytes)
         room = {"max_blocks": most, "host_blocks": settings.host_blocks}
@@ -103,7 +105,7 @@ class Engine:
         assert speculate != "draft" or drafting, "somebody must guess"
         blocks, drafters = settings.block_manager(store, *models), drafters_of(speculate)
         self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
-        self.contexts = Contexts(self.scheduler, can_turn=inv_freq is not None)
+        self.contexts = Contexts(self.scheduler, self.block_bytes, self._clock, can_turn=inv_freq is not None)
         self._open = OpenRequests(self.scheduler, self.contexts, self.totals, tokenizer, end_ids)
         largest = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, *largest, formats[0].gathered_bytes(max_context))
@@ -144,7 +146,7 @@ class Engine:
         """
         now = self._clock() if arrival_s is None else arrival_s
         if context is not None:
-            return self._pin(self.contexts.add(context, prompt, salt, now))
+            return self._pin(self.contexts.add(context, prompt, salt))
         joined = self.contexts.joined(prompt, joining, salt)
         if len(joined.token_ids) > len(prompt):  # whoever asked may not know how long contexts are
             room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
@@ -196,10 +198,6 @@ class Engine:
         if self.trace is not None:
             self.trace.arrived(number, now)
         return number
-
-    def now(self) -> float:
-        """Seconds of the engine's clock."""
-        return self._clock()
 
     def stats(self) -> Snapshot:
         """All figures of the moment, for whoever reports them. To be called between two steps."""
@@ -314,20 +312,16 @@ class Engine:
         for item in plan.items:
             request = self._open.of(item.seq_id)
             if not request.started_s:
-                self._note_start(request, item.seq_id)
+                sequence = self.scheduler.sequence(item.seq_id)
+                assert sequence is not None, "it is in the plan"
+                request.started_s, request.cached_tokens = self._clock(), sequence.cached_tokens
+                self.totals.queue_s.add(request.started_s - request.arrival)
         clock.lap("schedule")
         if plan.items or (beside and plan.preempted):  # what moves, moves in its turn
             return self.runner.launch(plan, self._open.drawing, None, clock.lap)
         if plan.preempted:  # all had to go, some of them to the host
             self.runner.move(plan)
         return None
-
-    def _note_start(self, request: Request, seq_id: int) -> None:
-        sequence = self.scheduler.sequence(seq_id)
-        assert sequence is not None, "it is in the plan"
-        request.started_s = self._clock()
-        request.cached_tokens = sequence.cached_tokens
-        self.totals.queue_s.add(request.started_s - request.arrival)
 
     def _launch_ahead(self, batch: InFlightBatch, clock: StepClock) -> None:
         """Start the step after one under way, if it is known but for the tokens that are being drawn. Where
@@ -364,7 +358,7 @@ class Engine:
 
     def _look_after_contexts(self) -> list[Event]:
         """Those whose time is up go; who waits for one that could not be computed ends."""
-        self.contexts.expire(self._clock())
+        self.contexts.expire()
         events: list[Event] = []
         while self.contexts.broken:
             context = self.contexts.broken.pop()

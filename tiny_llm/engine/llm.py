@@ -20,12 +20,19 @@ from tiny_llm.decoding.grammar import response_grammar
 from tiny_llm.decoding.structured_output import GrammarCompiler
 from tiny_llm.distributed.meeting import Ranks
 from tiny_llm.engine.budget import Share
-from tiny_llm.engine.contexts import Joined, Joining
-from tiny_llm.engine.draft import draft_shapes, load_draft, open_draft, which_draft
+from tiny_llm.engine.contexts import Joined, Joining, NamedContexts
+from tiny_llm.engine.draft import draft_bits, draft_shapes, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.follower import join_in
-from tiny_llm.engine.named_contexts import NamedContexts
-from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
+from tiny_llm.engine.prompts import (
+    ChatOptions,
+    Prompt,
+    as_list,
+    for_each,
+    read_prompt,
+    require_able,
+    require_short,
+)
 from tiny_llm.engine.ranks import Lead, gather, held
 from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
@@ -35,7 +42,6 @@ from tiny_llm.messages.chat_format import ChatFormat, ToolChoice, ToolSpec
 from tiny_llm.messages.chat_prompt import PLACE, ChatPrompts, with_place
 from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
-from tiny_llm.models.embedding import require_able
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
 from tiny_llm.models.loading import kv_dtype as dtype_of_kv
 from tiny_llm.models.registry import Model
@@ -142,7 +148,7 @@ class LLM:
             own = partial(load_model, model, dtype=dtype, quantize=quantize, progress=progress)
             shares = None if self._team is None else self._team.shares
             self._model = loaded = own(activations=activations, group=group, shares=shares)
-            self._draft = None if drafting is None else load_draft(drafting)
+            self._draft = None if drafting is None else load_model(drafting, quantize=draft_bits(drafting))
         self._weight_bytes = sum(weight_bytes(one) for one in (loaded, self._draft) if one is not None)
         self.config, self.embedding = loaded.config, model.embedding
         self.max_context = context_limit(max_context, self.config.max_position_embeddings)
@@ -156,7 +162,7 @@ class LLM:
     @property
     def contexts(self) -> NamedContexts:
         """Texts that are computed once, and stand before prompts by name."""
-        return NamedContexts(self.engine, self.stream)
+        return NamedContexts(self.engine.contexts, self.stream)
 
     @property
     def engine(self) -> Engine:

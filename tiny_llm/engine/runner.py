@@ -6,26 +6,33 @@ tokens that are being drawn. Knows no request and no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 
-from tiny_llm.data import Plan
+from tiny_llm.data import Plan, PlanItem
 from tiny_llm.decoding.decide import Decision, Drawing, Lap, Row, Sharing, draw, rows_of, within_forms
 from tiny_llm.decoding.pooling import PooledRows, gather, pooled_rows
 from tiny_llm.engine.batch import build_batch
 from tiny_llm.engine.draft import DraftModel
 from tiny_llm.engine.ranks import Lead
-from tiny_llm.engine.warm_up import warm_up
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import BUFFER_POOL_BYTES
-from tiny_llm.models.embedding import with_hidden
+from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.footprint import activation_bytes
 from tiny_llm.models.registry import Model
+from tiny_llm.models.replay import Played
 from tiny_llm.ops.backend import use
 from tiny_llm.proving.choice import Kernels
+from tiny_llm.sampling.sampler import sample
+from tiny_llm.sampling_params import SamplingParams
+
+_WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # of a step: from one of these to the next each kernel has one text
+_WARM_LONG = 128  # tokens before a row whose attention is cut into spans
+_DRAWN = SamplingParams(temperature=1.0, seed=0)
 
 
 @dataclass(slots=True)
@@ -138,7 +145,9 @@ class Runner:
         lap("build")
         if pooled:
             rows = mx.array([row for one in pooled for row in one.rows], mx.int32)
-            logits, hidden = with_hidden(self.model, batch, self.cache, rows)
+            model = self.model.model if isinstance(self.model, Played) else self.model
+            assert isinstance(model, Decoder), "others are refused by LLM.check"
+            logits, hidden = model.with_hidden(batch, self.cache, rows)
             gather(pooled, hidden)
         else:
             logits = self.model(batch, self.cache)
@@ -194,13 +203,13 @@ class Runner:
             self.cache.take(data, count, pairs)
 
     def warm_up(self, most_blocks: int) -> None:
-        """Compile what a GPU's kernels need, before there is a request; see ``warm_up``."""
+        """Have a GPU's kernels compiled, so that no request waits for that."""
         if self._lead is not None:
             self._lead.warm_up(most_blocks)
         with use(self.kernels.backend, self.kernels.ours):
-            warm_up(self.model, self.cache, most_blocks)
+            _warm_up(self.model, self.cache, most_blocks)
             if self.draft is not None:
-                warm_up(self.draft.model, self.draft.cache, most_blocks)
+                _warm_up(self.draft.model, self.draft.cache, most_blocks)
 
     def swap_ms(self) -> float:
         """Milliseconds that a block takes to host memory and back."""
@@ -218,3 +227,24 @@ class Runner:
         self.cache.clear()
         if self.draft is not None:
             self.draft.clear()
+
+
+def _warm_up(model: Model, cache: PagedCache, most_blocks: int) -> None:
+    """Run ``model`` over ``cache`` once for each text of a kernel, on the backend in use; it forgets all."""
+    for plan in _plans(cache.format.block_size):
+        if plan.num_blocks <= most_blocks:
+            cache.prepare(plan)
+            logits = model(build_batch(plan, cache.format.block_size), cache)
+            rows = logits.shape[0]
+            mx.eval(sample(logits, [_DRAWN] * rows, [0] * rows), *cache.arrays())
+    cache.clear()
+
+
+def _plans(block_size: int) -> Iterator[Plan]:
+    """Steps of one sequence, all of whose logits are wanted, and one of two that begin alike."""
+    for start, count in [*((0, tokens) for tokens in _WARM_TOKENS), (_WARM_LONG, 1)]:
+        blocks = -(-(start + count) // block_size)
+        item = PlanItem(0, array("i", [0] * count), start, array("i", range(blocks)), count)
+        yield Plan([item], blocks)
+    other = item._replace(seq_id=1, block_table=array("i", [*range(blocks - 1), blocks]))
+    yield Plan([item, other], blocks + 1)

@@ -129,11 +129,6 @@ class EngineSettings:
             share=share,
         )
 
-    def within_reach(self, block_bytes: int) -> EngineSettings:
-        """The same with no more blocks than there can ever be: the addresses of all are taken at once."""
-        most = max(1, narrowest_limit().most // block_bytes)
-        return replace(self, kv_blocks=min(self.kv_blocks, most))
-
     def block_manager(self, store: BlockStore | None = None, *models: Model) -> BlockManager:
         """The accounts of a pool as it is set here, which ``models`` share.
 

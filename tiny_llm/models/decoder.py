@@ -6,7 +6,7 @@ file and no tokenizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -138,6 +138,24 @@ class Decoder:
         own = embed.as_head() if tied else Linear.take(weights, "lm_head", bias=False)
         head, scale = gathering(own, group, config.vocab_size), config.logit_scale
         return norm, head if scale == 1 else FinishedLinear(head, None, scale)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it was saved with a head, its own or the table of tokens: else it can only embed."""
+        head = self.lm_head.linear if isinstance(self.lm_head, FinishedLinear) else self.lm_head
+        is_table = isinstance(head, Linear) and head.weight is self.embed_tokens.weight
+        return self.config.tie_word_embeddings or not is_table
+
+    def with_hidden(self, batch: Batch, kv: KVCache, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """The batch's logits [R, V], and what the head would read of other ``rows`` int32 [P]: [P, E]."""
+        wanted, hidden = batch.logit_rows.size, list[mx.array]()
+
+        def head(x: mx.array) -> mx.array:
+            hidden.append(x[wanted:])
+            return self.lm_head(x[:wanted])
+
+        both = replace(batch, logit_rows=mx.concatenate([batch.logit_rows, rows]))
+        return replace(self, lm_head=head)(both, kv), hidden[0]
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         x, residual = self.embed_tokens(batch.tokens, batch.positions), None

@@ -1,7 +1,7 @@
-"""Owns a decoder's graph from one layer's attention to the next: built once, then played again by MLX.
+"""Owns a decoder's step whose graph is built once for such shapes, then played again.
 
-To build a step's graph anew takes Python longer than a small model's step takes a GPU. Only attention depends
-on more than the shapes of its arrays; ``mx.compile`` keeps what lies between.
+To build it anew takes Python longer than a small model's step takes a GPU, and on a CPU a quarter of the time
+that the kernels take on the same cores. But only a batch's and the cache's arrays are others.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import mlx.core as mx
 
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
-from tiny_llm.models.chained import Chained
+from tiny_llm.kv.paged import PagedCache
 from tiny_llm.models.decoder import Decoder, DecoderLayer
 from tiny_llm.models.registry import Model
-from tiny_llm.ops.backend import active, on_mlx
+from tiny_llm.ops.backend import active, cpu, on_mlx
 
 MOST_TOKENS = 64
-"""Of a step that is played again: each number of them is kept, and a larger step keeps a GPU busy anyway."""
+"""Of a step that is played again: each number of them is kept, and a larger step keeps a processor busy."""
+MOST_KEPT = 32
+"""Chains: one for each number of tokens, sequences, rows and blocks."""
 
 
 def played(model: Model) -> Model:
@@ -30,20 +32,71 @@ def played(model: Model) -> Model:
     return Replay(model) if on_gpu else Chained(model) if active() == "cpu" else model
 
 
-class Replay:
+class Played:
     """A ``Decoder`` for one backend and its choice of kernels, which are kept with the graph."""
 
     def __init__(self, model: Decoder) -> None:
-        layers = model.layers
         self.config: ModelConfig = model.config
         self.model = model
-        self._begin = mx.compile(partial(_begin, model))
-        self._between = [mx.compile(partial(_between, *pair)) for pair in pairwise(layers)]
-        self._end = mx.compile(partial(_end, model))
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         """Logits [R, V], as the model gives them."""
-        if not self._between or not 0 < batch.tokens.size <= MOST_TOKENS:
+        return (self.again if 0 < batch.tokens.size <= MOST_TOKENS else self.model)(batch, kv)
+
+    def again(self, batch: Batch, kv: KVCache) -> mx.array:
+        """The same by the graph that is kept, or will be."""
+        raise NotImplementedError
+
+
+class Chained(Played):
+    """On the CPU kernels, all of a step. Kernels in a row are one operation."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self._chains: dict[tuple[object, ...], cpu.Chain] = {}
+        self._can = True  # as far as is known
+
+    def again(self, batch: Batch, kv: KVCache) -> mx.array:
+        """By the chain for the batch's sizes."""
+        pages = batch.pages
+        if not self._can or pages is None or not isinstance(kv, PagedCache):
+            return self.model(batch, kv)
+        pools = kv.arrays()
+        lists = pages.slot_mapping, pages.block_tables, pages.query_start_loc, pages.context_lens
+        inputs = [batch.tokens, batch.positions, batch.logit_rows, *lists, *pools]
+        sizes = batch.tokens.size, batch.logit_rows.size, pages.block_tables.shape
+        key = (*sizes, pools[0].shape, pools[0].dtype)
+        chain = self._chains.get(key)
+        if chain is None:
+            logits = self.model(batch, kv)
+            try:
+                chain = cpu.Chain(inputs, [logits, *kv.arrays()])
+            except ValueError:  # something was looked at while the graph was built, and is not in it
+                self._can = False
+                return logits
+            if len(self._chains) == MOST_KEPT:
+                del self._chains[next(iter(self._chains))]
+            self._chains[key] = chain
+        logits, *pools = chain(inputs)
+        kv.put(pools)
+        return logits
+
+
+class Replay(Played):
+    """By ``mx.compile``, what lies between one layer's attention and the next.
+
+    Only attention depends on more than the shapes of its arrays.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self._begin = mx.compile(partial(_begin, model))
+        self._between = [mx.compile(partial(_between, *pair)) for pair in pairwise(model.layers)]
+        self._end = mx.compile(partial(_end, model))
+
+    def again(self, batch: Batch, kv: KVCache) -> mx.array:
+        """Layer by layer."""
+        if not self._between:
             return self.model(batch, kv)
         attentions = [layer.self_attn for layer in self.model.layers]
         x, q, k, v = self._begin(batch.tokens, batch.positions)

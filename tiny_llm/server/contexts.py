@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from tiny_llm.engine.contexts import NewContext
+from tiny_llm.engine.contexts import ContextInfo, NewContext
 from tiny_llm.engine.llm import LLM
-from tiny_llm.engine.named_contexts import ContextInfo, info, listed
 from tiny_llm.errors import RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.server.params import prompt_ids, salt_of
@@ -22,13 +21,12 @@ async def add_context(service: Service, request: Request, body: ContextBody) -> 
     (ids,) = await aside(request, lambda: prompt_ids(service.llm, [body.text]))
     salt, new = salt_of(request.state.salt, body.cache_salt), NewContext(body.name, body.ttl)
     await service.engine.generate(ids, SamplingParams(max_tokens=1), salt=salt, context=new)
-    told = await service.engine.call(lambda llm: info(llm.engine, llm.engine.contexts.find(body.name, salt)))
-    return _told(told)
+    return _told(await service.engine.call(lambda llm: llm.engine.contexts.told(body.name, salt)))
 
 
 async def list_contexts(service: Service, salt: str) -> dict[str, object]:
     """What there is of a key."""
-    there = await service.engine.call(lambda llm: listed(llm.engine, salt))
+    there = await service.engine.call(lambda llm: llm.engine.contexts.listed(salt))
     return {"object": "list", "data": [_told(one) for one in there]}
 
 
