@@ -90,7 +90,7 @@ def penalized(ids):
     history = History(frozenset(ids), ids)
     history.answer.update(ids)
     params = SamplingParams(min_tokens=9, repetition_penalty=1.5, presence_penalty=1.0)
-    mx.eval(penalize(mx.zeros((2, VOCAB)), [1], [params], [history]))
+    mx.eval(penalize(mx.zeros((2, VOCAB)), [(1, params, history, 0)]))
 
 def kernels(ids):
     if works():

@@ -286,16 +286,13 @@ def changed(logits: mx.array, rows: Sequence[Row], errors: list[str | None]) -> 
     """
     if all(row.answer.plain for row in rows):
         return logits
-    penalized = [n for n, row in enumerate(rows) if changes_logits(row.answer.params, row.answered)]
+    penalized = [
+        (n, row.answer.params, row.history, row.answered)
+        for n, row in enumerate(rows)
+        if changes_logits(row.answer.params, row.answered)
+    ]
     if penalized:
-        own = [rows[n] for n in penalized]
-        logits = penalize(
-            logits,
-            penalized,
-            [row.answer.params for row in own],
-            [row.history for row in own],
-            [row.answered for row in own],
-        )
+        logits = penalize(logits, penalized)
     if any(row.answer.params.processors for row in rows):
         logits = mx.stack([_processed(logits[n], row, errors, n) for n, row in enumerate(rows)])
     if any(row.answer.form for row in rows):

@@ -335,27 +335,36 @@ class LLM:
         A request that fails on the way has its reason in ``Completion.error``. Raises CapacityError for
         one that can never fit, and ends the others.
         """
+        for index, chunk in self._chunks_of(requests, options):
+            if chunk.completion is not None:
+                yield index, chunk.completion
+
+    def _chunks_of(
+        self, requests: Iterable[tuple[list[int], SamplingParams]], options: dict[str, Any]
+    ) -> Iterator[tuple[int, Chunk]]:
+        """What comes of requests, with their numbers; what others get meanwhile is kept for them."""
         waiting = enumerate(requests)
         following = next(waiting, None)
-        begun: dict[int, tuple[int, int]] = {}  # engine's number: ours, and answers still to come
+        begun: dict[int, int] = {}  # engine's number: ours
+        left: dict[int, int] = {}  # answers still to come
         try:
             while begun or following:
                 while following and self.engine.scheduler.num_waiting < _AHEAD:
                     index, (ids, params) = following
-                    begun[self._begin(ids, params, options)] = index, params.n
+                    with self._open_turn().taken() as engine:
+                        number = engine.add(ids, params, **options)
+                    self._chunks[number], begun[number], left[number] = deque(), index, params.n
                     following = next(waiting, None)
-                self._step()
+                if not any(self._chunks[number] for number in begun):
+                    self._step()
                 for number in list(begun):
-                    taken = self._chunks[number]
-                    while taken:
-                        chunk = taken.popleft()
-                        if chunk.completion is not None:
-                            index, left = begun.pop(number)
-                            if left > 1:
-                                begun[number] = index, left - 1
-                            else:
-                                del self._chunks[number]
-                            yield index, chunk.completion
+                    while number in begun and (chunks := self._chunks[number]):
+                        index, chunk = begun[number], chunks.popleft()
+                        left[number] -= chunk.completion is not None
+                        if not left[number]:
+                            del begun[number]
+                            self._drop(number)
+                        yield index, chunk
         finally:
             for number in begun:
                 self._drop(number)
@@ -468,27 +477,11 @@ class LLM:
         """Raises ContextError for a text that cannot fit, before the work of reading it."""
         require_short(characters, self.tokenizer, self.max_context)
 
-    def _begin(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> int:
-        with self._open_turn().taken() as engine:
-            number = engine.add(ids, params, **options)
-        self._chunks[number] = deque()
-        return number
-
     def _answer(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Generator[Chunk]:
-        """Step the engine until this request has ended; what others get meanwhile is kept for them."""
-        number, answers = self._begin(ids, params, options), params.n
-        mine = self._chunks[number]
-        try:
-            while answers:
-                while not mine:
-                    self._step()
-                chunk = mine.popleft()
-                answers -= chunk.completion is not None
-                if chunk.completion is not None and chunk.completion.error is not None:
-                    raise RequestError(chunk.completion.error)
-                yield chunk
-        finally:
-            self._drop(number)
+        for _, chunk in self._chunks_of([(ids, params)], options):
+            if chunk.completion is not None and chunk.completion.error is not None:
+                raise RequestError(chunk.completion.error)
+            yield chunk
 
     def _step(self) -> None:
         with self._open_turn().taken() as engine:

@@ -7,7 +7,7 @@ presence and frequency, then biases. Knows no sequence: a row is told its tokens
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -39,26 +39,20 @@ def changes_logits(params: SamplingParams, answered: int) -> bool:
     return looks_back(params) or bool(params.logit_bias) or answered < params.min_tokens
 
 
-def penalize(
-    logits: mx.array,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    histories: Sequence[History],
-    answered: Sequence[int],
-) -> mx.array:
-    """Return logits [R, V] as float32 with ``rows`` changed by their ``params`` and ``histories``.
+def penalize(logits: mx.array, rows: Iterable[tuple[int, SamplingParams, History, int]]) -> mx.array:
+    """Return logits [R, V] as float32, some ``rows`` changed: (which, by what, its history, answered).
 
-    ``answered`` tokens are before each row's, those included that no history knows yet.
+    ``answered`` counts the tokens before it, those included that no history knows yet.
 
     Raises ValueError for an id that is not in the vocabulary: MLX would write to memory beyond the row.
     """
     scores = logits.astype(mx.float32)
     seen: list[tuple[int, int, float]] = []
     added: list[tuple[int, int, float]] = []
-    for row, own, history, count in zip(rows, params, histories, answered, strict=True):
+    for row, own, history, answered in rows:
         if own.repetition_penalty != 1:
             seen += [(row, token, own.repetition_penalty) for token in history.prompt | history.answer.keys()]
-        added += [(row, token, amount) for token, amount in _added(own, history, count).items()]
+        added += [(row, token, amount) for token, amount in _added(own, history, answered).items()]
     if seen:
         at, factors = _entries(seen, scores.shape[-1])
         found = scores[at]
