@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tiny_llm.ops.backend import use, works
-from tiny_llm.ops.gelu import gelu
 from tiny_llm.ops.layer_norm import layer_norm
+from tiny_llm.ops.swiglu import gelu
 
 pytestmark = pytest.mark.parametrize("backend", ["ref", "mlx", *(["cpu"] if works() else [])])
 

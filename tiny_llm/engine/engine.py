@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import inf
 
 import mlx.core as mx
 
@@ -152,7 +153,8 @@ class Engine:
             room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
             params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
         try:
-            return self._add(joined, params, priority, now, timeout_s, keep)
+            deadline = inf if timeout_s is None else now + timeout_s
+            return self._add(joined, params, priority, now, deadline, keep)
         except Exception:
             self.contexts.leave(joined.contexts)
             raise
@@ -162,7 +164,7 @@ class Engine:
         pin = context.number, len(context.token_ids)
         prompt = JoinedPrompt(context.token_ids[:], (), pin, context.salt, ())  # its answer is added
         try:
-            return self._add(prompt, _COMPUTED, 0, context.created_s, None, keep=True)
+            return self._add(prompt, _COMPUTED, 0, context.created_s, inf, keep=True)
         except Exception:
             self.contexts.settle(context.number)
             raise
@@ -173,7 +175,7 @@ class Engine:
         params: SamplingParams,
         priority: int,
         now: float,
-        timeout_s: float | None,
+        deadline: float,
         keep: bool,
     ) -> int:
         salt, tokens = prompt.salt, prompt.token_ids
@@ -190,7 +192,6 @@ class Engine:
             if prompt.parts:
                 raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
             salt, keep = f"{salt}/{number}", False
-        deadline = now + timeout_s if timeout_s is not None else float("inf")
         sequence = TokenSequence(
             number, tokens, own, priority, now, deadline, salt, keep, prompt.parts, prompt.pin
         )

@@ -71,8 +71,10 @@ class PagedCache:
         if plan.num_blocks > self._blocks:
             self._layers = self._sized(self._layers, plan.num_blocks, self.max_blocks)
         if plan.swap_out:
-            most = 1 + max(slot for _, slot in plan.swap_out)
-            self._host = self._sized(self._host, self._host_room(most), self.host_blocks)
+            most, room = 1 + max(slot for _, slot in plan.swap_out), _blocks(self._host)
+            if most > room:  # at least doubled, so that growing is rare
+                room = min(max(most, 2 * room), self.host_blocks)
+            self._host = self._sized(self._host, room, self.host_blocks)
             _move(self._layers, self._host, plan.swap_out)
         if plan.copies:
             _move(self._layers, self._layers, plan.copies)
@@ -166,11 +168,6 @@ class PagedCache:
             smaller = self.format.empty_pool(blocks, self.max_blocks)
             self._layers[layer] = copy_blocks(pool, smaller, kept)
             mx.eval(*self._layers[layer])
-
-    def _host_room(self, blocks: int) -> int:
-        """Blocks that the host is to have for ``blocks``: at least doubled, so that growing is rare."""
-        has = _blocks(self._host)
-        return has if blocks <= has else min(max(blocks, 2 * has), self.host_blocks)
 
     def _sized(self, pools: list[Pool], blocks: int, most: int) -> list[Pool]:
         if not pools:

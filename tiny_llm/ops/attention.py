@@ -80,15 +80,11 @@ def attention_mlx(
     queries, keys, values = (x.swapaxes(0, 1)[None] for x in (q, k[seen], v[seen]))
     mask: str | mx.array | None = "causal" if T > 1 else None
     if T > 1 and 0 < window < offset + T:
-        mask = window_mask(T, keys.shape[2], window)
+        S = keys.shape[2]
+        behind = mx.arange(S - T, S)[:, None] - mx.arange(S)[None, :]
+        mask = (behind >= 0) & (behind < window)
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     return out[0].swapaxes(0, 1).astype(q.dtype)
-
-
-def window_mask(T: int, S: int, window: int) -> mx.array:
-    """Bool [T, S]: whether query t, at position ``S - T + t``, sees key s: one of its last ``window``."""
-    behind = mx.arange(S - T, S)[:, None] - mx.arange(S)[None, :]
-    return (behind >= 0) & (behind < window)
 
 
 def _attention_cpu(q: mx.array, k: mx.array, v: mx.array, scale: float, offset: int, window: int) -> mx.array:

@@ -1,7 +1,8 @@
-"""The gated unit between an MLP's two halves (Shazeer 2020, "GLU Variants"). Chapter 1.4."""
+"""The units between an MLP's two halves: SwiGLU (Shazeer 2020, "GLU Variants"; chapter 1.4), and GELU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -9,6 +10,8 @@ import mlx.core as mx
 
 from tiny_llm.ops.backend import cpu, on_cpu, on_mlx
 from tiny_llm.ops.metal import kernel, on_metal
+
+_TWICE = 2 * math.sqrt(2 / math.pi)
 
 
 def swiglu_ref(gate: mx.array, up: mx.array) -> mx.array:
@@ -55,3 +58,17 @@ def _metal(gate: mx.array, up: mx.array) -> mx.array:
         output_shapes=[gate.shape],
         output_dtypes=[gate.dtype],
     )[0]
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Return ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x ** 3)))`` elementwise, made in float32
+    (Hendrycks & Gimpel 2016), by tanh, as GPT-2 and Gemma have it.
+
+    ``(1 + tanh(u)) / 2`` is ``sigmoid(2 u)``; and ``x sigmoid(2 u)`` is ``silu(2 u) * (x / 2 u)``, where x
+    falls out of the quotient.
+    """
+    wide = x.astype(mx.float32)
+    bent = _TWICE * (1 + 0.044715 * (wide * wide))  # 2 u / x
+    if on_cpu("gelu", x):
+        return cpu.swiglu(wide * bent, 1 / bent)
+    return (wide * mx.sigmoid(wide * bent)).astype(x.dtype)

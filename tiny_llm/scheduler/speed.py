@@ -97,8 +97,8 @@ class StepTime:
 
     def chunk_ms(self, start: int, tokens: int) -> float:
         """What ``tokens`` tokens from position ``start`` on add to a step."""
-        token, look = self._of_chunk(start)
-        return token * tokens + look * self.context(start, tokens)
+        doubt = self._doubt_of(_NOTHING, self.context(start, 1))[2]  # rather too much than too little
+        return (self._costs[3] + sqrt(doubt)) * tokens + self._costs[4] * self.context(start, tokens)
 
     def tokens_within(self, ms: float, start: int, beside: Work = _NOTHING) -> float:
         """How many tokens from position ``start`` on a step of ``ms`` has room for, ``beside`` what it does.
@@ -124,11 +124,6 @@ class StepTime:
         """The tokens that each of ``tokens`` tokens from position ``start`` on sees before it, summed."""
         hidden = sum([share * hidden_pairs(window, start, tokens) for window, share in self.windows])
         return context_of(start, tokens) - round(hidden)
-
-    def _of_chunk(self, start: int) -> tuple[float, float]:
-        """The costs of a chunk's token from ``start`` on, and of each of its context: rather too high."""
-        doubt = self._doubt_of(_NOTHING, self.context(start, 1))[2]
-        return self._costs[3] + sqrt(doubt), self._costs[4]
 
     def _doubt_of(self, beside: Work, seen: int = 0) -> tuple[float, float, float]:
         """The variances of that and of a chunk's token with ``seen`` before it; between, their covariance."""
