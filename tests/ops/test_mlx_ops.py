@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages, QuantizedTensor
-from tiny_llm.ops import backend, read_groups
+from tiny_llm.ops import backend, work_lists
 from tiny_llm.ops.attention import attention, attention_ref
 from tiny_llm.ops.embedding import embedding, embedding_ref
 from tiny_llm.ops.kv_pool import KvFormat, Pool
@@ -176,9 +176,9 @@ def test_a_class_is_cut_where_it_would_gather_too_much(
 ) -> None:
     step = Step([40, 33, 48, 47, 34], [1] * 5, 16, dtype)
     token_bytes = 2 * K * D * dtype.size
-    sizes = read_groups.LayerSizes(16, H, K, token_bytes)
+    sizes = work_lists.LayerSizes(16, H, K, token_bytes)
     assert len(WorkLists(step.pages).reads(sizes).groups) == 1
-    monkeypatch.setattr(read_groups, "GATHER_BYTES", 2 * 48 * token_bytes)
+    monkeypatch.setattr(work_lists, "GATHER_BYTES", 2 * 48 * token_bytes)
     parts = WorkLists(step.pages).reads(sizes).groups
     assert [part.places.shape[0] for part in parts] == [2, 2, 1]
     out, _ = paged_attention(step.q, step.k, step.v, step.pool, step.pages)
@@ -186,7 +186,7 @@ def test_a_class_is_cut_where_it_would_gather_too_much(
 
 
 def test_consecutive_blocks_are_read_where_they_lie(dtype: mx.Dtype) -> None:
-    sizes = read_groups.LayerSizes(16, H, K, 2 * K * D * dtype.size)
+    sizes = work_lists.LayerSizes(16, H, K, 2 * K * D * dtype.size)
 
     def places(order: str) -> list[object]:
         step = Step([100, 9, 70], [1, 1, 3], 16, dtype, order)
@@ -206,7 +206,7 @@ def test_the_format_says_how_a_pool_lies(dtype: mx.Dtype) -> None:
 
 def test_sequences_with_as_many_rows_are_one_call(dtype: mx.Dtype) -> None:
     """Guesses that are checked are a few rows of each sequence; a call a sequence would be a loop a layer."""
-    sizes = read_groups.LayerSizes(16, H, K, 2 * K * D * dtype.size)
+    sizes = work_lists.LayerSizes(16, H, K, 2 * K * D * dtype.size)
     step = Step([40, 33, 48, 40, 47, 90], [4, 4, 4, 1, 1, 20], 16, dtype)
     groups = WorkLists(step.pages).reads(sizes).groups
     assert [group.rows for group in groups] == [slice(0, 12), slice(12, 14), slice(14, 34)]

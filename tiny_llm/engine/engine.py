@@ -97,8 +97,7 @@ class Engine:
         room = {"max_blocks": most, "host_blocks": settings.host_blocks}
         caches = [PagedCache(format, **room) for format in formats]
         drafting = DraftModel(models[-1], caches[-1]) if len(models) > 1 else None
-        inv_freq = getattr(model, "inv_freq", None)
-        self.runner = Runner(models[0], caches[0], kernels, drafting, inv_freq, lead)
+        self.runner = Runner(models[0], caches[0], kernels, drafting, lead)
         scheduler = settings.scheduler
         if settings.host_blocks and scheduler.swap_ms_per_block is None:
             scheduler = replace(scheduler, swap_ms_per_block=self.runner.swap_ms())
@@ -106,7 +105,9 @@ class Engine:
         assert speculate != "draft" or drafting, "somebody must guess"
         blocks, drafters = settings.block_manager(store, *models), drafters_of(speculate)
         self.scheduler = Scheduler(blocks, scheduler, costs, drafters)
-        self.contexts = Contexts(self.scheduler, self.block_bytes, self._clock, can_turn=inv_freq is not None)
+        self.contexts = Contexts(
+            self.scheduler, self.block_bytes, self._clock, can_turn=self.runner.inv_freq is not None
+        )
         self._open = OpenRequests(self.scheduler, self.contexts, self.totals, tokenizer, end_ids)
         largest = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, *largest, formats[0].gathered_bytes(max_context))

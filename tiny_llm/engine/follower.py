@@ -52,9 +52,7 @@ def follow(team: Team, model: Model, kernels: Kernels) -> None:
             if isinstance(told, Begin):
                 format = KvFormat.of(model.config, told.block_size, getattr(mx, told.kv_dtype))
                 cache = PagedCache(format, max_blocks=told.max_blocks, host_blocks=told.host_blocks)
-                runners[told.engine] = Runner(
-                    model, cache, kernels, inv_freq=getattr(model, "inv_freq", None)
-                )
+                runners[told.engine] = Runner(model, cache, kernels)
             elif isinstance(told, DoStep):
                 last = _carry_out(team, runners[told.engine], told, last)
             elif isinstance(told, WarmUp):

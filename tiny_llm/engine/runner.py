@@ -71,7 +71,6 @@ class Runner:
         cache: PagedCache,
         kernels: Kernels,
         draft: DraftModel | None = None,
-        inv_freq: Sequence[mx.array] | None = None,
         lead: Lead | None = None,
     ) -> None:
         self.model = model
@@ -79,7 +78,8 @@ class Runner:
         self.kernels = kernels
         self.draft = draft
         self._tokens, self._most = 0, BUFFER_POOL_BYTES
-        self._inv_freq = inv_freq  # by which each layer's keys are turned to another position
+        # By what each layer's keys are turned to another position; None where they cannot be.
+        self.inv_freq: Sequence[mx.array] | None = getattr(model, "inv_freq", None)
         self._lead = lead
         self.groups = 1 if lead is None else lead.groups
         if lead is not None:
@@ -182,8 +182,8 @@ class Runner:
         self.cache.prepare(plan)
         self.cache.load(plan.load)
         if plan.joins:
-            assert self._inv_freq is not None, "keys can be turned"
-            self.cache.join(plan.joins, self._inv_freq)
+            assert self.inv_freq is not None, "keys can be turned"
+            self.cache.join(plan.joins, self.inv_freq)
 
     @property
     def is_whole(self) -> bool:

@@ -10,7 +10,7 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.layers.linear import Linear, gated_by
 from tiny_llm.layers.named import Shapes, Weights, under
-from tiny_llm.layers.output import OutputMap, output_shapes, take_output
+from tiny_llm.layers.norm import OutputMap, output_shapes, take_output
 from tiny_llm.ops.swiglu import gelu
 
 

@@ -97,19 +97,15 @@ def step_costs(config: ModelFacts, weights: int, kv_token: int) -> StepCosts:
     token = float(weights)
     operation = token / matrix_flops(config, 1, 0)
     pair = operation * attention_flops(config, 0, 1)
+    windows = Counter(config.windows)
     return StepCosts(
         step=token,
         decode=operation * matrix_flops(config, 1, 1),
         decode_context=kv_token + pair,
         chunk=token,
         chunk_context=SLOW_PAIRS * pair,
-        windows=_shares(config.windows),
+        windows=tuple((window, count / config.num_layers) for window, count in windows.items() if window),
     )
-
-
-def _shares(windows: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-    """Each window, and the share of the layers that have it."""
-    return tuple((window, count / len(windows)) for window, count in Counter(windows).items() if window)
 
 
 def least_seconds(work: Work, flops_s: float, bytes_s: float) -> float:

@@ -13,17 +13,15 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.distributed.group import ALONE, Group
-from tiny_llm.layers.attention import Attention
+from tiny_llm.layers.attention import Attention, Rotation, rotations
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.experts import Experts
 from tiny_llm.layers.gathered import gathering
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, under
-from tiny_llm.layers.norm import NoNorm, Norm, norm_shapes, take_norm
-from tiny_llm.layers.output import FinishedLinear, OutputMap
+from tiny_llm.layers.norm import FinishedLinear, Norm, OutputMap, norm_shapes, take_norm
 from tiny_llm.models.ranks import of_rank
-from tiny_llm.models.rotation import Rotation, rotations
 
 
 def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
@@ -72,7 +70,7 @@ class DecoderLayer:
         """Pick layer ``layer``'s tensors. Raises WeightError for one that is missing."""
         prefix = f"model.layers.{layer}"
         norms = [
-            take_norm(weights, f"{prefix}.{name}", config) if config.norm_before else NoNorm()
+            take_norm(weights, f"{prefix}.{name}", config) if config.norm_before else Norm()
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
         attention = Attention.take(weights, f"{prefix}.self_attn", config, layer, *rotation, group)

@@ -26,10 +26,10 @@ from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.errors import ConfigError
 from tiny_llm.families.built_in import FAMILIES, built_in_family
 from tiny_llm.families.family import Family, Places, as_wanted, in_order
+from tiny_llm.layers.attention import head_order
 from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.ranks import rank_parts
-from tiny_llm.models.rotation import head_order
 from tiny_llm.models.stages import stage_layers, stage_parts, take_stage
 from tiny_llm.weights.gguf.facts import read_facts
 from tiny_llm.weights.gguf.header import GGUF, read_gguf

@@ -38,6 +38,7 @@ class Played:
     def __init__(self, model: Decoder) -> None:
         self.config: ModelConfig = model.config
         self.model = model
+        self.inv_freq = model.inv_freq
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         """Logits [R, V], as the model gives them."""
@@ -54,6 +55,7 @@ class Chained(Played):
     def __init__(self, model: Decoder) -> None:
         super().__init__(model)
         self._chains: dict[tuple[object, ...], cpu.Chain] = {}
+        self._stream = mx.default_stream(mx.cpu)  # theirs: MLX's streams belong to a thread
         self._can = True  # as far as is known
 
     def again(self, batch: Batch, kv: KVCache) -> mx.array:
@@ -61,6 +63,8 @@ class Chained(Played):
         pages = batch.pages
         if not self._can or pages is None or not isinstance(kv, PagedCache):
             return self.model(batch, kv)
+        if self._stream != (stream := mx.default_stream(mx.cpu)):
+            self._stream, self._chains = stream, {}
         pools = kv.arrays()
         lists = pages.slot_mapping, pages.block_tables, pages.query_start_loc, pages.context_lens
         inputs = [batch.tokens, batch.positions, batch.logit_rows, *lists, *pools]

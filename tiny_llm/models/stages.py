@@ -15,12 +15,12 @@ from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.data import Batch, KVCache, Matrix, QuantizedTensor
 from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.errors import ConfigError
+from tiny_llm.layers.attention import rotations
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.named import Shapes, Weights, matrix
-from tiny_llm.layers.norm import NoNorm
+from tiny_llm.layers.norm import Norm
 from tiny_llm.models.cost import matrix_flops
 from tiny_llm.models.decoder import Decoder, DecoderLayer
-from tiny_llm.models.rotation import rotations
 
 
 def stage_layers(config: ModelFacts, shares: Sequence[float]) -> list[range]:
@@ -111,7 +111,7 @@ def take_stage(config: ModelConfig, weights: Weights, group: Group, layers: rang
         return Decoder(own, embed, tuple(taken), norm, head, group)
     if embed is None:
         embed = Received(mx.zeros((0, 0)), group=group, width=config.hidden_size, dtype=dtype)
-    return Stage(own, Decoder(own, embed, tuple(taken), NoNorm(), lambda x: x, group), dtype, group)
+    return Stage(own, Decoder(own, embed, tuple(taken), Norm(), lambda x: x, group), dtype, group)
 
 
 def _computed_in(weight: Matrix) -> mx.Dtype:

@@ -22,9 +22,8 @@ from tiny_llm.ops.attention import windowed_ref
 from tiny_llm.ops.backend import active, cpu, on_cpu, runs_ours
 from tiny_llm.ops.kv_pool import KvFormat, Pool, is_token_major, parted, settled
 from tiny_llm.ops.metal import kernel, on_metal, scalar
-from tiny_llm.ops.read_groups import LayerSizes, ReadGroup
 from tiny_llm.ops.rope import rope_ref
-from tiny_llm.ops.work_lists import UNBOUNDED, SpanPieces, WorkLists
+from tiny_llm.ops.work_lists import UNBOUNDED, LayerSizes, ReadGroup, SpanPieces, WorkLists
 
 _FLOATS = 32 * 1024 // 4  # that a threadgroup's memory holds
 _SUMS = 48  # floats of results that a thread holds for rows that share a span, beyond those of one row
