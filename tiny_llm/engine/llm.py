@@ -351,9 +351,8 @@ class LLM:
             while begun or following:
                 while following and self.engine.scheduler.num_waiting < _AHEAD:
                     index, (ids, params) = following
-                    with self._open_turn().taken() as engine:
-                        number = engine.add(ids, params, **options)
-                    self._chunks[number], begun[number], left[number] = deque(), index, params.n
+                    number = self._begin(ids, params, options)
+                    begun[number], left[number] = index, params.n
                     following = next(waiting, None)
                 if not any(self._chunks[number] for number in begun):
                     self._step()
@@ -368,6 +367,12 @@ class LLM:
         finally:
             for number in begun:
                 self._drop(number)
+
+    def _begin(self, ids: list[int], params: SamplingParams, options: dict[str, Any]) -> int:
+        with self._open_turn().taken() as engine:  # which a generator would hold, however long it sleeps
+            number = engine.add(ids, params, **options)
+        self._chunks[number] = deque()
+        return number
 
     def _drop(self, number: int) -> None:
         """Nobody reads on: end the request, if it has not ended."""

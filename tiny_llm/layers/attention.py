@@ -1,4 +1,4 @@
-"""Attention's maps around the cache: project, normalise, rotate, attend, project back; how each layer rotates."""
+"""Attention's maps around the cache: project, normalise, rotate, attend, project back."""
 
 from __future__ import annotations
 
