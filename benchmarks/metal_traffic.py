@@ -22,12 +22,11 @@ from measure.sides import numbers
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.metalsim.build import why_not
-from tiny_llm.metalsim.run import Traffic
+from tiny_llm.metalsim.run import Traffic, watch
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.kv_pool import KvFormat
 from tiny_llm.ops.linear import gated, linears
-from tiny_llm.ops.metal import watch
 from tiny_llm.ops.paged_attention import attention_tiles_keep_bits, paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.quantized_matmul_metal import matmul_tiles_keep_bits

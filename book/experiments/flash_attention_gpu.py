@@ -18,11 +18,10 @@ from command_line import parser_of
 from book.course.overlay import VARIABLE
 from tiny_llm.data import Pages
 from tiny_llm.metalsim.build import why_not
-from tiny_llm.metalsim.run import Traffic
+from tiny_llm.metalsim.run import Traffic, watch
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import Pool
-from tiny_llm.ops.metal import watch
 from tiny_llm.ops.work_lists import WorkLists
 
 HEADS, DIM, SIZE, CONTEXT = 7, 64, 16, 64  # one of Qwen2-0.5B's two key heads, and its query heads

@@ -14,10 +14,10 @@ from by_mistakes import show, told_with
 
 from tiny_llm.data import Pages
 from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.run import watch
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops.backend import use
 from tiny_llm.ops.kv_pool import Pool
-from tiny_llm.ops.metal import watch
 from tiny_llm.ops.work_lists import UNBOUNDED, WorkLists
 
 SIZE, NAMES = 16, ("keys", "values")

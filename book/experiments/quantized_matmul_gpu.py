@@ -23,9 +23,9 @@ from book.course.overlay import VARIABLE
 from book.course.workbook import Workbook
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
-from tiny_llm.metalsim.run import Traffic
+from tiny_llm.metalsim.run import Traffic, watch
 from tiny_llm.ops.backend import use
-from tiny_llm.ops.metal import kernel, watch
+from tiny_llm.ops.metal import kernel
 
 OUTPUTS, INPUTS, GROUP = 64, 896, 64  # 64 of the outputs of Qwen2-0.5B's matrices; all are alike
 MATRIX = ("packed", "scales", "biases")

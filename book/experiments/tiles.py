@@ -15,10 +15,9 @@ from by_mistakes import show, told_with
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
-from tiny_llm.metalsim.run import Traffic
+from tiny_llm.metalsim.run import Traffic, watch
 from tiny_llm.ops import quantized_matmul_metal as matmul
 from tiny_llm.ops.backend import use
-from tiny_llm.ops.metal import watch
 
 OUTPUTS, INPUTS, GROUP = 64, 896, 64  # 64 of the outputs of Qwen2-0.5B's matrices; all are alike
 MATRIX = ("packed", "scales", "biases")

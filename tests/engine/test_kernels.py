@@ -15,7 +15,8 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm.cli import app
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
-from tiny_llm.ops.metal import FOLDER, folder, watch
+from tiny_llm.metalsim.run import watch
+from tiny_llm.ops.metal import FOLDER, folder
 from tiny_llm.proving.choice import OPS
 from tiny_llm.server.prometheus import exposition
 

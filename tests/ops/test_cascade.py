@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages
+from tiny_llm.metalsim.run import watch
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops.kv_pool import Pool
-from tiny_llm.ops.metal import watch
 from tiny_llm.ops.work_lists import (
     MOST_ROWS,
     UNBOUNDED,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tiny_llm.data import Pages
+from tiny_llm.metalsim.run import watch
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops.kv_pool import Pool
-from tiny_llm.ops.metal import watch
 from tiny_llm.ops.work_lists import UNBOUNDED, WorkLists
 
 pytestmark = [pytest.mark.usefixtures("where"), pytest.mark.chapter("2.6")]

@@ -16,7 +16,7 @@ from tiny_llm.data import Pages, QuantizedTensor
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.metalsim.faults import KernelFault
-from tiny_llm.metalsim.run import MetalKernel
+from tiny_llm.metalsim.run import MetalKernel, watch
 from tiny_llm.metalsim.source import Kernel, program
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops import backend, metal
@@ -148,7 +148,7 @@ def test_embedding(bits: int, dtype: mx.Dtype, same: Callable[..., None]) -> Non
 
 def test_a_quantized_look_up_is_one_dispatch_that_reads_its_rows() -> None:
     table = quantized(300, 192, 64, 4, mx.bfloat16)
-    with metal.watch() as seen:
+    with watch() as seen:
         embedding(mx.array([299, 3]), table)
     ((name, traffic),) = seen
     assert (name, traffic.fetched["packed"]) == ("embedding", 2 * 192 // 2)
@@ -284,7 +284,7 @@ def test_a_decode_beside_a_chunk_has_the_bits_that_it_has_alone() -> None:
     before = tuple(mx.array(p) for p in pool)
     alone = Pages(pages.slot_mapping[:1], pages.block_tables[:1], mx.array([0, 1]), pages.context_lens[:1])
     one = paged_attention(q[:1], k[:1], v[:1], tuple(mx.array(p) for p in pool), alone)[0]
-    with metal.watch() as seen:
+    with watch() as seen:
         out, _ = paged_attention(q, k, v, pool, pages)
     expected = paged_attention_ref(q, k, v, before, pages, 64**-0.5)[0]
     assert mx.array_equal(out[:1], one).item()
@@ -460,7 +460,7 @@ def test_each_barrier_is_needed(name: str, part: str, place: int, monkeypatch: p
 def test_weights_and_pages_are_fetched_once() -> None:
     weight = quantized(8, 512, 64, 4, mx.bfloat16)
     q, k, v, pool, pages = paged([64], [1], 8, 2, 64, 16, mx.bfloat16)
-    with metal.watch() as seen:
+    with watch() as seen:
         quantized_matmul(normal(1, 512, dtype=mx.bfloat16), weight)
         quantized_matmul(normal(4, 512, dtype=mx.bfloat16), weight)
         paged_attention(q, k, v, pool, pages)
@@ -477,7 +477,7 @@ def test_weights_and_pages_are_fetched_once() -> None:
 @pytest.mark.parametrize("new", [1, 4])
 def test_int8_pages_move_half_the_bytes_and_a_scale_a_vector(new: int) -> None:
     """By rows and by tiles."""
-    with metal.watch() as seen:
+    with watch() as seen:
         attended([64], [new], 8, 2, 64, 16, mx.bfloat16, int8=True)
     fetched = seen[-1][1].fetched
     assert fetched["keys"] == fetched["values"] == 64 * 2 * 64  # tokens, heads, dim

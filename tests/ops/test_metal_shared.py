@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages
-from tiny_llm.ops import metal
+from tiny_llm.metalsim.run import watch
 from tiny_llm.ops.kv_pool import KvFormat, Pool, settled
 from tiny_llm.ops.paged_attention import kv_write, paged_attention, paged_attention_ref
 
@@ -92,7 +92,7 @@ def test_a_shared_span_is_read_once_for_up_to_16_rows(rows: int, pieces: int, wh
     tables = [[*range(shared), shared + row] for row in range(rows)]
     q, k = normal(rows, 6, D, seed=0), normal(rows, K, D, seed=1)
     pool = filled(shared + rows, K, D, mx.float32, mx.float32)
-    with metal.watch() as seen:
+    with watch() as seen:
         paged_attention(q, k, k, pool, pages_of(tables, [129] * rows, [1] * rows))
     names = [name for name, _ in seen]
     assert names == ["kv_write", "paged_attention", "paged_attention", "paged_attention_merge"]

@@ -14,8 +14,8 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages, QuantizedTensor
-from tiny_llm.metalsim.run import Traffic
-from tiny_llm.ops import backend, metal
+from tiny_llm.metalsim.run import Traffic, watch
+from tiny_llm.ops import backend
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops import quantized_matmul_metal as matmul
 from tiny_llm.ops.kv_pool import Pool
@@ -92,7 +92,7 @@ def test_tiles_are_for_more_rows_than_a_block_has(where: str) -> None:
         pytest.skip("what runs is seen in the simulator alone")
     assert matmul_tiles_keep_bits(where)
     weight = quantized(8, 64, 4, 64, mx.float32)
-    with metal.watch() as seen:
+    with watch() as seen:
         for rows in (4, 5, 32):
             quantized_matmul(normal(rows, 64), weight)
     assert [name for name, _ in seen] == ["quantized_matmul", *["quantized_matmul_tile"] * 2]
@@ -129,7 +129,7 @@ def test_q_k_v_and_the_gated_pair_are_a_dispatch_each_with_the_bits_of_single_pr
         biases = [
             normal(w.packed.shape[0], seed=9, dtype=dtype) if biased else None for w in (*weights, *pair)
         ]
-        with metal.watch() as seen:
+        with watch() as seen:
             together = [*linears(x, weights, biases[:3]), gated(x, *pair, *biases[3:])]
         suffix = "_tile" if rows > 4 else ""
         if where == "metalsim":
@@ -157,7 +157,7 @@ def test_products_that_no_single_dispatch_takes_are_made_one_by_one(where: str, 
         "few": quantized(3, 128, 4, 64, mx.float32),
     }
     for what, other in others.items():
-        with metal.watch() as seen:
+        with watch() as seen:
             got = [*linears(x, [usual, other, usual], [None] * 3)]
             got += [] if what == "few" else [gated(x, usual, other, None, None)]
         assert not [name for name in names(seen) if "three" in name or "gated" in name], what
@@ -166,7 +166,7 @@ def test_products_that_no_single_dispatch_takes_are_made_one_by_one(where: str, 
             wanted += [] if what == "few" else [gated(x, usual, other, None, None)]
         assert all(off(g, w) < 3e-6 for g, w in zip(got, wanted, strict=True)), what
     bias = normal(16, seed=4)
-    with metal.watch() as seen:
+    with watch() as seen:
         got = linears(x, [usual] * 3, [bias, None, bias])
     assert names(seen) == ["quantized_matmul"] * 3, "a bias each or none"
 
@@ -179,7 +179,7 @@ def test_loads_of_a_decode_row_are_wide(where: str) -> None:
     if where != "metalsim":
         pytest.skip("what runs is seen in the simulator alone")
     weight = quantized(16, 512, 4, 64, mx.bfloat16)
-    with metal.watch() as seen:
+    with watch() as seen:
         quantized_matmul(normal(1, 512, dtype=mx.bfloat16), weight)
         quantized_matmul(normal(32, 512, dtype=mx.bfloat16), weight)
     (_, block), (_, tile) = seen
@@ -299,7 +299,7 @@ def test_pages_are_read_once_for_all_queries_of_a_tile(where: str) -> None:
         pytest.skip("what runs is seen in the simulator alone")
     assert attention.attention_tiles_keep_bits(where, scaled=False)
     q, k, v, pool, pages = paged([64], [4], 8, 2, 64, 16, mx.bfloat16)  # 16 pairs for each of the 2 heads
-    with metal.watch() as seen:
+    with watch() as seen:
         paged_attention(q, k, v, pool, pages)
     name, traffic = seen[-1]
     assert len(seen) == 2, "a write, and all rows at once"

@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import QuantizedTensor
+from tiny_llm.metalsim.run import watch
 from tiny_llm.ops.linear import gated
-from tiny_llm.ops.metal import kernel, watch
+from tiny_llm.ops.metal import kernel
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
 from tiny_llm.ops.rms_norm import rms_norm_ref
 from tiny_llm.ops.rope import rope_qk, rope_ref

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from tiny_llm.data import QuantizedTensor
-from tiny_llm.metalsim.run import Traffic
+from tiny_llm.metalsim.run import Traffic, watch
 from tiny_llm.ops import quantized_matmul_metal as matmul
-from tiny_llm.ops.metal import watch
 
 pytestmark = [pytest.mark.usefixtures("where"), pytest.mark.chapter("2.8")]
 

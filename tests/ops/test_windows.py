@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.data import Pages
+from tiny_llm.metalsim.run import watch
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops import backend, metal
+from tiny_llm.ops import backend
 from tiny_llm.ops import paged_attention as attention
 from tiny_llm.ops.kv_pool import KvFormat, Pool, settled
 from tiny_llm.ops.paged_attention import kv_write, paged_attention, paged_attention_ref
@@ -123,7 +124,7 @@ def test_metal_reads_the_window_and_no_more(where: str, new: int) -> None:
     window, length = 100, 700
     assert attention.attention_tiles_keep_bits(where, scaled=False)
     step = Step([length], [new], window, 4, mx.bfloat16, mx.bfloat16)
-    with metal.watch() as seen:
+    with watch() as seen:
         paged_attention(step.q, step.k, step.v, step.copy(), step.pages, window=window)
     reader = "paged_attention_tile" if new > 1 else "paged_attention"
     traffic = next(traffic for name, traffic in seen if name == reader)

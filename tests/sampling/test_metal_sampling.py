@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 
 from tiny_llm.metalsim.build import why_not
+from tiny_llm.metalsim.run import watch
 from tiny_llm.metrics import fallbacks
-from tiny_llm.ops import backend, metal
+from tiny_llm.ops import backend
 from tiny_llm.sampling.sampler import sample, sample_ref
 from tiny_llm.sampling_params import SamplingParams
 
@@ -116,7 +117,7 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 
 def read_of(logits: mx.array, **options: float) -> float:
     """How many times a row is read to draw from it."""
-    with metal.watch() as seen:
+    with watch() as seen:
         sample(logits[None], [SamplingParams(seed=1, **options)], [0])  # type: ignore[arg-type]
     ((_, traffic),) = seen
     assert 3 * traffic.loads["logits"] < traffic.read["logits"] / 4, "four numbers a load"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from math import prod
@@ -65,6 +67,20 @@ class Traffic:
     barriers: int
 
 
+_WATCHED: ContextVar[list[tuple[str, Traffic]] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watch() -> Iterator[list[tuple[str, Traffic]]]:
+    """Note each dispatch of a block: the kernel's name, and what it read and wrote."""
+    watched: list[tuple[str, Traffic]] = []
+    token = _WATCHED.set(watched)
+    try:
+        yield watched
+    finally:
+        _WATCHED.reset(token)
+
+
 class _Bound(NamedTuple):
     """A buffer of the dispatch: its name, what the simulator is told of it, who keeps its memory alive."""
 
@@ -118,7 +134,10 @@ class MetalKernel:
 
     def __call__(self, *, stream: object = None, **call: Any) -> list[mx.array]:
         """Run the kernel; return its outputs. What it takes, and raises, is what ``measure`` does."""
-        return self.measure(**call)[0]
+        outputs, traffic = self.measure(**call)
+        if (watched := _WATCHED.get()) is not None:
+            watched.append((self.name, traffic))
+        return outputs
 
     def measure(
         self,

@@ -41,12 +41,9 @@ def linear(x: mx.array, weight: Matrix, bias: mx.array | None = None) -> mx.arra
         return quantized_matmul(x, weight, bias)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"[linear] expected a weight [O, {x.shape[-1]}] for x {x.shape}, got {weight.shape}")
-    return linear_mlx(x, weight, bias) if on_mlx() else linear_ref(x, weight, bias)
-
-
-def linear_mlx(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """The bias is added before the sum is rounded to x's dtype."""
-    return linear_ref(x, weight) if bias is None else mx.addmm(bias, x, weight.T)
+    if bias is not None and on_mlx():  # added before the sum is rounded to x's dtype
+        return mx.addmm(bias, x, weight.T)
+    return linear_ref(x, weight, bias)
 
 
 def linears(

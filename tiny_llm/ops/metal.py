@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
 from tiny_llm.errors import ConfigError
 from tiny_llm.metalsim.build import MODES
-from tiny_llm.metalsim.run import MetalKernel, Traffic, metal_kernel
+from tiny_llm.metalsim.run import metal_kernel
 from tiny_llm.metalsim.source import numbered
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, runs_ours
@@ -36,8 +33,6 @@ _HERE = Path(__file__).resolve()
 _PRELUDE = """#pragma METAL fp contract(off)
 #define UNROLL _Pragma("clang loop unroll(full)")
 """
-
-_WATCHED: ContextVar[list[tuple[str, Traffic]] | None] = ContextVar("watched", default=None)
 
 
 @dataclass(frozen=True, eq=False)  # there is one of each, and to compare texts takes time
@@ -76,29 +71,7 @@ def kernel(name: str, file: str | None = None) -> Kernel:
     backend = active()
     if backend != "metalsim":
         return _found(name, file or name, backend)
-    made = _made(texts(file or name)[name], _mode())
-    watched = _WATCHED.get()
-    if watched is None or not isinstance(made, MetalKernel):
-        return made
-    simulated = made  # a name that mypy knows to be a MetalKernel inside ``measure`` too
-
-    def measure(**call: Any) -> list[mx.array]:
-        outputs, traffic = simulated.measure(**call)
-        watched.append((name, traffic))
-        return outputs
-
-    return measure
-
-
-@contextmanager
-def watch() -> Iterator[list[tuple[str, Traffic]]]:
-    """Note each dispatch of a block that metalsim runs: the kernel's name, and what it read and wrote."""
-    watched: list[tuple[str, Traffic]] = []
-    token = _WATCHED.set(watched)
-    try:
-        yield watched
-    finally:
-        _WATCHED.reset(token)
+    return _made(texts(file or name)[name], _mode())
 
 
 @cache
