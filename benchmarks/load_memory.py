@@ -35,7 +35,7 @@ from tiny_llm.memory import available_memory_bytes, peak_memory_bytes
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.models.registry import expected_tensors, quantizable_tensors
 from tiny_llm.ops.backend import use
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import pack
 from tiny_llm.planning.memory import plan_memory
 from tiny_llm.weights.checkpoint import load_weights
 from tiny_llm.weights.names import config_of

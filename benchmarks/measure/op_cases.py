@@ -14,8 +14,7 @@ from tiny_llm.decoding.generate import one_sequence
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.loading import kv_dtype
 from tiny_llm.ops.embedding import embedding
-from tiny_llm.ops.linear import gated, linear
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import gated, linear, pack
 from tiny_llm.ops.rms_norm import add_rms_norm
 from tiny_llm.ops.rope import rope_frequencies, rope_qk
 from tiny_llm.ops.softmax import softmax

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import mlx.core as mx
 from command_line import parser_of
 
-from tiny_llm.ops.linear import linear
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import linear, pack
 from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 
 ROUNDS = 20

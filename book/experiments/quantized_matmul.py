@@ -21,8 +21,7 @@ from book.course.native import CPU, build, compiler
 from book.course.sections import whole
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.ops.backend import set_threads, use, works
-from tiny_llm.ops.linear import linear
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import linear, pack
 from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from tiny_llm.data import Completion
 from tiny_llm.decoding.grammar import schema_grammar
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.models.registry import build, expected_tensors
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import pack
 from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.weights.dummy import dummy_weights
 

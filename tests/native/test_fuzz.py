@@ -23,8 +23,7 @@ from tiny_llm.ops.argmax import argmax, argmax_ref
 from tiny_llm.ops.attention import attention_ref
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.experts import Routing, experts
-from tiny_llm.ops.linear import gated, linears
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import gated, linears, pack
 from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref

@@ -9,8 +9,7 @@ from tiny_llm.data import QuantizedTensor
 from tiny_llm.ops import backend
 from tiny_llm.ops.backend import cpu
 from tiny_llm.ops.embedding import embedding, embedding_ref
-from tiny_llm.ops.linear import gated, linears
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import gated, linears, pack
 from tiny_llm.ops.swiglu import swiglu_ref
 
 pytestmark = pytest.mark.skipif(not backend.works(), reason="the CPU kernels are not built")

@@ -13,8 +13,7 @@ from tiny_llm.metalsim.run import watch
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.experts import Routing, experts, route_ref
-from tiny_llm.ops.linear import linear_ref
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import linear_ref, pack
 from tiny_llm.ops.quantized_matmul import quantized_matmul_ref
 from tiny_llm.ops.swiglu import swiglu_ref
 

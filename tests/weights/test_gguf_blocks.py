@@ -8,7 +8,7 @@ import pytest
 from tiny_llm.data import QuantizedTensor
 from tiny_llm.ops.backend import use, works
 from tiny_llm.ops.embedding import embedding
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import pack
 from tiny_llm.weights.gguf.blocks import BITS, GROUP, unpack
 
 gguf = pytest.importorskip("gguf")

@@ -24,8 +24,9 @@ class MLP:
 
     @staticmethod
     def shapes(config: ModelConfig, width: int | None = None) -> Shapes:
-        """The tensors that ``take`` reads, without their prefix; F is ``width``, else intermediate_size."""
-        E, F, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
+        """The tensors that ``take`` reads, without their prefix; F is ``width``, else the usual."""
+        usual = config.intermediate_size if config.experts is None else config.experts.dense_width
+        E, F, bias = config.hidden_size, width or usual, config.mlp_bias
         gate = under("gate_proj", Linear.shapes(E, F, bias=bias)) if config.mlp != "gelu" else {}
         up = under("up_proj", Linear.shapes(E, F, bias=bias))
         return {**gate, **up, **output_shapes(config, "down_proj", F, bias=bias)}

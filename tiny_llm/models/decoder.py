@@ -13,6 +13,7 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.distributed.group import ALONE, Group
+from tiny_llm.families.expert_facts import ExpertFacts
 from tiny_llm.layers.attention import Attention, Rotation, rotations
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.experts import Experts
@@ -24,20 +25,9 @@ from tiny_llm.layers.norm import FinishedLinear, Norm, OutputMap, norm_shapes, t
 from tiny_llm.models.ranks import of_rank
 
 
-def _mlp_shapes(config: ModelConfig, layer: int) -> Shapes:
-    facts = config.experts
-    if facts is not None and layer in facts.layers:
-        return Experts.shapes(config, facts)
-    return MLP.shapes(config, None if facts is None else facts.dense_width)
-
-
-def _take_mlp(
-    weights: Weights, prefix: str, config: ModelConfig, layer: int, group: Group
-) -> MLP | GeluMLP | Experts:
-    facts = config.experts
-    if facts is not None and layer in facts.layers:
-        return Experts.take(weights, prefix, config, facts, group)
-    return MLP.take(weights, prefix, config, group)
+def _experts_of(config: ModelConfig, layer: int) -> ExpertFacts | None:
+    """The facts of a layer's experts, where it has some in the place of an MLP."""
+    return config.experts if config.experts is not None and layer in config.experts.layers else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +46,12 @@ class DecoderLayer:
     def shapes(config: ModelConfig, layer: int = 0) -> Shapes:
         """The tensors that ``take`` reads, without their prefix."""
         norm = norm_shapes(config) if config.norm_before else {}
+        facts = _experts_of(config, layer)
         return {
             **under("input_layernorm", norm),
             **under("self_attn", Attention.shapes(config)),
             **under("post_attention_layernorm", norm),
-            **under("mlp", _mlp_shapes(config, layer)),
+            **under("mlp", MLP.shapes(config) if facts is None else Experts.shapes(config, facts)),
         }
 
     @classmethod
@@ -74,8 +65,9 @@ class DecoderLayer:
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
         attention = Attention.take(weights, f"{prefix}.self_attn", config, layer, *rotation, group)
-        mlp = _take_mlp(weights, f"{prefix}.mlp", config, layer, group)
-        return cls(norms[0], attention, norms[1], mlp)
+        mlp, facts = (weights, f"{prefix}.mlp", config), _experts_of(config, layer)
+        taken = MLP.take(*mlp, group) if facts is None else Experts.take(*mlp, facts, group)
+        return cls(norms[0], attention, norms[1], taken)
 
     def __call__(
         self, x: mx.array, residual: mx.array | None, batch: Batch, kv: KVCache

@@ -18,7 +18,7 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.models.checkpoint import MLX_DTYPES, Checkpoint, Reading, open_checkpoint
 from tiny_llm.models.registry import Model, build, find, parts_of
 from tiny_llm.ops.backend import active, keep_memory
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import pack
 from tiny_llm.weights.assemble import Progress
 
 QUANTIZE_BITS = (4, 8)

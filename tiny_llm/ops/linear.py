@@ -86,3 +86,23 @@ def _packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
         group_sizes.add(weight.group_size)
     # x is quantized once for all of them, in groups of the matrices' size.
     return len(group_sizes) == 1
+
+
+def pack(weight: Matrix, *, exact: bool) -> Matrix:
+    """Return ``weight`` as the backend in use wants it, made now: its source is needed no more.
+
+    ``cpu`` packs matrices and widens vectors to float32; ``ref`` takes all as it is. Without
+    ``exact`` a quantized matrix meets activations of 8 bits, which is faster and a little off.
+    """
+    if active() != "cpu":
+        return weight
+    if isinstance(weight, QuantizedTensor):
+        parts = (weight.packed, weight.scales, weight.biases)
+        return cpu.pack_quantized(*parts, weight.group_size, weight.bits, exact)
+    if not isinstance(weight, mx.array):
+        return weight
+    if weight.ndim > 1:
+        return cpu.pack_dense(weight)
+    wide = weight.astype(mx.float32)
+    mx.eval(wide)
+    return wide

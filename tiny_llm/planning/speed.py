@@ -17,8 +17,7 @@ from tiny_llm.data import Batch, Matrix
 from tiny_llm.kv.dense import DenseCache
 from tiny_llm.models.cost import Step, least_seconds, step_of
 from tiny_llm.models.footprint import kv_token_bytes, read_bytes, tensor_bytes
-from tiny_llm.ops.linear import linear
-from tiny_llm.ops.pack import pack
+from tiny_llm.ops.linear import linear, pack
 from tiny_llm.planning.rounds import seconds_of
 from tiny_llm.weights.dummy import dummy_weights
 
