@@ -24,7 +24,7 @@ void multiply(const char* tile, const Groups& groups, const Block& x, int v, flo
     const int32_t* words = x.words;
     for (int64_t g = 0; g < groups.count; ++g, line += groups.bytes, tile += groups.bytes) {
         vi dot[R][W] = {};
-        ask_ahead<R>(tile);
+        ask_ahead<R>(tile), ask_ahead<R>(tile + kLine);  // scales and biases, which float32 fills two lines with
         dot_group<K, R, W>(line, groups.size, words, dot);
         words += words_of(groups.size) * R;
         for (int w = 0; w < W; ++w) {
