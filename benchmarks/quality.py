@@ -1,4 +1,4 @@
-"""What do 8- and 4-bit weights and int8 activations cost in quality, against float32 on ``ref``?
+"""What do bfloat16, 8- and 4-bit weights and rounded activations cost in quality, against float32 on ``ref``?
 
 Two models: the bundled one, on the right answers to held-out prompts of its seven skills; and the 260K
 LLaMA on 40 tales, each cut to its context (in $TINY_LLM_DATA, ../shared/data by default; left out without).
@@ -60,6 +60,8 @@ SETTINGS = (
     FLOAT32,
     Setting("float32", "cpu", "float32"),
     Setting("as stored", "cpu"),
+    Setting("bfloat16, exact", "cpu", "bfloat16"),
+    Setting("bfloat16", "cpu", "bfloat16", activations="int8"),
     Setting("int8 keys and values", "cpu", "float32", kept="int8"),
     Setting("8 bits, exact", "cpu", quantize=8),
     Setting("8 bits, int8", "cpu", quantize=8, activations="int8"),

@@ -82,7 +82,7 @@ class EngineOptions:
     ] = None
     activations: Annotated[
         Literal["int8", "exact"],
-        option("Speed", "What meets quantized weights; int8 is faster, a little off."),
+        option("Speed", "What meets quantized and bfloat16 weights; int8 rounds it: faster, a little off."),
     ] = "int8"
     max_model_len: Annotated[int | None, option("Limits", "Tokens of prompt and answer together.")] = None
     kv_dtype: KvDtypeOption = "auto"

@@ -1,5 +1,6 @@
 #include "dense_matmul.h"
 
+#include "ahead.h"
 #include "epilogue.h"
 #include "pool.h"
 
@@ -40,6 +41,24 @@ vf column(const bf16* at, int step) {
     return (vf)(step ? words & 0xffff0000u : words << 16);
 }
 
+template <class T>
+vf multiply_add(const T*, vf weights, const float* x, vf sum) {
+    return fma(splat(*x), weights, sum);
+}
+
+#if defined(__AVX512BF16__)
+// Two inputs of bf16 as one: the second is added first, each sum rounded by itself. What is less than 2^-126 counts as 0.
+struct Pair {
+    bf16 inputs[2];
+};
+vf column(const Pair* at, int) { return load((const float*)at); }
+vf multiply_add(const Pair*, vf weights, const float* x, vf sum) {
+    int32_t word;
+    memcpy(&word, x, sizeof word);
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(word));
+}
+#endif
+
 // Adds one input of R rows, times the tiles' weights for it.
 template <int R, int Parts, class T>
 void add_products(const T* const* weights, int64_t at, int step, const float* x, vf (&sums)[R][Parts]) {
@@ -48,11 +67,9 @@ void add_products(const T* const* weights, int64_t at, int step, const float* x,
     for (int i = 0; i < Parts; ++i)
         columns[i] = column(weights[i / kParts] + at + i % kParts * kWidth * kStep<T>, step);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-        const vf input = splat(x[r]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int i = 0; i < Parts; ++i) sums[r][i] = fma(input, columns[i], sums[r][i]);
-    }
+        for (int i = 0; i < Parts; ++i) sums[r][i] = multiply_add(weights[0], columns[i], x + r, sums[r][i]);
 }
 
 // x is [inputs][R]: the R rows' inputs side by side.
@@ -63,9 +80,10 @@ void multiply(const T* const* tiles, const float* x, int64_t inputs, float (*out
     for (int t = 0; t < Tiles; ++t) weights[t] = tiles[t];
     vf sums[R][kAll] = {};
     int64_t k = 0;
-    for (; k + kStep <= inputs; k += kStep)
-        for (int step = 0; step < kStep; ++step, x += R)
-            add_products<R, kAll>(weights, k * kTile, step, x, sums);
+    for (; k + kStep <= inputs; k += kStep) {
+        for (int t = 0; t < Tiles; ++t) ask_ahead<R>(weights[t] + k * kTile);
+        for (int step = 0; step < kStep; ++step, x += R) add_products<R, kAll>(weights, k * kTile, step, x, sums);
+    }
     if (k < inputs) add_products<R, kAll>(weights, k * kTile, 0, x, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
@@ -93,7 +111,37 @@ struct Blocks {
     int64_t begin(int64_t block) const { return rows * block / count; }
 };
 
-void pack_rows(const Linear& a, int64_t first, int64_t inputs, int64_t rows, float* out) {
+// Whether x is rounded to bf16, as the weights are, and goes by pairs of inputs.
+#if defined(__AVX512BF16__)
+bool by_pairs(const Linear& a) {
+    for (int i = 0; i < a.count; ++i)
+        if (a.matrices[i].kind != Kind::bf16 || a.matrices[i].exact) return false;
+    return true;
+}
+
+// At most 32 inputs of a row as pairs, in which what lacks is 0.
+vf round_pairs(const float* x, int64_t count) {
+    const int64_t more = count - kWidth;
+    const vf low = more < 0 ? load_part(x, count, 0) : load(x);
+    const vf high = more <= 0 ? vf{} : more < kWidth ? load_part(x + kWidth, more, 0) : load(x + kWidth);
+    return (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
+void pack_pairs(const Linear& a, int64_t first, int64_t rows, float* out) {
+    const int64_t inputs = a.matrices[0].columns;
+    for (int64_t k = 0; k < inputs; k += 2 * kWidth, out += kWidth * rows)
+        for (int64_t r = 0; r < rows; ++r) {
+            const vf pairs = round_pairs(a.x + source_of(a, first + r) * inputs + k, inputs - k);
+            for (int64_t i = 0; i < kWidth && k + 2 * i < inputs; ++i) out[i * rows + r] = pairs[i];
+        }
+}
+#else
+bool by_pairs(const Linear&) { return false; }
+void pack_pairs(const Linear&, int64_t, int64_t, float*) {}
+#endif
+
+void pack_rows(const Linear& a, int64_t first, int64_t rows, float* out) {
+    const int64_t inputs = a.matrices[0].columns;
     const float* x[kRows];
     for (int64_t r = 0; r < rows; ++r) x[r] = a.x + source_of(a, first + r) * inputs;
     for (int64_t k = 0; k < inputs; ++k)
@@ -101,14 +149,16 @@ void pack_rows(const Linear& a, int64_t first, int64_t inputs, int64_t rows, flo
 }
 
 Blocks pack_blocks(const Linear& a, int64_t first_row, int64_t rows) {
-    const int64_t inputs = a.matrices[0].columns;
-    Blocks blocks{first_row, rows, inputs, (rows + kRows - 1) / kRows, a.x + source_of(a, first_row) * inputs};
-    if (rows == 1) return blocks;  // one row is packed as it lies
+    const int64_t columns = a.matrices[0].columns;
+    const bool pairs = by_pairs(a);
+    const int64_t inputs = pairs ? (columns + 1) / 2 : columns;
+    Blocks blocks{first_row, rows, inputs, (rows + kRows - 1) / kRows, a.x + source_of(a, first_row) * columns};
+    if (rows == 1 && !pairs) return blocks;  // one row is packed as it lies
     float* packed = static_cast<float*>(scratch(kScratchSlot, rows * inputs * sizeof(float)));
     parallel_for(blocks.count, 1 + 65536 / (kRows * (inputs + 1)), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-            const int64_t row = blocks.begin(block);
-            pack_rows(a, first_row + row, inputs, blocks.begin(block + 1) - row, packed + row * inputs);
+            const int64_t row = blocks.begin(block), count = blocks.begin(block + 1) - row;
+            (pairs ? pack_pairs : pack_rows)(a, first_row + row, count, packed + row * inputs);
         }
     });
     blocks.packed = packed;
@@ -116,7 +166,7 @@ Blocks pack_blocks(const Linear& a, int64_t first_row, int64_t rows) {
 }
 
 // Two tiles that are made at once: neighbours, the last perhaps without one, or a gate and its up.
-struct Pair {
+struct TilePair {
     const Linear& a;
     int matrix;
     int64_t tile, expert;
@@ -133,7 +183,7 @@ struct Pair {
 };
 
 template <class T>
-void run_typed(const Pair& pair, const Blocks& blocks, int64_t from, int64_t until) {
+void run_typed(const TilePair& pair, const Blocks& blocks, int64_t from, int64_t until) {
     const T* weights[2];
     for (int i = 0; i < 2; ++i) weights[i] = (const T*)pair.weights(i < pair.count() ? i : 0);
     Sums sums;
@@ -144,7 +194,10 @@ void run_typed(const Pair& pair, const Blocks& blocks, int64_t from, int64_t unt
     }
 }
 
-void run_pair(const Pair& pair, const Blocks& blocks, int64_t from, int64_t until) {
+void run_pair(const TilePair& pair, const Blocks& blocks, int64_t from, int64_t until) {
+#if defined(__AVX512BF16__)
+    if (by_pairs(pair.a)) return run_typed<Pair>(pair, blocks, from, until);
+#endif
     const Kind kind = pair.a.matrices[pair.matrix].kind;
     if (kind == Kind::bf16) return run_typed<bf16>(pair, blocks, from, until);
     if (kind == Kind::f16) return run_typed<f16>(pair, blocks, from, until);
@@ -162,7 +215,7 @@ int64_t count_pairs(const Linear& a) {
     return count;
 }
 
-Pair find_pair(const Linear& a, int64_t number, int64_t expert) {
+TilePair find_pair(const Linear& a, int64_t number, int64_t expert) {
     int matrix = 0;
     while (number >= pairs_in(a, matrix)) number -= pairs_in(a, matrix++);
     return {a, matrix, a.gated ? number : 2 * number, expert};
@@ -187,6 +240,9 @@ void run_chunk(const Linear& a, int64_t first_row, int64_t rows, int64_t expert)
 }  // namespace
 
 void dense_matmul(const Linear& a) {
+#if defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
+    if (isa() == Isa::avx512bf16) return avx512bf16::dense_matmul(a);
+#endif
     const Part all{0, a.rows, 0};
     for (int64_t p = 0; p < (a.parts ? a.part_count : 1); ++p) {
         const Part& part = a.parts ? a.parts[p] : all;

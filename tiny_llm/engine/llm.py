@@ -70,7 +70,7 @@ class LLM:
     right and fast on this machine, tried now if they were not; "ours", all that prove right; "mlx", none.
     ``same_tokens`` insists that an answer's tokens do not depend on what else is running.
     ``threads`` is how many the CPU kernels use, in the whole process; None leaves it as it is.
-    ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized matrices to 8 bits.
+    ``activations`` "exact" keeps backend "cpu" from rounding what meets quantized or bfloat16 matrices.
     ``max_context`` lowers the number of tokens that prompt and answer may have together.
     Keys and values are kept as ``kv_dtype`` says, "float32", "bfloat16", "float16" or "int8"; "auto" suits
     the weights.

@@ -43,7 +43,8 @@ def load_model(
     float32 whatever they are. None is as the checkpoint stores them, but float32 for backend "ref" on a
     CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or 8 bits packs what is float on
     disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
-    quantized matrix to 8 bits, where the backend is "cpu"; "exact" never does.
+    quantized matrix to 8 bits, where the backend is "cpu", and to bfloat16 what meets a matrix of that, where
+    the processor is fast with it (AMD with AVX512-BF16); "exact" does neither.
     ``progress`` is called with (bytes read, bytes to read) as the weights come. Of a ``group`` each rank
     loads its part, and the model of all together is as one alone: some outputs of all matrices, or with
     ``shares`` of the work, one a rank, some of the layers.

@@ -88,11 +88,12 @@ def _packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
     return len(group_sizes) == 1
 
 
-def pack(weight: Matrix, *, exact: bool) -> Matrix:
+def pack(weight: Matrix, *, exact: bool, float32: bool = False) -> Matrix:
     """Return ``weight`` as the backend in use wants it, made now: its source is needed no more.
 
     ``cpu`` packs matrices and widens vectors to float32; ``ref`` takes all as it is. Without
-    ``exact`` a quantized matrix meets activations of 8 bits, which is faster and a little off.
+    ``exact`` a quantized matrix meets activations of 8 bits, which is faster and a little off, and without
+    ``float32`` too one of bfloat16 meets activations of that where the processor is fast with it.
     """
     if active() != "cpu":
         return weight
@@ -102,7 +103,7 @@ def pack(weight: Matrix, *, exact: bool) -> Matrix:
     if not isinstance(weight, mx.array):
         return weight
     if weight.ndim > 1:
-        return cpu.pack_dense(weight)
+        return cpu.pack_dense(weight, exact or float32)
     wide = weight.astype(mx.float32)
     mx.eval(wide)
     return wide

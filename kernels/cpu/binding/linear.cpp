@@ -156,12 +156,12 @@ PackedMatrix quantized(const mx::array& packed, const mx::array& scales, const m
     return result;
 }
 
-PackedMatrix dense(const mx::array& weight) {
+PackedMatrix dense(const mx::array& weight, bool exact) {
     const bool is_stack = weight.ndim() == 3;
     expect((is_stack || weight.ndim() == 2) && weight.size() > 0, "pack_dense", "a weight [O, I] or [N, O, I]", weight);
     const Kind kind = kind_of("pack_dense", weight);
     const int64_t count = is_stack ? weight.shape(0) : 1;
-    const Matrix matrix{nullptr, weight.shape(-2), weight.shape(-1), kind, kind, 0, true, count};
+    const Matrix matrix{nullptr, weight.shape(-2), weight.shape(-1), kind, kind, 0, exact, count};
     PackedMatrix result = make_matrix(matrix, tile_bytes(matrix));
     const mx::array source = ready(weight);
     nb::gil_scoped_release release;
@@ -174,7 +174,7 @@ PackedMatrix dense(const mx::array& weight) {
 void bind_linear(nb::module_& m) {
     m.def("pack_quantized", &quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
           nb::arg("bits"), nb::arg("exact"));
-    m.def("pack_dense", &dense, nb::arg("weight"));
+    m.def("pack_dense", &dense, nb::arg("weight"), nb::arg("exact") = true);
     m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("biases"), nb::arg("head_dim") = 0,
           "Each weight's [T, O]; with a head dim each [T, O / head_dim, head_dim].");
     m.def("gated", &gated, nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("gate_bias").none(), nb::arg("up_bias").none());

@@ -56,6 +56,35 @@ TEST(dense_matmul_matches_float64) {
     });
 }
 
+// To nearest, ties to even.
+static float to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Weights of bf16 whose inputs may be rounded as they are; an input without a partner, and what lies behind the last.
+TEST(dense_matmul_rounds_inputs_to_bf16_where_that_is_fast) {
+    on_each_isa([] {
+        const bool rounds = std::string(isa_name(isa())) == "avx512bf16";
+        for (int64_t inputs : {1, 2, 15, 16, 17, 31, 32, 33, 129, 256})
+            for (int64_t rows : {1, 2, 5, 12, 13, 40}) {
+                Weights w(Kind::bf16, 50, inputs, 10);
+                w.layout.exact = false;
+                const auto x = random_floats(rows * inputs, 1);
+                auto seen = x;
+                if (rounds)
+                    for (float& value : seen) value = to_bf16(value);
+                const auto out = multiply(x, rows, w, nullptr);
+                const auto expected = product(seen, w, nullptr);
+                const double error = off(out.data(), expected.data(), expected.size());
+                CHECK(error < 3e-6, "%d rows, %d inputs: %g", int(rows), int(inputs), error);
+            }
+    });
+}
+
 TEST(dense_matmul_gates_up_by_silu_of_gate) {
     on_each_isa([] {
         for (int64_t outputs : {1, 16, 40})
@@ -82,8 +111,9 @@ TEST(dense_matmul_of_a_row_does_not_depend_on_the_others) {
     on_each_isa([] {
         const int64_t inputs = 161, outputs = 50, most = 300;
         const int threads = num_threads();
-        for (Kind kind : kDenseKinds) {
-            const Weights w(kind, outputs, inputs, 1);
+        for (int i = 0; i < 5; ++i) {
+            Weights w(kDenseKinds[i % 3], outputs, inputs, 1);
+            w.layout.exact = i % 2;  // of bf16 both
             const auto x = random_floats(most * inputs, 2);
             std::vector<float> alone;
             for (int64_t r = 0; r < most; ++r) {
