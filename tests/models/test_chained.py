@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_attention_that_looks_at_the_pages(model: Decoder, monkeypatch: pytest.M
 def test_each_kind_of_pool_gives_the_same_bits(model: Decoder, dtype: mx.Dtype) -> None:
     for got, expected in zip(run(Chained(model), model, dtype), run(model, model, dtype), strict=True):
         assert mx.array_equal(got, expected).item()
+
+
+def test_each_thread_has_chains_of_its_own(model: Decoder) -> None:
+    """A second thread's request died of it: "There is no Stream(cpu, 0) in current thread"."""
+    again, expected = Chained(model), run(model, model, mx.float32)
+    mx.eval(expected)
+
+    def same() -> bool:
+        pairs = zip(run(again, model, mx.float32), expected, strict=True)
+        return all(mx.array_equal(got, one).item() for got, one in pairs)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as thread:
+            assert same() and thread.submit(same).result()
 
 
 def test_a_step_of_shapes_that_were_there_builds_nothing(

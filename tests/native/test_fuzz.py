@@ -225,6 +225,13 @@ def product(x: mx.array, weight: mx.array, group: int, exact: bool) -> tuple[mx.
     return x @ weight.T, bound
 
 
+def narrowed(x: mx.array, weight: mx.array | QuantizedTensor, exact: bool) -> mx.array:
+    """``x`` as bfloat16 where a kernel rounds it to that."""
+    if exact or isinstance(weight, QuantizedTensor) or weight.dtype != mx.bfloat16:
+        return x
+    return x.astype(mx.bfloat16).astype(mx.float32) if backend.cpu.isa() == "avx512bf16" else x
+
+
 def draw_linear(d: Draw) -> Case:
     """One to three matrices of one group size, with biases or without."""
     group, exact = d.choice.choice([0, 32, 64, 128]), d.choice.random() < 0.5
@@ -233,7 +240,7 @@ def draw_linear(d: Draw) -> Case:
     weights = [d.matrix(d.size(100), width, group) for _ in range(d.choice.randint(1, 3))]
     biases = [d.maybe(d.array(dense(weight).shape[0])) for weight in weights]
     packed = [pack(weight, exact=exact) for weight in weights]
-    answers = [product(x, dense(weight), group, exact) for weight in weights]
+    answers = [product(narrowed(x, weight, exact), dense(weight), group, exact) for weight in weights]
     return Case(
         f"linear {x.shape} exact={exact} by {', '.join(map(format_of, weights))}",
         rows,
@@ -267,8 +274,9 @@ def draw_gated(d: Draw) -> Case:
     up = d.matrix(out, width, group)
     gate_bias = d.maybe(d.array(out))
     packed = pack(gate, exact=exact), pack(up, exact=exact)
-    y, y_bound = product(x, dense(gate), group, exact)
-    z, z_bound = product(x, dense(up), group, exact)
+    met = narrowed(x, gate, exact)
+    y, y_bound = product(met, dense(gate), group, exact)
+    z, z_bound = product(met, dense(up), group, exact)
     y = y if gate_bias is None else y + gate_bias
     silu = y / (1 + mx.exp(-y))
     bound = 1.11 * y_bound * (mx.abs(z) + z_bound) + mx.abs(silu) * z_bound + 1e-6 * mx.abs(silu * z) + 1e-6

@@ -39,12 +39,12 @@ def load_model(
 ) -> Model:
     """Load the model of a checkpoint, or of a folder or GGUF file that is one, for the backend in use.
 
-    ``dtype`` "float32", "bfloat16" or "float16" is what to keep weights in; backend "cpu" computes in
-    float32 whatever they are. None is as the checkpoint stores them, but float32 for backend "ref" on a
-    CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or 8 bits packs what is float on
-    disk, in groups of 64, or of 32 where 64 does not divide. ``activations`` "int8" rounds what meets a
-    quantized matrix to 8 bits, where the backend is "cpu", and to bfloat16 what meets a matrix of that, where
-    the processor is fast with it (AMD with AVX512-BF16); "exact" does neither.
+    ``dtype`` "float32", "bfloat16" or "float16" is what to keep weights in. Backend "cpu" computes in
+    float32 whatever they are; but what meets a matrix of bfloat16 is rounded to that where the processor is
+    fast with it (AMD with AVX512-BF16), unless ``dtype`` is "float32". None is as the checkpoint stores them,
+    but float32 for backend "ref" on a CPU, where MLX's 16-bit products are slow and coarse. ``quantize`` 4 or
+    8 bits packs what is float on disk, in groups of 64, or of 32 where 64 does not divide. ``activations``
+    "int8" rounds what meets a quantized matrix to 8 bits, where the backend is "cpu"; "exact" rounds nothing.
     ``progress`` is called with (bytes read, bytes to read) as the weights come. Of a ``group`` each rank
     loads its part, and the model of all together is as one alone: some outputs of all matrices, or with
     ``shares`` of the work, one a rank, some of the layers.
@@ -56,10 +56,11 @@ def load_model(
     config = checkpoint.config
     check_options(dtype, quantize, activations)
     packed = find(config.model_type).packed
+    finish = partial(pack, exact=activations == "exact", float32=dtype == "float32")
     reading: Reading = {
         "dtype": _stored_dtype(dtype, quantize, packed),
         "quantize": None if quantize is None else Quantization(quantize, QUANTIZE_GROUP),
-        "finish": partial(pack, exact=activations == "exact") if packed else lambda weight: weight,
+        "finish": finish if packed else lambda weight: weight,
         "progress": progress,
     }
     if parts := parts_of(config, group, shares):  # a checkpoint of another's need not know them
