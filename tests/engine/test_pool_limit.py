@@ -127,7 +127,8 @@ def test_memory_goes_back_while_those_run_whose_blocks_lie_at_the_end(
             while len(done) < 14:
                 step()
                 engine.scheduler.check_integrity()
-        assert blocks.capacity == 16 and [answer.token_ids for answer in done[12:]] == expected
+        answers = sorted(done[12:], key=lambda answer: answer.index)  # guesses may let the second end first
+        assert blocks.capacity == 16 and [answer.token_ids for answer in answers] == expected
         while (disk := engine.stats().disk) and disk.blocks < 600:
             time.sleep(0.01)
         give_back_memory()
