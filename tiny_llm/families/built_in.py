@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tiny_llm.errors import ConfigError, did_you_mean
-from tiny_llm.families.ernie import ERNIE4_5
-from tiny_llm.families.ernie_moe import ERNIE4_5_MOE
+from tiny_llm.families.ernie import ERNIE4_5, ERNIE4_5_MOE
 from tiny_llm.families.family import Family
 from tiny_llm.families.gemma3 import GEMMA3
 from tiny_llm.families.gpt2 import GPT2
 from tiny_llm.families.granite import GRANITE
-from tiny_llm.families.llama import LLAMA
-from tiny_llm.families.mistral import MISTRAL
-from tiny_llm.families.olmo2 import OLMO2
-from tiny_llm.families.olmoe import OLMOE
+from tiny_llm.families.llama import LLAMA, MISTRAL
+from tiny_llm.families.olmo import OLMO2, OLMOE
 from tiny_llm.families.phi3 import PHI3
-from tiny_llm.families.qwen import QWEN2, QWEN3
-from tiny_llm.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from tiny_llm.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from tiny_llm.families.smollm3 import SMOLLM3
 
 FAMILIES: Mapping[str, Family] = {

@@ -9,7 +9,7 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Matrix
 from tiny_llm.distributed.group import ALONE, Group
-from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.families.family import ExpertFacts
 from tiny_llm.layers.gathered import columns, gathered
 from tiny_llm.layers.linear import Linear
 from tiny_llm.layers.mlp import MLP, GeluMLP

@@ -13,7 +13,7 @@ import mlx.core as mx
 from tiny_llm.config import ModelConfig
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.distributed.group import ALONE, Group
-from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.families.family import ExpertFacts
 from tiny_llm.layers.attention import Attention, Rotation, rotations
 from tiny_llm.layers.embedding import Embedding
 from tiny_llm.layers.experts import Experts

@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from tiny_llm.config import ModelConfig, ModelFacts, Quantization
-from tiny_llm.families.expert_facts import ExpertFacts
+from tiny_llm.families.family import ExpertFacts
 from tiny_llm.models.registry import expected_tensors
 from tiny_llm.weights.quantize import fit_group, format_of
 

@@ -1,13 +1,36 @@
-"""OLMoE: experts in every layer; all queries are normed as one vector, all keys too."""
+"""OLMo 2: norms behind attention and the MLP, not before; all queries normed as one vector, all keys too.
+
+OLMoE: experts in every layer, and of those norms only the ones of queries and keys.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tiny_llm.config_fields import Fields
-from tiny_llm.families.expert_facts import ExpertFacts
 from tiny_llm.families.experts import every, expert_places
-from tiny_llm.families.family import Family, defaults
+from tiny_llm.families.family import DecoderSizes, ExpertFacts, Family, Places, Stored, defaults
+
+
+def _stored(sizes: DecoderSizes, names: Collection[str]) -> Places:
+    layer = "model.layers.{}"
+    return {
+        f"{layer}.self_attn.output_norm": Stored((f"{layer}.post_attention_layernorm",)),
+        f"{layer}.mlp.output_norm": Stored((f"{layer}.post_feedforward_layernorm",)),
+    }
+
+
+OLMO2 = Family(
+    defaults(50_304, 11_008, 2_048, rms_norm_eps=1e-5),
+    facts={
+        "norm_before": False,
+        "norm_after": True,
+        "wide_norm": True,
+        "qk_norm": "whole",
+        "mlp_bias": False,
+    },
+    stored=_stored,
+)
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
