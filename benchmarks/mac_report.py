@@ -18,7 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import mlx.core as mx
+import msgspec
 from measure.sides import OURS
 from measure.worker import WORKERS, Worker
 
@@ -161,7 +162,7 @@ def proofs(plan: Plan, backend: str) -> dict[str, object]:
     for name, config in plan.shapes.items():
         shapes = Shapes.of(ModelConfig.from_hf(dict(config)), BITS, mx.bfloat16, BLOCK)
         tried = proved(backend, shapes, Limits.of(backend))
-        found[name] = {op: asdict(proof) for op, proof in tried.items()}
+        found[name] = {op: msgspec.to_builtins(proof) for op, proof in tried.items()}
     return found
 
 
@@ -240,7 +241,7 @@ def _proof_table(proofs: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "| model | kernel | shape | ours, us | MLX, us | ratio | wrong |", "|" + "---|" * 7)
     for model, ops in proofs.items():
         for op, stored in ops.items():
-            proof = Proof.read({**stored, "timings": list(stored["timings"])})
+            proof = msgspec.convert(stored, Proof)
             for one in proof.timings:
                 times = f"{one.ours_us:.1f} | {one.mlx_us:.1f} | {one.ratio:.2f}x"
                 yield f"| {model} | {op} | {one.shape} | {times} | |"

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tiny_llm.metalsim.build import why_not
@@ -88,7 +89,7 @@ def test_a_child_whose_parent_is_gone_ends_all_the_same(shapes: Shapes, plant: P
     plant("rope", "rope_qk", HANG)
     job = replace(KernelJob("metalsim", shapes, ("rope",), True), seconds=4.0)
     command = [sys.executable, "-m", "tiny_llm.proving.child"]
-    done = subprocess.run(command, input=job.as_json(), text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGALRM, done.stderr
 
 

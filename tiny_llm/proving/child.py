@@ -6,17 +6,17 @@ each op is done. Whoever started it keeps the time.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import mlx.core as mx
+import msgspec
 
 from tiny_llm.ops.backend import active, use
 from tiny_llm.proving.cases import Check, Sizes, TimedCall, cases
@@ -43,35 +43,31 @@ class KernelJob:
     right: tuple[str, ...] = ()
     seconds: float = 600.0
 
-    def as_json(self) -> str:
-        """The line that a child reads."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def read(cls, line: str) -> KernelJob:
-        """That line as a job."""
-        given = json.loads(line)
-        ops, right = (tuple(given[name]) for name in ("ops", "right"))
-        return cls(given["backend"], Shapes(**given["shapes"]), ops, given["small"], right, given["seconds"])
+class ChildLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of a child's: what it is ``doing`` now, or the ``proof`` of an op that is done."""
+
+    doing: str = ""
+    proof: Proof | None = None
 
 
 def main() -> None:
     """Try each op of the job."""
-    job = KernelJob.read(sys.stdin.readline())
+    job = msgspec.json.decode(sys.stdin.readline(), type=KernelJob)
     signal.setitimer(signal.ITIMER_REAL, job.seconds)  # no handler: it ends a kernel that hangs, too
     sizes = Sizes.small() if job.small else Sizes()
     right = set(job.right)
     for op in job.ops:
         with_it = {one for one, needed in NEEDS.items() if needed == op}
         with use(job.backend, frozenset({op} | with_it & right)):
-            proof = prove(op, job.shapes, sizes, lambda what: _say({"doing": what}))
+            proof = prove(op, job.shapes, sizes, lambda what: _say(ChildLine(what)))
         if not proof.wrong:
             right.add(op)
-        _say({"proof": asdict(proof)})
+        _say(ChildLine(proof=proof))
 
 
-def _say(what: object) -> None:
-    print(json.dumps(what), flush=True)
+def _say(what: ChildLine) -> None:
+    print(msgspec.json.encode(what).decode(), flush=True)
 
 
 def prove(op: str, shapes: Shapes, sizes: Sizes, doing: Callable[[str], None]) -> Proof:

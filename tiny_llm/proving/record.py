@@ -16,9 +16,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import mlx.core as mx
+import msgspec
 
 from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.ops import backend
@@ -101,13 +102,12 @@ class Shapes:
         )
 
 
-@dataclass(frozen=True)
-class KernelTiming:
+class KernelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Microseconds of a call, ours and MLX's, on a ``shape`` in words."""
 
     shape: str
-    ours_us: float
-    mlx_us: float
+    ours_us: Annotated[float, msgspec.Meta(gt=0)]
+    mlx_us: Annotated[float, msgspec.Meta(gt=0)]
 
     @property
     def ratio(self) -> float:
@@ -115,8 +115,7 @@ class KernelTiming:
         return self.mlx_us / self.ours_us
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What came of trying an op's kernels: ``wrong`` says what went wrong, and is empty if nothing did."""
 
     op: str
@@ -131,20 +130,15 @@ class Proof:
     def joined(self, other: Proof, whose: str) -> Proof:
         """Both, of an op that is to serve both; what ``other`` says is told as of ``whose`` shapes."""
         wrong = self.wrong or (other.wrong and other.wrong + whose)
-        timings = (replace(timing, shape=timing.shape + whose) for timing in other.timings)
+        timings = (KernelTiming(one.shape + whose, one.ours_us, one.mlx_us) for one in other.timings)
         return Proof(self.op, wrong, (*self.timings, *timings))
 
-    @classmethod
-    def read(cls, stored: Mapping[str, object]) -> Proof:
-        """From JSON. Raises ValueError, TypeError or KeyError if it is something else."""
-        timings = tuple(KernelTiming(**one) for one in cast(Iterable[dict[str, Any]], stored["timings"]))
-        op, wrong, *shapes = (stored["op"], stored["wrong"], *(timing.shape for timing in timings))
-        times = [time for timing in timings for time in (timing.ours_us, timing.mlx_us)]
-        if not (isinstance(op, str) and isinstance(wrong, str) and all(isinstance(s, str) for s in shapes)):
-            raise TypeError("not a proof")
-        if not all(isinstance(time, float) and 0 < time < float("inf") for time in times):
-            raise ValueError("not a time")
-        return cls(op, wrong, timings)
+
+class _Stored(msgspec.Struct, frozen=True):
+    """What a file holds."""
+
+    key: dict[str, Any]
+    proofs: list[Proof]
 
 
 class Record:
@@ -162,7 +156,7 @@ class Record:
     @property
     def shapes(self) -> Shapes:
         """The model's."""
-        return Shapes(**cast(dict[str, Any], self.key["shapes"]))
+        return msgspec.convert(self.key["shapes"], Shapes)
 
     @classmethod
     def of(cls, name: str, shapes: Shapes) -> Record:
@@ -173,23 +167,17 @@ class Record:
 
     def read(self) -> dict[str, Proof]:
         """Each op's proof, of those that were tried."""
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["key"] != self.key:
-                return {}
-            proofs = [Proof.read(one) for one in stored["proofs"]]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return {}
-        return {proof.op: proof for proof in proofs}
+        stored = _read(self.path)
+        return {proof.op: proof for proof in stored.proofs} if stored and stored.key == self.key else {}
 
     def add(self, found: Iterable[Proof]) -> None:
         """Keep these too, beside what another process has found meanwhile."""
         proofs = self.read() | {proof.op: proof for proof in found}
-        stored = {"key": self.key, "proofs": [asdict(proof) for _, proof in sorted(proofs.items())]}
+        stored = _Stored(self.key, [proof for _, proof in sorted(proofs.items())])
         with suppress(OSError):  # what cannot be kept is tried again
             handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(stored, file, indent=1)
+            with os.fdopen(handle, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(stored), indent=1))
             os.replace(name, self.path)
 
 
@@ -198,14 +186,22 @@ def records() -> list[Record]:
     kept = _folder()
     found = []
     for path in sorted(kept.glob("*.json")) if kept else ():
-        try:
-            key = json.loads(path.read_text(encoding="utf-8"))["key"]
-            shapes, name = Shapes(**key["shapes"]), key["backend"]
-        except (OSError, ValueError, TypeError, KeyError):
+        if (stored := _read(path)) is None:
             continue
-        if name in backend.GPU_KERNELS and Record.of(name, shapes).key == key:
-            found.append(Record(path, key))
+        record = Record(path, stored.key)
+        with suppress(ValueError, KeyError):  # its key is none of ours
+            name = record.backend
+            if name in backend.GPU_KERNELS and Record.of(name, record.shapes).key == record.key:
+                found.append(record)
     return found
+
+
+def _read(path: Path) -> _Stored | None:
+    """None for what is none, or cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Stored)
+    except (OSError, ValueError):
+        return None
 
 
 def machine(name: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ is started again behind it. No error of the trial keeps a model from being serve
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -14,15 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+import msgspec
 
 from tiny_llm.ops.backend import GPU_KERNELS
 from tiny_llm.proving.cases import ops_of
-from tiny_llm.proving.child import KernelJob
+from tiny_llm.proving.child import ChildLine, KernelJob
 from tiny_llm.proving.choice import Kernels, all_on_mlx, check, choose
 from tiny_llm.proving.record import Proof, Record, Shapes
 
@@ -127,11 +128,11 @@ def _heard(
             progress(1 - len(left) / total, f"{left[0]}: {doing}")
         case_end = time.monotonic() + limits.case_s
         said = child.hear(min(end, case_end))
-        if isinstance(said, Mapping):
-            if "doing" in said:
-                doing = str(said["doing"])
+        if isinstance(said, ChildLine):
+            if said.proof is None:
+                doing = said.doing
                 continue
-            proof = Proof.read(said["proof"])
+            proof = said.proof
         elif doing == STARTING:
             raise _Over  # which says nothing of the op
         elif said is not None:
@@ -145,7 +146,7 @@ def _heard(
         left.remove(proof.op)
         doing = "going on"
         yield proof
-        if not isinstance(said, Mapping):
+        if not isinstance(said, ChildLine):
             return
 
 
@@ -169,7 +170,7 @@ class _Child:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
         with suppress(BrokenPipeError):
-            self._process.stdin.write(job.as_json() + "\n")
+            self._process.stdin.write(msgspec.json.encode(job).decode() + "\n")
             self._process.stdin.close()
 
     def _listen(self, lines: IO[str]) -> None:
@@ -178,20 +179,19 @@ class _Child:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def hear(self, until: float) -> Mapping[str, Any] | str | None:
+    def hear(self, until: float) -> ChildLine | str | None:
         """What it says next; or how it ended, in words; or None: nothing came until then."""
         try:
             line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
             return None
-        with suppress(ValueError):
-            said = json.loads(line or "")
-            if isinstance(said, dict):
-                return said
-        return self._ending()
+        try:
+            return msgspec.json.decode(line or "", type=ChildLine)
+        except ValueError:
+            return self._ending()
 
     def _ending(self) -> str:
-        """How it ended. A line that is no JSON is of a kernel that writes where it must not."""
+        """How it ended. A line that is none of ours is of a kernel that writes where it must not."""
         try:
             code = self._process.wait(_REAPED_S)
         except subprocess.TimeoutExpired:
