@@ -12,8 +12,7 @@ import anthropic
 import pytest
 
 from tiny_llm import AsyncLLM
-from tiny_llm.server.message_bodies import CountBody, MessageBody
-from tiny_llm.server.message_chat import chat_of
+from tiny_llm.server.message_bodies import CountBody, MessageBody, chat_of
 from tiny_llm.server.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ import pytest
 from tiny_llm.data import MessageDelta, ToolCallDelta
 from tiny_llm.server.answers import WrittenArray
 from tiny_llm.server.problems import Problem
-from tiny_llm.server.response_bodies import ResponseBody
-from tiny_llm.server.response_chat import chat_of
+from tiny_llm.server.response_bodies import ResponseBody, chat_of
 from tiny_llm.server.response_items import Items
 from tiny_llm.server.settings import ServerSettings
 from tiny_llm.server.stored import StoredResponses

@@ -1,20 +1,22 @@
 """Owns what the bodies of POST /v1/messages and /v1/messages/count_tokens may say, as Anthropic has them.
 
+And the chat that such a request stands for: its blocks as messages, its fields as a chat's.
 What would change an answer in a way that we lack (images, documents, tools that their servers run, an answer
 that is begun by the client) is refused by its name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, StringConstraints, model_validator
 
+from tiny_llm.server import chat_bodies as chat
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, Choosing, Count, Name, Stops
-from tiny_llm.server.chat_bodies import TemplateArguments, Untold
-from tiny_llm.server.neutral import misplaced, with_neutral
+from tiny_llm.server.bodies import Body, Choosing, Count, JsonSchema, Name, ResponseFormat, Stops
+from tiny_llm.server.neutral import REQUEST, misplaced, with_neutral
 
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
@@ -67,7 +69,7 @@ class ToolUseBlock(_Block):
     id: CallId
     name: Name
     input: dict[str, Any]
-    caller: Untold = None
+    caller: chat.Untold = None
 
 
 class ToolResultBlock(_Block):
@@ -168,7 +170,7 @@ class CountBody(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)
     cache_control: CacheControl | None = None
-    chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)
+    chat_template_kwargs: chat.TemplateArguments = Field(default_factory=chat.TemplateArguments)
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> CountBody:
@@ -184,3 +186,105 @@ class MessageBody(CountBody, Choosing):
 
     max_tokens: Count
     stop_sequences: Stops = Field(default_factory=list)
+
+
+_CHOICES: Mapping[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
+_EFFORTS: Mapping[str, Any] = {"max": "xhigh", "high": None}
+"""Efforts with another name; "high" is what this interface has where nothing is asked for."""
+
+
+def chat_of(body: CountBody) -> chat.ChatBody:
+    """The chat that a request stands for. What it is made of has been checked, so it is not checked again."""
+    choice, effort, form = body.tool_choice, body.output_config.effort, body.output_config.format
+    fields: dict[str, Any] = {}
+    if isinstance(body, MessageBody):
+        fields = {name: getattr(body, name) for name in Choosing.model_fields if name not in REQUEST}
+        fields |= {"max_tokens": body.max_tokens, "stop": [*body.stop, *body.stop_sequences]}
+    return chat.ChatBody.model_construct(
+        **fields,
+        messages=_messages(body),
+        tools=[_tool(tool) for tool in body.tools],
+        tool_choice=choice and _choice(choice),
+        parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+        response_format=form and _form(form),
+        reasoning_effort=_EFFORTS.get(effort, effort) if effort else None,
+        chat_template_kwargs=_template_arguments(body),
+    )
+
+
+def _tool(tool: CustomTool) -> chat.Tool:
+    function = chat.Function.model_construct(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
+    return chat.Tool.model_construct(type="function", function=function)
+
+
+def _choice(choice: Choice) -> Any:
+    if choice.name is None:
+        return _CHOICES[choice.type]
+    function = chat.NamedFunction.model_construct(name=choice.name)
+    return chat.NamedTool.model_construct(type="function", function=function)
+
+
+def _form(form: OutputFormat) -> ResponseFormat:
+    schema = JsonSchema.model_construct(name="answer", schema_=form.schema_)
+    return ResponseFormat.model_construct(type="json_schema", json_schema=schema)
+
+
+def _template_arguments(body: CountBody) -> chat.TemplateArguments:
+    given = body.chat_template_kwargs
+    if body.thinking is None or body.thinking.type == "adaptive":  # the model decides
+        return given
+    return given.model_copy(update={"enable_thinking": body.thinking.type == "enabled"})
+
+
+def _messages(body: CountBody) -> list[chat.Message]:
+    """Blocks as messages; turns of one role that follow each other are one, as they are there."""
+    messages: list[chat.Message] = []
+    if body.system:
+        messages.append(chat.Message(role="system", content=_text(body.system)))
+    for turn in body.messages:
+        if turn.role == "assistant":
+            _add_answer(messages, turn)
+        else:
+            _add_said(messages, turn)
+    return messages
+
+
+def _add_said(messages: list[chat.Message], turn: MessageTurn) -> None:
+    """What a user or the system says, and what calls returned, in their order."""
+    assert turn.role != "assistant"
+    for block in turn.content:
+        if isinstance(block, ToolResultBlock):
+            text = f"Error: {_text(block.content)}" if block.is_error else _text(block.content)
+            messages.append(chat.Message(role="tool", content=text, tool_call_id=block.tool_use_id))
+        elif isinstance(block, TextBlock):
+            last = messages[-1] if messages else None
+            if last is not None and last.role == turn.role:
+                last.content = f"{last.content}\n{block.text}"
+            else:
+                messages.append(chat.Message(role=turn.role, content=block.text))
+
+
+def _add_answer(messages: list[chat.Message], turn: MessageTurn) -> None:
+    """An earlier answer: thoughts, text and calls are one message."""
+    if not messages or messages[-1].role != "assistant":
+        messages.append(chat.Message(role="assistant"))
+    last = messages[-1]
+    for block in turn.content:
+        if isinstance(block, TextBlock):
+            last.content = _joined(last.content, block.text)
+        elif isinstance(block, ThinkingBlock):
+            last.reasoning_content = _joined(last.reasoning_content, block.thinking)
+        elif isinstance(block, ToolUseBlock):
+            arguments = json.dumps(block.input, ensure_ascii=False)
+            function = chat.CalledFunction(name=block.name, arguments=arguments)
+            last.tool_calls = [*last.tool_calls, chat.PastToolCall(id=block.id, function=function)]
+
+
+def _text(blocks: list[TextBlock]) -> str:
+    return "\n".join(block.text for block in blocks)
+
+
+def _joined(before: str | None, text: str) -> str:
+    return text if before is None else f"{before}\n{text}"

@@ -18,8 +18,7 @@ from tiny_llm.server.answers import new_id
 from tiny_llm.server.chat_completions import chat_job, chat_prompt
 from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
-from tiny_llm.server.message_bodies import CountBody, MessageBody
-from tiny_llm.server.message_chat import chat_of
+from tiny_llm.server.message_bodies import CountBody, MessageBody, chat_of
 from tiny_llm.server.problems import problem_of, renamed
 from tiny_llm.server.service import Service, aside
 

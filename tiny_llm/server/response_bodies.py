@@ -1,5 +1,6 @@
-"""Owns what the body of POST /v1/responses may say.
+"""Owns what the body of POST /v1/responses may say, and the chat that it stands for.
 
+Its items become messages, its fields a chat's.
 What counts on more than responses that are kept for a while is refused by its name.
 """
 
@@ -9,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, StringConstraints
 
+from tiny_llm.server import chat_bodies as chat
 from tiny_llm.server import settings as caps
-from tiny_llm.server.bodies import Body, Choosing, Count, Few, Name
-from tiny_llm.server.chat_bodies import Effort, Function, NamedFunction, OfFunctions, TemplateArguments, Text
-from tiny_llm.server.neutral import REASONING_OPTIONS, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
+from tiny_llm.server.bodies import Body, Choosing, Count, Few, JsonSchema, Name, ResponseFormat
+from tiny_llm.server.neutral import REASONING_OPTIONS, REQUEST, STREAM_OPTIONS, TEXT_OPTIONS, with_neutral
 
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
@@ -32,7 +33,7 @@ class Said(_PastItem):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    content: chat.Text
     phase: Literal["commentary", "final_answer"] | None = None
 
 
@@ -51,7 +52,7 @@ class Returned(_PastItem):
 
     type: Literal["function_call_output"]
     call_id: ItemId
-    output: Text
+    output: chat.Text
 
 
 class Thought(Body):
@@ -101,11 +102,11 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class FunctionTool(Function, OfFunctions):
+class FunctionTool(chat.Function, chat.OfFunctions):
     """A function that the model may call, as this interface writes it: all in one object."""
 
 
-class ChosenTool(NamedFunction, OfFunctions):
+class ChosenTool(chat.NamedFunction, chat.OfFunctions):
     """The function that is to be called."""
 
 
@@ -113,7 +114,7 @@ class ChosenTool(NamedFunction, OfFunctions):
 class ReasoningOptions(Body):
     """About what the model thinks. It is told whole, so there is no summary of it."""
 
-    effort: Effort | None = None
+    effort: chat.Effort | None = None
 
 
 @with_neutral(STREAM_OPTIONS)
@@ -139,4 +140,75 @@ class ResponseBody(Choosing):
     include: Annotated[list[Included], Field(max_length=8)] = Field(default_factory=list)
     top_logprobs: Few | None = None
     stream_options: EventOptions | None = None
-    chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)
+    chat_template_kwargs: chat.TemplateArguments = Field(default_factory=chat.TemplateArguments)
+
+
+def chat_of(body: ResponseBody) -> chat.ChatBody:
+    """The chat that a request stands for. What it is made of has been checked, so it is not checked again."""
+    common = {name: getattr(body, name) for name in Choosing.model_fields if name not in REQUEST}
+    return chat.ChatBody.model_construct(
+        **common,
+        messages=_messages(body),
+        tools=[chat.Tool.model_construct(type="function", function=tool) for tool in body.tools],
+        tool_choice=_choice(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=body.text.format and _format(body.text.format),
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=LOGPROBS in body.include,
+        top_logprobs=body.top_logprobs,
+        reasoning_effort=body.reasoning and body.reasoning.effort,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+
+
+def _choice(asked: str | ChosenTool) -> str | chat.NamedTool:
+    if isinstance(asked, str):
+        return asked
+    return chat.NamedTool.model_construct(type="function", function=asked)
+
+
+def _format(asked: TextFormat) -> ResponseFormat:
+    schema = None if asked.schema_ is None else JsonSchema.model_construct(schema_=asked.schema_)
+    return ResponseFormat.model_construct(type=asked.type, json_schema=schema)
+
+
+def _messages(body: ResponseBody) -> list[chat.Message]:
+    """Items as messages: calls, and the reasoning before them, are parts of the assistant's message."""
+    messages: list[chat.Message] = []
+    said, system = body.input, body.instructions
+    if system is not None:
+        first = said[0]
+        if isinstance(first, Said) and first.role in ("system", "developer"):
+            said, system = said[1:], f"{system}\n\n{first.content}"  # templates take one such message
+        messages.append(chat.Message(role="system", content=system))
+    for item in said:
+        if isinstance(item, Returned):
+            messages.append(chat.Message(role="tool", content=item.output, tool_call_id=item.call_id))
+        elif isinstance(item, Said) and item.role != "assistant":
+            messages.append(chat.Message(role=item.role, content=item.content))
+        else:
+            _add(messages, item)
+    return messages
+
+
+def _add(messages: list[chat.Message], item: Said | Called | Thoughts) -> None:
+    """Add to the assistant's message, which ends with its calls."""
+    if not messages or _is_complete(messages[-1], item):
+        messages.append(chat.Message(role="assistant"))
+    last = messages[-1]
+    if isinstance(item, Said):
+        last.content = item.content
+    elif isinstance(item, Thoughts):
+        last.reasoning_content = "\n".join(thought.text for thought in item.content or item.summary)
+    else:
+        function = chat.CalledFunction(name=item.name, arguments=item.arguments)
+        last.tool_calls = [*last.tool_calls, chat.PastToolCall(id=item.call_id, function=function)]
+
+
+def _is_complete(last: chat.Message, item: Said | Called | Thoughts) -> bool:
+    """Whether ``item`` belongs to a message of its own: one has thoughts, then text, then calls."""
+    if last.role != "assistant" or isinstance(item, Thoughts):
+        return True
+    if isinstance(item, Called):
+        return False
+    return last.content is not None or bool(last.tool_calls)

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tiny_llm.data import MessageDelta, ToolCallDelta
+from tiny_llm.data import MessageDelta
 from tiny_llm.server.answers import WrittenArray, new_id
 
 Event = dict[str, Any]
 Logprobs = Sequence[Mapping[int, float]]
 _Written = Callable[[Logprobs], WrittenArray]
-_PARTS: Mapping[str, tuple[str, str, str]] = {
-    # a message's field: the kind of item that it is a part of, the kind of its part, its event
-    "content": ("message", "output_text", "response.output_text"),
-    "reasoning": ("reasoning", "reasoning_text", "response.reasoning_text"),
+_PARTS: Mapping[str, tuple[str, str]] = {
+    # the kind of an item that has a text: the kind of its one part, its events
+    "message": ("output_text", "response.output_text"),
+    "reasoning": ("reasoning_text", "response.reasoning_text"),
 }
 
 
@@ -27,138 +27,88 @@ class Items:
     def __init__(self, written: _Written) -> None:
         self._written = written
         self.done: list[dict[str, Any]] = []
-        self._open: _Text | _Call | None = None
-        self._rows: list[Mapping[int, float]] = []  # of tokens whose text is still to come
+        self._item: dict[str, Any] = {}  # that is open, but for its text; {}: none is
+        self._text = ""
+        self._rows: list[Mapping[int, float]] = []  # of a message's tokens, also of those that have no text
+        self._held: list[Mapping[int, float]] = []  # of tokens whose text is still to come
 
     def push(self, deltas: Sequence[MessageDelta], rows: Logprobs) -> list[Event]:
         """Take what a piece of text added to the message; ``rows`` are its tokens' logprobs."""
-        self._rows += rows
+        self._held += rows
         return [event for delta in deltas for event in self._grown(delta)]
 
     def finish(self, *, whole: bool) -> list[Event]:
         """No more comes. An answer of nothing is an empty message."""
-        is_empty = self._open is None and not self.done
-        begun = self._begun(lambda index: _Text(index, "content", self._written)) if is_empty else ()
+        begun = () if self._item or self.done else self._begun_text("message")
         return [*begun, *self._closed("completed" if whole else "incomplete")]
 
     def _grown(self, delta: MessageDelta) -> Iterator[Event]:
         call = delta.tool_call
         if call is not None:
             if call.id is not None:
-                yield from self._begun(lambda index: _Call(index, call))
-            assert isinstance(self._open, _Call), "a call's first delta has its id"
+                yield from self._begun("fc", "function_call", call_id=call.id, name=call.name, arguments="")
             if call.arguments:
-                yield self._open.grow(call.arguments)
+                self._item["arguments"] += call.arguments
+                yield self._at("response.function_call_arguments.delta", delta=call.arguments)
             return
-        name = "reasoning" if delta.reasoning else "content"
-        if not isinstance(self._open, _Text) or self._open.name != name:
-            yield from self._begun(lambda index: _Text(index, name, self._written))
-        assert isinstance(self._open, _Text)
-        rows, self._rows = self._rows, []
-        yield self._open.grow(delta.reasoning or delta.content, rows)
+        kind = "reasoning" if delta.reasoning else "message"
+        if self._item.get("type") != kind:
+            yield from self._begun_text(kind)
+        text, rows = delta.reasoning or delta.content, self._take_held()
+        self._text += text
+        yield self._in_part(f"{_PARTS[kind][1]}.delta", delta=text, **self._logprobs(rows))
 
-    def _begun(self, make: Callable[[int], _Text | _Call]) -> Iterator[Event]:
-        """The next item; ``make`` is told its place."""
+    def _begun_text(self, kind: str) -> Iterator[Event]:
+        """A message or reasoning, of one part, which is empty."""
+        if kind == "message":
+            yield from self._begun("msg", kind, role="assistant")
+        else:
+            yield from self._begun("rs", kind, summary=[])
+        yield self._in_part("response.content_part.added", part=self._part())
+
+    def _begun(self, prefix: str, kind: str, **more: Any) -> Iterator[Event]:
+        """The next item."""
         yield from self._closed("completed")
-        self._open = make(len(self.done))
-        yield from self._open.begin()
+        self._item = {"id": new_id(prefix), "type": kind, **more}
+        content = {"content": []} if kind in _PARTS else {}
+        item = {**self._item, "status": "in_progress", **content}
+        yield {"type": "response.output_item.added", "output_index": len(self.done), "item": item}
 
     def _closed(self, status: str) -> Iterator[Event]:
-        item, self._open = self._open, None
-        if item is None:
+        """What is open, if anything is, is complete: its text or its arguments, its part, it."""
+        if not self._item:
             return
-        if isinstance(item, _Text):
-            item.keep(self._rows)  # of tokens that have no text, as the one that ends the answer
-        self._rows = []
-        yield from item.end(status)
-        self.done.append(item.told(status))
-
-
-class _Item:
-    """One item as it grows; ``place`` says in its events which one it is."""
-
-    def __init__(self, index: int, prefix: str, **item: Any) -> None:
-        self._item = {"id": new_id(prefix), **item}
-        self.place = {"item_id": self._item["id"], "output_index": index}
-
-    def begin(self) -> Iterator[Event]:
-        """It is there, and empty."""
-        yield self._event("response.output_item.added", self.told("in_progress"))
-
-    def end(self, status: str) -> Iterator[Event]:
-        """It is complete."""
-        yield self._event("response.output_item.done", self.told(status))
-
-    def told(self, status: str) -> dict[str, Any]:
-        """As it is now."""
-        return {**self._item, "status": status}
-
-    def _event(self, kind: str, item: Mapping[str, Any]) -> Event:
-        return {"type": kind, "output_index": self.place["output_index"], "item": item}
-
-
-class _Text(_Item):
-    """A message or reasoning, of one part."""
-
-    def __init__(self, index: int, name: str, written: _Written) -> None:
-        self.name = name
-        self._written = written
-        kind, self._part_kind, self._event_name = _PARTS[name]
-        if name == "content":
-            super().__init__(index, "msg", type=kind, role="assistant")
+        whole = {**self._item, "status": status}
+        self._take_held()
+        if self._item["type"] in _PARTS:
+            text = {"text": self._text, **self._logprobs(self._rows)}
+            yield self._in_part(f"{_PARTS[self._item['type']][1]}.done", **text)
+            yield self._in_part("response.content_part.done", part=self._part())
+            whole["content"] = [self._part()]
         else:
-            super().__init__(index, "rs", type=kind, summary=[])
-        self._at = {**self.place, "content_index": 0}
-        self._text = ""
-        self._rows: list[Mapping[int, float]] = []
+            arguments = {name: self._item[name] for name in ("name", "arguments")}
+            yield self._at("response.function_call_arguments.done", **arguments)
+        yield {"type": "response.output_item.done", "output_index": len(self.done), "item": whole}
+        self.done.append(whole)
+        self._item, self._text, self._rows = {}, "", []
 
-    def begin(self) -> Iterator[Event]:
-        """It is there, with a part that is empty."""
-        yield self._event("response.output_item.added", {**self.told("in_progress"), "content": []})
-        yield {"type": "response.content_part.added", **self._at, "part": self._part()}
+    def _take_held(self) -> Logprobs:
+        """The logprobs that are due; those of a message are kept until its end."""
+        rows, self._held = self._held, []
+        if self._item["type"] == "message":
+            self._rows += rows
+        return rows
 
-    def grow(self, text: str, rows: Logprobs) -> Event:
-        """Some more of it."""
-        self._text += text
-        self.keep(rows)
-        return {"type": f"{self._event_name}.delta", **self._at, "delta": text, **self._logprobs(rows)}
+    def _at(self, kind: str, **told: Any) -> Event:
+        return {"type": kind, "item_id": self._item["id"], "output_index": len(self.done), **told}
 
-    def keep(self, rows: Logprobs) -> None:
-        """Log-probabilities of its tokens, also of those that have no text."""
-        self._rows += rows if self.name == "content" else []
-
-    def end(self, status: str) -> Iterator[Event]:
-        """Its text is complete, its part is, it is."""
-        whole = {"text": self._text, **self._logprobs(self._rows)}
-        yield {"type": f"{self._event_name}.done", **self._at, **whole}
-        yield {"type": "response.content_part.done", **self._at, "part": self._part()}
-        yield from super().end(status)
-
-    def told(self, status: str) -> dict[str, Any]:
-        """As it is now."""
-        return {**super().told(status), "content": [self._part()]}
+    def _in_part(self, kind: str, **told: Any) -> Event:
+        return self._at(kind, content_index=0, **told)
 
     def _part(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"annotations": []} if self.name == "content" else {}
-        return {"type": self._part_kind, "text": self._text, **own, **self._logprobs(self._rows)}
+        kind = self._item["type"]
+        own: dict[str, Any] = {"annotations": []} if kind == "message" else {}
+        return {"type": _PARTS[kind][0], "text": self._text, **own, **self._logprobs(self._rows)}
 
     def _logprobs(self, rows: Logprobs) -> dict[str, Any]:
-        return {"logprobs": self._written(list(rows))} if self.name == "content" else {}
-
-
-class _Call(_Item):
-    """A call of a function."""
-
-    def __init__(self, index: int, call: ToolCallDelta) -> None:
-        super().__init__(index, "fc", type="function_call", call_id=call.id, name=call.name, arguments="")
-
-    def grow(self, arguments: str) -> Event:
-        """Some more of its arguments."""
-        self._item["arguments"] += arguments
-        return {"type": "response.function_call_arguments.delta", **self.place, "delta": arguments}
-
-    def end(self, status: str) -> Iterator[Event]:
-        """Its arguments are complete, it is."""
-        whole = {name: self._item[name] for name in ("name", "arguments")}
-        yield {"type": "response.function_call_arguments.done", **self.place, **whole}
-        yield from super().end(status)
+        return {"logprobs": self._written(list(rows))} if self._item["type"] == "message" else {}

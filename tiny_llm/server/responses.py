@@ -22,8 +22,7 @@ from tiny_llm.server.events import ResponseWriter, answered, event_of
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.problems import Problem, problem_of, renamed
-from tiny_llm.server.response_bodies import AnyItem, Item, ResponseBody
-from tiny_llm.server.response_chat import chat_of
+from tiny_llm.server.response_bodies import AnyItem, Item, ResponseBody, chat_of
 from tiny_llm.server.response_items import Items
 from tiny_llm.server.service import Service
 from tiny_llm.server.settings import MAX_MESSAGES
