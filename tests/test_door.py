@@ -24,7 +24,7 @@ WITHOUT_MLX = [
     *(f"tiny_llm.scheduler.{file.stem}" for file in sorted((ROOT / "tiny_llm/scheduler").glob("[!_]*.py"))),
     "tiny_llm.options",
     "tiny_llm.cli",
-    "tiny_llm.weights.listing",
+    "tiny_llm.commands.models",
     "book.course.commands",
 ]
 

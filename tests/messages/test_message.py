@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from tiny_llm.data import AssistantMessage, Chunk, Completion, Timing
-from tiny_llm.messages.message import MessageParser, message_of, with_messages
-from tiny_llm.messages.reasoning import opens_thinking
+from tiny_llm.messages.message import MessageParser, message_of, opens_thinking, with_messages
 from tiny_llm.messages.tool_parser import ToolFormat, ToolParser, tool_format_of
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {\\"", "b": [1, {}]}}\n</tool_call>'

@@ -10,7 +10,7 @@ from tiny_llm.engine.llm import LLM
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler.settings import SchedulerSettings
-from tiny_llm.server.picture import CACHED, FREE, MAX_CELLS, MAX_ROWS, OWNED, SHARED, owner, picture
+from tiny_llm.server.live import CACHED, FREE, MAX_CELLS, MAX_ROWS, OWNED, SHARED, owner, picture
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1, speculate=False)
 

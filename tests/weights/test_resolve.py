@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tiny_llm.commands.models import listing
 from tiny_llm.errors import ConfigError
 from tiny_llm.weights.hub import REPO_ID, resolve
-from tiny_llm.weights.listing import listing
 
 
 @pytest.fixture

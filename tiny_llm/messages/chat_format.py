@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiny_llm.decoding.grammar import THINK, THOUGHT, Grammar, lark_grammar, require_schema
 from tiny_llm.errors import RequestError
-from tiny_llm.messages.message import MessageParser
-from tiny_llm.messages.reasoning import closes_thinking, opens_thinking
+from tiny_llm.messages.message import MessageParser, closes_thinking, opens_thinking
 from tiny_llm.messages.tool_grammar import calls_grammar, parameters_of, strict_grammar
 from tiny_llm.messages.tool_parser import ARGS, CALLS, CLOSE, OPEN, ToolFormat, ToolParser, tool_format_of
 from tiny_llm.sampling_params import SamplingParams

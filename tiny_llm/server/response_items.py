@@ -70,8 +70,9 @@ class Items:
         """The next item."""
         yield from self._closed("completed")
         self._item = {"id": new_id(prefix), "type": kind, **more}
-        content = {"content": []} if kind in _PARTS else {}
-        item = {**self._item, "status": "in_progress", **content}
+        item = {**self._item, "status": "in_progress"}
+        if kind in _PARTS:
+            item["content"] = []
         yield {"type": "response.output_item.added", "output_index": len(self.done), "item": item}
 
     def _closed(self, status: str) -> Iterator[Event]:

@@ -27,11 +27,10 @@ from starlette.types import ASGIApp
 from tiny_llm.engine.budget import MemoryBudget
 from tiny_llm.errors import ConfigError
 from tiny_llm.server.app import create_app
-from tiny_llm.server.connections import Acceptor, max_connections, raise_file_limit
+from tiny_llm.server.connections import Acceptor, DeadlineProtocol, max_connections, raise_file_limit
 from tiny_llm.server.envelope import Envelope
 from tiny_llm.server.guard import Guard, is_loopback
 from tiny_llm.server.models import Models
-from tiny_llm.server.protocol import DeadlineProtocol
 from tiny_llm.server.service import Service
 
 BACKLOG = 2048
