@@ -18,8 +18,7 @@ from tiny_llm.errors import ConfigError, RequestError, did_you_mean
 from tiny_llm.sampling_params import Pooling, PoolingParams
 
 MODULES, POOLING, PROMPTS = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
-EMBEDDING_FILES = (MODULES, POOLING, PROMPTS)
-"""What there may be of them in a folder."""
+EMBEDDING_FILES = (MODULES, POOLING, PROMPTS)  # what there may be of them in a folder
 _POOLINGS: Mapping[str, Pooling] = {"lasttoken": "last", "mean": "mean"}
 _GGUF_POOLINGS: Mapping[int, Pooling] = {0: "last", 1: "mean", 3: "last"}  # 0 names none
 _OLD_POOLING = "pooling_mode_"

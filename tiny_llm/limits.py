@@ -9,8 +9,7 @@ from math import inf
 
 from tiny_llm.errors import ConfigError
 
-MOST = 10**9
-"""Counts and seconds beyond it are a mistake; two of them added still fit an integer of 32 bits."""
+MOST = 10**9  # counts and seconds beyond it are a mistake; two of them added still fit an integer of 32 bits
 
 
 def check_whole(name: str, given: object, *, least: int = 1, most: int = MOST) -> None:

@@ -25,8 +25,7 @@ Constraint: TypeAlias = "Callable[[list[int]], bytes]"
 Pooling = Literal["last", "mean"]
 """Which of a text's hidden states become its vector: the last token's, or the mean of all."""
 
-MOST = 2**31
-"""Token ids and counts are below it, so that a kernel's integer holds them."""
+MOST = 2**31  # token ids and counts are below it, so that a kernel's integer holds them
 
 
 @dataclass(frozen=True, slots=True)

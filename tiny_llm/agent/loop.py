@@ -19,8 +19,7 @@ from tiny_llm.agent.receipts import Log, Record
 from tiny_llm.agent.results import Results, shortened
 from tiny_llm.errors import RequestError
 
-Approve = Callable[[Prepared], str]
-"""Asked before an effect: "" allows it, all else is why not."""
+Approve = Callable[[Prepared], str]  # asked before an effect: "" allows it, all else is why not
 Show = Callable[[Record], None]
 _MOST_FAULTS, _MOST_REPEATS = 3, 2
 _LEAST_SHOWN, _MOST_SHOWN = 400, 6000  # characters of a result in a prompt

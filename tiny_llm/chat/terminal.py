@@ -14,8 +14,7 @@ try:  # absent on some builds; input() then has no history
 except ImportError:
     readline = None  # type: ignore[assignment]
 
-PASTE_S = 0.03
-"""How long the rest of a paste may be on its way, where a terminal does not say what is pasted."""
+PASTE_S = 0.03  # how long the rest of a paste may be on its way, where a terminal does not say what is pasted
 
 
 def prepare() -> None:

@@ -29,8 +29,7 @@ from tiny_llm.options import ENGINE, DebugOption, EngineOptions, command_app, op
 from tiny_llm.sampling_params import OPTIONS, SamplingParams
 
 SETTABLE = tuple(name for name in OPTIONS if name != "prompt_logprobs")  # a completion does not carry those
-Asked = tuple[int, list[int], SamplingParams]
-"""A line's number, its prompt as ids, and its params."""
+Asked = tuple[int, list[int], SamplingParams]  # a line's number, its prompt as ids, and its params
 
 
 def answer_file(

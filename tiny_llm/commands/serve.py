@@ -29,8 +29,7 @@ from tiny_llm.server.run import serve as run
 from tiny_llm.server.service import Service
 from tiny_llm.server.settings import ServerSettings
 
-PROMPT_TOKENS = 1024
-"""Of a step, at least, for prompts."""
+PROMPT_TOKENS = 1024  # of a step, at least, for prompts
 _PREFILL_TOKENS = 256
 _PANEL = "Two processes"
 

@@ -12,10 +12,8 @@ from tiny_llm.options import option
 from tiny_llm.sampling_params import SamplingParams
 
 SystemOption = Annotated[str | None, option("Prompt", "How the model is to behave.")]
-ANSWER = SamplingParams(max_tokens=512)
-"""What people get who do not say how to answer."""
-LEAST_LOGPROB = -9999.0
-"""JSON has no infinity."""
+ANSWER = SamplingParams(max_tokens=512)  # what people get who do not say how to answer
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 def messages_of(system: str | None, question: str) -> list[dict[str, str]]:

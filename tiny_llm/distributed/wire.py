@@ -18,8 +18,7 @@ from zlib import crc32
 from tiny_llm.distributed.handshake import hang_up, limit_waits, read_exactly
 from tiny_llm.errors import PeerError
 
-BEAT = 0
-"""The kind of a frame that says nothing."""
+BEAT = 0  # the kind of a frame that says nothing
 _HEAD = struct.Struct("<4sIQIIQ")
 _MAGIC = b"tlkv"
 _CRC_BYTES = 4

@@ -22,8 +22,7 @@ ToolSpec: TypeAlias = Mapping[str, Any]
 ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Mapping[str, Any]
 """Whether to call; {"type": "function", "function": {"name": ...}} demands a call of that one."""
 
-_LONGEST_OPENING = 16
-"""Tokens: a tag in pieces of a character, and the newlines after it."""
+_LONGEST_OPENING = 16  # tokens: a tag in pieces of a character, and the newlines after it
 
 
 @dataclass(frozen=True, slots=True)

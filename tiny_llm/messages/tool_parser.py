@@ -25,8 +25,7 @@ _PYTHON_TAG = "<|python_tag|>"
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as models nearly always write it: these can be streamed."""
 _NAMED_HEAD = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?\[ARGS\]\s*(?=\{)")
-_LONGEST_HEAD = 256
-"""Characters: of a name, an id and the tags between them."""
+_LONGEST_HEAD = 256  # characters: of a name, an id and the tags between them
 _State: TypeAlias = Callable[[list[MessageDelta]], bool]
 
 

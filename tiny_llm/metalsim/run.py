@@ -352,5 +352,4 @@ def _address(view: memoryview) -> int:
     return address
 
 
-metal_kernel = MetalKernel
-"""By the name that MLX has for it."""
+metal_kernel = MetalKernel  # by the name that MLX has for it

@@ -26,12 +26,9 @@ from tiny_llm.ops import backend
 from tiny_llm.ops.metal import folder
 from tiny_llm.user_cache import user_cache, writable
 
-BITS = (4, 8)
-"""Of quantized matrices that our kernels for GPUs multiply by."""
-GROUP_SIZE = 64
-"""Of what is quantized on loading, where it divides a row; else 32."""
-SLOWEST = 0.9
-"""Our kernel runs where it is at least so fast, as a share of MLX's speed."""
+BITS = (4, 8)  # of quantized matrices that our kernels for GPUs multiply by
+GROUP_SIZE = 64  # of what is quantized on loading, where it divides a row; else 32
+SLOWEST = 0.9  # our kernel runs where it is at least so fast, as a share of MLX's speed
 
 
 @dataclass(frozen=True)

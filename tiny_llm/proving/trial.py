@@ -27,8 +27,7 @@ from tiny_llm.proving.child import ChildLine, KernelJob
 from tiny_llm.proving.choice import Kernels, all_on_mlx, check, choose
 from tiny_llm.proving.record import Proof, Record, Shapes
 
-Progress = Callable[[float, str], None]
-"""Told which part of 1 is done, and what is being done."""
+Progress = Callable[[float, str], None]  # told which part of 1 is done, and what is being done
 STARTING = "starting"
 _REAPED_S = 1.0
 _ORPHAN_S = 5.0  # beyond its time, after which a child ends by itself

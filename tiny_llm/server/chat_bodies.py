@@ -110,10 +110,8 @@ class Message(Body):
 Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=caps.MAX_MESSAGES)]
 
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-"""How much a model is to think."""
-USUAL_EFFORT: Effort = "medium"
-"""OpenAI's default: it asks for nothing."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # how much a model is to think
+USUAL_EFFORT: Effort = "medium"  # OpenAI's default: it asks for nothing
 
 
 class TemplateArguments(Body):

@@ -16,8 +16,7 @@ from tiny_llm.server.service import Service
 from tiny_llm.server.text_bodies import CompletionBody
 from tiny_llm.tokenizer.places import TokenPlaces
 
-DEFAULT_TOKENS = 16
-"""As OpenAI has it."""
+DEFAULT_TOKENS = 16  # as OpenAI has it
 
 
 def completion(service: Service, body: CompletionBody, key_salt: str) -> tuple[Job, CompletionWriter]:

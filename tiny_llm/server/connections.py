@@ -112,8 +112,7 @@ def _problem_of(error: BaseException | None) -> Problem:
 MAX_CONNECTIONS = 4096
 RESERVED_FILES = 64
 """For all that is no connection: files, pipes, the engine's own; half of them where there are few."""
-IDLE_S = 1.0
-"""How long who asks for nothing keeps others waiting."""
+IDLE_S = 1.0  # how long who asks for nothing keeps others waiting
 _PAUSE_S = 0.05
 _LOG = logging.getLogger("tiny_llm.server")
 

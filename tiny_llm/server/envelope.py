@@ -17,8 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiny_llm.memory import trim_heap
 
-LARGE_BYTES = 2**20
-"""Of a request and its response: what they took goes back to the system after it."""
+LARGE_BYTES = 2**20  # of a request and its response: what they took goes back to the system after it
 _GOOD_ID = re.compile(rb"[!-~]{1,128}")  # printable, so that it may stand in a log line
 _LOG = logging.getLogger("tiny_llm.server")
 

@@ -27,8 +27,7 @@ from tiny_llm.server.problems import problem_of
 from tiny_llm.server.service import Service, aside, is_small
 
 DONE = b"data: [DONE]\n\n"
-SLICE_S = 0.002
-"""How long the writing of one stream's events may keep the event loop."""
+SLICE_S = 0.002  # how long the writing of one stream's events may keep the event loop
 _FEW_LOGPROBS = 64  # written in a moment, each with those of 20 other tokens
 _FEW_TOKENS = 4096  # whose text is looked through in a moment
 _PIECES_AT_A_TIME = 16

@@ -21,12 +21,9 @@ from tiny_llm.server.events import event_of
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.service import Service, with_first
 
-FREE, CACHED, SHARED, OWNED = range(4)
-"""What a byte of the block map says; owners are from OWNED to 255."""
-MAX_CELLS = 4096
-"""Cells of the block map; of a larger pool, each stands for several blocks."""
-MAX_ROWS = 64
-"""Sequences that are told one by one, those that run before those that wait."""
+FREE, CACHED, SHARED, OWNED = range(4)  # what a byte of the block map says; owners are from OWNED to 255
+MAX_CELLS = 4096  # cells of the block map; of a larger pool, each stands for several blocks
+MAX_ROWS = 64  # sequences that are told one by one, those that run before those that wait
 
 
 def picture(engine: Engine) -> dict[str, object]:

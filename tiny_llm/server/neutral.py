@@ -14,8 +14,7 @@ from pydantic import AfterValidator, BaseModel, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-Values: TypeAlias = tuple[Any, ...]
-"""Those of a field that ask for nothing."""
+Values: TypeAlias = tuple[Any, ...]  # those of a field that ask for nothing
 
 REQUEST: Mapping[str, Values] = {
     # OpenAI's

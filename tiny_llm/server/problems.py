@@ -20,8 +20,7 @@ from tiny_llm import errors
 from tiny_llm.engine.async_llm import EngineDeadError, StoppedError
 
 RETRY_AFTER_S = 1
-ANTHROPIC_PATH = "/v1/messages"
-"""Below it, errors have Anthropic's shape."""
+ANTHROPIC_PATH = "/v1/messages"  # below it, errors have Anthropic's shape
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     401: "authentication_error",
     403: "permission_error",

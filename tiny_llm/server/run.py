@@ -34,13 +34,11 @@ from tiny_llm.server.models import Models
 from tiny_llm.server.service import Service
 
 BACKLOG = 2048
-GRACE_S = 2.0
-"""After the drain: to tell who still waits, and then for what does not watch its client."""
+GRACE_S = 2.0  # after the drain: to tell who still waits, and then for what does not watch its client
 SWITCH_S = 0.001
 """How long a thread that computes keeps Python from the event loop, which wants it several times a request.
 It would be 5 ms."""
-STALLED_S = 5.0
-"""How long a drain waits for a client that takes nothing of what lies ready for it."""
+STALLED_S = 5.0  # how long a drain waits for a client that takes nothing of what lies ready for it
 
 
 class Server(uvicorn.Server):

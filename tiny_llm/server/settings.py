@@ -7,33 +7,20 @@ from dataclasses import dataclass
 from tiny_llm.errors import ConfigError
 from tiny_llm.limits import check_number, check_whole
 
-MAX_N = 32
-"""Answers to one prompt."""
-MAX_PROMPTS = 64
-"""Prompts of one request."""
-MAX_INPUTS = 2048
-"""Texts of one request to /v1/embeddings; as OpenAI has it."""
-MAX_ANSWERS = 128
-"""Answers of one request, over all its prompts."""
-MAX_LOGPROBS = 20
-"""Of the likeliest tokens reported beside a chosen one."""
-MAX_STOPS = 16
-"""Stop strings, each of at most ``MAX_STOP_LENGTH`` characters."""
+MAX_N = 32  # answers to one prompt
+MAX_PROMPTS = 64  # prompts of one request
+MAX_INPUTS = 2048  # texts of one request to /v1/embeddings; as OpenAI has it
+MAX_ANSWERS = 128  # answers of one request, over all its prompts
+MAX_LOGPROBS = 20  # of the likeliest tokens reported beside a chosen one
+MAX_STOPS = 16  # stop strings, each of at most ``MAX_STOP_LENGTH`` characters
 MAX_STOP_LENGTH = 256
-MAX_LISTED = 64
-"""Entries of another list of a request's, such as stop_token_ids."""
-MAX_BIASES = 1024
-"""Entries of a logit_bias."""
-MAX_FIELDS = 256
-"""Fields of one object that has names of ours: far more than there are."""
-MAX_LABELS = 16
-"""Entries of a request's metadata."""
-MAX_IDS = 2**17
-"""Token ids of one request to /detokenize."""
-MAX_MESSAGES = 2048
-"""Messages of one conversation."""
-MAX_TOOLS = 128
-"""Functions that one request may offer."""
+MAX_LISTED = 64  # entries of another list of a request's, such as stop_token_ids
+MAX_BIASES = 1024  # entries of a logit_bias
+MAX_FIELDS = 256  # fields of one object that has names of ours: far more than there are
+MAX_LABELS = 16  # entries of a request's metadata
+MAX_IDS = 2**17  # token ids of one request to /detokenize
+MAX_MESSAGES = 2048  # messages of one conversation
+MAX_TOOLS = 128  # functions that one request may offer
 
 
 @dataclass(frozen=True, slots=True)

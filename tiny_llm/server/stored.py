@@ -14,10 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from tiny_llm.server.problems import Problem
 from tiny_llm.server.response_bodies import AnyItem
 
-MOST_BYTES = 2**26
-"""Of all that is kept, as JSON; the least recently used go first."""
-KEPT_S = 3600.0
-"""Seconds since a response was used."""
+MOST_BYTES = 2**26  # of all that is kept, as JSON; the least recently used go first
+KEPT_S = 3600.0  # seconds since a response was used
 _POINTER_BYTES = 8
 
 

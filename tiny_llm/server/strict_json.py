@@ -22,12 +22,9 @@ from pydantic_core import from_json
 from tiny_llm.server.problems import Problem, invalid
 
 MAX_DEPTH = 64
-MAX_CONTAINERS = 2**15
-"""Objects and arrays of one body."""
-MAX_NAMES = 2**16
-"""Fields of all its objects together."""
-MAX_VALUES = 2**18
-"""Values of any kind."""
+MAX_CONTAINERS = 2**15  # objects and arrays of one body
+MAX_NAMES = 2**16  # fields of all its objects together
+MAX_VALUES = 2**18  # values of any kind
 _PART_BYTES = 2**16
 _OVERLAP = 300  # as long as what is looked for
 _LARGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{300}")

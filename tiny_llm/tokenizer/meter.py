@@ -20,8 +20,7 @@ from tiny_llm.errors import RequestError
 
 _T = TypeVar("_T")
 
-SIZE = 2**22
-"""Largest single value: characters, an element of a list counting as 16. The same for the text."""
+SIZE = 2**22  # largest single value: characters, an element of a list counting as 16. The same for the text
 _ELEMENT = 16
 _MEMORY = 64 * SIZE  # bytes made in one render, kept or not
 _GROWTH = 8 * SIZE  # bound on (how often) x (how much) of one call

@@ -22,14 +22,10 @@ from tiny_llm.weights.quantize import ROUTERS, combined, dequantized, joined, qu
 from tiny_llm.weights.reader import Piece, read_ahead
 from tiny_llm.weights.shards import StoredTensor
 
-LARGE_PART = 1 / 20
-"""From this part of all weights on, it matters to memory when an entry is read."""
-KEPT_PART = 1 / 50
-"""As much of all bytes to be read MLX may keep of buffers that sources were in."""
-BLOCK_BYTES = 2**23
-"""As much of a float matrix is read at a time where it is to be quantized."""
-UNPACK_BYTES = 2**20
-"""And as much of GGUF's blocks: what is made of them on the way is ten times as large."""
+LARGE_PART = 1 / 20  # from this part of all weights on, it matters to memory when an entry is read
+KEPT_PART = 1 / 50  # as much of all bytes to be read MLX may keep of buffers that sources were in
+BLOCK_BYTES = 2**23  # as much of a float matrix is read at a time where it is to be quantized
+UNPACK_BYTES = 2**20  # and as much of GGUF's blocks: what is made of them on the way is ten times as large
 
 Progress = Callable[[int, int], None]
 Finish = Callable[[Matrix], Matrix]

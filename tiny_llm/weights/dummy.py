@@ -17,8 +17,7 @@ from tiny_llm.weights.assemble import Finish
 from tiny_llm.weights.foreign import parts_of
 from tiny_llm.weights.quantize import fit_group
 
-PIECE = 2**20 + 7
-"""Values of noise; no row's length divides it, so that rows differ."""
+PIECE = 2**20 + 7  # values of noise; no row's length divides it, so that rows differ
 
 
 def dummy_weights(

@@ -25,8 +25,7 @@ DTYPES: Mapping[str, mx.Dtype] = {
     "U32": mx.uint32,
     "I32": mx.int32,
 }
-AHEAD_BYTES = 2**27
-"""How much of a file the system is asked to have ready after what is read."""
+AHEAD_BYTES = 2**27  # how much of a file the system is asked to have ready after what is read
 
 
 @dataclass(frozen=True, slots=True)
