@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tiny_llm.errors import ConfigError
 
@@ -17,14 +17,15 @@ _T = TypeVar("_T")
 
 def read_file(path: Path, read: Callable[[Mapping[str, object]], _T]) -> _T:
     """Return what ``read`` makes of the JSON object in a file. Raises ConfigError that names the file."""
-    raw = _read_object(path)
+    raw = read_object(path)
     try:
         return read(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read_object(path: Path) -> Mapping[str, object]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds. Raises ConfigError that names the file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

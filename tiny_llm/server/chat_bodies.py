@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, model_validator
 
 from tiny_llm.server import settings as caps
 from tiny_llm.server.bodies import Body, Count, Few, Name, Sampling, StreamOptions
@@ -37,21 +36,14 @@ def _text_of(part: object, number: int) -> str:
     return text
 
 
-_TEXT_SCHEMA: Mapping[str, Any] = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-                "additionalProperties": False,
-            },
-        },
-    ]
-}
-Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(dict(_TEXT_SCHEMA))]
+class TextPart(Body):
+    """What is documented of a part; what is taken is ``_text_of``'s to say."""
+
+    type: Literal["text"]
+    text: str
+
+
+Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart])]
 
 Untold = Annotated[Any, Field(exclude=True)]
 """What is taken from clients that send back what they were sent, and is not for the template."""

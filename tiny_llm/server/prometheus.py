@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from tiny_llm.engine.stats import Snapshot
 from tiny_llm.proving.choice import OPS
@@ -23,12 +24,10 @@ def exposition(stats: Snapshot, name: str, prompt_tokens: int) -> bytes:
 
     Called on the engine's thread, so that they belong together.
     """
-    registry = CollectorRegistry()
-    registry.register(_Figures(stats, name, prompt_tokens))
-    return generate_latest(registry)
+    return generate_latest(_Figures(stats, name, prompt_tokens))
 
 
-class _Figures:
+class _Figures(Collector):
     """What prometheus_client asks for when it collects."""
 
     def __init__(self, stats: Snapshot, name: str, prompt_tokens: int) -> None:

@@ -6,7 +6,6 @@ settings are for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from tiny_llm.config_fields import read_object
 from tiny_llm.errors import ConfigError
 
 _DEFAULT = "default"
@@ -69,15 +69,7 @@ def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} when there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}). Fetch it again, or mend it.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, but must hold a JSON object.")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
