@@ -11,11 +11,10 @@ import shlex
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tiny_llm.agent.action import AgentTool, Outcome, Prepared
 from tiny_llm.errors import ConfigError, RequestError
@@ -23,7 +22,7 @@ from tiny_llm.errors import ConfigError, RequestError
 _MOST_TOLD = 500  # characters of what a tool says of itself, which all prompts have
 
 
-class McpServer:
+class McpServer(AbstractContextManager["McpServer"]):
     """A running server. Close it, or use it in a ``with``. Raises ConfigError if it does not come up.
 
     Its thread has the event loop that the package wants. What it says on stderr goes to the file ``log``.
@@ -50,10 +49,7 @@ class McpServer:
             self.close()
             raise ConfigError(f"The MCP server {command!r} does not come up: {_reason(error)}.") from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -11,9 +11,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tiny_llm.agent.workspace import digest_of
 from tiny_llm.errors import ConfigError
@@ -22,7 +22,7 @@ Record = Mapping[str, Any]
 LOG, HEAD = "log.jsonl", "head"
 
 
-class Log:
+class Log(AbstractContextManager["Log"]):
     """The log in ``folder``, which is made if need be; one process at a time has it.
 
     ``records`` are all lines. A last line that was cut short, as by a kill, was never appended.
@@ -45,10 +45,7 @@ class Log:
             raise
         self._file.truncate(length)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     @property

@@ -10,10 +10,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from tiny_llm.errors import ConfigError, RequestError
 
@@ -26,7 +25,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a pipe would wait for a writer
 
 
-class Workspace:
+class Workspace(AbstractContextManager["Workspace"]):
     """A folder by its open descriptor. Close it, or use it in a ``with``.
 
     Raises ConfigError for what is no folder; its methods raise RequestError for paths that leave it, lead
@@ -40,10 +39,7 @@ class Workspace:
         except OSError as error:
             raise ConfigError(f"The workspace {root} cannot be opened: {error.strerror}.") from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._root)
 
     def read(self, path: str) -> bytes:

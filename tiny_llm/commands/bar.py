@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Self
+from contextlib import AbstractContextManager
 
 WIDTH = 24
 
 
-class Bar:
+class Bar(AbstractContextManager["Bar"]):
     """One line that is written over and over, where stderr is a terminal that can; nothing elsewhere."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._shown = False
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
