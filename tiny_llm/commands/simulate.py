@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from tiny_llm.commands.bar import Bar
@@ -127,17 +128,8 @@ def _choices(text: str, *sides: Any) -> list[tuple[Any, str, Any]]:
 
 
 def _value(name: str, hint: Any, text: str) -> Any:
-    words = [
-        word for part in (hint, *get_args(hint)) for word in (part, *get_args(part)) if isinstance(word, str)
-    ]
-    kinds = {hint, *get_args(hint)}
-    if text in words or str in kinds:
-        return text
-    for kind in (int, float):
-        try:
-            if kind in kinds:
-                return kind(text)
-        except ValueError:
-            continue
-    expected = ", ".join(words) if words else "numbers"
-    raise RequestError(f"--vary {name.replace('_', '-')} has {text!r}, but expects {expected}.")
+    try:
+        return TypeAdapter(hint).validate_strings(text)
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"]
+        raise RequestError(f"--vary {name.replace('_', '-')} has {text!r}: {why}.") from error
