@@ -45,14 +45,14 @@ def watched(llm: LLM, task: Task) -> list[list[tuple[int, int]]]:
 
 
 def test_one_sequence_is_prompt_then_tokens(llm: LLM) -> None:
-    steps = watched(llm, Task("demo", prompt_tokens=20, new_tokens=4, rounds=1))
+    steps = watched(llm, Task(prompt_tokens=20, new_tokens=4, rounds=1))
     assert steps == [[(20, 0)], [(1, 19)], [(1, 20)], [(1, 21)], [(1, 22)]], (
         "the prompt as nobody has seen it; then once more, all but its last token from the prefix cache"
     )
 
 
 def test_a_batch_steps_together_and_each_round_has_prompts_of_its_own(llm: LLM) -> None:
-    steps = watched(llm, Task("demo", prompt_tokens=20, new_tokens=3, batch=3, rounds=2))
+    steps = watched(llm, Task(prompt_tokens=20, new_tokens=3, batch=3, rounds=2))
     one_round = [[(20, 0)] * 3, [(1, 19)] * 3, [(1, 20)] * 3, [(1, 21)] * 3]
     assert steps == one_round * 2, "a round that finds its prompts in the prefix cache measures nothing"
 
@@ -62,12 +62,12 @@ def test_what_does_not_fit_is_said_before_it_runs(llm: LLM) -> None:
     with pytest.raises(
         CapacityError, match=r"3 sequences of 40 tokens take 9 blocks, but there is memory for 8"
     ):
-        measure(own, Task("demo", prompt_tokens=30, new_tokens=10, batch=3))
+        measure(own, Task(prompt_tokens=30, new_tokens=10, batch=3))
     assert own.engine.totals.steps == 0
 
 
 def test_the_row_says_what_was_run() -> None:
-    row = bench(Task("demo", prompt_tokens=8, new_tokens=2, quantize=8, rounds=1), backend="ref")
+    row = bench(Task(prompt_tokens=8, new_tokens=2, rounds=1), "demo", quantize=8, backend="ref")
     assert (row["model"], row["quantize"], row["backend"], row["isa"]) == ("demo", 8, "ref", None)
     assert row["threads"] is None
     assert isinstance(row["peak_memory_bytes"], int)
@@ -79,19 +79,19 @@ def test_the_row_says_what_was_run() -> None:
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch", "rounds"])
 def test_work_that_is_none(name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} is 0, but must be from"):
-        Task("demo", **{name: 0})  # type: ignore[arg-type]
+        Task(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_more_tokens_than_the_context() -> None:
     with pytest.raises(
-        RequestError, match=r"new_tokens are 1025 together, but the context of demo is 1024\."
+        RequestError, match=r"new_tokens are 1025 together, but the model's context is 1024\."
     ):
-        bench(Task("demo", prompt_tokens=1000, new_tokens=25))
+        bench(Task(prompt_tokens=1000, new_tokens=25), "demo")
 
 
 def test_dummy_weights_are_of_short_names() -> None:
     with pytest.raises(ConfigError, match=r"no short name 'qwen2-0\.6b'.* Did you mean"):
-        bench(Task("qwen2-0.6b", "dummy"))
+        bench(Task("dummy"), "qwen2-0.6b")
 
 
 def test_a_dummy_model_gives_finite_logits() -> None:

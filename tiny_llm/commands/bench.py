@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -17,19 +17,13 @@ from tiny_llm.planning.bench import Task
 from tiny_llm.planning.bench import bench as run
 
 app = command_app()
+TASK = Task()
 
 
 @app.command()
 @grouped()
 def bench(
-    load_format: Annotated[
-        Literal["auto", "dummy"],
-        option("Model", "dummy: random weights in a short name's shapes; no download."),
-    ] = "auto",
-    prompt_tokens: Annotated[int, option("Work", "Tokens of a prompt; they are random.")] = 512,
-    new_tokens: Annotated[int, option("Work", "Tokens of an answer.")] = 64,
-    batch: Annotated[int, option("Work", "Sequences at a time.")] = 1,
-    rounds: Annotated[int, option("Work", "Of which the median counts.")] = 3,
+    task: Task = TASK,
     fit: Annotated[
         Path | None,
         option("Output", "Also measure steps of many kinds, into this file for `simulate --costs`."),
@@ -39,16 +33,7 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Measure how fast a model answers."""
-    given = arguments(options)
-    task = Task(
-        load_format=load_format,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        rounds=rounds,
-        **{name: given.pop(name) for name in ("model", "dtype", "quantize", "activations")},
-    )
-    row = run(task, fit, **given)
+    row = run(task, fit=fit, **arguments(options))
     print(json_format.dumps(row)) if json else _print(row)
 
 

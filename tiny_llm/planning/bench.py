@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.llm import LLM
@@ -19,6 +19,7 @@ from tiny_llm.limits import MOST
 from tiny_llm.memory import peak_memory_bytes
 from tiny_llm.models.checkpoint import DummyCheckpoint
 from tiny_llm.ops.backend import isa, num_threads, use
+from tiny_llm.options import option
 from tiny_llm.planning.fit import fit_steps
 from tiny_llm.planning.rounds import Trial, interleave, seconds_of
 from tiny_llm.sampling_params import SamplingParams
@@ -29,21 +30,19 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to measure. ``load_format`` "dummy" is random weights in the shapes of a short name.
+    """What to measure: each of ``rounds`` answers ``batch`` prompts of ``prompt_tokens`` with ``new_tokens``.
 
-    Each of ``rounds`` answers ``batch`` prompts of ``prompt_tokens`` with ``new_tokens`` each.
     Raises RequestError for a number that is too small or too large.
     """
 
-    model: str
-    load_format: Literal["auto", "dummy"] = "auto"
-    quantize: int | None = None
-    dtype: str | None = None
-    activations: str = "int8"
-    prompt_tokens: int = 512
-    new_tokens: int = 64
-    batch: int = 1
-    rounds: int = 3
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        option("Model", "dummy: random weights in a short name's shapes; no download."),
+    ] = "auto"
+    prompt_tokens: Annotated[int, option("Work", "Tokens of a prompt; they are random.")] = 512
+    new_tokens: Annotated[int, option("Work", "Tokens of an answer.")] = 64
+    batch: Annotated[int, option("Work", "Sequences at a time.")] = 1
+    rounds: Annotated[int, option("Work", "Of which the median counts.")] = 3
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch", 1), ("rounds", 1)):
@@ -60,18 +59,17 @@ class Throughput:
     ttft_s: float
 
 
-def bench(task: Task, fit: Path | None = None, **options: Any) -> dict[str, object]:
-    """Load the model, measure, and return the task, the machine's side of it and the figures in one row.
+def bench(task: Task, model: str, fit: Path | None = None, **options: Any) -> dict[str, object]:
+    """Load ``model``, measure, and return the task, the machine's side of it and the figures in one row.
 
-    ``options`` are further ones of ``LLM``. Costs of steps, for ``simulate``, go to the file ``fit``.
+    ``options`` are those of ``LLM``. Costs of steps, for ``simulate``, go to the file ``fit``.
     """
+    asked = {"quantize": None, "dtype": None, "activations": "int8", **options}
+    asked = {"model": model, **{name: asked[name] for name in ("quantize", "dtype", "activations")}}
     began = time.perf_counter()
     limits = options.pop("scheduler", SchedulerSettings())
     llm = LLM(
-        DummyCheckpoint(task.model) if task.load_format == "dummy" else task.model,
-        dtype=task.dtype,
-        quantize=task.quantize,
-        activations=task.activations,
+        DummyCheckpoint(model) if task.load_format == "dummy" else model,
         scheduler=replace(limits, max_queued_requests=max(limits.max_queued_requests, task.batch)),
         **options,
     )
@@ -79,11 +77,11 @@ def bench(task: Task, fit: Path | None = None, **options: Any) -> dict[str, obje
     with llm, use(llm.backend):
         speed = measure(llm, task)
         if fit is not None:
-            told = (
-                f"{task.model}, {task.quantize or 16} bits, on {llm.backend} {isa()}, {num_threads()} threads"
-            )
+            bits = asked["quantize"] or 16
+            told = f"{model}, {bits} bits, on {llm.backend} {isa()}, {num_threads()} threads"
             fit_steps(llm.engine, llm.config, told).save(fit)
         return {
+            **asked,
             **asdict(task),
             "backend": llm.backend,
             "isa": isa(),
@@ -108,7 +106,7 @@ def measure(llm: LLM, task: Task) -> Throughput:
     if tokens > llm.max_context:
         raise RequestError(
             f"prompt_tokens and new_tokens are {tokens} together, "
-            f"but the context of {task.model} is {llm.max_context}."
+            f"but the model's context is {llm.max_context}."
         )
     blocks = task.batch * -(-tokens // settings.block_size)
     if blocks > settings.kv_blocks:
