@@ -11,7 +11,7 @@ import struct
 import time
 from contextlib import suppress
 
-from tiny_llm.distributed.handshake import read_exactly, shake_hands
+from tiny_llm.distributed.handshake import hang_up, read_exactly, shake_hands
 from tiny_llm.errors import ConfigError, GroupError, PeerError
 
 MAX_FRAME = 2**26
@@ -49,8 +49,7 @@ class Link:
     def abort(self, why: str) -> None:
         """Whoever waits here, and whoever comes, hears of ``why``. For any thread."""
         self.fault = self.fault or why
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        hang_up(self.socket)
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)

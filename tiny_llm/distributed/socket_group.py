@@ -15,6 +15,7 @@ from math import prod
 
 import mlx.core as mx
 
+from tiny_llm.distributed.handshake import hang_up
 from tiny_llm.errors import GroupError
 
 _HEAD = struct.Struct("<IQ")  # which message this is between the two, and how many bytes follow
@@ -82,10 +83,7 @@ class SocketGroup:
         """Let whoever waits, and whoever calls from now on, hear of ``why``. For any thread."""
         self._fault = self._fault or why
         for one in self._sockets.values():
-            try:
-                one.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it is so already
-                continue
+            hang_up(one)
 
     def close(self) -> None:
         """Hang up."""

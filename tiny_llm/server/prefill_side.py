@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tiny_llm.distributed.handshake import limit_waits, shake_hands
+from tiny_llm.distributed.handshake import hang_up, limit_waits, shake_hands
 from tiny_llm.distributed.wire import Frame, Wire
 from tiny_llm.engine.async_llm import AsyncLLM, EngineDeadError
 from tiny_llm.engine.handover import Handover
@@ -48,8 +48,7 @@ class PrefillSide:
 
     def close(self) -> None:
         """Accept no more, and hang up on all."""
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
+        hang_up(self._listening)
         self._listening.close()
         for asking in list(self._asking):
             asking.wire.abort()
