@@ -33,13 +33,7 @@ Asked = tuple[int, list[int], SamplingParams]  # a line's number, its prompt as 
 
 
 def answer_file(
-    llm: LLM,
-    path: Path,
-    params: SamplingParams,
-    *,
-    system: str | None,
-    raw: bool,
-    trace: Path | None = None,
+    llm: LLM, path: Path, params: SamplingParams, *, system: str | None, raw: bool, trace: Path | None = None
 ) -> None:
     """Print an answer for each line of ``path``, as they end; a progress bar on stderr in a terminal.
 

@@ -107,8 +107,7 @@ AliasOption = Annotated[
     ),
 ]
 UnloadOption = Annotated[
-    float | None,
-    option("Server", "Seconds after which an unused model is unloaded, until it is asked for."),
+    float | None, option("Server", "Seconds after which an unused model is unloaded, until it is asked for.")
 ]
 KeyOption = Annotated[
     list[str] | None,

@@ -12,10 +12,7 @@ def _stored(sizes: DecoderSizes, names: Collection[str]) -> Places:
     rows = {"q": sizes.num_heads * D, "k": sizes.num_kv_heads * D, "v": sizes.num_kv_heads * D}
     heads = [(f"{layer}.self_attn.{part}_proj", count) for part, count in rows.items()]
     pair = [(f"{layer}.mlp.{part}_proj", F) for part in ("gate", "up")]
-    return {
-        **fused(f"{layer}.self_attn.qkv_proj", heads),
-        **fused(f"{layer}.mlp.gate_up_proj", pair),
-    }
+    return {**fused(f"{layer}.self_attn.qkv_proj", heads), **fused(f"{layer}.mlp.gate_up_proj", pair)}
 
 
 PHI3 = Family(

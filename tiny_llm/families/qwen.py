@@ -17,9 +17,7 @@ _QWEN2 = defaults(151_936, 22_016, 32_768, num_key_value_heads=32, sliding_windo
 _QWEN3: Mapping[str, object] = {**_QWEN2, "head_dim": 128}
 
 QWEN2 = Family(
-    _QWEN2,
-    facts={"attention_bias": True, "output_bias": False, "mlp_bias": False},
-    window_needs_switch=True,
+    _QWEN2, facts={"attention_bias": True, "output_bias": False, "mlp_bias": False}, window_needs_switch=True
 )
 QWEN3 = Family(_QWEN3, facts={"mlp_bias": False, "qk_norm": "head"}, window_needs_switch=True)
 

@@ -319,9 +319,7 @@ def _attentions(s: Shapes, sizes: Sizes) -> Iterator[Case]:
         TOLERANCE[s.dtype],
     )
     yield Check(
-        "a sequence alone and among others",
-        lambda: _attended(s, lens)[:1],
-        lambda: _attended(s, lens[:1]),
+        "a sequence alone and among others", lambda: _attended(s, lens)[:1], lambda: _attended(s, lens[:1])
     )
     yield Check(
         "a row in a chunk and by itself",

@@ -215,10 +215,7 @@ class StreamDetokenizer:
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        skipped: frozenset[str] = frozenset(),
-        prompt: Sequence[int] = (),
+        self, backend: tokenizers.Tokenizer, skipped: frozenset[str] = frozenset(), prompt: Sequence[int] = ()
     ) -> None:
         """Stream ``backend``'s decoder behind ``prompt``; tokens with a text in ``skipped`` give nothing."""
         self._backend = backend

@@ -44,10 +44,7 @@ def read_folder(folder: Path) -> TokenizerFiles:
     special_tokens = _special_tokens(special) | _special_tokens(config)
     _add_tokens(backend, config, special_tokens, folder / "tokenizer_config.json")
     return TokenizerFiles(
-        backend=backend,
-        special_tokens=special_tokens,
-        templates=_templates(folder, config),
-        add_bos=add_bos,
+        backend=backend, special_tokens=special_tokens, templates=_templates(folder, config), add_bos=add_bos
     )
 
 

@@ -38,13 +38,7 @@ OPTIONAL = (
     "chat_template.json",
     *EMBEDDING_FILES,
 )
-ALLOWED = (
-    "config.json",
-    "tokenizer.json",
-    *OPTIONAL,
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
+ALLOWED = ("config.json", "tokenizer.json", *OPTIONAL, "*.safetensors", "*.safetensors.index.json")
 IGNORED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 SHOWN_FILES = 20
 LAST = "config.json"  # once it is there, so is the rest
@@ -166,12 +160,7 @@ def _fetch(url: str, target: Path, sha256: str, size: int, label: str) -> None:
             start = file.seek(0)
         headers = huggingface_hub.utils.build_hf_headers()  # type: ignore[attr-defined]  # documented
         huggingface_hub.file_download.http_get(
-            url,
-            file,
-            resume_size=start,
-            headers=headers,
-            expected_size=size,
-            displayed_filename=label,
+            url, file, resume_size=start, headers=headers, expected_size=size, displayed_filename=label
         )
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
