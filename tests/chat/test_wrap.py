@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny_llm.chat.wrap import Wrapper, width
+from tiny_llm.chat.terminal import Wrapper, width
 
 TEXTS = st.text(st.sampled_from("ab \n\tü漢字😀|`~-\u0301"), max_size=120)
 

@@ -20,8 +20,7 @@ from tiny_llm.data import Join, Plan, PlanItem
 from tiny_llm.distributed.links import MAX_FRAME, Link, accept, address_of, connect, listen
 from tiny_llm.distributed.meeting import Ranks, launched, meet
 from tiny_llm.distributed.messages import Begin, DoStep, Leave, Told, read, written
-from tiny_llm.distributed.team import Team
-from tiny_llm.distributed.watch import Watch
+from tiny_llm.distributed.team import Team, Watch
 from tiny_llm.errors import ConfigError, GroupError
 
 PLAN = Plan(

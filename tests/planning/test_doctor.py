@@ -12,7 +12,7 @@ from tiny_llm.cli import app
 from tiny_llm.metalsim.build import why_not
 from tiny_llm.models import registry
 from tiny_llm.ops.backend import BACKENDS, works
-from tiny_llm.planning.compatibility import OPS, fallen_back, ops_of
+from tiny_llm.planning.doctor import OPS, fallen_back, ops_of
 from tiny_llm.proving.choice import OPS as KERNELS
 from tiny_llm.proving.record import KernelTiming, Proof, Record, Shapes
 

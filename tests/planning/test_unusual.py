@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tiny_llm.cli import app
 from tiny_llm.ops.backend import works
-from tiny_llm.planning.unusual import unusual
+from tiny_llm.planning.doctor import unusual
 
 Fields = dict[str, object]
 

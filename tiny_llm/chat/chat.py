@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_llm.chat.conversation import Conversation
-from tiny_llm.chat.terminal import prepare, read_message, typing_kept
-from tiny_llm.chat.wrap import Wrapper
+from tiny_llm.chat.terminal import Wrapper, prepare, read_message, typing_kept
 from tiny_llm.data import Chunk, Completion
 from tiny_llm.errors import TinyLLMError, did_you_mean
 from tiny_llm.sampling_params import SamplingParams

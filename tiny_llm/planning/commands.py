@@ -24,10 +24,9 @@ from tiny_llm.options import (
     command_app,
     option,
 )
-from tiny_llm.planning.cables import traffic, traffic_lines
 from tiny_llm.planning.memory import find_config, plan_memory
 from tiny_llm.planning.memory_report import as_json, as_svg, roofs, show
-from tiny_llm.planning.speed import FORMAT, measure_machine, predict
+from tiny_llm.planning.speed import FORMAT, measure_machine, predict, traffic, traffic_lines
 
 app = command_app()
 
@@ -59,13 +58,7 @@ def memory(
     free = available_memory_bytes() if memory is None else parse_bytes(memory, "--memory")
     with use(backend):
         plan = plan_memory(
-            model,
-            available=free,
-            dtype=dtype,
-            quantize=quantize,
-            context=context,
-            batch=batch,
-            kept=kv_dtype,
+            model, available=free, dtype=dtype, quantize=quantize, context=context, batch=batch, kept=kv_dtype
         )
         if speed and quantize is None:
             raise RequestError("--speed measures quantized matrices; give --quantize 4 or 8.")

@@ -12,7 +12,7 @@ from tiny_llm.messages.chat_format import ChatFormat
 from tiny_llm.messages.message import message_of
 from tiny_llm.server.answers import delta_json, message_json
 from tiny_llm.server.chat_bodies import ChatBody, NamedTool
-from tiny_llm.server.choices import ChoiceWriter
+from tiny_llm.server.completions import ChoiceWriter
 from tiny_llm.server.jobs import Job
 from tiny_llm.server.logprobs import LogprobWriter
 from tiny_llm.server.params import chat_ids, grammar_of, job_of, params_of

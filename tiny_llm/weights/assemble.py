@@ -16,9 +16,8 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.families.family import AS_WANTED, Stored
-from tiny_llm.weights.foreign import made
 from tiny_llm.weights.gguf.blocks import BITS, unpack
-from tiny_llm.weights.quantize import ROUTERS, combined, dequantized, joined, quantize_matrix, stacked
+from tiny_llm.weights.quantize import ROUTERS, combined, dequantized, joined, made, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
 from tiny_llm.weights.shards import StoredTensor
 

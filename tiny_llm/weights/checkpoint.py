@@ -18,9 +18,8 @@ from tiny_llm.data import Matrix
 from tiny_llm.errors import WeightError, did_you_mean
 from tiny_llm.families.family import Places, Stored, part_of, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
-from tiny_llm.weights.foreign import FLOATS, Part, parts_of
 from tiny_llm.weights.gguf.blocks import BITS
-from tiny_llm.weights.quantize import fit_group, format_of, is_explicit, part_names
+from tiny_llm.weights.quantize import FLOATS, Part, fit_group, format_of, is_explicit, part_names, parts_of
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
 PACKED = ("U32",)

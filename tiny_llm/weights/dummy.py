@@ -14,8 +14,7 @@ import mlx.core as mx
 from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.weights.assemble import Finish
-from tiny_llm.weights.foreign import parts_of
-from tiny_llm.weights.quantize import fit_group
+from tiny_llm.weights.quantize import fit_group, parts_of
 
 PIECE = 2**20 + 7  # values of noise; no row's length divides it, so that rows differ
 
