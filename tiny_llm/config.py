@@ -16,9 +16,8 @@ from typing import Any, Literal
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.config_rope import RopeScaling, read_rope
 from tiny_llm.errors import ConfigError
-from tiny_llm.families.built_in import built_in_family
+from tiny_llm.families.built_in import built_in_family, refuse_unsupported
 from tiny_llm.families.family import DecoderSizes, Family
-from tiny_llm.families.unsupported import refuse_unsupported
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 QUANTIZED_GROUPS = (32, 64, 128)

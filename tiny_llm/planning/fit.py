@@ -47,7 +47,7 @@ class StepSamples(Trace):
         self._in_a_row = not plan.chunk_tokens
 
 
-def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 1) -> StepMs:
+def fit_steps(engine: Engine, config: ModelFacts, what: str) -> StepMs:
     """Measure steps of an idle engine: decodes of few and many, prompts alone, and both together."""
     chance, samples = random.Random(0), StepSamples()
     room = engine.settings.kv_blocks * engine.settings.block_size
@@ -62,14 +62,13 @@ def fit_steps(engine: Engine, config: ModelFacts, what: str, rounds: int = 1) ->
 
     serve([(64, 8)] * 2)  # warms up
     before, engine.trace = engine.trace, samples
-    for _ in range(rounds):
-        for count in _TOGETHER:
-            serve([(_SHORT, _TOKENS)] * count)
-            if count <= _FEW:
-                serve([(_LONG, _TOKENS)] * count)
-        for tokens in _ALONE:
-            serve([(min(tokens, longest), 1)])
-        serve([(chance.randrange(16, 256), chance.randrange(4, 32)) for _ in range(_MIXED)])
+    for count in _TOGETHER:
+        serve([(_SHORT, _TOKENS)] * count)
+        if count <= _FEW:
+            serve([(_LONG, _TOKENS)] * count)
+    for tokens in _ALONE:
+        serve([(min(tokens, longest), 1)])
+    serve([(chance.randrange(16, 256), chance.randrange(4, 32)) for _ in range(_MIXED)])
     engine.trace = before
     *rows_ms, logits, decode_context, chunk_context = _least_squares(samples.kept)
     token_bytes = engine.block_bytes // engine.settings.block_size

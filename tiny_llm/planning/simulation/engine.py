@@ -88,7 +88,6 @@ class SimulatedEngine:
         figures: Figures,
         ended: Callable[[Going], None],
         *,
-        samples: Samples | None = None,
         store: SimulatedStore | None = None,
         strides: bool = True,
         seed: int = 0,
@@ -97,7 +96,7 @@ class SimulatedEngine:
         self.busy_s = 0.0
         self.steps = 0
         self.trace: Trace | None = None
-        self.samples = samples
+        self.samples: Samples | None = None
         self.draw_owners = False
         self.store = store
         self._policy, self._costs, self._figures, self._ended = policy, costs, figures, ended

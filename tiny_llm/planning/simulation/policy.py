@@ -69,9 +69,8 @@ class Policy:
     prefill: Annotated[int, option(_WHERE, "More engines, which read prompts for the others.")] = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "block_size", "disk_tokens", "host_tokens", "max_concurrent"):
-            check_whole(name, getattr(self, name))
-        for name in ("chunk_budget", "replicas"):
+        counts = ("max_model_len", "block_size", "disk_tokens", "host_tokens", "max_concurrent")
+        for name in (*counts, "chunk_budget", "replicas"):
             check_whole(name, getattr(self, name))
         check_whole("prefill", self.prefill, least=0)
         if self.kv_tokens is not None:

@@ -29,21 +29,14 @@ POOL: Mapping[str, tuple[str, float]] = {
     "free %": ("free_share", 100),
 }
 """The columns of two tables: what they show, and times what."""
-PARTS: Mapping[str, str] = {
-    "held": "#3b78b5",
-    "to_come": "#9dc3e6",
-    "wasted": "#d64f4f",
-    "cached": "#7aa874",
-    "free": "#eeeeee",
+PARTS: Mapping[str, tuple[str, str]] = {
+    "held": ("tokens", "#3b78b5"),
+    "to_come": ("kept for tokens to come", "#9dc3e6"),
+    "wasted": ("never used", "#d64f4f"),
+    "cached": ("cached", "#7aa874"),
+    "free": ("free", "#eeeeee"),
 }
-"""What a pool's slots hold, and its colour."""
-NAMES: Mapping[str, str] = {
-    "held": "tokens",
-    "to_come": "kept for tokens to come",
-    "wasted": "never used",
-    "cached": "cached",
-    "free": "free",
-}
+"""What a pool's slots hold: how that is called, and its colour."""
 WIDTH, LEFT, TOP, HEIGHT = 1000, 70, 40, 320
 HUES: Sequence[str] = ("#3b78b5", "#e6862b", "#7aa874", "#8a5aa8", "#c94f6d", "#4fa3a5", "#b8a13b", "#7f7f7f")
 
@@ -67,7 +60,7 @@ def pool_over_time(samples: Sequence[Sample]) -> str:
     """What the pool's slots held, from the first moment to the last: one area on the other."""
     end = samples[-1].at or 1.0
     lower, drawn = [0.0] * len(samples), list[str]()
-    for name, colour in PARTS.items():
+    for name, (_, colour) in PARTS.items():
         parts = [getattr(one, name) for one in samples]
         totals = [max(1, sum(getattr(one, other) for other in PARTS)) for one in samples]
         upper = [low + part / total for low, part, total in zip(lower, parts, totals, strict=True)]
@@ -80,7 +73,7 @@ def pool_over_time(samples: Sequence[Sample]) -> str:
         f'<text x="{LEFT - 8}" y="{TOP + HEIGHT * (1 - share) + 4}" text-anchor="end">{share:.0%}</text>'
         for share in (0, 0.5, 1)
     ]
-    return _picture([*drawn, *marks, *_legend(NAMES, PARTS)], end)
+    return _picture([*drawn, *marks, *_legend()], end)
 
 
 def blocks_over_time(samples: Sequence[Sample]) -> str:
@@ -103,10 +96,10 @@ def blocks_over_time(samples: Sequence[Sample]) -> str:
     return _picture([*paths, said], end)
 
 
-def _legend(names: Mapping[str, str], colours: Mapping[str, str]) -> Iterable[str]:
-    for number, (key, name) in enumerate(names.items()):
+def _legend() -> Iterable[str]:
+    for number, (name, colour) in enumerate(PARTS.values()):
         x = LEFT + 170 * number
-        yield f'<rect x="{x}" y="14" width="12" height="12" fill="{colours[key]}" stroke="#ccc"/>'
+        yield f'<rect x="{x}" y="14" width="12" height="12" fill="{colour}" stroke="#ccc"/>'
         yield f'<text x="{x + 18}" y="24">{escape(name)}</text>'
 
 
