@@ -23,8 +23,7 @@ _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {"sum": lambda *x: sum(x), "min": min, "max": max}
-_OF_ONE: Mapping[str, Callable[..., Any]] = {"round": round, "abs": abs}
+_FUNCTIONS: Mapping[str, Any] = {"sum": lambda *x: sum(x), "min": min, "max": max, "round": round, "abs": abs}
 
 
 class _Expression(Arguments):
@@ -64,8 +63,6 @@ def _value(node: ast.expr) -> Any:
         case ast.Call(func=ast.Name(id=name), args=[ast.List(elts=args)] | args, keywords=[]):
             if args and name in _FUNCTIONS:
                 return _small(_FUNCTIONS[name](*map(_value, args)))
-            if name in _OF_ONE:
-                return _OF_ONE[name](*map(_value, args))
     raise ValueError("only numbers, + - * / // % **, brackets, sum, min, max, round and abs are known")
 
 

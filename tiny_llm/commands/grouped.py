@@ -53,19 +53,18 @@ def _options_of(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
     kind = parameter.annotation
     if not is_dataclass(kind):
         return
-    types = _sampling_types() if kind is SamplingParams else get_type_hints(kind, include_extras=True)
+    if kind is SamplingParams:
+        types = {name: _type_of(name, given) for name, given in OPTIONS.items()}
+    else:
+        types = get_type_hints(kind, include_extras=True)
     for name, type_ in types.items():
         default = getattr(parameter.default, name)
         shown = list(default) if isinstance(default, tuple) else default
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=type_)
 
 
-def _sampling_types() -> dict[str, Any]:
-    """The type that typer is to see for each sampling option."""
-    return {name: _type_of(name, given) for name, given in OPTIONS.items()}
-
-
 def _type_of(name: str, given: Option) -> Any:
+    """The type that typer is to see for a sampling option."""
     names = ["--" + name.replace("_", "-")]
     if given.letter:
         names.append(f"-{given.letter}")

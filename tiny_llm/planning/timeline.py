@@ -67,7 +67,10 @@ def draw(bars: Sequence[Stretch], most: int) -> str:
         'font-family="system-ui, sans-serif" font-size="11">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         *_legend(),
-        *(_label(track, number) for track, number in rows.items()),
+        *(
+            f'<text x="{LEFT - 8}" y="{TOP + ROW * number + 10}" text-anchor="end">sequence {track}</text>'
+            for track, number in rows.items()
+        ),
         *(_bar(bar, rows[bar.track], began, scale) for bar in bars if bar.track in rows),
         *_axis(ended - began, scale, TOP + ROW * len(rows)),
         "</svg>",
@@ -80,10 +83,6 @@ def _legend() -> Iterable[str]:
         x = LEFT + 110 * number
         yield f'<rect x="{x}" y="14" width="12" height="12" fill="{colour}"/>'
         yield f'<text x="{x + 18}" y="24">{escape(name)}</text>'
-
-
-def _label(track: int, number: int) -> str:
-    return f'<text x="{LEFT - 8}" y="{TOP + ROW * number + 10}" text-anchor="end">sequence {track}</text>'
 
 
 def _bar(bar: Stretch, number: int, began: float, scale: float) -> str:

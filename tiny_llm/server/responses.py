@@ -84,7 +84,9 @@ async def respond(
             found = stored.get(key_salt, before, "previous_response_id")
             answered_before = _ITEMS.validate_python(json.loads(found.response)["output"])
             said = [*found.items, *answered_before, *said]
-            _require_few(len(said))
+            if len(said) > MAX_MESSAGES:
+                what = f"input and what came before it have {len(said)} items, but may have at most"
+                raise Problem(400, f"{what} {MAX_MESSAGES}.", code="invalid_value", param="input")
         form, job = chat_job(service.llm, chat_of(body.model_copy(update={"input": said})), key_salt)
 
         def keep(response: dict[str, Any]) -> None:
@@ -95,12 +97,6 @@ async def respond(
 
     with renamed(_THEIR_NAMES):
         return await answered(service, request, body, asking)
-
-
-def _require_few(items: int) -> None:
-    if items > MAX_MESSAGES:
-        what = f"input and what came before it have {items} items, but may have at most {MAX_MESSAGES}."
-        raise Problem(400, what, code="invalid_value", param="input")
 
 
 class ResponsesWriter(ResponseWriter):

@@ -291,12 +291,6 @@ def speller(backend: tokenizers.Tokenizer) -> Callable[[int], bytes]:
     return lambda token_id: _bytes_of(_token_text(backend, token_id) or "", steps)
 
 
-def vocabulary_bytes(backend: tokenizers.Tokenizer) -> list[bytes]:
-    """What a ``speller`` gives for every id."""
-    steps = _steps(backend) or ()
-    return [_bytes_of(backend.id_to_token(i) or "", steps) for i in range(backend.get_vocab_size())]
-
-
 def _bytes_of(token: str, steps: Sequence[_DecodeStep]) -> bytes:
     for step in steps:
         if isinstance(step, _ByteLevel):

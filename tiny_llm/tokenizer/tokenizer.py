@@ -15,7 +15,7 @@ import tokenizers
 
 from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.tokenizer.chat_template import ChatTemplate
-from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, speller, vocabulary_bytes
+from tiny_llm.tokenizer.detokenizer import StreamDetokenizer, speller
 from tiny_llm.tokenizer.files import TokenizerFiles, read_folder
 from tiny_llm.tokenizer.places import places_of
 
@@ -138,7 +138,7 @@ class Tokenizer:
 
     def vocabulary(self) -> list[bytes]:
         """``token_bytes`` of every id: a moment's work."""
-        return vocabulary_bytes(self._backend)
+        return list(map(speller(self._backend), range(self._backend.get_vocab_size())))
 
     def marks(self) -> list[int]:
         """The ids of added tokens that are no text: special ones, and tags such as ``<tool_call>``."""

@@ -19,7 +19,7 @@ from tiny_llm.errors import WeightError, did_you_mean
 from tiny_llm.families.family import Places, Stored, part_of, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
 from tiny_llm.weights.gguf.blocks import BITS
-from tiny_llm.weights.quantize import FLOATS, Part, fit_group, format_of, is_explicit, part_names, parts_of
+from tiny_llm.weights.quantize import FLOATS, Part, fit_group, format_of, part_names, parts_of
 from tiny_llm.weights.shards import StoredTensor, stored_tensors
 
 PACKED = ("U32",)
@@ -68,7 +68,7 @@ def load_weights(
             "Leave that option out, or give the unquantized model."
         )
     stored = stored_tensors(folder) if stored is None else stored
-    if is_headless(stored):
+    if "embed_tokens.weight" in stored:  # no head (class Qwen3Model): as models that embed are saved
         stored = {f"{_BODY}{name}": tensor for name, tensor in stored.items()}
         expected = {name: shape for name, shape in expected.items() if name.startswith(_BODY)}
     where = places(stored)
@@ -83,14 +83,6 @@ def load_weights(
     entries = [replace(entry, parts=[[stored[n] for n in part] for part in made]) for entry, made in wanted]
     weights = dict(assemble(entries, dtype, finish, progress))
     return {name: weights[name] for name in expected if name in weights}
-
-
-def is_headless(names: Collection[str]) -> bool:
-    """Whether tensors of such names are a decoder's without its head: of class Qwen3Model, for example.
-
-    Models that embed texts are saved so. What has a head has it beside all else, which then has a prefix.
-    """
-    return "embed_tokens.weight" in names
 
 
 def _job(
@@ -115,11 +107,11 @@ def _job(
     first = names[0]
     shape = _stored_shape(shape, place)
     stored_as = format_of(first, quantization) if name in quantizable else None
-    if stored_as is not None:
+    if stored_as is not None and quantization is not None:
         lie = [parts_of(one, shape, stored_as) for one in names]
         is_packed = first in stored and stored[first].info.dtype in PACKED
         has_others = any(part.name in stored for part in lie[0] if part.name != first)
-        if is_packed or has_others or is_explicit(first, quantization):
+        if is_packed or has_others or first.removesuffix(".weight") in quantization.overrides:
             parts = [{part.name: part for part in same} for same in zip(*lie, strict=True)]
             return Entry(name, (), stored_as, None, place), parts
     target = format_of(name, quantize) if name in quantizable else None

@@ -30,11 +30,6 @@ def part_names(name: str) -> tuple[str, str, str]:
     return name, f"{module}.scales", f"{module}.biases"
 
 
-def is_explicit(name: str, quantization: Quantization | None) -> bool:
-    """Return whether ``quantization`` speaks of this matrix in particular."""
-    return quantization is not None and name.removesuffix(".weight") in quantization.overrides
-
-
 def format_of(name: str, quantization: Quantization | None) -> Quantization | None:
     """Return what ``quantization`` says of one matrix: its module's override, or the default."""
     if quantization is None:
