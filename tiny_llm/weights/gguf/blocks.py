@@ -73,27 +73,13 @@ def _fifth(part: mx.array) -> mx.array:
     return (spread + _each(0x7F) & _each(0x80)) >> 3
 
 
-def _q4_0(b: mx.array) -> _Groups:
+def _signed(b: mx.array, words: mx.array, zero: int) -> _Groups:
     scales = _half(b[..., :2])
-    return _Groups(_nibbles(b[..., 2:]), scales, scales * -8)
+    return _Groups(words, scales, scales * -zero)
 
 
-def _q4_1(b: mx.array) -> _Groups:
-    return _Groups(_nibbles(b[..., 4:]), _half(b[..., :2]), _half(b[..., 2:4]))
-
-
-def _q5_0(b: mx.array) -> _Groups:
-    scales = _half(b[..., :2])
-    return _Groups(_nibbles(b[..., 6:]) | _fifth(b[..., 2:6]), scales, scales * -16)
-
-
-def _q5_1(b: mx.array) -> _Groups:
-    return _Groups(_nibbles(b[..., 8:]) | _fifth(b[..., 4:8]), _half(b[..., :2]), _half(b[..., 2:4]))
-
-
-def _q8_0(b: mx.array) -> _Groups:
-    scales = _half(b[..., :2])
-    return _Groups(b[..., 2:].view(mx.uint64) ^ _each(128), scales, scales * -128)  # signed to unsigned
+def _from_least(b: mx.array, words: mx.array) -> _Groups:
+    return _Groups(words, _half(b[..., :2]), _half(b[..., 2:4]))
 
 
 def _scales_k(b: mx.array) -> tuple[mx.array, mx.array]:
@@ -103,10 +89,6 @@ def _scales_k(b: mx.array) -> tuple[mx.array, mx.array]:
     least = mx.concatenate([middle & 63, high >> 4 | middle >> 6 << 4], axis=-1)
     of_scales, of_least = (b[..., at : at + 2].view(mx.float16).astype(mx.float32) for at in (0, 2))
     return of_scales * scales, of_least * least * -1
-
-
-def _q4_k(b: mx.array) -> _Groups:
-    return _Groups(_nibbles(b[..., 16:].reshape(-1, 4, 32)), *_scales_k(b))
 
 
 def _q5_k(b: mx.array) -> _Groups:
@@ -126,9 +108,14 @@ def _q6_k(b: mx.array) -> mx.array:
 
 
 _READ: Mapping[str, tuple[int, int, Callable[[mx.array], _Groups]]] = {
-    "Q4_0": (4, 18, _q4_0), "Q4_1": (4, 20, _q4_1), "Q5_0": (5, 22, _q5_0), "Q5_1": (5, 24, _q5_1),
-    "Q8_0": (8, 34, _q8_0), "Q4_K": (4, 144, _q4_k), "Q5_K": (5, 176, _q5_k),
-}  # fmt: skip
+    "Q4_0": (4, 18, lambda b: _signed(b, _nibbles(b[..., 2:]), 8)),
+    "Q4_1": (4, 20, lambda b: _from_least(b, _nibbles(b[..., 4:]))),
+    "Q5_0": (5, 22, lambda b: _signed(b, _nibbles(b[..., 6:]) | _fifth(b[..., 2:6]), 16)),
+    "Q5_1": (5, 24, lambda b: _from_least(b, _nibbles(b[..., 8:]) | _fifth(b[..., 4:8]))),
+    "Q8_0": (8, 34, lambda b: _signed(b, b[..., 2:].view(mx.uint64) ^ _each(128), 128)),  # were signed
+    "Q4_K": (4, 144, lambda b: _Groups(_nibbles(b[..., 16:].reshape(-1, 4, 32)), *_scales_k(b))),
+    "Q5_K": (5, 176, _q5_k),
+}
 """For each exact type: bits of a weight, bytes of a block, what reads blocks uint8 [n, bytes]."""
 BITS: Mapping[str, int] = {**{kind: bits for kind, (bits, _, _) in _READ.items()}, "Q6_K": 8}
 """The bits that a weight of each quantized type has here."""
