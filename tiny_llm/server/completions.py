@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import nan
 
 from tiny_llm.data import Chunk, Completion
@@ -115,7 +115,7 @@ class CompletionWriter(ChoiceWriter):
         decode = partial(self._tokenizer.decode, skip_special_tokens=False)
         echoed = body.prompt if body.echo else ()
         self._echoes = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in echoed]
-        self._places: dict[int, TokenPlaces] = {}  # of answers whose log-probabilities are told
+        self._places = cache(self._places_of)
 
     def _whole_choice(self, index: int, chunks: Sequence[Chunk], ended: Completion) -> dict[str, object]:
         text = self._before(index) + "".join(chunk.text for chunk in chunks)
@@ -136,8 +136,7 @@ class CompletionWriter(ChoiceWriter):
     ) -> dict[str, object]:
         told = None
         if self._body.logprobs is not None:
-            places = self._places.get(index) or self._places.setdefault(index, self._places_of(index))
-            told = self._logprobs.completion(rows, places)
+            told = self._logprobs.completion(rows, self._places(index))
         reason = None if ended is None else ended.finish_reason
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -79,16 +80,15 @@ class _ShownLogprobs:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, list[dict[int, float]]] = {}
-        self._told: dict[int, int] = {}
+        self._held: dict[int, list[dict[int, float]]] = defaultdict(list)
+        self._told: dict[int, int] = defaultdict(int)
 
     def take(self, index: int, rows: list[dict[int, float]], shown_tokens: int) -> list[dict[int, float]]:
         """Add ``rows`` of an answer whose text has ``shown_tokens`` tokens now; return what is due."""
-        held = [*self._held.get(index, ()), *rows]
-        told = self._told.get(index, 0)
-        due = max(0, shown_tokens - told)
+        held = [*self._held[index], *rows]
+        due = max(0, shown_tokens - self._told[index])
         self._held[index] = held[due:]
-        self._told[index] = told + due
+        self._told[index] += due
         return held[:due]
 
 

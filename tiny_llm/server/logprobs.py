@@ -8,6 +8,7 @@ A row has the chosen token first, then the likeliest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from math import isfinite, isnan
 
 from tiny_llm.server.answers import WrittenArray, dumps
@@ -22,10 +23,9 @@ class LogprobWriter:
     """Writes those of one answer or more, with the ``count`` likeliest of each row."""
 
     def __init__(self, tokenizer: Tokenizer, count: int) -> None:
-        self._tokenizer = tokenizer
         self._count = count
-        self._names: dict[int, str] = {}  # of tokens, as JSON
-        self._entries: dict[int, tuple[str, str]] = {}  # what stands around a token's number in a chat
+        self._name = cache(lambda token: dumps(token_text(tokenizer, token)).decode())
+        self._around = cache(partial(_around, tokenizer))
 
     def chat(self, rows: Sequence[Row]) -> WrittenArray:
         """Each token as the chat API has it."""
@@ -52,13 +52,7 @@ class LogprobWriter:
 
     def _entry(self, token: int, value: float) -> str:
         """What the chat API says of a token, without the brace at its end."""
-        around = self._entries.get(token)
-        if around is None:
-            data = self._tokenizer.token_bytes(token)
-            name = dumps(data.decode("utf-8", "replace")).decode()
-            around = f'{{"token":{name},"logprob":', f',"bytes":{dumps(list(data)).decode()}'
-            self._entries[token] = around
-        before, after = around
+        before, after = self._around(token)
         return f"{before}{_number(value)}{after}"
 
     def _top(self, row: Row) -> str:
@@ -69,14 +63,15 @@ class LogprobWriter:
         listed = {self._name(token): row[token] for token in [*self._likeliest(row), chosen]}
         return "{" + ",".join([f"{name}:{_number(value)}" for name, value in listed.items()]) + "}"
 
-    def _name(self, token: int) -> str:
-        name = self._names.get(token)
-        if name is None:
-            name = self._names[token] = dumps(token_text(self._tokenizer, token)).decode()
-        return name
-
     def _likeliest(self, row: Row) -> list[int]:
         return sorted(row, key=row.__getitem__, reverse=True)[: self._count]
+
+
+def _around(tokenizer: Tokenizer, token: int) -> tuple[str, str]:
+    """What stands around a token's number in a chat."""
+    data = tokenizer.token_bytes(token)
+    name = dumps(data.decode("utf-8", "replace")).decode()
+    return f'{{"token":{name},"logprob":', f',"bytes":{dumps(list(data)).decode()}'
 
 
 def by_id(rows: Sequence[Row]) -> WrittenArray:
