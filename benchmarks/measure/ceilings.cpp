@@ -123,6 +123,11 @@ inline Dots dot(Dots sum, Dots a, Dots b) { return _mm256_dpbusd_avx_epi32(sum, 
 typedef __m256i Dots;
 // Added up in 16 bits, as weights of 4 bits allow.
 inline Dots dot(Dots sum, Dots a, Dots b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+typedef int32x4_t Dots;
+inline Dots dot(Dots sum, Dots a, Dots b) {
+    return vusmmlaq_s32(sum, vreinterpretq_u8_s32(a), vreinterpretq_s8_s32(b));
+}
 #elif defined(__ARM_FEATURE_DOTPROD)
 typedef int32x4_t Dots;
 inline Dots dot(Dots sum, Dots a, Dots b) {
@@ -167,7 +172,12 @@ double int8_rate(int threads) {
         }
         keep(total(sums));
     });
-    return 2.0 * kSteps * kChains * sizeof(Dots) * threads / seconds;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    constexpr int kProducts = 32;  // two outputs by two rows, 8 inputs each
+#else
+    constexpr int kProducts = sizeof(Dots);
+#endif
+    return 2.0 * kSteps * kChains * kProducts * threads / seconds;
 #endif
 }
 
