@@ -3,5 +3,5 @@
 import platform
 
 ON_ARM = platform.machine() in ("aarch64", "arm64") and platform.system() == "Linux"
-SETS = ("portable", "dotprod") if ON_ARM else ("portable", "avx2", "avx512", "avx512bf16", "amx")
+SETS = ("portable", "dotprod", "i8mm") if ON_ARM else ("portable", "avx2", "avx512", "avx512bf16", "amx")
 NAMES = " or ".join(", ".join(SETS).rsplit(", ", 1))

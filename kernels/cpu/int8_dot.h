@@ -20,6 +20,7 @@ static inline vu load_words(const char* p) {
 #if defined(__AVX512VNNI__)
 
 constexpr int kMostRows = 12;  // with as many sums and totals and what a line needs, of 32 registers
+constexpr int vectors_at_once(int) { return 1; }
 
 static inline vi dot4(vi sum, vu weights, int32_t x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
@@ -54,6 +55,7 @@ static inline void dot_group(const char* line, int group, const int32_t* x, vi (
 #elif defined(__AVX2__)
 
 constexpr int kMostRows = 4;  // with as many sums of two registers of outputs, and what a line needs
+constexpr int vectors_at_once(int) { return 2; }
 
 // Pairs of products of half bytes, in 16 bits. Sixteen such sums may be too much for those, but would fit if each weight
 // had 8 less: so a sum begins with what that takes off (activations.h), and what passes 16 bits meanwhile comes back.
@@ -134,12 +136,23 @@ template <Kind K, int R, int W>
 
 #else
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kMostRows = 8;
+#else
 constexpr int kMostRows = 4;
+#endif
+#if defined(__ARM_NEON)  // 32 registers; of totals, what finds no room is fetched and put back once a group
+constexpr int vectors_at_once(int rows) { return rows > 6 ? 2 : 4; }
+#else
+constexpr int vectors_at_once(int rows) { return rows > 2 ? 1 : 2; }
+#endif
 
 // Weights of K bits.
 template <Kind K>
 static inline vi dot4(vi sum, vu weights, int32_t x) {
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)weights, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+#elif defined(__ARM_FEATURE_DOTPROD)
     const int8x16_t words = vreinterpretq_s8_s32(vdupq_n_s32(x));
     if (K == Kind::q4) return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, words);
     // A weight of 8 bits is 128, as 127 and 1, and what with its upper bit turned over is a number with a sign.
@@ -155,17 +168,79 @@ static inline vi dot4(vi sum, vu weights, int32_t x) {
 #endif
 }
 
+// The upper half of each byte. Words moved by four bits would bring some of the next byte's with them.
+static inline vu high_halves(vu words) {
+    typedef uint8_t Halves __attribute__((vector_size(sizeof(vu))));
+    return (vu)((Halves)words >> 4);
+}
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// One instruction multiplies two outputs by two rows, [output][8 inputs] by [row][8 inputs], into [output][row].
+static inline vi dot8(vi sum, vu weights, vi x) {
+    return (vi)vusmmlaq_s32((int32x4_t)sum, (uint8x16_t)weights, (int8x16_t)x);
+}
+
+// Two of R rows' next two words.
+template <int R>
+static inline vi two_rows(const int32_t* x) {
+    typedef int32_t Two __attribute__((vector_size(8)));
+    Two low, high;
+    memcpy(&low, x, sizeof low), memcpy(&high, x + R, sizeof high);
+    return __builtin_shufflevector(low, high, 0, 2, 1, 3);
+}
+
+// R rows in pairs; where R is odd, the last row but one is in two of them.
+template <Kind K, int R, int W>
+static inline void dot_pairs(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
+    constexpr int kPairs = (R + 1) / 2, kLines = K == Kind::q4 ? 1 : 2;  // of 8 inputs
+    constexpr auto row_of = [](int pair) { return 2 * pair + 1 < R ? 2 * pair : R - 2; };
+    vi front[kPairs][W] = {}, back[kPairs][W] = {};  // of the first two outputs of a register, and of the others
+    for (int k = 0; k < group; k += 8, line += kLines * kLine, x += 2 * R) {
+        for (int l = 0; l < kLines; ++l) ask_ahead<R>(line + l * kLine);
+        vi rows[kPairs];
+        for (int p = 0; p < kPairs; ++p) rows[p] = two_rows<R>(x + row_of(p));
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+            const vu words = load_words(line + w * 4 * kWidth);
+            const vu low = K == Kind::q4 ? words & 0x0f0f0f0f : words;
+            const vu high = K == Kind::q4 ? high_halves(words) : load_words(line + kLine + w * 4 * kWidth);
+            const vu first = __builtin_shufflevector(low, high, 0, 4, 1, 5);
+            const vu second = __builtin_shufflevector(low, high, 2, 6, 3, 7);
+#pragma GCC unroll 4
+            for (int p = 0; p < kPairs; ++p) {
+                front[p][w] = dot8(front[p][w], first, rows[p]);
+                back[p][w] = dot8(back[p][w], second, rows[p]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; ++p)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+            dot[row_of(p)][w] = __builtin_shufflevector(front[p][w], back[p][w], 0, 2, 4, 6);
+            dot[row_of(p) + 1][w] = __builtin_shufflevector(front[p][w], back[p][w], 1, 3, 5, 7);
+        }
+}
+
+#endif
+
 template <Kind K, int R, int W>
 static inline void dot_group(const char* line, int group, const int32_t* x, vi (&dot)[R][W]) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (R > 1) return dot_pairs<K>(line, group, x, dot);
+#endif
     constexpr int kWords = K == Kind::q4 ? 2 : 1;
     for (int k = 0; k < group; k += 4 * kWords, line += kLine, x += kWords * R) {
         ask_ahead<R>(line);
+#pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             const vu words = load_words(line + w * 4 * kWidth);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 if constexpr (K == Kind::q4) {
                     dot[r][w] = dot4<K>(dot[r][w], words & 0x0f0f0f0f, x[r]);
-                    dot[r][w] = dot4<K>(dot[r][w], (words >> 4) & 0x0f0f0f0f, x[R + r]);
+                    dot[r][w] = dot4<K>(dot[r][w], high_halves(words), x[R + r]);
                 } else {
                     dot[r][w] = dot4<K>(dot[r][w], words, x[r]);
                 }

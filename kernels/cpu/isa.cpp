@@ -21,8 +21,8 @@ namespace tiny_llm {
 namespace {
 
 #if defined(TINY_ARM_SETS)
-constexpr const char* kNames[] = {"portable", "dotprod"};
-constexpr const char* kAllNames = "portable or dotprod";
+constexpr const char* kNames[] = {"portable", "dotprod", "i8mm"};
+constexpr const char* kAllNames = "portable, dotprod or i8mm";
 #else
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 constexpr const char* kAllNames = "portable, avx2, avx512, avx512bf16 or amx";
@@ -65,7 +65,8 @@ Isa detect() {
     if (!avx512) return Isa::avx2;
     return amx_granted() ? Isa::amx : has_fast_bf16() ? Isa::avx512bf16 : Isa::avx512;
 #elif defined(TINY_ARM_SETS)
-    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::dotprod : Isa::portable;
+    if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)) return Isa::portable;
+    return getauxval(AT_HWCAP2) & (1 << 13) ? Isa::i8mm : Isa::dotprod;  // HWCAP2_I8MM: Linux 5.7 named it
 #else
     return Isa::portable;
 #endif

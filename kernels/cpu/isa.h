@@ -15,8 +15,8 @@ namespace tiny_llm {
 #endif
 
 #if defined(TINY_ARM_SETS)
-enum class Isa { portable = 0, dotprod = 1 };
-constexpr int kIsas = 2;
+enum class Isa { portable = 0, dotprod = 1, i8mm = 2 };
+constexpr int kIsas = 3;
 #else
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 constexpr int kIsas = 5;

@@ -11,15 +11,10 @@ namespace {
 
 constexpr int kExactRows = kWidth == 4 ? 2 : 6, kBlockRows = kMostRows < kExactRows ? kExactRows : kMostRows;
 
-// Registers of outputs that a kernel of R rows takes at a time: all of a tile's, if there are registers enough.
-constexpr int vectors_at_once(int rows) { return kWidth == kTile || (kWidth == 4 && rows > 2) ? 1 : 2; }
-
 // W registers of a tile's outputs, from number v on, times R rows of int8: to out [R][16].
 template <Kind K, int R, int W>
 void multiply(const char* tile, const Groups& groups, const Block& x, int v, float* out) {
-    vf y[R][W];
-    for (int r = 0; r < R; ++r)
-        for (int w = 0; w < W; ++w) y[r][w] = vf{};
+    vf y[R][W] = {};
     const char* line = tile + groups.lines() + v * 4 * kWidth;
     const int32_t* words = x.words;
     for (int64_t g = 0; g < groups.count; ++g, line += groups.bytes, tile += groups.bytes) {
@@ -27,6 +22,7 @@ void multiply(const char* tile, const Groups& groups, const Block& x, int v, flo
         ask_ahead<R>(tile), ask_ahead<R>(tile + kLine);  // scales and biases, which float32 fills two lines with
         dot_group<K, R, W>(line, groups.size, words, dot);
         words += words_of(groups.size) * R;
+#pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             const vf scale = load_any(tile, groups.scales, (v + w) * kWidth);
             const vf bias = load_any(tile, groups.scales, kTile + (v + w) * kWidth);
@@ -37,7 +33,9 @@ void multiply(const char* tile, const Groups& groups, const Block& x, int v, flo
             }
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int w = 0; w < W; ++w) store(out + r * kTile + (v + w) * kWidth, y[r][w]);
 }
 
@@ -98,6 +96,7 @@ void quantized_matmul(const Linear& a) {
     const Matrix& m = a.matrices[0];
     if (a.rows == 0) return;
 #if defined(TINY_ARM_SETS) && !defined(__ARM_FEATURE_DOTPROD)
+    if (isa() == Isa::i8mm) return i8mm::quantized_matmul(a);
     if (isa() == Isa::dotprod) return dotprod::quantized_matmul(a);
 #elif defined(__AVX512VNNI__)
     const int64_t together = a.parts ? a.rows / a.part_count : a.rows;  // rows that meet a weight

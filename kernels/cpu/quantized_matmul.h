@@ -16,6 +16,7 @@ TINY_KERNEL(quantized_matmul, Linear)
 namespace avx512bf16 { void quantized_matmul(const Linear& args); }
 #elif defined(TINY_ARM_SETS)
 namespace dotprod { void quantized_matmul(const Linear& args); }
+namespace i8mm { void quantized_matmul(const Linear& args); }
 #endif
 
 }  // namespace tiny_llm
