@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from tiny_llm.data import AssistantMessage, Chunk, MessageDelta, ToolCall, ToolCallDelta
 from tiny_llm.decoding.grammar import THINK, THOUGHT
@@ -17,13 +17,6 @@ from tiny_llm.decoding.stop import open_length
 from tiny_llm.messages.tool_parser import ToolParser
 
 _State = Literal["before", "opened", "thinking", "closed", "content"]
-
-
-class Split(NamedTuple):
-    """Text told apart: what is ``reasoning`` comes before what is ``content``."""
-
-    reasoning: str
-    content: str
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -36,44 +29,59 @@ def closes_thinking(prompt: str) -> bool:
     return prompt.rstrip().endswith(THOUGHT)
 
 
-class ReasoningParser:
-    """One answer's text, in any pieces, to reasoning and content.
+class MessageParser:
+    """One answer's text, in any pieces, to deltas of its message.
 
-    What may still become a tag is held back. Of the newlines that belong to the tags (one after the first,
-    all after the second) nothing is told, nor of spaces before a tag. ``opened``: the prompt ends in a tag.
+    ``tools`` None: none were offered, and whatever looks like a call is text. ``thinking``: the prompt has
+    opened a thought. What may still become a tag is held back. Of the newlines that belong to the tags (one
+    after the first, all after the second) nothing is told, nor of spaces before a tag.
     """
 
-    def __init__(self, *, opened: bool = False) -> None:
-        self._state: _State = "opened" if opened else "before"
+    def __init__(self, tools: ToolParser | None = None, *, thinking: bool = False) -> None:
+        self._tools = tools
+        self._state: _State = "opened" if thinking else "before"
         self._held = ""
 
     @property
     def is_thinking(self) -> bool:
-        """Whether what comes now is reasoning."""
+        """Whether what comes now is the model's reasoning."""
         return self._state in ("opened", "thinking")
 
     @property
-    def _is_over(self) -> bool:
-        return self._state == "content"
+    def is_over(self) -> bool:
+        """Whether the only call that is wanted has been made: what follows it is dropped."""
+        return self._tools is not None and self._tools.is_over
 
-    def push(self, text: str) -> Split:
+    @property
+    def calls(self) -> int:
+        """How many calls have begun."""
+        return self._tools.calls if self._tools else 0
+
+    def push(self, text: str) -> list[MessageDelta]:
         """Take the next piece; return what is certain now."""
-        if self._is_over:
-            return Split("", text)
         self._held += text
         reasoning = ""
-        while not self._is_over:
+        while self._state != "content":
             state = self._state
             reasoning += self._advance()
             if self._state == state:  # it waits for more
-                return Split(reasoning, "")
+                return self._deltas(reasoning, "")
         content, self._held = self._held, ""
-        return Split(reasoning, content)
+        return self._deltas(reasoning, content)
 
-    def finish(self) -> Split:
+    def finish(self) -> list[MessageDelta]:
         """No more text: return what was held back."""
         rest, self._held = self._held, ""
-        return Split(rest, "") if self.is_thinking else Split("", rest)
+        deltas = self._deltas(rest, "") if self.is_thinking else self._deltas("", rest)
+        return deltas + self._tools.finish() if self._tools else deltas
+
+    def _deltas(self, reasoning: str, content: str) -> list[MessageDelta]:
+        deltas = [MessageDelta(reasoning=reasoning)] if reasoning else []
+        if not content:
+            return deltas
+        if self._tools:
+            return deltas + self._tools.push(content)
+        return [*deltas, MessageDelta(content=content)]
 
     def _advance(self) -> str:
         """Go on to the next state if the text says so; return the reasoning that was found on the way."""
@@ -103,50 +111,6 @@ class ReasoningParser:
         end = len(self._held) - open_length(self._held, (THOUGHT,))
         thought, self._held = self._held[:end], self._held[end:]
         return thought
-
-
-class MessageParser:
-    """One answer's text, in any pieces, to deltas of its message.
-
-    ``tools`` None: none were offered, and whatever looks like a call is text. ``thinking``: the prompt has
-    opened a thought.
-    """
-
-    def __init__(self, tools: ToolParser | None = None, *, thinking: bool = False) -> None:
-        self._reasoning = ReasoningParser(opened=thinking)
-        self._tools = tools
-
-    @property
-    def is_thinking(self) -> bool:
-        """Whether what comes now is the model's reasoning."""
-        return self._reasoning.is_thinking
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the only call that is wanted has been made: what follows it is dropped."""
-        return self._tools is not None and self._tools.is_over
-
-    @property
-    def calls(self) -> int:
-        """How many calls have begun."""
-        return self._tools.calls if self._tools else 0
-
-    def push(self, text: str) -> list[MessageDelta]:
-        """Take the next piece; return what is certain now."""
-        return self._deltas(self._reasoning.push(text))
-
-    def finish(self) -> list[MessageDelta]:
-        """No more text: return what was held back."""
-        deltas = self._deltas(self._reasoning.finish())
-        return deltas + self._tools.finish() if self._tools else deltas
-
-    def _deltas(self, split: Split) -> list[MessageDelta]:
-        deltas = [MessageDelta(reasoning=split.reasoning)] if split.reasoning else []
-        if not split.content:
-            return deltas
-        if self._tools:
-            return deltas + self._tools.push(split.content)
-        return [*deltas, MessageDelta(content=split.content)]
 
 
 def message_of(deltas: Sequence[MessageDelta]) -> AssistantMessage:
