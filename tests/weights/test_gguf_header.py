@@ -16,7 +16,7 @@ import pytest
 from tiny_llm.errors import TinyLLMError, WeightError
 from tiny_llm.models.checkpoint import GgufCheckpoint
 from tiny_llm.weights.gguf.header import MAX_ITEMS, read_gguf
-from tiny_llm.weights.header import TensorInfo
+from tiny_llm.weights.header import StoredTensor
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -79,8 +79,9 @@ def test_what_the_gguf_package_writes(tmp_path: Path) -> None:
         "a.numbers": [-1, 2, 3],
     }
     for theirs in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
-        info = TensorInfo(theirs.name, (2, 64), int(theirs.n_bytes), int(theirs.data_offset))
-        assert header.tensors[theirs.name] == info
+        place = int(theirs.n_bytes), int(theirs.data_offset)
+        stored = StoredTensor(tmp_path / "x.gguf", theirs.name, (2, 64), *place)
+        assert header.tensors[theirs.name] == stored
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tiny_llm.errors import WeightError
 from tiny_llm.weights import header
-from tiny_llm.weights.header import TensorInfo, read_header
+from tiny_llm.weights.header import StoredTensor, read_header
 
 pytestmark = pytest.mark.chapter("1.5")
 
@@ -42,8 +42,8 @@ def row(dtype: str, shape: object, start: object, end: object) -> dict[str, obje
 def test_names_dtypes_shapes_and_sizes(path):
     data = path.stat().st_size - 32
     assert read_header(path) == {
-        "a.weight": TensorInfo("F32", (2, 3), 24, data + 8),
-        "b.weight": TensorInfo("BF16", (4,), 8, data),
+        "a.weight": StoredTensor(path, "F32", (2, 3), 24, data + 8),
+        "b.weight": StoredTensor(path, "BF16", (4,), 8, data),
     }
 
 
@@ -58,8 +58,8 @@ def test_a_scalar_and_an_empty_tensor(tmp_path):
     file = write(tmp_path / "x", {"s": row("F32", [], 0, 4), "e": row("F16", [0, 8], 4, 4)}, b"1234")
     end = file.stat().st_size
     assert read_header(file) == {
-        "s": TensorInfo("F32", (), 4, end - 4),
-        "e": TensorInfo("F16", (0, 8), 0, end),
+        "s": StoredTensor(file, "F32", (), 4, end - 4),
+        "e": StoredTensor(file, "F16", (0, 8), 0, end),
     }
 
 
@@ -160,7 +160,7 @@ def test_a_folder_in_place_of_a_file(tmp_path):
         read_header(tmp_path)
 
 
-def survives(path: Path, whole: bytes, original: dict[str, TensorInfo]) -> None:
+def survives(path: Path, whole: bytes, original: dict[str, StoredTensor]) -> None:
     """The changed file is refused, or describes tensors that fill it exactly."""
     path.write_bytes(whole)
     try:

@@ -206,12 +206,12 @@ def unusual(folder: Path) -> Iterator[str]:
 def largest_norm(folder: Path) -> tuple[str, float]:
     """The norm with the largest weight, and that; ("", 0) where no tensor is called one."""
     stored = tensors_at(folder)
-    norms = sorted(name for name, tensor in stored.items() if "norm" in name and len(tensor.info.shape) == 1)
+    norms = sorted(name for name, tensor in stored.items() if "norm" in name and len(tensor.shape) == 1)
     most = "", 0.0
     with ExitStack() as stack:
         paths = {stored[name].path for name in norms}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
-        pieces = (Piece(files[stored[name].path], stored[name].info) for name in norms)
+        pieces = (Piece(files[stored[name].path], stored[name]) for name in norms)
         for name, weight in zip(norms, read_ahead(pieces), strict=True):
             largest = mx.abs(weight.astype(mx.float32)).max().item()
             assert isinstance(largest, float)

@@ -17,9 +17,9 @@ from tiny_llm.config import Quantization
 from tiny_llm.data import Matrix, QuantizedTensor
 from tiny_llm.families.family import AS_WANTED, Stored
 from tiny_llm.weights.gguf.blocks import BITS, unpack
+from tiny_llm.weights.header import StoredTensor
 from tiny_llm.weights.quantize import ROUTERS, combined, dequantized, joined, made, quantize_matrix, stacked
 from tiny_llm.weights.reader import Piece, read_ahead
-from tiny_llm.weights.shards import StoredTensor
 
 LARGE_PART = 1 / 20  # from this part of all weights on, it matters to memory when an entry is read
 KEPT_PART = 1 / 50  # as much of all bytes to be read MLX may keep of buffers that sources were in
@@ -68,7 +68,7 @@ def assemble(
         paths = {tensor.path for entry in entries for part in entry.parts for tensor in part}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
         pieces = (
-            Piece(files[tensor.path], tensor.info, rows)
+            Piece(files[tensor.path], tensor, rows)
             for entry in entries
             for part in entry.parts
             for tensor in part
@@ -88,7 +88,7 @@ def _place(entry: Entry, total: int) -> tuple[int, Path, int]:
     """
     first = entry.parts[0][0]
     large = entry.nbytes > total * LARGE_PART
-    return -entry.nbytes if large else 0, first.path, first.info.start
+    return -entry.nbytes if large else 0, first.path, first.start
 
 
 def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
@@ -96,8 +96,8 @@ def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     be in memory; None is the whole tensor, of which rows may be taken later. Of a stack it is some of its
     matrices at a time where rows of each are wanted.
     """
-    wanted, shape = entry.place.rows, tensor.info.shape
-    in_blocks = tensor.info.dtype in BITS
+    wanted, shape = entry.place.rows, tensor.shape
+    in_blocks = tensor.dtype in BITS
     as_it_is = entry.quantize is None and not in_blocks
     is_stack = len(shape) > 2
     whole = entry.is_foreign or entry.place.transposed or (is_stack and not wanted and not in_blocks)
@@ -107,12 +107,12 @@ def _blocks(entry: Entry, tensor: StoredTensor) -> list[range] | list[None]:
     if as_it_is and not is_stack:
         return [range(first, end)]
     at_once = UNPACK_BYTES if in_blocks else BLOCK_BYTES
-    count = max(1, shape[0] * at_once // max(tensor.info.nbytes, 1))
+    count = max(1, shape[0] * at_once // max(tensor.nbytes, 1))
     return [range(start, min(start + count, end)) for start in range(first, end, count)]
 
 
 def _bytes(tensor: StoredTensor, rows: range | None) -> int:
-    return tensor.info.nbytes if rows is None else tensor.info.nbytes * len(rows) // tensor.info.shape[0]
+    return tensor.nbytes if rows is None else tensor.nbytes * len(rows) // tensor.shape[0]
 
 
 def _made(entry: Entry, arrays: Iterator[mx.array]) -> Matrix:
@@ -160,8 +160,8 @@ def _wanted(entry: Entry, tensor: StoredTensor, arrays: Iterator[mx.array]) -> M
         if place.rows is not None and (read is None or array.ndim > 2):
             array = _rows(array, place.rows)
         mx.eval(array)
-        if tensor.info.dtype in BITS:
-            blocks.append(unpack(tensor.info.dtype, array))
+        if tensor.dtype in BITS:
+            blocks.append(unpack(tensor.dtype, array))
         else:
             blocks.append(array if entry.quantize is None else quantize_matrix(array, entry.quantize))
     return joined(blocks)

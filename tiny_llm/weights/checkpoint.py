@@ -19,8 +19,9 @@ from tiny_llm.errors import WeightError, did_you_mean
 from tiny_llm.families.family import Places, Stored, part_of, place_of
 from tiny_llm.weights.assemble import Entry, Finish, Progress, assemble
 from tiny_llm.weights.gguf.blocks import BITS
+from tiny_llm.weights.header import StoredTensor
 from tiny_llm.weights.quantize import FLOATS, Part, fit_group, format_of, part_names, parts_of
-from tiny_llm.weights.shards import StoredTensor, stored_tensors
+from tiny_llm.weights.shards import stored_tensors
 
 PACKED = ("U32",)
 SHOWN_PROBLEMS = 8
@@ -109,7 +110,7 @@ def _job(
     stored_as = format_of(first, quantization) if name in quantizable else None
     if stored_as is not None and quantization is not None:
         lie = [parts_of(one, shape, stored_as) for one in names]
-        is_packed = first in stored and stored[first].info.dtype in PACKED
+        is_packed = first in stored and stored[first].dtype in PACKED
         has_others = any(part.name in stored for part in lie[0] if part.name != first)
         if is_packed or has_others or first.removesuffix(".weight") in quantization.overrides:
             parts = [{part.name: part for part in same} for same in zip(*lie, strict=True)]
@@ -118,7 +119,7 @@ def _job(
     target = fit_group(name, shape[-1], target)
     if place.transposed and len(shape) == 2:
         shape = shape[::-1]
-    kind = stored[first].info.dtype if first in stored and name in quantizable else ""
+    kind = stored[first].dtype if first in stored and name in quantizable else ""
     dtypes = (*FLOATS, kind) if kind in BITS else FLOATS
     return Entry(name, (), None, target, place), [{one: Part(one, shape, dtypes) for one in names}]
 
@@ -153,19 +154,18 @@ def _problems(
         if name in stored:
             yield from _misfit(name, want, stored[name])
     for name in extra:
-        info = stored[name].info
-        yield f"not expected: {name} {info.dtype} {list(info.shape)} in {stored[name].path.name}"
+        tensor = stored[name]
+        yield f"not expected: {name} {tensor.dtype} {list(tensor.shape)} in {tensor.path.name}"
 
 
 def _misfit(name: str, want: Part, found: StoredTensor) -> Iterator[str]:
-    info = found.info
-    if info.dtype not in want.dtypes:
-        packed = info.dtype in PACKED
+    if found.dtype not in want.dtypes:
+        packed = found.dtype in PACKED
         hint = " (packed integers, but its config says nothing of a quantization)" if packed else ""
-        yield f"wrong dtype: {name} is {info.dtype}{hint}, expected {' or '.join(want.dtypes)}"
-    elif info.shape != want.shape:
-        hint = " (it fits if transposed)" if info.shape == want.shape[::-1] else ""
-        yield f"wrong shape: {name} is {list(info.shape)}, expected {list(want.shape)}{hint}"
+        yield f"wrong dtype: {name} is {found.dtype}{hint}, expected {' or '.join(want.dtypes)}"
+    elif found.shape != want.shape:
+        hint = " (it fits if transposed)" if found.shape == want.shape[::-1] else ""
+        yield f"wrong shape: {name} is {list(found.shape)}, expected {list(want.shape)}{hint}"
 
 
 def _is_tied_head(
@@ -178,10 +178,10 @@ def _is_tied_head(
     embedding, parts = expected.get("model.embed_tokens.weight"), part_names("lm_head.weight")
     if embedding is None or parts[0] in expected or name not in parts or parts[0] not in stored:
         return False
-    head = stored[parts[0]].info
+    head = stored[parts[0]]
     if head.dtype not in PACKED:
         return name == parts[0] and head.shape == embedding
-    shapes = [stored[part].info.shape for part in parts if part in stored]
+    shapes = [stored[part].shape for part in parts if part in stored]
     return len(shapes) == len(parts) and all(shape[:1] == embedding[:1] for shape in shapes)
 
 

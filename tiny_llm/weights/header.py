@@ -27,16 +27,17 @@ METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One row of the table: the file's word for its dtype, its shape, its bytes and where they begin."""
+class StoredTensor:
+    """A tensor in a file: that, its word for the dtype, the shape, the bytes and where they begin."""
 
+    path: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     start: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return every tensor that the file holds, by name, once the whole table has been checked.
 
     Raises WeightError, naming file and tensor, for a file that is truncated or too long, a table
@@ -92,7 +93,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
         raise _corrupt(path, f"{METADATA} must map names to strings")
 
 
-def _tensor(path: Path, name: str, row: object, data_start: int) -> TensorInfo:
+def _tensor(path: Path, name: str, row: object, data_start: int) -> StoredTensor:
     """Check one row of the table by itself."""
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"tensor {name!r} needs dtype, shape and data_offsets, but has {row!r:.80}")
@@ -106,14 +107,14 @@ def _tensor(path: Path, name: str, row: object, data_start: int) -> TensorInfo:
     start, end = offsets
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
         raise _corrupt(path, f"tensor {name!r}, {dtype} {shape}, does not fill its {end - start} bytes")
-    return TensorInfo(dtype, tuple(shape), end - start, data_start + start)
+    return StoredTensor(path, dtype, tuple(shape), end - start, data_start + start)
 
 
 def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, data_bytes: int) -> None:
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, data_bytes: int) -> None:
     """The data must be back to back and end with the file, so that no byte is used twice or hidden."""
     reached = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):

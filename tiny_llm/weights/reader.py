@@ -15,7 +15,7 @@ from io import FileIO
 import mlx.core as mx
 
 from tiny_llm.errors import WeightError
-from tiny_llm.weights.header import TensorInfo
+from tiny_llm.weights.header import StoredTensor
 
 DTYPES: Mapping[str, mx.Dtype] = {
     "F32": mx.float32,
@@ -36,7 +36,7 @@ class Piece:
     """
 
     file: FileIO
-    info: TensorInfo
+    info: StoredTensor
     rows: range | None = None
 
     @property

@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_llm.errors import WeightError
-from tiny_llm.weights.header import TensorInfo, read_header
+from tiny_llm.weights.header import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as it lies on disk."""
-
-    path: Path
-    info: TensorInfo
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -60,10 +51,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file_name in shard_names(folder):
         path = _inside(folder, file_name)
-        for name, info in read_header(path).items():
+        for name, tensor in read_header(path).items():
             if name in stored:
                 raise WeightError(f"{name} is stored twice: in {stored[name].path.name} and {file_name}.")
-            stored[name] = StoredTensor(path, info)
+            stored[name] = tensor
     if not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
         _check_index(folder, stored)
     return stored

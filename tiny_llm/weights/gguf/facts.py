@@ -21,7 +21,7 @@ from tiny_llm.families.family import AS_WANTED, Places, Stored, fused, in_order
 from tiny_llm.weights import shards
 from tiny_llm.weights.gguf.blocks import BITS, GROUP
 from tiny_llm.weights.gguf.header import GGUF, GgufHeader, read_gguf
-from tiny_llm.weights.shards import StoredTensor
+from tiny_llm.weights.header import StoredTensor
 
 _T = TypeVar("_T")
 
@@ -172,10 +172,8 @@ def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
     """The file's tensors. A matrix of one row, which may be stored as a vector, is one."""
     row = "ffn_gate_inp_shexp.weight"
     return {
-        name: StoredTensor(
-            header.path, replace(info, shape=(1, info.shape[-1])) if name.endswith(row) else info
-        )
-        for name, info in header.tensors.items()
+        name: replace(tensor, shape=(1, tensor.shape[-1])) if name.endswith(row) else tensor
+        for name, tensor in header.tensors.items()
     }
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 
 from tiny_llm.errors import WeightError
-from tiny_llm.weights.header import TensorInfo
+from tiny_llm.weights.header import StoredTensor
 
 BLOCKS: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", 32, 34),
@@ -46,7 +46,7 @@ class GgufHeader:
 
     path: Path
     metadata: Mapping[str, object]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -85,14 +85,14 @@ class _HeaderReader:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment & 7 or not 0 < alignment <= 2**20:
             raise self._corrupt(f"its alignment is {alignment!r:.40}")
-        rows: dict[str, TensorInfo] = {}
+        rows: dict[str, StoredTensor] = {}
         for _ in range(tensors):
             self._once(name := self._text(), rows)
             rows[name] = self._tensor(name)
         start = _padded(self._size - self._left, alignment)
         return GgufHeader(self._path, metadata, self._placed(rows, start, alignment))
 
-    def _tensor(self, name: str) -> TensorInfo:
+    def _tensor(self, name: str) -> StoredTensor:
         """A row of the table; ``start`` is still from where the data begins."""
         count = self._whole("I")
         if not 1 <= count <= MAX_DIMS:
@@ -107,16 +107,18 @@ class _HeaderReader:
         kind, values, nbytes = BLOCKS[number]
         if not math.prod(shape) or shape[-1] % values:
             raise self._corrupt(f"tensor {name!r:.80}, {kind}, has the impossible shape {list(shape)}")
-        return TensorInfo(kind, shape, math.prod(shape) // values * nbytes, start)
+        return StoredTensor(self._path, kind, shape, math.prod(shape) // values * nbytes, start)
 
-    def _placed(self, rows: Mapping[str, TensorInfo], start: int, alignment: int) -> dict[str, TensorInfo]:
+    def _placed(
+        self, rows: Mapping[str, StoredTensor], start: int, alignment: int
+    ) -> dict[str, StoredTensor]:
         """The tensors where they lie: one behind the other, the last one up to the end of the file."""
-        placed: dict[str, TensorInfo] = {}
+        placed: dict[str, StoredTensor] = {}
         reached = end = 0
         for name, info in sorted(rows.items(), key=lambda item: item[1].start):
             if info.start != reached:
                 raise self._corrupt(f"tensor {name!r:.80} starts at {info.start}, expected {reached}")
-            placed[name] = TensorInfo(info.dtype, info.shape, info.nbytes, start + info.start)
+            placed[name] = replace(info, start=start + info.start)
             end = start + info.start + info.nbytes
             reached = _padded(info.start + info.nbytes, alignment)
         if not end <= self._size <= start + reached:
