@@ -197,20 +197,18 @@ class AsyncLLM:
 
         Some of them at a time, so that who comes later need not wait for all. Raises as ``streams`` does.
         """
-        ended: dict[int, Completion] = {}
-        left = iter(enumerate(asked))
+        turn = asyncio.Semaphore(_TEXTS_AT_ONCE)
 
-        async def work() -> None:
-            for number, (ids, params) in left:
-                (ended[number],) = await self.generate(ids, params, **options)
+        async def one(ids: list[int], params: SamplingParams) -> Completion:
+            async with turn:
+                return (await self.generate(ids, params, **options))[0]
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(_TEXTS_AT_ONCE, len(asked))):
-                    group.create_task(work())
+                tasks = [group.create_task(one(*each)) for each in asked]
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
-        return [ended[number] for number in range(len(asked))]
+        return [task.result() for task in tasks]
 
     async def call(self, job: Callable[[LLM], T]) -> T:
         """Run ``job`` on the engine's thread between two steps: it sees nothing half done.

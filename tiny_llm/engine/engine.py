@@ -154,8 +154,8 @@ class Engine:
             room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
             params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
         try:
-            deadline = inf if timeout_s is None else now + timeout_s
-            return self._add(joined, params, priority, now, deadline, keep)
+            until = inf if timeout_s is None else now + timeout_s
+            return self._add(joined, params, priority, now, until, keep)
         except Exception:
             self.contexts.leave(joined.contexts)
             raise
@@ -176,7 +176,7 @@ class Engine:
         params: SamplingParams,
         priority: int,
         now: float,
-        deadline: float,
+        until: float,
         keep: bool,
     ) -> int:
         salt, tokens = prompt.salt, prompt.token_ids
@@ -194,9 +194,9 @@ class Engine:
                 raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
             salt, keep = f"{salt}/{number}", False
         sequence = TokenSequence(
-            number, tokens, own, priority, now, deadline, salt, keep, prompt.parts, prompt.pin
+            number, tokens, own, priority, now, until, salt, keep, prompt.parts, prompt.pin
         )
-        self._open.add(sequence, own, prompt)
+        self._open.add(sequence, prompt.contexts)
         if self.trace is not None:
             self.trace.arrived(number, now)
         return number

@@ -18,9 +18,9 @@ from tiny_llm.decoding.answer import Answer, Logprobs
 from tiny_llm.decoding.beam import BeamSearch
 from tiny_llm.decoding.decide import NOT_FINITE, Decision, by_sequence
 from tiny_llm.decoding.pooling import PooledRows
-from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt
+from tiny_llm.engine.contexts import Context, Contexts
 from tiny_llm.engine.stats import EngineStats
-from tiny_llm.sampling_params import BeamParams, SamplingParams
+from tiny_llm.sampling_params import BeamParams
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
@@ -56,19 +56,16 @@ class Request:
 
     @classmethod
     def of(
-        cls,
-        sequence: TokenSequence,
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        end_ids: Collection[int],
-        numbers: Iterator[int],
+        cls, sequence: TokenSequence, tokenizer: Tokenizer, end_ids: Collection[int], numbers: Iterator[int]
     ) -> Request:
-        """A request with ``params.n`` answers to ``sequence``'s prompt, of at most ``params.max_tokens``.
+        """A request with as many answers to ``sequence``'s prompt as its params say.
 
         The first answer is made in ``sequence``; each other one will be in one of the next of ``numbers``,
-        and draws by a seed that follows from that of ``params``.
+        and draws by a seed that follows from the params'.
         """
+        params = sequence.params
         request = cls(sequence.id, sequence.arrival, sequence.prompt_len, left=params.n)
+        request.pin = sequence.pin and sequence.pin[0]
         detokenizer = tokenizer.stream(sequence.tokens)
         is_search = isinstance(params, BeamParams)
         for index in range(1 if is_search else params.n):
@@ -157,10 +154,10 @@ class OpenRequests:
         """The next request's, and its first sequence's."""
         return next(self._numbers)
 
-    def add(self, sequence: TokenSequence, params: SamplingParams, prompt: JoinedPrompt) -> None:
+    def add(self, sequence: TokenSequence, contexts: Collection[Context]) -> None:
         """Take a request in. Raises what ``Scheduler.add`` does."""
-        request = Request.of(sequence, params, self._tokenizer, self._end_ids, self._numbers)
-        request.contexts, request.pin = prompt.contexts, prompt.pin and prompt.pin[0]
+        request = Request.of(sequence, self._tokenizer, self._end_ids, self._numbers)
+        request.contexts = contexts
         self._scheduler.add(sequence)
         self._requests[request.id] = request
         self._answers |= {answer.seq_id: answer for answer in request.answers}
