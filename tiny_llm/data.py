@@ -150,8 +150,7 @@ Matrix: TypeAlias = "mx.array | QuantizedTensor | PackedMatrix"
 """A matrix [out, in] or a stack [N, out, in]: plain, in MLX's affine format, or as our kernels have it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
+class Pages(NamedTuple):
     """Where a paged cache keeps a batch's keys and values; all int32.
 
     ``slot_mapping`` [T]: for each new row, block * block_size + place in the block. ``block_tables`` [B, W]:

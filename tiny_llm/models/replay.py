@@ -66,8 +66,7 @@ class Chained(Played):
         if self._stream != (stream := mx.default_stream(mx.cpu)):
             self._stream, self._chains = stream, {}
         pools = kv.arrays()
-        lists = pages.slot_mapping, pages.block_tables, pages.query_start_loc, pages.context_lens
-        inputs = [batch.tokens, batch.positions, batch.logit_rows, *lists, *pools]
+        inputs = [batch.tokens, batch.positions, batch.logit_rows, *pages, *pools]
         sizes = batch.tokens.size, batch.logit_rows.size, pages.block_tables.shape
         key = (*sizes, pools[0].shape, pools[0].dtype)
         chain = self._chains.get(key)

@@ -49,8 +49,7 @@ def paged_attention(
     """
     scale = q.shape[-1] ** -0.5
     if on_cpu("paged_attention", q, k, v):
-        lists = pages.slot_mapping, pages.block_tables, pages.query_start_loc, pages.context_lens
-        out, written = cpu.attend(q, k, v, list(pool), *lists, scale, window)
+        out, written = cpu.attend(q, k, v, list(pool), *pages, scale, window)
         return out, tuple(written)
     rows = pages.slot_mapping.shape[0]
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or not q.shape[0] == k.shape[0] == rows:
