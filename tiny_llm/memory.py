@@ -64,12 +64,12 @@ def kept_bytes(available: int) -> int:
     return min(BUFFER_POOL_BYTES, available // 8)
 
 
-def limit_kept_memory(available: int) -> None:
-    """Let no more than ``kept_bytes`` be kept of what is freed, by MLX and again by glibc.
+def limit_kept_memory() -> None:
+    """Let no more than ``kept_bytes`` be kept of what is freed from now on, by MLX and again by glibc.
 
     The second keeps what the first gives back: in a small container the two took more than the pool.
     """
-    most = kept_bytes(available)
+    most = kept_bytes(available_memory_bytes())
     mx.set_cache_limit(most)
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None and most < _HEAP_BYTES:

@@ -32,7 +32,6 @@ from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.kv.disk import BlockStore
 from tiny_llm.kv.paged import PagedCache
 from tiny_llm.memory import (
-    available_memory_bytes,
     give_back_memory,
     held_memory_bytes,
     limit_kept_memory,
@@ -112,7 +111,7 @@ class Engine:
         largest = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         step_bytes = activation_bytes(model.config, *largest, formats[0].gathered_bytes(max_context))
         self._pool_limit = PoolLimit(most, slab, self.block_bytes, step_bytes, self._clock, settings.share)
-        limit_kept_memory(available_memory_bytes())
+        limit_kept_memory()
         wire_memory()
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from tiny_llm.engine.ranks import held
 from tiny_llm.engine.runner import Runner
 from tiny_llm.engine.settings import EngineSettings
 from tiny_llm.kv.paged import PagedCache
-from tiny_llm.memory import available_memory_bytes, limit_kept_memory, wire_memory
+from tiny_llm.memory import limit_kept_memory, wire_memory
 from tiny_llm.models.checkpoint import Checkpoint
 from tiny_llm.models.registry import Model
 from tiny_llm.ops.backend import isa, use
@@ -43,7 +43,7 @@ def join_in(
 
 def follow(team: Team, model: Model, kernels: Kernels) -> None:
     """Do what rank 0 tells until it leaves. Raises GroupError if it goes otherwise."""
-    limit_kept_memory(available_memory_bytes())
+    limit_kept_memory()
     wire_memory()
     runners: dict[int, Runner] = {}
     with held(team), use(kernels.backend, kernels.ours):

@@ -24,15 +24,7 @@ from tiny_llm.engine.contexts import Joined, Joining, NamedContexts
 from tiny_llm.engine.draft import draft_bits, draft_shapes, open_draft, which_draft
 from tiny_llm.engine.engine import Engine
 from tiny_llm.engine.follower import join_in
-from tiny_llm.engine.prompts import (
-    ChatOptions,
-    Prompt,
-    as_list,
-    for_each,
-    read_prompt,
-    require_able,
-    require_short,
-)
+from tiny_llm.engine.prompts import ChatOptions, Prompt, as_list, for_each, read_prompt, require_short
 from tiny_llm.engine.ranks import Lead, gather, held
 from tiny_llm.engine.settings import EngineSettings, Speculation, context_limit, open_store, usual_block_size
 from tiny_llm.engine.turn import Turn, require_unforked
@@ -44,7 +36,7 @@ from tiny_llm.messages.message import with_messages
 from tiny_llm.models.checkpoint import Checkpoint, open_checkpoint
 from tiny_llm.models.loading import check_options, load_model, weight_bytes
 from tiny_llm.models.loading import kv_dtype as dtype_of_kv
-from tiny_llm.models.registry import Model
+from tiny_llm.models.registry import Model, require_able
 from tiny_llm.ops.backend import active, choose, set_threads, use
 from tiny_llm.proving.record import Shapes
 from tiny_llm.proving.trial import Progress as Trying

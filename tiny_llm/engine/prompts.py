@@ -8,9 +8,7 @@ from typing import TypedDict
 from tiny_llm.engine.contexts import Joined
 from tiny_llm.errors import ContextError, RequestError
 from tiny_llm.messages.chat_format import ToolChoice, ToolSpec
-from tiny_llm.models.decoder import Decoder
-from tiny_llm.models.registry import Model
-from tiny_llm.sampling_params import PoolingParams, SamplingParams
+from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
 _MOST_LEFT_OUT = 4  # of a text, times what is left of it
@@ -64,18 +62,6 @@ def as_ids(prompt: Sequence[int], vocab: int) -> list[int]:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab:
             raise RequestError(f"Token id {i!r} is not in the vocabulary, which is 0 to {vocab - 1}.")
     return list(prompt)
-
-
-def require_able(model: Model, params: SamplingParams) -> None:
-    """Raise RequestError for what a model cannot do."""
-    is_decoder, is_pooled = isinstance(model, Decoder), isinstance(params, PoolingParams)
-    if is_pooled and not is_decoder:
-        raise RequestError("This model, a plug-in's, does not show the hidden states that embed a text.")
-    if isinstance(model, Decoder) and not is_pooled and not model.has_head:
-        raise RequestError(
-            "This model was saved without its head, so it cannot answer; it embeds texts: LLM.embed, "
-            "/v1/embeddings, main.py embed."
-        )
 
 
 def read_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab: int, most: int, context: int) -> list[int]:

@@ -23,7 +23,7 @@ from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.config_fields import Fields, read_file
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.distributed.group import ALONE, Group
-from tiny_llm.errors import ConfigError
+from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.families.built_in import FAMILIES, built_in_family
 from tiny_llm.families.family import Family, Places, as_wanted, in_order
 from tiny_llm.layers.attention import head_order
@@ -31,6 +31,7 @@ from tiny_llm.layers.named import Shapes, Weights
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.ranks import rank_parts
 from tiny_llm.models.stages import stage_layers, stage_parts, take_stage
+from tiny_llm.sampling_params import PoolingParams, SamplingParams
 from tiny_llm.weights.gguf.facts import read_facts
 from tiny_llm.weights.gguf.header import GGUF, read_gguf
 
@@ -47,6 +48,18 @@ class Model(Protocol):
 
     def __call__(self, batch: Batch, kv: KVCache) -> mx.array:
         """Return logits [R, V] for the batch's ``logit_rows``, and let ``kv`` keep its keys and values."""
+
+
+def require_able(model: Model, params: SamplingParams) -> None:
+    """Raise RequestError for what a model cannot do."""
+    is_decoder, is_pooled = isinstance(model, Decoder), isinstance(params, PoolingParams)
+    if is_pooled and not is_decoder:
+        raise RequestError("This model, a plug-in's, does not show the hidden states that embed a text.")
+    if isinstance(model, Decoder) and not is_pooled and not model.has_head:
+        raise RequestError(
+            "This model was saved without its head, so it cannot answer; it embeds texts: LLM.embed, "
+            "/v1/embeddings, main.py embed."
+        )
 
 
 @dataclass(frozen=True, slots=True)
