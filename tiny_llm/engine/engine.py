@@ -153,8 +153,8 @@ class Engine:
             room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
             params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
         try:
-            until = inf if timeout_s is None else now + timeout_s
-            return self._add(joined, params, priority, now, until, keep)
+            due = inf if timeout_s is None else now + timeout_s
+            return self._add(joined, params, priority, now, due, keep)
         except Exception:
             self.contexts.leave(joined.contexts)
             raise
@@ -170,13 +170,7 @@ class Engine:
             raise
 
     def _add(
-        self,
-        prompt: JoinedPrompt,
-        params: SamplingParams,
-        priority: int,
-        now: float,
-        until: float,
-        keep: bool,
+        self, prompt: JoinedPrompt, params: SamplingParams, priority: int, now: float, due: float, keep: bool
     ) -> int:
         salt, tokens = prompt.salt, prompt.token_ids
         room = self._max_context - len(tokens) + isinstance(params, PoolingParams)
@@ -193,7 +187,7 @@ class Engine:
                 raise RequestError("prompt_logprobs: independent contexts have none; join them exactly.")
             salt, keep = f"{salt}/{number}", False
         sequence = TokenSequence(
-            number, tokens, own, priority, now, until, salt, keep, prompt.parts, prompt.pin
+            number, tokens, own, priority, now, due, salt, keep, prompt.parts, prompt.pin
         )
         self._open.add(sequence, prompt.contexts)
         if self.trace is not None:
