@@ -145,7 +145,7 @@ class Contexts:
         """Whether all of it is computed and kept."""
         return context.number in self._scheduler.pins
 
-    def add(self, new: NewContext, prompt: Sequence[int], salt: str) -> Context:
+    def add(self, new: NewContext, prompt: Sequence[int], salt: str, now: float) -> Context:
         """Enter a context that is being computed. Said again, it stays longer.
 
         Raises RequestError for a name that is another text's, CapacityError where the pool has no room.
@@ -154,8 +154,7 @@ class Contexts:
             raise RequestError(f"A context's name has 1 to {_MOST_NAME} characters.", param="name")
         if new.ttl_s is not None and not new.ttl_s > 0:
             raise RequestError(f"ttl is {new.ttl_s}, but must be some seconds.", param="ttl")
-        now, tokens = self._clock(), array("i", prompt)
-        expires = inf if new.ttl_s is None else now + new.ttl_s
+        tokens, expires = array("i", prompt), inf if new.ttl_s is None else now + new.ttl_s
         known = self._by_name.get((salt, new.name))
         if known is not None and known.token_ids != tokens:
             what = f"There is a context {new.name!r} of another text; remove it first."

@@ -147,7 +147,7 @@ class Engine:
         """
         now = self._clock() if arrival_s is None else arrival_s
         if context is not None:
-            return self._pin(self.contexts.add(context, prompt, salt))
+            return self._pin(self.contexts.add(context, prompt, salt, now))
         joined = self.contexts.joined(prompt, joining, salt)
         if len(joined.token_ids) > len(prompt):  # whoever asked may not know how long contexts are
             room = self.settings.kv_blocks * self.settings.block_size - len(joined.token_ids)
