@@ -11,10 +11,9 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.config_rope import RopeScaling
 from tiny_llm.data import Batch, KVCache
 from tiny_llm.distributed.group import ALONE, Group
-from tiny_llm.layers.linear import Linear
+from tiny_llm.layers.linear import Linear, heads_of
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import OutputMap, RMSNorm, output_shapes, take_output, take_rms_norm
-from tiny_llm.ops.linear import linears
 from tiny_llm.ops.rope import rope_frequencies, rope_periods, rope_qk
 
 
@@ -86,8 +85,7 @@ class Attention:
 
     def heads(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """What attends: q [T, H, D] and k [T, K, D], normed and rotated, and v [T, K, D]."""
-        maps = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = linears(x, [m.weight for m in maps], [m.bias for m in maps], self.head_dim)
+        q, k, v = heads_of(x, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
         shape = (x.shape[0], -1, self.head_dim)
         norms: tuple[mx.array | None, mx.array | None] = (None, None)
         eps = 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from tiny_llm.data import Matrix
 from tiny_llm.layers.named import Shapes, Weights, matrix, vector
-from tiny_llm.ops.linear import gated, linear
+from tiny_llm.ops.linear import gated, linear, linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         return linear(x, self.weight, self.bias)
+
+
+def heads_of(x: mx.array, maps: Sequence[Linear], head_dim: int) -> list[mx.array]:
+    """Return each map's output for one x [T, I], as heads [T, O / head_dim, head_dim], perhaps flat still."""
+    return linears(x, [m.weight for m in maps], [m.bias for m in maps], head_dim)
 
 
 def gated_by(x: mx.array, gate: Linear, up: Linear) -> mx.array:
