@@ -256,8 +256,7 @@ Drafter: TypeAlias = "Callable[[Sequence, int], array[int]]"
 """(a sequence, how many at most) -> tokens that may come next in it; fewer, or none, where it has no idea."""
 
 
-GUESS = -(2**31)
-"""In a plan, in the place of a token that the draft model is to guess when the step begins."""
+GUESS = -(2**31)  # in a plan, in the place of a token that the draft model is to guess when the step begins
 
 
 class PlanItem(NamedTuple):

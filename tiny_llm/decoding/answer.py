@@ -18,8 +18,7 @@ from tiny_llm.sampling.penalties import History, changes_logits, looks_back
 from tiny_llm.sampling_params import BeamParams, Constraint, PoolingParams, SamplingParams
 from tiny_llm.tokenizer.detokenizer import StreamDetokenizer
 
-Logprobs = dict[int, float]
-"""{token id: log-probability}: the chosen token first, then the likeliest."""
+Logprobs = dict[int, float]  # {token id: log-probability}: the chosen token first, then the likeliest
 
 
 @dataclass(slots=True, eq=False)

@@ -28,10 +28,8 @@ NOTHING_LEFT = (
     "No token may come next: the answer's form, logit_bias, min_tokens or a processor bans every one. "
     "(A form that is complete allows only the end, which min_tokens forbids.)"
 )
-Sharing = Callable[[int], Sequence[Answer]]
-"""(a sequence's id) -> the answers that it computes for."""
-Lap = Callable[[str], None]
-"""Told the name of each part of a step when it is done."""
+Sharing = Callable[[int], Sequence[Answer]]  # (a sequence's id) -> the answers that it computes for
+Lap = Callable[[str], None]  # told the name of each part of a step when it is done
 
 
 _NO_GUESSES = array("i")

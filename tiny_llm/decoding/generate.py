@@ -19,11 +19,9 @@ from tiny_llm.sampling.logprobs import top_logprobs
 from tiny_llm.sampling.sampler import sample
 from tiny_llm.sampling_params import SamplingParams
 
-Forward = Callable[[Batch, KVCache], mx.array]
-"""A model: (batch, cache) -> logits [R, V]."""
+Forward = Callable[[Batch, KVCache], mx.array]  # a model: (batch, cache) -> logits [R, V]
 
-PREFILL_CHUNK = 512
-"""Prompt tokens a forward pass, so that a long prompt's attention scores stay bounded."""
+PREFILL_CHUNK = 512  # prompt tokens a forward pass, so that a long prompt's attention scores stay bounded
 
 
 @dataclass(frozen=True, slots=True)

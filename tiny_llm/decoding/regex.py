@@ -15,10 +15,8 @@ from tiny_llm.sampling_params import Constraint
 _SIGN = re.compile(r"\[(?:\\.|[^][\\])+\]|\\.|.", re.S)
 _REPEATS, _UNKNOWN = "*+?", "[].^$)\\{}"
 
-Item: TypeAlias = "frozenset[int] | OneOf | Star"
-"""A set of bytes stands for one byte of it."""
-Rest: TypeAlias = "tuple[Item, ...]"
-"""What is left of a pattern: items, one behind the other."""
+Item: TypeAlias = "frozenset[int] | OneOf | Star"  # a set of bytes stands for one byte of it
+Rest: TypeAlias = "tuple[Item, ...]"  # what is left of a pattern: items, one behind the other
 State: TypeAlias = "frozenset[Rest]"
 """All that may be left at a place: each begins with a set of bytes, or is (), where the text may end."""
 

@@ -22,8 +22,7 @@ from tiny_llm.errors import ConfigError, RequestError
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer.tokenizer import Tokenizer
 
-MAX_KEPT = 128
-"""Compiled grammars that are kept, the latest ones used."""
+MAX_KEPT = 128  # compiled grammars that are kept, the latest ones used
 
 _START = "\x02"
 """No text begins with it, and no token joins it: behind it, a text is encoded as in the middle of another."""

@@ -34,8 +34,7 @@ from tiny_llm.sampling_params import SamplingParams
 REST_S = 600.0
 _TEXTS_AT_ONCE = 64  # of a request's that are to become vectors
 T = TypeVar("T")
-Item = tuple[int, "Chunk | Exception"]
-"""What came of a caller's prompt of that number."""
+Item = tuple[int, "Chunk | Exception"]  # what came of a caller's prompt of that number
 Supply = Callable[[list[int], SamplingParams, Mapping[str, Any]], Awaitable[None]]
 """Takes a prompt, its params, and the options of ``Engine.add``."""
 MAX_RESTARTS = 1

@@ -14,8 +14,7 @@ from threading import Condition
 
 from tiny_llm.memory import narrowest_limit
 
-KV_SLAB_BYTES = 2**26
-"""A pool grows by this much at a time."""
+KV_SLAB_BYTES = 2**26  # a pool grows by this much at a time
 
 
 class MemoryBudget:

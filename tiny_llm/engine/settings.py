@@ -27,14 +27,11 @@ from tiny_llm.scheduler.settings import SchedulerSettings
 from tiny_llm.version import __version__
 
 Speculation = Literal["off", "ngram", "draft"]
-BLOCK_SIZE = 16
-"""Tokens of a block, unless an operator says otherwise."""
+BLOCK_SIZE = 16  # tokens of a block, unless an operator says otherwise
 GPU_BLOCK_SIZE = 32
 """On a GPU: a lane scores a token of a block, and half of a smaller one's lanes would have none."""
-BLOCK_SIZES = (16, 32, 64)
-"""What the kernels of attention can read."""
-MAX_HOST_BLOCKS = 10**7
-"""Each is listed from the start."""
+BLOCK_SIZES = (16, 32, 64)  # what the kernels of attention can read
+MAX_HOST_BLOCKS = 10**7  # each is listed from the start
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.kv.prefix import DIGEST
 from tiny_llm.limits import check_whole
 
-QUEUE_BYTES = 2**28
-"""As much may wait to be written; what comes when it is full is dropped, and counted."""
+QUEUE_BYTES = 2**28  # as much may wait to be written; what comes when it is full is dropped, and counted
 _LAYOUT = b"tiny_llm KV 1\n"  # of a file, and of the keys and values in it
 _FIRST_READ_MS = 1.0  # a block, before one was read
 _MOST_READ = 512  # blocks at once: they are in memory twice

@@ -16,8 +16,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-DIGEST = hashlib.sha256().digest_size
-"""Bytes of a name."""
+DIGEST = hashlib.sha256().digest_size  # bytes of a name
 _NAMELESS = bytes(DIGEST)  # of a block that is not full, which nothing continues
 _ITEM = array("i").itemsize
 _FIRST = slice(DIGEST, 2 * DIGEST + _ITEM)  # of a content: the block before, and the first token

@@ -15,8 +15,7 @@ from tiny_llm.layers.named import Shapes, Weights, under, vector
 from tiny_llm.ops.layer_norm import layer_norm
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
 
-OutputMap = Callable[[mx.array], mx.array]
-"""x [T, I], or its heads [T, H, D], to [T, E]."""
+OutputMap = Callable[[mx.array], mx.array]  # x [T, I], or its heads [T, H, D], to [T, E]
 
 
 @dataclass(frozen=True, slots=True)

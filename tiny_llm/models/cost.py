@@ -12,8 +12,7 @@ from typing import NamedTuple
 from tiny_llm.config import ModelConfig, ModelFacts
 from tiny_llm.data import StepCosts, hidden_pairs
 
-SLOW_PAIRS = 4
-"""How much longer an operation of attention may take than one of a large matrix product."""
+SLOW_PAIRS = 4  # how much longer an operation of attention may take than one of a large matrix product
 
 
 class Work(NamedTuple):

@@ -20,8 +20,7 @@ from tiny_llm.ops.backend import active, cpu, on_mlx
 
 MOST_TOKENS = 64
 """Of a step that is played again: each number of them is kept, and a larger step keeps a processor busy."""
-MOST_KEPT = 32
-"""Chains: one for each number of tokens, sequences, rows and blocks."""
+MOST_KEPT = 32  # chains: one for each number of tokens, sequences, rows and blocks
 
 
 def played(model: Model) -> Model:

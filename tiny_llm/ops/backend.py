@@ -35,8 +35,7 @@ except ImportError as error:  # another MLX than it was built with
 __all__ = ["cpu"]  # what is imported here for others, who ask for all else by name
 
 BACKENDS = ("ref", "cpu", "mlx", "metal", "metalsim", "cuda")
-GPU_KERNELS = ("metal", "metalsim", "cuda")
-"""Backends that run our Metal kernels' text."""
+GPU_KERNELS = ("metal", "metalsim", "cuda")  # backends that run our Metal kernels' text
 VARIABLE = "TINY_LLM_BACKEND"
 MAX_THREADS = 1024
 HOW_TO_BUILD = (

@@ -1,5 +1,9 @@
 """Our Metal kernels: owns their text, read from kernels/metal, and who runs it: MLX on a GPU, or metalsim.
 
+On GPUs of NVIDIA the same text is CUDA, on top of kernels/cuda/metal.cuh; experimental. There a pointer has
+no address space, a threadgroup's array is ``__shared__``, an input without dimensions comes as a pointer, and
+the last threadgroup of a grid is as large as the others.
+
 A file is a header for all its kernels, then each one's body below ``// kernel NAME(inputs) -> (outputs)``.
 An input that a kernel writes where it lies is a ``mutable NAME``; whoever calls it keeps the order.
 Knows no op: each op asks ``on_metal`` whether its arrays are for Metal, and calls ``kernel``.
@@ -9,10 +13,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import gcd
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -22,7 +28,6 @@ from tiny_llm.metalsim.run import metal_kernel
 from tiny_llm.metalsim.source import numbered
 from tiny_llm.metrics import fallbacks
 from tiny_llm.ops.backend import active, runs_ours
-from tiny_llm.ops.cuda import Kernel, cuda_kernel
 
 VARIABLE = "TINY_LLM_METALSIM"
 FOLDER = "TINY_LLM_KERNELS"
@@ -33,6 +38,10 @@ _HERE = Path(__file__).resolve()
 _PRELUDE = """#pragma METAL fp contract(off)
 #define UNROLL _Pragma("clang loop unroll(full)")
 """
+Kernel = Callable[..., list[mx.array]]
+_SHARED = re.compile(r"\bthreadgroup(?=\s+\w+\s+\w+\s*\[)")
+_SPACES = re.compile(r"\b(?:device|constant|threadgroup|thread)\b(?=\s+\w)")
+Scalar = mx.array | float | int | bool
 
 
 @dataclass(frozen=True, eq=False)  # there is one of each, and to compare texts takes time
@@ -141,3 +150,58 @@ def _names(text: str) -> tuple[str, ...]:
 def _body(file: str, text: str, start: int, end: int) -> str:
     *_, (file, line, _) = numbered(file, text[:start])  # what a learner wrote moves the lines after it
     return f'#line {line} "{file}"\n{text[start:end]}'
+
+
+@dataclass(frozen=True)
+class CudaSource:
+    """A kernel's text as ``mx.fast.cuda_kernel`` wants it."""
+
+    inputs: tuple[str, ...]
+    header: str
+    body: str
+
+
+def cuda_source(
+    inputs: Sequence[str], header: str, body: str, scalars: Sequence[bool], prelude: str
+) -> CudaSource:
+    """A Metal kernel in CUDA; ``scalars`` says which inputs have no dimensions, ``prelude`` is metal.cuh."""
+    names = []
+    read = ""
+    for name, scalar in zip(inputs, scalars, strict=True):
+        if scalar:  # comes as a pointer: the body's name is what it points at
+            names.append(f"{name}_at")
+            read += f"const auto {name} = *{name}_at; "
+        else:
+            names.append(name)
+    return CudaSource(
+        tuple(names), f"{prelude}\n{_without_spaces(header)}", f"{read}\n{_without_spaces(body)}"
+    )
+
+
+def _without_spaces(text: str) -> str:
+    return _SPACES.sub("", _SHARED.sub("__shared__", text))
+
+
+def cuda_kernel(
+    name: str, inputs: Sequence[str], outputs: Sequence[str], body: str, header: str, prelude: Path
+) -> Kernel:
+    """The call of ``mx.fast.metal_kernel`` for a GPU of NVIDIA; ``prelude`` is metal.cuh."""
+    before = prelude.read_text(encoding="utf-8")
+
+    @cache
+    def made(scalars: tuple[bool, ...]) -> Kernel:
+        text = cuda_source(inputs, header, body, scalars, before)
+        return cast(Kernel, mx.fast.cuda_kernel(name, text.inputs, outputs, text.body, text.header))
+
+    def run(
+        *, inputs: Sequence[Scalar], grid: Sequence[int], threadgroup: Sequence[int], **call: Any
+    ) -> list[mx.array]:
+        scalars = tuple(not isinstance(x, mx.array) or x.ndim == 0 for x in inputs)
+        return made(scalars)(inputs=inputs, grid=grid, threadgroup=blocks(grid, threadgroup), **call)
+
+    return run
+
+
+def blocks(grid: Sequence[int], threadgroup: Sequence[int]) -> tuple[int, ...]:
+    """The largest threadgroup that divides ``grid`` and the one asked for: no thread is beyond the grid."""
+    return tuple(gcd(threads, wanted) for threads, wanted in zip(grid, threadgroup, strict=True))

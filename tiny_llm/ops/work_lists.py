@@ -17,15 +17,11 @@ import mlx.core as mx
 from tiny_llm.data import Pages
 from tiny_llm.ops.kv_pool import GATHER_BYTES
 
-FEW_ROWS = 8
-"""Rows of a sequence that MLX's kernel for decoding takes."""
+FEW_ROWS = 8  # rows of a sequence that MLX's kernel for decoding takes
 Places = tuple[mx.array, mx.array] | tuple[slice, slice]
-SpanRow = tuple[int, int, int]
-"""A row, its sequence, and the tokens that it sees."""
-UNBOUNDED = 2**30
-"""A window that hides nothing."""
-MOST_ROWS = 16
-"""Of a shared span in one piece of work: more are cut into several, as a GPU wants many pieces."""
+SpanRow = tuple[int, int, int]  # a row, its sequence, and the tokens that it sees
+UNBOUNDED = 2**30  # a window that hides nothing
+MOST_ROWS = 16  # of a shared span in one piece of work: more are cut into several, as a GPU wants many pieces
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from bisect import bisect_left
 from heapq import heapify, heappop, heappush, nsmallest
 from typing import Generic, TypeAlias, TypeVar
 
-Rank: TypeAlias = tuple[float, int]
-"""Smaller goes first. Ranks of one queue are all different."""
+Rank: TypeAlias = tuple[float, int]  # smaller goes first; ranks of one queue are all different
 T = TypeVar("T")
 
 
