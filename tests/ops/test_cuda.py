@@ -20,7 +20,7 @@ from tiny_llm.ops import backend, metal
 from tiny_llm.ops.embedding import embedding
 from tiny_llm.ops.experts import Routing, experts
 from tiny_llm.ops.linear import gated, linears
-from tiny_llm.ops.metal import blocks, cuda_source
+from tiny_llm.ops.metal import blocks, cuda_text
 from tiny_llm.ops.paged_attention import paged_attention
 from tiny_llm.ops.quantized_matmul import quantized_matmul
 from tiny_llm.ops.rms_norm import add_rms_norm, rms_norm
@@ -137,7 +137,7 @@ def function(
 ) -> str:
     """A kernel's text in a namespace of its own, under the signature that MLX puts before it."""
     arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
-    made = cuda_source(text.inputs, text.header, text.body, [a.ndim == 0 for a in arrays], "")
+    made = cuda_text(text.inputs, text.header, text.body, [a.ndim == 0 for a in arrays], "")
     parameters = [f"const {CUDA_TYPE[a.dtype]}* {n}" for n, a in zip(made.inputs, arrays, strict=True)]
     parameters += [f"{CUDA_TYPE[d]}* {n}" for n, d in zip(text.outputs, output_dtypes, strict=True)]
     constants = "".join(constant(n, value) for n, value in template)

@@ -153,7 +153,7 @@ def _body(file: str, text: str, start: int, end: int) -> str:
 
 
 @dataclass(frozen=True)
-class CudaSource:
+class CudaText:
     """A kernel's text as ``mx.fast.cuda_kernel`` wants it."""
 
     inputs: tuple[str, ...]
@@ -161,9 +161,9 @@ class CudaSource:
     body: str
 
 
-def cuda_source(
+def cuda_text(
     inputs: Sequence[str], header: str, body: str, scalars: Sequence[bool], prelude: str
-) -> CudaSource:
+) -> CudaText:
     """A Metal kernel in CUDA; ``scalars`` says which inputs have no dimensions, ``prelude`` is metal.cuh."""
     names = []
     read = ""
@@ -173,9 +173,7 @@ def cuda_source(
             read += f"const auto {name} = *{name}_at; "
         else:
             names.append(name)
-    return CudaSource(
-        tuple(names), f"{prelude}\n{_without_spaces(header)}", f"{read}\n{_without_spaces(body)}"
-    )
+    return CudaText(tuple(names), f"{prelude}\n{_without_spaces(header)}", f"{read}\n{_without_spaces(body)}")
 
 
 def _without_spaces(text: str) -> str:
@@ -190,7 +188,7 @@ def cuda_kernel(
 
     @cache
     def made(scalars: tuple[bool, ...]) -> Kernel:
-        text = cuda_source(inputs, header, body, scalars, before)
+        text = cuda_text(inputs, header, body, scalars, before)
         return cast(Kernel, mx.fast.cuda_kernel(name, text.inputs, outputs, text.body, text.header))
 
     def run(
