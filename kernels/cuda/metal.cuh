@@ -1,5 +1,5 @@
 // What our Metal kernels say, in CUDA: put before a kernel's text, after CUDA's own headers, it makes that text
-// a CUDA kernel. A simdgroup is a warp, a threadgroup a block. The address spaces are gone by then, by ops/cuda.py:
+// a CUDA kernel. A simdgroup is a warp, a threadgroup a block. The address spaces are gone by then, by ops/metal.py:
 // CUDA spells its own words with them, so that no macro can take them away.
 
 #define inline __device__ __inline__
