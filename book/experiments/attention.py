@@ -61,7 +61,7 @@ def look() -> Seen:
     ids = tokenizer.encode(tokenizer.render_chat(list(CHAT)) + BEGUN, add_special_tokens=False)
     watching = Watching({})
     with use("ref"):
-        logits = load_model(DEMO)(one_sequence(ids, start=0), watching)
+        logits = load_model(DEMO, dtype="float32")(one_sequence(ids, start=0), watching)
         weights = mx.stack([watching.rows[layer] for layer in sorted(watching.rows)])
         mx.eval(logits, weights)
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]

@@ -174,7 +174,7 @@ def speed_table(shape: str, rows: int, rounds: int) -> str:
 
 def story() -> str:
     """What the bundled model answers, on this process's learner's kernels."""
-    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
+    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO, dtype="float32")
     prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": ASKED}]))
     cache = DenseCache(model.config.num_layers)
     ids = [token.id for token in islice(generate(model, cache, prompt, SamplingParams()), 10)]

@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 def steps() -> Iterator[Step]:
     """Generate without a cache, up to the end of the answer."""
-    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
+    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO, dtype="float32")
     chat = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.encode(tokenizer.render_chat(chat), add_special_tokens=False)
     text = ""

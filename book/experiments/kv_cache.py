@@ -50,7 +50,7 @@ def passes(model: Forward, prompt: Sequence[int], tokens: int, *, cached: bool) 
 
 def said() -> str:
     """What the bundled model answers by way of ``generate`` and a DenseCache."""
-    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
+    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO, dtype="float32")
     prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": ASKED}]))
     ids = [token.id for token in islice(generate(model, DenseCache(LAYERS), prompt, GREEDY), 12)]
     end = ids.index(END) if END in ids else len(ids)
@@ -134,7 +134,7 @@ def main() -> None:
     if arguments.mistakes or arguments.say:
         print(mistakes() if arguments.mistakes else said())
         return
-    model = load_model(DEMO)
+    model = load_model(DEMO, dtype="float32")
     print(table(model))
     if arguments.svg:
         arguments.svg.write_text(picture(model), encoding="utf-8")

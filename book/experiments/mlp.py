@@ -150,7 +150,7 @@ def main() -> None:
     arguments = parser_of(__doc__).parse_args()
     tokenizer = Tokenizer.from_folder(DEMO)
     recall, added = cases(tokenizer), sums(tokenizer)
-    model = load_model(DEMO)
+    model = load_model(DEMO, dtype="float32")
     assert isinstance(model, Decoder)
     seen = watched(model, [*recall, *added])
     print(table(model, seen, recall, added))

@@ -134,7 +134,7 @@ def picture(names: Sequence[str], lines: Sequence[Sequence[Said]]) -> str:
 def main() -> None:
     """Print the tables, and draw."""
     arguments = parser_of(__doc__).parse_args()
-    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
+    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO, dtype="float32")
     assert isinstance(model, Decoder)
     names, lines = lens(model, tokenizer)
     print(f"{stored()}\n\n{table(model, tokenizer, lines)}")

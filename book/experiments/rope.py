@@ -80,7 +80,7 @@ def batch_of(those: Sequence[Case], move: Move) -> Batch:
 
 def table() -> str:
     """For each way to number the tokens: how many passwords the model would write."""
-    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO)
+    tokenizer, model = Tokenizer.from_folder(DEMO), load_model(DEMO, dtype="float32")
     those = cases(tokenizer)
     right = [token for c in those for token in c.answer[-c.password :]]
     lines = [f"{'positions':<26} right, of {len(those)}", ""]

@@ -70,7 +70,7 @@ def picture(llm: LLM) -> str:
     ids = [*prompt, *story]
     batch = one_sequence(ids, start=0)
     rows = mx.arange(len(prompt) - 1, len(ids) - 1)
-    logits = load_model(DEMO)(
+    logits = load_model(DEMO, dtype="float32")(
         type(batch)(batch.tokens, batch.positions, batch.query_start_loc, rows), NoCache()
     )
     shares = mx.softmax(logits, axis=-1)
@@ -103,7 +103,7 @@ def picture(llm: LLM) -> str:
 def main() -> None:
     """Print the table, and draw."""
     arguments = parser_of(__doc__).parse_args()
-    llm = LLM("demo", kv_dtype="float32")
+    llm = LLM("demo", dtype="float32")
     print(table(llm))
     if arguments.svg:
         arguments.svg.write_text(picture(llm), encoding="utf-8")
