@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm.memory_limits import LinuxFiles, memory_limits
+from tiny_llm.memory_limits import memory_limits
 
 GIB, MB = 2**30, 10**6
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:  9 kB\nMemAvailable:   8388608 kB\n"
@@ -21,13 +21,13 @@ class Machine:
     """A made-up /proc and /sys/fs/cgroup."""
 
     def __init__(self, root: Path) -> None:
-        self.files = LinuxFiles(root / "proc", root / "cgroup")
+        self.files = root / "proc", root / "cgroup"
         self.write("proc/meminfo", MEMINFO + "CommitLimit:  4096 kB\nCommitted_AS:  1024 kB\n")
         self.write("proc/self/status", "Name:\tpython\nVmSize:\t  4 kB\nVmData:\t  4 kB\n")
         self.root = root
 
     def write(self, name: str, text: str) -> None:
-        path = self.files.proc.parent / name
+        path = self.files[0].parent / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
@@ -46,11 +46,11 @@ class Machine:
 
     @property
     def left(self) -> dict[str, int]:
-        return {limit.name: limit.left for limit in memory_limits(self.files)}
+        return {limit.name: limit.left for limit in memory_limits(*self.files)}
 
     @property
     def most(self) -> int:
-        return min(limit.most for limit in memory_limits(self.files))
+        return min(limit.most for limit in memory_limits(*self.files))
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_no_limit(machine: Machine) -> None:
 
 
 def test_where_there_is_no_proc(tmp_path: Path) -> None:
-    (limit,) = memory_limits(LinuxFiles(tmp_path / "proc", tmp_path / "cgroup"))
+    (limit,) = memory_limits(tmp_path / "proc", tmp_path / "cgroup")
     assert 0 < limit.left < limit.most == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

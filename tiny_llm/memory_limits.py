@@ -10,7 +10,6 @@ import os
 import re
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,22 +24,16 @@ class Limit(NamedTuple):
     most: int
 
 
-@dataclass(frozen=True, slots=True)
-class LinuxFiles:
-    """Where Linux tells: the mounts of proc and of cgroups, version 1 or 2 or both."""
+def memory_limits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[Limit]:
+    """All limits that this process is under, the machine's first.
 
-    proc: Path = Path("/proc")
-    cgroups: Path = Path("/sys/fs/cgroup")
-
-
-def memory_limits(files: LinuxFiles | None = None) -> list[Limit]:
-    """All limits that this process is under, the machine's first."""
-    files = files or LinuxFiles()
-    machine = _machine(files.proc)
+    ``cgroups`` is where those are mounted, version 1 or 2 or both.
+    """
+    machine = _machine(proc)
     if machine is None:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return [Limit("this machine", pages // 2, pages)]
-    return [machine, *_commit(files.proc), *_cgroups(files), *_own(files.proc)]
+    return [machine, *_commit(proc), *_cgroups(proc, cgroups), *_own(proc)]
 
 
 def _machine(proc: Path) -> Limit | None:
@@ -58,20 +51,20 @@ def _commit(proc: Path) -> Iterator[Limit]:
         yield Limit("vm.overcommit_memory", left, left)
 
 
-def _cgroups(files: LinuxFiles) -> Iterator[Limit]:
+def _cgroups(proc: Path, cgroups: Path) -> Iterator[Limit]:
     """Each cgroup that this process is in, up to the mount's own; those that set no limit are left out.
 
     In a container the path may be the host's, of which the mount shows only the end: what is not there is
     passed over, and the mount's own files are the container's.
     """
-    unified = files.cgroups / "unified"
-    second = unified if unified.is_dir() else files.cgroups
-    for line in _read(files.proc / "self/cgroup").splitlines():
+    unified = cgroups / "unified"
+    second = unified if unified.is_dir() else cgroups
+    for line in _read(proc / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mount, read = second, _second_version
         elif "memory" in controllers.split(","):
-            mount, read = files.cgroups / "memory", _first_version
+            mount, read = cgroups / "memory", _first_version
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]

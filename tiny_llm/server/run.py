@@ -53,11 +53,11 @@ class Server(uvicorn.Server):
         budget: MemoryBudget | None = None,
     ) -> None:
         settings = service.settings
-        self.service, self._services = service, (service, *others)
+        self.service, self.services = service, (service, *others)
         for other in others:
             other.rests = True
         is_alone = not others and unload_after_s is None
-        several = None if is_alone else Models(self._services, unload_after_s, budget)
+        several = None if is_alone else Models(self.services, unload_after_s, budget)
         config = uvicorn.Config(
             application(service, several, local_only=is_loopback(listening.getsockname()[0])),
             http=DeadlineProtocol.within(settings.read_timeout_s),
@@ -98,17 +98,12 @@ class Server(uvicorn.Server):
             waiting.cancel()
 
     def _stop(self) -> None:
-        for service in self._services:
+        for service in self.services:
             service.stop()
-
-    @property
-    def names(self) -> list[str]:
-        """What clients call the models."""
-        return [service.settings.name for service in self._services]
 
     async def close(self) -> None:
         """End all engines' threads."""
-        for service in self._services:
+        for service in self.services:
             await service.close()
 
     async def _leave_stalled(self) -> None:
@@ -140,7 +135,7 @@ class Server(uvicorn.Server):
     def leave(self) -> None:
         """There is nothing to be served any more: let go of who still waits, and end."""
         self.should_exit = True
-        for service in self._services:
+        for service in self.services:
             service.draining = True
 
     @contextlib.contextmanager
@@ -209,7 +204,7 @@ async def _serve(server: Server, listening: socket.socket) -> None:
             gc.collect()
             gc.freeze()  # what is there now stays: the collector took 80 ms each time to look at it
             host, port = listening.getsockname()[:2]
-            names = ", ".join(server.names)
+            names = ", ".join(service.settings.name for service in server.services)
             place = f"[{host}]" if ":" in host else host
             for line in filter(None, (server.service.llm.memory, server.service.llm.kernels.line)):
                 print(line, file=sys.stderr)

@@ -12,10 +12,8 @@ import fcntl
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
-from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,7 +148,9 @@ def _check_space(folder: Path, needed: int) -> None:
 def _fetch(url: str, target: Path, sha256: str, size: int, label: str) -> None:
     """Bring one file to ``target``, from wherever an earlier try stopped."""
     partial = target.with_name(f"{sha256}{PARTIAL}")
-    with _locked(partial) as file:
+    partial.touch()
+    with partial.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits while another process has it
         if target.exists():  # another process brought it while this one waited
             partial.unlink(missing_ok=True)
             return
@@ -167,12 +167,3 @@ def _fetch(url: str, target: Path, sha256: str, size: int, label: str) -> None:
             partial.unlink()
             raise WeightError(f"{label} arrived damaged: its SHA-256 is not {sha256}. Run the command again.")
         partial.rename(target)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BufferedRandom]:
-    """Open a file to read and write, kept as it is; wait while another process has it."""
-    path.touch()
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
