@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from tiny_llm import LLM, AsyncLLM, CapacityError, SamplingParams
-from tiny_llm.engine.budget import MemoryBudget, Share
+from tiny_llm.engine.budget import MemoryBudget, PoolLimit, Share
 from tiny_llm.engine.engine import Engine
-from tiny_llm.engine.pool_limit import PoolLimit
 from tiny_llm.kv.blocks import BlockManager
 from tiny_llm.scheduler.scheduler import Scheduler
 from tiny_llm.scheduler.settings import SchedulerSettings
@@ -308,8 +307,8 @@ def test_a_pool_takes_of_its_share_only_while_a_step_is_planned() -> None:
 
 
 def test_no_pool_grows_into_what_is_promised_to_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiny_llm.engine.pool_limit.available_memory_bytes", lambda: 1000)
-    monkeypatch.setattr("tiny_llm.engine.pool_limit.give_back_memory", lambda: None)
+    monkeypatch.setattr("tiny_llm.engine.budget.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("tiny_llm.engine.budget.give_back_memory", lambda: None)
     budget = MemoryBudget(2000, 2)
     limit = PoolLimit(200, 4, 10, 0, lambda: 0.0, budget.share())
     assert limit.blocks(20) == 120

@@ -13,8 +13,8 @@ import pytest
 
 from tests.engine.test_paging import resident_bytes
 from tiny_llm import LLM, Completion, SamplingParams
-from tiny_llm.engine import pool_limit, settings
-from tiny_llm.engine.pool_limit import PoolLimit
+from tiny_llm.engine import budget, settings
+from tiny_llm.engine.budget import PoolLimit
 from tiny_llm.engine.settings import EngineSettings, Speculation
 from tiny_llm.errors import ConfigError
 from tiny_llm.kv import paged
@@ -47,8 +47,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         machine["free"] += machine["kept"]
         machine["kept"] = 0
 
-    monkeypatch.setattr(pool_limit, "available_memory_bytes", free)
-    monkeypatch.setattr(pool_limit, "give_back_memory", give_back)
+    monkeypatch.setattr(budget, "available_memory_bytes", free)
+    monkeypatch.setattr(budget, "give_back_memory", give_back)
     return machine
 
 
@@ -123,7 +123,7 @@ def test_memory_goes_back_while_those_run_whose_blocks_lie_at_the_end(
         give_back_memory()
         before, capacity = resident_bytes(), blocks.capacity
         with monkeypatch.context() as patch:
-            patch.setattr(pool_limit, "available_memory_bytes", lambda: 0)
+            patch.setattr(budget, "available_memory_bytes", lambda: 0)
             while len(done) < 14:
                 step()
                 engine.scheduler.check_integrity()

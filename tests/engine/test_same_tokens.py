@@ -18,7 +18,7 @@ from tiny_llm.decoding import decide
 from tiny_llm.decoding.decide import Decision
 from tiny_llm.decoding.grammar import regex_grammar, schema_grammar
 from tiny_llm.engine import open_requests
-from tiny_llm.engine.pool_limit import PoolLimit
+from tiny_llm.engine.budget import PoolLimit
 from tiny_llm.engine.settings import EngineSettings, Speculation
 from tiny_llm.kv.block_table import BlockTable
 from tiny_llm.kv.blocks import BlockManager

@@ -19,10 +19,10 @@ import mlx.core as mx
 from tiny_llm.data import Plan
 from tiny_llm.data import Sequence as TokenSequence
 from tiny_llm.decoding.decide import Decision
+from tiny_llm.engine.budget import NO_MEMORY, PoolLimit
 from tiny_llm.engine.contexts import Context, Contexts, JoinedPrompt, Joining, NewContext
 from tiny_llm.engine.draft import DraftModel, drafters_of
 from tiny_llm.engine.open_requests import Event, OpenRequests
-from tiny_llm.engine.pool_limit import NO_MEMORY, PoolLimit
 from tiny_llm.engine.ranks import Lead
 from tiny_llm.engine.runner import InFlightBatch, Runner
 from tiny_llm.engine.settings import EngineSettings
