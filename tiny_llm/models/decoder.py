@@ -16,10 +16,9 @@ from tiny_llm.distributed.group import ALONE, Group
 from tiny_llm.families.family import ExpertFacts
 from tiny_llm.layers.attention import Attention, Rotation, rotations
 from tiny_llm.layers.embedding import Embedding
-from tiny_llm.layers.experts import Experts
 from tiny_llm.layers.gathered import gathering
 from tiny_llm.layers.linear import Linear
-from tiny_llm.layers.mlp import MLP, GeluMLP
+from tiny_llm.layers.mlp import MLP, Experts, GeluMLP
 from tiny_llm.layers.named import Shapes, Weights, under
 from tiny_llm.layers.norm import FinishedLinear, Norm, OutputMap, norm_shapes, take_norm
 from tiny_llm.models.ranks import of_rank
