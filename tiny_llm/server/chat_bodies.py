@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, FailFast, Field, StringConstraints, model_validator
 
@@ -10,6 +10,9 @@ from tiny_llm.server import settings as caps
 from tiny_llm.server.bodies import Body, Count, Few, Name, Sampling, StreamOptions
 from tiny_llm.server.neutral import misplaced
 
+T = TypeVar("T")
+ToolList = Annotated[list[T], FailFast(), Field(max_length=caps.MAX_TOOLS)]
+MessageList = Annotated[list[T], FailFast(), Field(max_length=caps.MAX_MESSAGES)]
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _PART_FIELDS = ("type", "text", "annotations", "logprobs", "parsed")
 
@@ -79,9 +82,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
-    tool_calls: Annotated[list[PastToolCall], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
-        default_factory=list
-    )
+    tool_calls: ToolList[PastToolCall] = Field(default_factory=list)
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
     refusal: Annotated[str | None, Field(exclude=True)] = None
     reasoning_content: str | None = None
@@ -157,7 +158,7 @@ class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(default_factory=list)
+    tools: ToolList[Tool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     max_completion_tokens: Count | None = None

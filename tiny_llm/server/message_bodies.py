@@ -48,10 +48,8 @@ def _blocks(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Texts = Annotated[
-    Annotated[list[TextBlock], FailFast(), Field(max_length=caps.MAX_MESSAGES)],
-    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
-]
+_as_texts = BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])
+Texts = Annotated[chat.MessageList[TextBlock], _as_texts]
 
 
 class ThinkingBlock(Body):
@@ -83,10 +81,8 @@ class ToolResultBlock(_Block):
 
 AnyBlock = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
 Block = Annotated[AnyBlock, Field(discriminator="type")]
-Blocks = Annotated[
-    Annotated[list[Block], FailFast(), Field(max_length=caps.MAX_MESSAGES)],
-    BeforeValidator(_blocks, json_schema_input_type=str | list[AnyBlock]),
-]
+_as_blocks = BeforeValidator(_blocks, json_schema_input_type=str | list[AnyBlock])
+Blocks = Annotated[chat.MessageList[Block], _as_blocks]
 _KINDS: Mapping[str, tuple[type[Body], ...]] = {
     "user": (TextBlock, ToolResultBlock),
     "assistant": (TextBlock, ThinkingBlock, ToolUseBlock),
@@ -163,9 +159,7 @@ class CountBody(Body):
     model: str | None = None
     messages: Annotated[list[MessageTurn], FailFast(), Field(min_length=1, max_length=caps.MAX_MESSAGES)]
     system: Texts = Field(default_factory=list)
-    tools: Annotated[list[CustomTool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
-        default_factory=list
-    )
+    tools: chat.ToolList[CustomTool] = Field(default_factory=list)
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)

@@ -129,9 +129,7 @@ class ResponseBody(Choosing):
     previous_response_id: ItemId | None = None
     store: bool = True
     instructions: str | None = None
-    tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=caps.MAX_TOOLS)] = Field(
-        default_factory=list
-    )
+    tools: chat.ToolList[FunctionTool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningOptions | None = None

@@ -21,7 +21,7 @@ from tiny_llm.server.bodies import (
     TokenId,
     range_of,
 )
-from tiny_llm.server.chat_bodies import Message, TemplateArguments
+from tiny_llm.server.chat_bodies import Message, MessageList, TemplateArguments
 from tiny_llm.server.neutral import misplaced
 
 
@@ -114,9 +114,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast(), Field(max_length=caps.MAX_MESSAGES)] = Field(
-        default_factory=list
-    )
+    messages: MessageList[Message] = Field(default_factory=list)
     add_special_tokens: bool = True
     chat_template_kwargs: TemplateArguments = Field(default_factory=TemplateArguments)
 
