@@ -20,6 +20,7 @@ from tiny_llm.data import Join, Plan, PlanItem
 from tiny_llm.distributed.links import MAX_FRAME, Link, accept, address_of, connect, listen
 from tiny_llm.distributed.meeting import Ranks, launched, meet
 from tiny_llm.distributed.messages import Begin, DoStep, Leave, Told, read, written
+from tiny_llm.distributed.socket_group import SocketGroup
 from tiny_llm.distributed.team import Team, Watch
 from tiny_llm.errors import ConfigError, GroupError
 
@@ -301,6 +302,27 @@ def test_a_rank_that_gives_up_says_why_and_ends_it_for_all() -> None:
         assert "there is no memory left" in said.get(timeout=20)
 
 
+def test_a_rank_that_is_lost_while_the_team_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch found its rank gone before the team had a watch to tell the others by."""
+    start = threading.Thread.start
+
+    def at_once(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "watch":
+            thread.join(20)
+
+    monkeypatch.setattr(threading.Thread, "start", at_once)
+    (watched, lost), (third, hers) = pair(), pair()
+    lost.socket.close()
+    team = Team(SocketGroup(0, {}, 20.0), {}, {1: watched, 2: third}, 20.0)
+    assert team.fault is not None and "Rank 1" in team.fault
+    hers.socket.settimeout(20)
+    while (said := hers.receive()) == b"":  # a sign of life
+        pass
+    assert said == team.fault.encode()
+    team.close()
+
+
 def test_a_rank_that_says_nothing_is_missed_in_time() -> None:
     here, _ = pair()
     told: list[str] = []
@@ -311,6 +333,7 @@ def test_a_rank_that_says_nothing_is_missed_in_time() -> None:
         over.set()
 
     watch = Watch({1: here}, 0.2, noted)
+    watch.start()
     assert over.wait(20)
     watch.close()
     assert "Rank 1 has not been heard of for" in told[0] and "(--rank-timeout 0.2)" in told[0]

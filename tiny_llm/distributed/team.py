@@ -57,6 +57,7 @@ class Team:
         for link in plans.values():
             link.socket.settimeout(None)  # a plan may be long in coming: the watch says when it is too long
         self._watch = Watch(watched, timeout_s, self._break)
+        self._watch.start()  # once there is one to tell the others by
         atexit.register(self.close)
 
     def share(self, mine: Any) -> list[Any]:
@@ -165,7 +166,8 @@ _BYE = b"\0bye"
 
 
 class Watch:
-    """Over ``links`` to ranks, by rank. ``on_fault`` is called once, on the thread, with what is wrong."""
+    """Over ``links`` to ranks, by rank, once it is started. ``on_fault`` is called once, on its thread, with
+    what is wrong."""
 
     def __init__(self, links: Mapping[int, Link], timeout_s: float, on_fault: Callable[[str], None]) -> None:
         self._links, self._all = dict(links), list(links.values())
@@ -174,6 +176,9 @@ class Watch:
         self._ended = threading.Event()
         self._heard = dict.fromkeys(links, time.monotonic())
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Before that, nobody may be told of a fault."""
         self._thread.start()
 
     def tell(self, what: str) -> None:
