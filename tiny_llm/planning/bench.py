@@ -65,7 +65,8 @@ def bench(task: Task, model: str, fit: Path | None = None, **options: Any) -> di
     ``options`` are those of ``LLM``. Costs of steps, for ``simulate``, go to the file ``fit``.
     """
     asked = {"quantize": None, "dtype": None, "activations": "int8", **options}
-    asked = {"model": model, **{name: asked[name] for name in ("quantize", "dtype", "activations")}}
+    loading = {name: asked[name] for name in ("quantize", "dtype", "activations")}
+    asked = {"model": model, "load_format": task.load_format, **loading}
     began = time.perf_counter()
     limits = options.pop("scheduler", SchedulerSettings())
     llm = LLM(
