@@ -12,7 +12,7 @@ from tiny_llm.kv.no_cache import NoCache
 from tiny_llm.models.decoder import Decoder
 from tiny_llm.models.loading import load_model
 from tiny_llm.models.replay import Replay
-from tiny_llm.ops.backend import use
+from tiny_llm.ops.backend import isa, use, works
 
 
 @pytest.mark.parametrize("backend", ["ref", "mlx"])
@@ -33,3 +33,17 @@ def test_it_stays_bfloat16(golden: Path, case: str, backend: str, off) -> None:
         logits = model(batch, NoCache())
         assert logits.dtype == mx.bfloat16 and off(logits, seen["logits"]) < 0.05
         assert mx.array_equal(Replay(model)(batch, NoCache()), logits).item()
+
+
+@pytest.mark.skipif(not works(), reason="the CPU kernels were not built: no C++ compiler")
+def test_who_asks_for_float32_gets_it_from_bfloat16_weights(golden: Path) -> None:
+    """Only without, and only where the processor is fast with it, is what meets them rounded."""
+    tokens = mx.arange(9)
+    batch = Batch(tokens, tokens, (0, 9), tokens)
+    with use("cpu"):
+        exact, wide, rounded = (
+            load_model(golden / "qwen3", **options)(batch, NoCache())
+            for options in ({"activations": "exact"}, {"dtype": "float32"}, {})
+        )
+        assert mx.array_equal(exact, wide).item()
+        assert mx.array_equal(rounded, wide).item() == (isa() != "avx512bf16")
