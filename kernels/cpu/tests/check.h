@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
@@ -36,6 +37,15 @@ void fail(const char* file, int line, const std::string& what);
 void on_each_isa(const std::function<void()>& body);
 
 std::vector<float> random_floats(size_t count, uint32_t seed, float low = -1, float high = 1);
+
+// To nearest, ties to even.
+inline float to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
 
 // The largest difference, relative to the largest expected value (or 1 where all are 0).
 template <class A, class B>

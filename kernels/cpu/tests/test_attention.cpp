@@ -15,10 +15,7 @@ namespace {
 
 float as_stored_alone(float x, KvType type) {
     if (type == KvType::bf16) {
-        uint32_t u;
-        std::memcpy(&u, &x, 4);
-        u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
-        std::memcpy(&x, &u, 4);
+        x = to_bf16(x);
     } else if (type == KvType::f16) {
         int exponent;  // of eleven bits' last: older compilers have no half type for every processor
         std::frexp(x, &exponent);

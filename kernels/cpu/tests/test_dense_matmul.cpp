@@ -56,15 +56,6 @@ TEST(dense_matmul_matches_float64) {
     });
 }
 
-// To nearest, ties to even.
-static float to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
 // Weights of bf16 whose inputs may be rounded as they are; an input without a partner, and what lies behind the last.
 TEST(dense_matmul_rounds_inputs_to_bf16_where_that_is_fast) {
     on_each_isa([] {
